@@ -1,0 +1,104 @@
+"""One writer per shard: claims, which are exclusively created files beside the store, with host, process and a heartbeat.
+
+A claim's heartbeat is its modification time, renewed by a thread while it is held. A claim is dead if its process is gone from
+this host, or, from another host, if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+BEAT = 10.0  # seconds between heartbeats
+STALE = 300.0  # seconds without one after which a claim of another host is dead
+
+
+@contextmanager
+def claim(folder: Path, *names: str) -> Iterator[set[str]]:
+    """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
+    folder.mkdir(exist_ok=True)
+    held = {name for name in names if _take(folder / name)}
+    stop = threading.Event()
+    heart = threading.Thread(target=_beat, args=(folder, held, stop), daemon=True)
+    heart.start()
+    try:
+        yield held
+    finally:
+        stop.set()
+        heart.join()
+        for name in held:
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: others still hold claims
+            folder.rmdir()
+
+
+def holders(folder: Path) -> list[str]:
+    """Who holds claims now: "host:process", one per claim."""
+    return [f"{owner['host']}:{owner['process']}" for path in folder.glob("*") if (owner := _owner(path))]
+
+
+def _take(path: Path) -> bool:
+    for _ in range(2):
+        try:
+            path.parent.mkdir(exist_ok=True)  # another worker may just have removed the empty folder
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            if not _dead(path):
+                return False
+            grave = path.with_name(f"{path.name}.{uuid.uuid4().hex}.dead")  # a rename succeeds for one taker only
+            try:
+                path.rename(grave)
+            except FileNotFoundError:
+                continue
+            grave.unlink()
+            continue
+        except FileNotFoundError:
+            continue
+        with os.fdopen(descriptor, "w") as f:
+            json.dump({"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}, f)
+        return True
+    return False
+
+
+def _dead(path: Path) -> bool:
+    owner = _owner(path)
+    if owner and owner["host"] == socket.gethostname():
+        return _started(owner["process"]) != owner["started"]
+    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
+    try:
+        probe.touch()
+        age = probe.stat().st_mtime - path.stat().st_mtime
+        probe.unlink()
+    except FileNotFoundError:
+        return False
+    return age > STALE
+
+
+def _owner(path: Path) -> dict | None:
+    try:
+        owner = json.loads(path.read_text())
+        return owner if {"host", "process", "started"} <= owner.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _started(process: int) -> str | None:
+    """The kernel's start time of a process, which tells it from a later one with the same number; None if it is gone."""
+    try:
+        with open(f"/proc/{process}/stat") as f:
+            return f.read().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return None
+
+
+def _beat(folder: Path, held: set[str], stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        for name in held:
+            with suppress(OSError):
+                os.utime(folder / name)

@@ -1,0 +1,180 @@
+"""Probabilities ↔ the codes that a label store keeps.
+
+A power codec keeps ``q = round(L · p^a)`` and reads it back as ``(q / L)^(1/a)``; code 0 stands for ``0.35 · (0.5 / L)^(1/a)``,
+a probability between zero and the smallest that rounds to 1. A row is renormalised to sum one after decoding. ``a < 1`` spends the codes
+on small probabilities, where a soft label carries what a hard one doesn't. The float codecs keep the probability itself, and
+replace a zero in the same way, by 0.35 of half their smallest step, so that no decoded probability is ever zero and every KL is finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from cache.schema import StoreError
+
+SUM_TOLERANCE = 1e-3  # a row of probabilities may miss one by this much (half-precision softmax misses it by 5e-4)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to keep a row of probabilities. ``exponent`` a and ``levels`` L are those of the module's formula (floats: a = 1)."""
+
+    name: str
+    dtype: str  # numpy name of the stored codes
+    exponent: float
+    levels: float
+    zero: float  # what code 0 decodes to, before renormalisation
+
+    @property
+    def is_float(self) -> bool:
+        return np.issubdtype(self.dtype, np.floating)
+
+    @cached_property
+    def table(self) -> np.ndarray | None:
+        """float32 [levels + 1]: the probability of each code before renormalisation; None for the float codecs."""
+        if self.is_float:
+            return None
+        values = (np.arange(int(self.levels) + 1) / self.levels) ** (1 / self.exponent)
+        values[0] = self.zero
+        return values.astype(np.float32)
+
+    def encode(self, probabilities: np.ndarray) -> np.ndarray:
+        """float32 [n, classes], rows summing to one → codes [n, classes] of ``dtype``.
+
+        Raises StoreError naming the first row that is no distribution (not finite, negative, sum off by over 1e-3) or that would be
+        coded as nothing but zeros, which means "no label".
+        """
+        p = np.asarray(probabilities, dtype=np.float32)
+        sums = p.sum(axis=1, dtype=np.float64)
+        wrong = ~(np.abs(sums - 1) <= SUM_TOLERANCE) | ~(p.min(axis=1) >= 0)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise StoreError(
+                f"row {row} of a batch is no probability distribution: sum {sums[row]:.6g}, minimum {p[row].min():.3g}, "
+                f"{int((~np.isfinite(p[row])).sum())} values not finite; the teachers' outputs must be checked"
+            )
+        if self.is_float:
+            codes = p.astype(self.dtype)
+        else:
+            codes = np.rint(np.float32(self.levels) * p ** np.float32(self.exponent)).clip(0, self.levels).astype(self.dtype)
+        empty = ~codes.any(axis=1)
+        if empty.any():
+            raise StoreError(
+                f"row {int(np.argmax(empty))} of a batch has no probability large enough for codec {self.name} at {p.shape[1]} classes; "
+                "choose a finer store.codec"
+            )
+        return codes
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """codes [n, classes] → float32 [n, classes], every value above zero, rows summing to one."""
+        p = codes.astype(np.float32) if self.table is None else self.table[codes]
+        if self.table is None:
+            np.maximum(p, np.float32(self.zero), out=p)
+        return p / p.sum(axis=1, keepdims=True, dtype=np.float32)
+
+    def describe(self) -> dict:
+        """What the store's attributes say of the codec: enough to decode without this project."""
+        formula = (
+            "p = max(q, zero); p = p / sum(p)"
+            if self.is_float
+            else "p = (q / levels) ** (1 / exponent) where q > 0, p = zero where q = 0; p = p / sum(p)"
+        )
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "exponent": self.exponent,
+            "levels": self.levels,
+            "zero": self.zero,
+            "formula": formula,
+        }
+
+    @lru_cache(maxsize=64)  # noqa: B019 - codecs are few, frozen and live as long as the process
+    def max_error(self, classes: int) -> tuple[float, float]:
+        """The stated error for rows of so many classes: (KL(p‖p̂) in nats, total variation), which no row exceeds.
+
+        With d the decoded values before renormalisation and S their sum, KL = Σ p·log(p/d) + log S, and log S ≤ log s + S/s − 1 for any
+        s > 0. That is a sum over classes, so Lagrange duality bounds it over all rows with Σp = 1:
+        KL ≤ log s − 1 + λ + classes · max_p (p·log(p/d) + d/s − λp), for any s and λ. The maximum over p is reached at the
+        edges of the rounding cells, where the term is convex. Total variation follows by Pinsker: TV ≤ √(KL/2).
+        """
+        low, high, decoded = self._cells()
+        edges = np.concatenate([low, high])
+        d = np.concatenate([decoded, decoded])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = np.where(edges > 0, edges * np.log(edges / d), 0.0)
+        best = np.inf
+        span = float(np.max(np.abs(high - decoded) / np.maximum(decoded, 1e-300)))
+        for s in np.linspace(1 - min(0.5, span), 1 + min(0.5, span), 41):
+
+            def bound(multiplier: float, s: float = s) -> float:
+                return np.log(s) - 1 + multiplier + classes * np.max(gain + d / s - multiplier * edges)
+
+            left, right = 0.0, 4.0  # the bound is convex in the multiplier: narrow it down by thirds
+            for _ in range(60):
+                third = (right - left) / 3
+                if bound(left + third) < bound(right - third):
+                    right -= third
+                else:
+                    left += third
+            best = min(best, bound((left + right) / 2))
+        kl = max(float(best), 0.0) + 1e-6  # 1e-6: the rounding of float32 arithmetic itself
+        return kl, float(np.sqrt(kl / 2))
+
+    def _cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """float64 [cells] each: lowest and highest probability that a code stands for, and what it decodes to."""
+        if self.dtype == "float32":  # 2^30 codes; their relative error is 2^-24 everywhere above the smallest
+            edges = np.concatenate([[0.0], np.geomspace(self.zero, 1.0, 4096)])
+            return edges * (1 - 2.0**-24), edges * (1 + 2.0**-24), np.maximum(edges, self.zero)
+        if self.dtype == "float16":
+            codes = np.arange(0, 0x3C01, dtype=np.uint16).view(np.float16).astype(np.float64)  # 0 … 1.0
+            middle = (codes[1:] + codes[:-1]) / 2
+        else:
+            steps = np.arange(int(self.levels) + 1)
+            codes = (steps / self.levels) ** (1 / self.exponent)
+            middle = ((steps[1:] - 0.5) / self.levels) ** (1 / self.exponent)
+        decoded = codes.copy()
+        decoded[0] = self.zero
+        return np.concatenate([[0.0], middle]), np.concatenate([middle, [1.0]]), decoded
+
+
+def _power(name: str, exponent: float) -> Codec:
+    return Codec(name, "uint8", exponent, 255, 0.35 * (0.5 / 255) ** (1 / exponent))
+
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        _power("cbrt8", 1 / 3),
+        _power("pow8", 0.4),
+        _power("sqrt8", 1 / 2),
+        Codec("float16", "float16", 1.0, 2.0**24, 0.35 * 2.0**-25),
+        Codec("float32", "float32", 1.0, 2.0**126, 2.0**-126),
+    )
+}
+DEFAULT = "pow8"
+
+
+def from_description(description: dict) -> Codec:
+    """The codec that a store's attributes describe, by its parameters and not by its name. Raises StoreError if incomplete."""
+    try:
+        return Codec(**{key: description[key] for key in ("name", "dtype", "exponent", "levels", "zero")})
+    except KeyError as missing:
+        raise StoreError(f"the store's codec has no {missing}; the store was made by something else, or its zarr.json is damaged") from None
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float [n, classes] twice, rows summing to one, q > 0 → per row float64 [n]: KL(p‖q) in nats, and total variation (0 … 1)."""
+    p, q = p.astype(np.float64), q.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(axis=1)
+    return kl, np.abs(p - q).sum(axis=1) / 2
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    """float [n, classes] → float64 [n]: −Σ p·log p, in nats."""
+    p = p.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -np.where(p > 0, p * np.log(p), 0.0).sum(axis=1)

@@ -1,0 +1,180 @@
+"""Reading a label store: what is finished, labels as codes or probabilities, crops, and what the store says of itself."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from cache import codec as codecs
+from cache import schema
+from cache.schema import Images, StoreError
+
+
+class LabelStore:
+    """An open label store. Everything is read lazily; reading labels of a shard without a completion record raises StoreError."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self.group = group
+        self.attributes = dict(group.attrs)
+        self.provenance: dict = self.attributes["provenance"]
+        self.codec = codecs.from_description(self.attributes["codec"])
+        self.class_names: list[str] = self.attributes["class_names"]
+        self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
+        self.shard_rows: int = self.provenance["layout"]["shard_rows"]
+        self._arrays: dict[str, zarr.Array] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> LabelStore:
+        """Open for reading. Raises StoreError if there is no store, or one that this version can't read."""
+        path = Path(path)
+        if not path.exists():
+            raise StoreError(f"there is no label store at {path}; make one with generate-labels, or check the path")
+        try:
+            group = zarr.open_group(str(path), mode="r", zarr_format=3)
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} is not a label store (no Zarr v3 group: {_one_line(error)}); check the path") from None
+        found, version = group.attrs.get("format"), group.attrs.get("format_version")
+        if found != schema.FORMAT:
+            raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
+        if version != schema.VERSION:
+            raise StoreError(
+                f"{path} has label store format {version}, this program reads {schema.VERSION}; use the version of this program that made it"
+            )
+        try:
+            store = cls(path, group)
+            shape = store.array("labels").shape
+            if store.array("boxes").shape[1] != shape[1] or store.array("records").shape[1] != -(-shape[1] // store.shard_rows):
+                raise KeyError("arrays of one size")
+        except KeyError as missing:
+            raise StoreError(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
+        return store
+
+    def array(self, name: str) -> zarr.Array:
+        if name not in self._arrays:
+            self._arrays[name] = schema.array(self.group, name)
+        return self._arrays[name]
+
+    @property
+    def views(self) -> int:
+        return self.array("records").shape[0]
+
+    @property
+    def shards(self) -> int:
+        return self.array("records").shape[1]
+
+    @property
+    def classes(self) -> int:
+        return self.array("labels").shape[2]
+
+    @cached_property
+    def identity(self) -> bytes:
+        """sha256 of the provenance, which every completion record is bound to."""
+        return schema.canonical_digest(self.provenance)
+
+    @cached_property
+    def images(self) -> Images:
+        """The manifest, in row order."""
+        columns = {name: self.array(f"images/{name}")[:] for name in Images.__dataclass_fields__}
+        return Images(**{name: c.astype(object) if c.dtype.kind in "OUT" else c for name, c in columns.items()})
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """int64 [usable images]: the rows that have labels."""
+        return self.images.usable
+
+    def records(self) -> np.ndarray:
+        """RECORD [views, shards], read anew; a shard whose record is missing, damaged or that of another place has all zeros."""
+        raw = np.ascontiguousarray(self._read("records", np.s_[:]))
+        records = raw.view(schema.RECORD)[..., 0].copy()
+        view, shard = np.indices(records.shape)
+        records[(records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)] = 0
+        return records
+
+    def finished(self) -> np.ndarray:
+        """bool [views, shards], read anew."""
+        return self.records()["magic"] == schema.RECORD_MAGIC
+
+    @cached_property
+    def _finished(self) -> np.ndarray:
+        return self.finished()
+
+    def progress(self) -> tuple[int, int]:
+        """(finished shards, total shards), over all views, as it is on disk now."""
+        finished = self.finished()
+        return int(finished.sum()), finished.size
+
+    def require_finished(self, view: int, shards: np.ndarray | None = None) -> None:
+        """Raises StoreError unless every shard of the view (or those given) is finished."""
+        if not 0 <= view < self.views:
+            raise StoreError(f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with generate-labels --views {view + 1}")
+        shards = np.arange(self.shards) if shards is None else shards
+        if not self._finished[view, shards].all():
+            self.__dict__.pop("_finished")  # another process may have finished it since
+        missing = shards[~self._finished[view, shards]]
+        if len(missing):
+            raise StoreError(
+                f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} shards missing, the first is {missing[0]}); "
+                "run the same generate-labels command again to finish it"
+            )
+
+    def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
+        """Stored codes [n, classes] of the rows, in their order. Whole inner chunks are read: ask for neighbours together."""
+        return self._rows("labels", view, rows)
+
+    def probabilities(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
+        """float32 [n, classes]: decoded labels, every value above zero, rows summing to one. StoreError for a row that has no label."""
+        rows = self._as_rows(rows)
+        unusable = self.images.status[rows] != schema.USABLE
+        if unusable.any():
+            row = rows[np.argmax(unusable)]
+            raise StoreError(f"row {row} ({self.images.path[row]}) has no label: {self.images.reason[row]}; ask for rows of store.usable")
+        return self.codec.decode(self.codes(view, rows))
+
+    def crops(self, view: int, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool [n] mirrored left-right after the crop)."""
+        return self._rows("boxes", view, rows), self._rows("flips", view, rows)
+
+    def shard_slice(self, shard: int) -> slice:
+        return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, len(self.images)))
+
+    def _as_rows(self, rows: np.ndarray | slice) -> np.ndarray:
+        n = self.array("labels").shape[1]
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(n))
+        rows = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        if len(rows) and not (0 <= rows.min() and rows.max() < n):
+            raise StoreError(f"{self.path} has rows 0 to {n - 1}, asked for {rows.min()} to {rows.max()}")
+        return rows
+
+    def _rows(self, name: str, view: int, rows: np.ndarray | slice) -> np.ndarray:
+        """Rows of one view, read as runs of neighbouring chunks."""
+        rows = self._as_rows(rows)
+        self.require_finished(view, np.unique(rows // self.shard_rows))
+        array = self.array(name)
+        size = array.chunks[1]
+        out = np.empty((len(rows), *array.shape[2:]), dtype=array.dtype)
+        wanted = np.unique(rows // size)
+        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
+            if len(run) == 0:
+                continue
+            first, last = run[0] * size, (run[-1] + 1) * size
+            inside = (rows >= first) & (rows < last)
+            block = self._read(name, np.s_[view, int(first) : int(min(last, array.shape[1]))])
+            out[inside] = block[rows[inside] - first]
+        return out
+
+    def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
+        try:
+            return self.array(name)[selection]
+        except (ValueError, RuntimeError, OSError) as error:  # checksum, truncated shard, unreadable file
+            raise StoreError(
+                f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
+            ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,239 @@
+"""What a label store is: its arrays, attributes, sizes and completion records, and how an empty one comes into being.
+
+A store is a Zarr v3 group. Arrays, with their dimensions:
+
+    labels   view, image, class   codes of the mean softmax (cache.codec)
+    boxes    view, image, 4       int32 top, left, height, width of the crop, in pixels of the decoded image
+    flips    view, image          bool, mirrored left-right after the crop
+    images/… image                path, bytes, digest, height, width, class_index, status, reason
+    records  view, shard, byte    completion records, one file each; a shard without one does not exist for a reader
+
+Zarr reads what was never written as zeros. So a shard (all rows of one shard, in one view) counts only once its record is there, and the
+record is written after the shard's data has reached the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+FORMAT = "meal-v2-label-store"
+VERSION = 1
+
+USABLE, UNUSABLE = 0, 1  # values of images/status
+
+RECORD = np.dtype(
+    [
+        ("magic", "S4"),
+        ("view", "<u4"),
+        ("shard", "<u4"),
+        ("labelled", "<u4"),  # rows of the shard that hold a label; the others are unusable images
+        ("agreeing", "<u4"),  # of those, rows whose largest probability is that of the image's class folder
+        ("entropy", "<f8"),  # sum over the labelled rows of the entropy of the decoded label, in nats
+        ("stored_bytes", "<u8"),  # size of the shard's file of labels
+        ("digest", "u1", (32,)),  # sha256, see shard_digest
+    ]
+)
+RECORD_MAGIC = b"MLR1"
+
+CHUNK_BYTES = 1 << 20  # an inner chunk is the power of two of rows nearest below this size
+SHARD_CHUNKS = 32
+SMALLEST_SHARD = 256  # rows
+SHARDS_OF_A_SMALL_SET = 16
+
+
+class MealError(Exception):
+    """Something a user can mend. The message is one line: what, the value, the repair."""
+
+
+class StoreError(MealError):
+    """A label store that is missing, damaged, unfinished, or made from something else than what it is used with."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The manifest: every file of the data set's class folders, in the store's row order. All arrays are [images]."""
+
+    path: np.ndarray  # str, relative to the data root, with forward slashes
+    bytes: np.ndarray  # int64, size of the file
+    digest: np.ndarray  # uint8 [images, 32], sha256 of the file
+    height: np.ndarray  # int32, pixels of the decoded image; 0 where unusable
+    width: np.ndarray  # int32
+    class_index: np.ndarray  # int32; -1 where the folders say nothing
+    status: np.ndarray  # uint8, USABLE or UNUSABLE
+    reason: np.ndarray  # str, why it is unusable; empty where usable
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """int64 [usable images]: the rows that have labels."""
+        return np.flatnonzero(self.status == USABLE)
+
+    def take(self, rows: np.ndarray) -> Images:
+        return Images(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def manifest_digest(self) -> str:
+        """Hex sha256 over every field, independent of the row order."""
+        order = np.argsort(self.path)
+        h = hashlib.sha256()
+        for field in fields(self):
+            column = getattr(self, field.name)[order]
+            h.update(field.name.encode())
+            h.update("\0".join(column).encode() if column.dtype.kind in "OUT" else np.ascontiguousarray(column).tobytes())
+        return h.hexdigest()
+
+
+def canonical_digest(document: dict) -> bytes:
+    """sha256 of a JSON document, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+
+def shard_digest(store_id: bytes, view: int, shard: int, codes: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> bytes:
+    """sha256 over the store's provenance digest, view and shard as little-endian uint32, then codes, boxes and flips as little-endian bytes
+    in C order: a shard of another store or of another place does not pass for this one."""
+    h = hashlib.sha256(store_id)
+    h.update(np.array([view, shard], "<u4").tobytes())
+    for array in (codes, boxes, flips):
+        h.update(np.ascontiguousarray(array).data)
+    return h.digest()
+
+
+def shard_rows_for(images: int, classes: int, itemsize: int) -> tuple[int, int]:
+    """(rows of an inner chunk, rows of a shard), both powers of two.
+
+    A chunk is near 1 MiB and a shard 32 of them, which makes ImageNet × 180 views some 7,000 shards. A small data set gets smaller shards, so
+    that several workers find work and a kill costs little.
+    """
+    chunk = 1 << max(0, (CHUNK_BYTES // (classes * itemsize)).bit_length() - 1)
+    small = max(SMALLEST_SHARD, 1 << (max(1, images // SHARDS_OF_A_SMALL_SET) - 1).bit_length())
+    shard = min(chunk * SHARD_CHUNKS, small)
+    return min(chunk, shard), shard
+
+
+def array(group: zarr.Group, name: str) -> zarr.Array:
+    """An array of the store with ``write_empty_chunks`` on, which Zarr doesn't keep: without it a chunk of zeros is not written at all."""
+    return group[name].with_config({"write_empty_chunks": True})
+
+
+def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: int, shard_rows: int, attributes: dict) -> bool:
+    """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so that a store is there whole or not at all.
+
+    ``attributes`` holds ``codec``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.creating")
+    n = len(images)
+    shards = -(-n // shard_rows)
+    chain = [ZstdCodec(level=3), Crc32cCodec()]
+    always = {"write_empty_chunks": True}
+    group = zarr.create_group(
+        str(scratch),
+        zarr_format=3,
+        attributes={
+            "format": FORMAT,
+            "format_version": VERSION,
+            "how_to_read": how_to_read(attributes["codec"]),
+            "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
+            **attributes,
+        },
+    )
+    group.create_array(
+        "labels",
+        shape=(views, n, classes),
+        chunks=(1, chunk_rows, classes),
+        shards=(1, shard_rows, classes),
+        dtype=attributes["codec"]["dtype"],
+        compressors=chain,
+        dimension_names=["view", "image", "class"],
+        fill_value=0,
+        config=always,
+    )
+    for name, tail, dtype in (("boxes", (4,), "int32"), ("flips", (), "bool")):
+        group.create_array(
+            name,
+            shape=(views, n, *tail),
+            chunks=(1, shard_rows, *tail),
+            dtype=dtype,
+            compressors=chain,
+            dimension_names=["view", "image", "edge"][: 2 + len(tail)],
+            config=always,
+        )
+    group.create_array(
+        "records",
+        shape=(views, shards, RECORD.itemsize),
+        chunks=(1, 1, RECORD.itemsize),
+        dtype="uint8",
+        compressors=[Crc32cCodec()],
+        dimension_names=["view", "shard", "byte"],
+        fill_value=0,
+        config=always,
+    )
+    folder = group.create_group("images")
+    for field in fields(Images):
+        column = getattr(images, field.name)
+        text = column.dtype.kind in "OUT"
+        stored = folder.create_array(
+            field.name,
+            shape=column.shape,
+            chunks=(min(n, 1 << 16), *column.shape[1:]),
+            dtype=str if text else column.dtype,
+            compressors=chain,
+            dimension_names=["image", "byte"][: column.ndim],
+            config=always,
+        )
+        stored[:] = column.astype(object) if text else column
+    sync_tree(scratch)
+    try:
+        os.rename(scratch, path)
+    except OSError:
+        shutil.rmtree(scratch)
+        if not path.exists():
+            raise
+        return False
+    sync_folder(path.parent)
+    return True
+
+
+def how_to_read(codec: dict) -> str:
+    return (
+        "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
+        "of the decoded image), mirrored left-right if flips[view, image]. Decode a row with: " + codec["formula"] + ". Believe a shard "
+        "(rows shard*shard_rows … of one view) only if records[view, shard] is not zero: an unwritten shard reads as zeros. Rows whose "
+        "images/status is not 0 have no label. A record is the struct of record_fields, packed."
+    )
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's content to the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries (names, renames) to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            sync_file(Path(folder, name))
+        sync_folder(Path(folder))
+
+

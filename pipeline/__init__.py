@@ -1,0 +1,1 @@
+"""Everything between an image folder and a trained student."""

@@ -1,0 +1,234 @@
+"""The recipe: one YAML file, typed and validated at load. Every field says its unit and meaning; an unknown key gets the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+
+from cache.codec import CODECS, DEFAULT
+from cache.schema import MealError
+
+Pair = Annotated[tuple[float, float], Strict(False)]
+Colour = Annotated[tuple[float, float, float], Strict(False)]
+Interpolation = Literal["bilinear", "bicubic"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(MealError):
+    """A config, or an override of one, that asks for something that doesn't exist or makes no sense."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSpec(Section):
+    """A timm model and where its weights come from."""
+
+    model: str = Field(description="timm name, with its tag where timm has several weights: resnet50.ram_in1k")
+    checkpoint: str | None = Field(None, description="file of weights (.safetensors, .pth, .pt); otherwise timm's from the hub")
+    pretrained: bool = Field(True, description="without a checkpoint: start from timm's weights (false: from random ones, a student only)")
+    image_size: int | None = Field(None, ge=8, description="input size in pixels; otherwise the model's own")
+    mean: Colour | None = Field(None, description="normalisation of RGB in 0 … 1; otherwise the model's own")
+    std: Colour | None = Field(None, description="likewise")
+
+
+class Crops(Section):
+    """RandomResizedCrop and flip: what the teachers and the student see."""
+
+    views: int = Field(1, ge=1, description="random crops per image")
+    scale: Pair = Field((0.08, 1.0), description="least and greatest share of the image's area")
+    ratio: Pair = Field((3 / 4, 4 / 3), description="least and greatest width over height")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
+    seed: int = Field(0, ge=0, lt=2**64, description="of the crops and of the store's row order")
+    interpolation: Interpolation = Field("bilinear", description="of the resize, with anti-aliasing, for every teacher and student")
+    exif: Literal["ignore", "apply"] = Field("ignore", description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)")
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: Pair) -> Pair:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be two numbers above 0, the smaller first")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _share(cls, value: Pair) -> Pair:
+        if value[1] > 1:
+            raise ValueError("must not exceed 1, the whole image")
+        return value
+
+
+class Store(Section):
+    """How labels are made and kept. All of it belongs to a store: other values need another store."""
+
+    codec: str = Field(DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), float16 or float32")
+    batch_size: int = Field(64, ge=1, description="crops per forward pass of a teacher")
+    precision: Precision = Field("float32", description="of the teachers' forward pass; their softmax and mean are float32 always")
+    shard_rows: int | None = Field(None, ge=1, description="images per shard, the unit that is done or not; otherwise near 32 MiB of labels")
+    views_per_decode: int = Field(4, ge=1, description="views made from one decode of an image (not recorded: labels don't depend on it)")
+
+    @field_validator("codec")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in CODECS:
+            raise ValueError(f"must be one of {', '.join(CODECS)}{_nearest(value, CODECS)}")
+        return value
+
+
+class Render(Section):
+    backend: Literal["cpu", "gpu"] = Field("cpu", description="where images are decoded and resized; a store is replayed on the one it was made on")
+    threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
+
+
+class Train(Section):
+    """The student's loop. The defaults are MEAL V2's (arXiv 2009.08453, Sec. 4)."""
+
+    labels: Literal["soft", "hard"] = Field("soft", description="the store's soft labels, or the class folders (the baseline, and own teachers)")
+    image_size: int = Field(224, ge=8, description="pixels")
+    epochs: int = Field(180, ge=1)
+    batch_size: int = Field(512, ge=2, description="images per step, over all processes")
+    lr: float = Field(0.01, gt=0, description="learning rate at the start")
+    milestones: Annotated[tuple[int, ...], Strict(False)] = Field((100,), description="epochs, counted from 0, from which gamma applies once more")
+    gamma: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of forward and backward pass; weights and loss are float32 always")
+    views: int | None = Field(None, ge=1, description="use the first so many views of the store; otherwise all. Epoch e replays view e mod views")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the order of images, a new head, random weights and dropout")
+
+    @model_validator(mode="after")
+    def _milestones(self) -> Train:
+        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            raise ValueError(f"train.milestones must be rising epochs from 1 on, got {list(self.milestones)}")
+        return self
+
+
+class Config(Section):
+    teachers: Annotated[tuple[ModelSpec, ...], Strict(False)] = ()
+    crops: Crops = Crops()
+    store: Store = Store()
+    render: Render = Render()
+    student: ModelSpec | None = None
+    train: Train = Train()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; here it is a number, as people mean it."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None) -> Config:
+    """Read a YAML file, put ``overrides`` (dotted key → value) and then ``settings`` ("dotted.key=YAML value") in, and validate.
+
+    Raises ConfigError with one line that names the field, its value and what it must be.
+    """
+    path = Path(path)
+    try:
+        document = yaml.load(path.read_text(), Loader=_Loader)  # a subclass of SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror}); the recipes that come with the project are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold sections (teachers, crops, store, student, train), not a {type(document).__name__}")
+    for key, value in (overrides or {}).items():
+        _put(document, key, value)
+    for setting in settings or ():
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {setting} must be KEY=VALUE, like --set train.lr=0.005")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting}: {text!r} is no YAML value") from None
+        _put(document, key, value)
+    return validate(document, str(path))
+
+
+def validate(document: dict, source: str) -> Config:
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        problems = [_one_line(p) for p in sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{source}: {problems[0]}{more}") from None
+
+
+def _put(document: dict, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place: Any = document
+    for depth, name in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        if isinstance(place, list):
+            place = place[_index(place, name, key)]
+        else:
+            if place.get(name) is None:
+                place[name] = {}
+            place = place[name]
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"--set {key}: {where} is a value, not a section")
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list, name: str, key: str) -> int:
+    if not name.isdigit() or int(name) >= len(place):
+        raise ConfigError(f"--set {key}: {name!r} must be a number from 0 to {len(place) - 1}, the place in the list")
+    return int(name)
+
+
+def _one_line(problem: dict) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        return f"{where} is not known{_nearest(str(problem['loc'][-1]), _fields(problem['loc'][:-1]))}"
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "value_error":
+        text = str(context["error"])
+        return f"{where} {text}, got {_show(got)}" if where and not text.startswith(where) else text
+    bounds = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("above", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("below", "lt"),
+    }
+    if kind in bounds:
+        word, bound = bounds[kind]
+        return f"{where} must be {word} {context[bound]}, got {_show(got)}"
+    message = problem["msg"].replace("Input should be", "must be")
+    return f"{where} {message[0].lower()}{message[1:]}, got {_show(got)}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _fields(location: tuple) -> list[str]:
+    """Names of the keys that a section may hold."""
+    sections = {"teachers": ModelSpec, "student": ModelSpec, "crops": Crops, "store": Store, "render": Render, "train": Train}
+    return list((sections[location[0]] if location else Config).model_fields)
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

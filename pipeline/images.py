@@ -1,0 +1,243 @@
+"""From a folder of class folders to a manifest: which files there are, which of them are images, and what exactly is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cache.schema import UNUSABLE, USABLE, Images, MealError
+from pipeline import philox
+from pipeline.background import ahead
+from pipeline.progress import Progress
+from pipeline.render import Shapes, quiet_decoders, threads_for
+
+SCAN_BATCH = 32
+ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
+
+
+class DataError(MealError):
+    """A data set that isn't there, isn't laid out as expected, or isn't the one that a store was made from."""
+
+
+def split_folder(data: str | Path, split: str) -> Path:
+    """The folder that holds the class folders: DATA/SPLIT if there is one, or DATA itself if it isn't divided into splits."""
+    data = Path(data)
+    if not data.is_dir():
+        raise DataError(f"there is no folder {data}; --data must name a folder of class folders, or one with train/ and val/")
+    splits = [name for name in dict.fromkeys((split, "train", "val")) if _has_folders(data / name)]
+    if split in splits:
+        return data / split
+    if splits:
+        raise DataError(f"{data} has {' and '.join(splits)} but no {split}; name another --split, or add the folder")
+    return data
+
+
+def _has_folders(folder: Path) -> bool:
+    """A split holds class folders; a class that happens to be called train holds pictures."""
+    return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of the class folders, sorted; their places are the class indices."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} has no class folders; it must hold one folder per class, with the images in them")
+    return names
+
+
+def read_class_map(path: str | Path) -> list[str]:
+    """A class map: a text file with one class folder's name a line, whose line number from 0 is its class index."""
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file with one folder name a line") from None
+    if len(set(names)) != len(names) or not names:
+        raise DataError(f"--class-map {path} must hold every class folder's name once, one a line")
+    return names
+
+
+def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every file below the class folders, hidden ones left out: str [n] paths relative to ``folder``, sorted; int32 [n] class index;
+    int64 [n] size in bytes. A class folder that isn't among ``classes`` is an error."""
+    index = {name: i for i, name in enumerate(classes)}
+    found: list[tuple[str, int, int]] = []
+    for name in class_names(folder):
+        if name not in index:
+            raise DataError(
+                f"class folder {name} of {folder} is not among the {len(classes)} classes ({classes[0]}, {classes[1 % len(classes)]}, …); "
+                "pass the --class-map that names it, or take the folder away"
+            )
+        for path, size in _walk(folder / name, name, frozenset()):
+            found.append((path, index[name], size))
+    if not found:
+        raise DataError(f"the class folders of {folder} hold no files")
+    found.sort()
+    paths, indices, sizes = zip(*found, strict=True)
+    return np.array(paths, dtype=object), np.array(indices, dtype=np.int32), np.array(sizes, dtype=np.int64)
+
+
+def _walk(folder: Path, relative: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
+    real = os.path.realpath(folder)
+    if real in above:  # a symbolic link to a folder that it lies in
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        path = f"{relative}/{entry.name}"
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), path, above | {real})
+        else:
+            try:
+                size = entry.stat().st_size
+            except OSError:  # a symbolic link to nothing
+                size = -1
+            yield path, size
+
+
+def scan(folder: Path, classes: Sequence[str], *, exif: str, threads: int | None = None, order_seed: int | None = None) -> Images:
+    """Read and decode every file whole, and note size, digest, dimensions, and why a file is unusable.
+
+    exif: "ignore" or "apply", as the renderer will decode. order_seed: rows in a random order that depends on the seed and the paths
+    (so that a run of rows is a fair sample of the classes); None: sorted by path.
+    """
+    paths, class_index, sizes = list_files(folder, classes)
+    n = len(paths)
+    if order_seed is not None:
+        order = row_order(order_seed, paths)
+        paths, class_index, sizes = paths[order], class_index[order], sizes[order]
+    digest = np.zeros((n, 32), np.uint8)
+    height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
+    reason = np.full(n, "", dtype=object)
+    threads = threads_for(threads)
+    shapes = Shapes(exif=exif, threads=threads)
+
+    def batches() -> Iterator[tuple[range, list[bytes | str]]]:
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, n, SCAN_BATCH):
+                rows = range(start, min(start + SCAN_BATCH, n))
+                yield rows, list(pool.map(lambda row: _read_any(folder, paths[row]), rows))
+
+    with quiet_decoders(), Progress("reading images", n, "images") as progress, ahead(batches()) as loaded:
+        for rows, blobs in loaded:
+            readable = []
+            for row, blob in zip(rows, blobs, strict=True):
+                if isinstance(blob, str):
+                    reason[row] = blob
+                    sizes[row] = max(sizes[row], 0)
+                else:
+                    sizes[row] = len(blob)
+                    digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
+                    readable.append((row, blob))
+            for (row, blob), shape in zip(readable, shapes([blob for _, blob in readable]), strict=True):
+                if shape is None:
+                    reason[row] = why_undecodable(blob)
+                else:
+                    height[row], width[row] = shape
+            progress.advance(len(rows))
+    status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
+    return Images(np.array([_printable(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
+
+
+def row_order(seed: int, paths: np.ndarray) -> np.ndarray:
+    """int64 [n]: a random order of the rows that depends on the seed and on each path alone."""
+    low, high = philox.split(philox.identities(np.array([_printable(p) for p in paths], object)))
+    drawn = philox.words(seed, low, high, ROW_ORDER)
+    return np.lexsort((drawn[:, 1], drawn[:, 0]))
+
+
+def _printable(path: str) -> str:
+    """A path as UTF-8 text; bytes that are none are written as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _read_any(folder: Path, path: str) -> bytes | str:
+    """The file's bytes, or the reason why they can't be used."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "the file's name is not UTF-8"
+    try:
+        blob = (folder / path).read_bytes()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return blob or "empty file"
+
+
+def why_undecodable(blob: bytes) -> str:
+    """A reason for people, for bytes that the renderer failed to decode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(blob)) as image:
+                kind = image.format
+                image.load()
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Exception as error:  # a damaged file can raise anything in Pillow's plugins; the file is unusable in any case
+        return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
+    return f"DALI can't decode this {kind} file"
+
+
+class Reader:
+    """Reads images of a manifest, several at a time, and refuses any that is not, byte for byte, what the manifest saw."""
+
+    def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
+        self.folder, self.images = folder, images
+        self.pool = ThreadPoolExecutor(threads_for(threads))
+
+    def __call__(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
+        return list(self.pool.map(self._one, rows))
+
+    def _one(self, row: int) -> bytes:
+        path = self.folder / self.images.path[row]
+        try:
+            blob = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} can't be read any more ({error.strerror}); put the image back as it was, or generate a new store") from None
+        if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
+            raise DataError(
+                f"{path} has changed since the manifest was made ({len(blob)} bytes, then {self.images.bytes[row]}); "
+                "put the image back as it was, or generate a new store"
+            )
+        return blob
+
+
+def require_same_files(folder: Path, images: Images, classes: Sequence[str], made: str) -> None:
+    """Raises DataError unless the folder holds exactly the files of the manifest, with the same sizes (contents are compared when read)."""
+    paths, class_index, sizes = list_files(folder, classes)
+    paths = np.array([_printable(p) for p in paths], object)
+    order = np.argsort(images.path)
+    if np.array_equal(paths, images.path[order]):
+        changed = np.flatnonzero((sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order]))
+        if len(changed) == 0:
+            return
+        first, count, what = paths[changed[0]], len(changed), "of another size or class"
+    else:
+        here, there = set(paths), set(images.path)
+        missing, added = sorted(there - here), sorted(here - there)
+        first, count, what = (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
+    raise DataError(
+        f"{folder} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "
+        "pass the folder it was made from, or generate a new store"
+    )
+
+
+def unusable_summary(images: Images) -> list[str]:
+    """One line per kind of unusable file: count, reason, first example."""
+    lines = []
+    bad = images.status != USABLE
+    kinds: dict[str, list[str]] = {}
+    for path, reason in zip(images.path[bad], images.reason[bad], strict=True):
+        kinds.setdefault(reason.split(":")[0], []).append(f"{path} ({reason})")
+    for examples in kinds.values():
+        lines.append(f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else ""))
+    return lines
+
