@@ -61,23 +61,24 @@ class StoreWriter:
             raise StoreError(f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image")
         for name, block in (("labels", codes), ("boxes", boxes), ("flips", flips)):
             schema.array(self.group, name)[view, rows] = block
-            self._sync(name, view, shard, block.ndim)
+            self._sync(name, view, shard)
         record = np.zeros(1, schema.RECORD)
         record["magic"], record["view"], record["shard"] = schema.RECORD_MAGIC, view, shard
         record["labelled"] = usable.sum()
         probabilities = self.store.codec.decode(codes[usable])
         record["entropy"] = codecs.entropy(probabilities).sum()
         record["agreeing"] = (probabilities.argmax(axis=1) == images.class_index[rows][usable]).sum()
-        record["stored_bytes"] = self._file("labels", view, shard, 3).stat().st_size
+        record["stored_bytes"] = self._file("labels", view, shard).stat().st_size
         record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, boxes, flips), "u1")
         schema.array(self.group, "records")[view, shard] = record.view("u1")
-        self._sync("records", view, shard, 3)
+        self._sync("records", view, shard)
 
-    def _file(self, name: str, view: int, shard: int, dimensions: int) -> Path:
-        return Path(self.path, name, "c", str(view), str(shard), *["0"] * (dimensions - 2))
+    def _file(self, name: str, view: int, shard: int) -> Path:
+        """Where Zarr keeps a shard: its grid indices as folders, the last axes being one chunk."""
+        return Path(self.path, name, "c", str(view), str(shard), *["0"] * (self.store.array(name).ndim - 2))
 
-    def _sync(self, name: str, view: int, shard: int, dimensions: int) -> None:
-        file = self._file(name, view, shard, dimensions)
+    def _sync(self, name: str, view: int, shard: int) -> None:
+        file = self._file(name, view, shard)
         schema.sync_file(file)
         for folder in file.parents:  # up to the array's own folder, which exists since creation
             schema.sync_folder(folder)

@@ -193,6 +193,12 @@ class Reader:
         self.folder, self.images = folder, images
         self.pool = ThreadPoolExecutor(threads_for(threads))
 
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
     def __call__(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
         return list(self.pool.map(self._one, rows))
 

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from nvidia.dali import fn, types
 
 from cache.schema import USABLE, Images, MealError
 
+STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
 FINGERPRINT_CROPS = 64
 # A black pixel (PPM): what is rendered in the place of an unusable image, so that the others keep their place in the batch.
 BLANK = b"P6 1 1 255\n\0\0\0"
@@ -34,17 +34,6 @@ class RenderError(MealError):
 def threads_for(threads: int | None) -> int:
     """Decoder threads: as told, or as many as this process may use, at most 16."""
     return threads or min(16, len(os.sched_getaffinity(0)))
-
-
-def describe(backend: str) -> dict:
-    """The renderer as provenance: what pixels depend on besides image, crop and size."""
-    versions = {}
-    for package in ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "unknown"
-    return {"backend": backend, "resize": "slice, then resize with anti-aliasing, then flip", "versions": versions}
 
 
 class _Graph:
@@ -194,7 +183,7 @@ class Shapes(_Graph):
         return self(blobs[:half]) + self(blobs[half:])
 
 
-def fingerprint(images: Images, blobs: Sequence[bytes], rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sizes: Sequence[int], **how: str) -> dict:
+def fingerprint(blobs: Sequence[bytes], rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sizes: Sequence[int], **how) -> dict:
     """Digests of rendered crops, by which a later run knows whether it renders the same pixels.
 
     rows [n], boxes [n, 4], flips [n], blobs: the first usable images and their crops of view 0. Returns what the store keeps.

@@ -1,0 +1,171 @@
+"""The command line. Commands only translate: what they do is in pipeline/ and cache/."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Group(click.Group):
+    """Commands in the order of the work, the nearest name for an unknown one, and one line for what a user can mend."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and (close := difflib.get_close_matches(args[0], self.commands, 1)):
+            ctx.fail(f"No such command '{args[0]}'. Did you mean {close[0]}?")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from cache.schema import MealError
+
+        try:
+            return super().invoke(ctx)
+        except MealError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        except KeyboardInterrupt:
+            click.echo("stopped; run the same command again to go on from what is finished", err=True)
+        except BrokenPipeError:
+            sys.stderr.close()
+        except OSError as error:  # a full disk, a folder without permission
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}; mend that and run the same command again", err=True)
+        ctx.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def main() -> None:
+    """Offline MEAL V2: label every crop once with an ensemble of teachers, then train students from the stored labels."""
+
+
+def options(*several: Callable) -> Callable:
+    def apply(command: Callable) -> Callable:
+        for option in reversed(several):
+            command = option(command)
+        return command
+
+    return apply
+
+
+folder = click.Path(path_type=Path)
+config_option = click.option("--config", required=True, type=folder, help="Recipe, a YAML file; those of the project are in configs/.")
+set_option = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a value of the config: train.lr=0.005.")
+data_option = click.option(
+    "--data", required=True, type=folder, help="Folder of class folders, or of train/ and val/ that hold them."
+)
+device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where models run.  [default: cuda if there is one]")
+class_map_option = click.option(
+    "--class-map",
+    metavar="imagenet-1k|FILE",
+    help="Class folders in the order of the models' outputs, where the folders are a subset: ImageNet's, or a file with a name a line.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+class TeacherType(click.ParamType):
+    name = "MODEL[=CHECKPOINT]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        model, equals, checkpoint = value.partition("=")
+        if not model or (equals and not checkpoint):
+            self.fail(f"{value!r} must be MODEL or MODEL=CHECKPOINT, like resnet50.ram_in1k=weights.safetensors", param, ctx)
+        return {"model": model, "checkpoint": checkpoint or None}
+
+
+MODEL = TeacherType()
+
+
+@main.command("generate-labels", short_help="Stage one: label every crop with the teachers.")
+@options(
+    config_option,
+    data_option,
+    click.option("--store", required=True, type=folder, help="Label store: made, finished or extended."),
+    click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Replaces the config's teachers; give it several times."),
+    click.option("--views", type=int, help="Crops per image; more than the store has extends it."),
+    click.option("--split", default="train", show_default=True, help="Folder of --data to label."),
+    class_map_option,
+    device_option,
+    click.option("--batch-size", type=int, help="Crops per forward pass of a teacher; belongs to the store."),
+    click.option("--worker", metavar="I/N", help="Do the I-th of N shares, I from 0. Combines with torchrun."),
+    click.option("--strict", is_flag=True, help="Stop at an unusable file instead of leaving it out."),
+    set_option,
+)
+def generate_labels(config, data, store, teachers, views, split, class_map, device, batch_size, worker, strict, settings):
+    """Label every crop of every image once, with the mean softmax of the teachers, into a Zarr store.
+
+    Run again, it finishes what is missing and touches nothing that is done. With more --views it extends the store.
+
+    \b
+    Example:
+      python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr
+      python cli.py generate-labels --config configs/smoke_cpu.yaml --data photos --store labels.zarr \\
+          --teacher tf_efficientnet_lite1=lite1.safetensors --teacher tf_efficientnet_lite2=lite2.safetensors --views 2
+    """
+    from pipeline.generate import generate
+
+    recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
+    generate(
+        recipe,
+        data,
+        store,
+        split=split,
+        classes=_class_map(class_map),
+        device=_device(device),
+        worker=_worker(worker),
+        strict=strict,
+    )
+
+
+def _recipe(path: Path, settings: tuple[str, ...], overrides: dict[str, Any]) -> Any:
+    from pipeline import config
+
+    return config.load(path, {key: value for key, value in overrides.items() if value not in (None, [])}, list(settings))
+
+
+def _class_map(name: str | None) -> list[str] | None:
+    if name is None:
+        return None
+    if name == "imagenet-1k":
+        from pipeline.models import imagenet_classes
+
+        return imagenet_classes()
+    from pipeline.images import read_class_map
+
+    return read_class_map(name)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi")
+    if name == "cpu" or not torch.cuda.is_available():
+        from pipeline.memory import keep_freed_memory
+
+        keep_freed_memory()
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda")
+
+
+def _worker(text: str | None) -> tuple[int, int]:
+    """I/N of the command line times torchrun's rank and world size."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    index, slash, count = (text or "0/1").partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise click.BadParameter(f"{text!r} must be I/N with I from 0 to N-1, like 0/4", param_hint="--worker")
+    return int(index) * world + rank, int(count) * world
+
+
+if __name__ == "__main__":
+    main()

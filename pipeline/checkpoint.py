@@ -1,0 +1,64 @@
+"""Files of a run, written so that a kill at any moment leaves the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cache.schema import MealError, sync_folder
+from pipeline.models import METADATA, Model
+
+
+class RunError(MealError):
+    """A run directory that can't be gone on with."""
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Let ``save`` write beside ``path``, force it to the disk, then rename it to ``path``."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save(scratch)
+        with open(scratch, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def save_model(path: Path, model: Model, facts: dict) -> None:
+    """A student as safetensors under timm's own tensor names; the header says how to use it, and ``facts`` of how it came about.
+
+    ``timm.create_model(MODEL, num_classes=…, checkpoint_path=PATH)`` loads it; so does MODEL=PATH everywhere in this tool.
+    """
+    described = {
+        "model": model.name,
+        "classes": model.classes,
+        "image_size": model.image_size,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "interpolation": model.interpolation,
+        **facts,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.module.state_dict().items()}
+    write(path, lambda scratch: save_file(tensors, scratch, metadata={"format": "pt", METADATA: json.dumps(described)}))
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Everything that a run needs to go on: tensors, numbers and strings only."""
+    write(path, lambda scratch: torch.save(state, scratch))
+
+
+def load_state(path: Path) -> dict | None:
+    """None if there is nothing to go on from. Raises RunError if the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
+        raise RunError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); choose another --out, or delete that folder to start again") from None

@@ -1,0 +1,302 @@
+"""Stage one: images → crops → render → teachers → mean softmax → label store."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache import LabelStore, schema
+from cache.claims import holders
+from cache.codec import CODECS, Codec
+from cache.schema import USABLE, Images, StoreError, canonical_digest
+from cache.writer import StoreWriter
+from pipeline import crops, images, philox, render
+from pipeline.background import ahead
+from pipeline.config import Config
+from pipeline.images import DataError
+from pipeline.models import Model, ModelError, ensemble, load_teachers
+from pipeline.progress import Progress, duration, say
+
+
+@dataclass
+class Unit:
+    """Work that is done or not: some views of one shard."""
+
+    views: list[int]
+    shard: int
+
+
+def generate(
+    config: Config,
+    data: Path,
+    path: Path,
+    *,
+    split: str = "train",
+    classes: list[str] | None = None,
+    device: torch.device = torch.device("cpu"),
+    worker: tuple[int, int] = (0, 1),
+    strict: bool = False,
+) -> LabelStore:
+    """Make a label store, or finish or extend the one that is there.
+
+    classes: class folders in the order of the teachers' outputs (a class map); None: the folders' names, sorted.
+    worker: (i, n), this process does every n-th unit of work from the i-th on. strict: an unusable file is an error.
+    Raises MealError for whatever the user can mend.
+    """
+    folder = images.split_folder(data, split)
+    teachers = load_teachers(config.teachers, device)
+    for teacher in teachers:
+        for line in [f"teacher {teacher.name}, {teacher.image_size} px, {teacher.classes} classes", *teacher.notes]:
+            say(line)
+    if not path.exists():
+        if worker[0] == 0:
+            _create(config, folder, path, classes or images.class_names(folder), teachers, device, strict)
+        else:
+            _wait_for(path)
+    writer = StoreWriter(path)
+    _require_same_recipe(writer.store, config, teachers, device)
+    if classes is not None and classes != writer.store.class_names:
+        raise StoreError(f"{path} was made with another --class-map; pass that one again, or generate a new store")
+    images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
+    require_same_pixels(writer.store, folder, config.render.threads)
+    if config.crops.views > writer.store.views:
+        if worker[0] == 0:
+            say(f"extending {path} from {writer.store.views} to {config.crops.views} views")
+            writer.grow(config.crops.views)
+        else:
+            while writer.store.views < config.crops.views:
+                time.sleep(1)
+                writer = StoreWriter(path)
+    _fill(config, writer, folder, teachers, device, worker)
+    return LabelStore.open(path)
+
+
+def _create(config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool) -> None:
+    if len(classes) != teachers[0].classes:
+        raise DataError(
+            f"{folder} has {len(classes)} classes, the teachers have {teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
+            "the teachers' classes, or teachers of these classes"
+        )
+    found = images.scan(folder, classes, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
+    bad = images.unusable_summary(found)
+    for line in bad:
+        say(line)
+    if strict and bad:
+        raise DataError(f"{int((found.status != USABLE).sum())} of {len(found)} files are unusable ({bad[0]}); remove them, or drop --strict to leave them out")
+    if len(found.usable) == 0:
+        raise DataError(f"{folder} holds no image that can be used ({bad[0]})")
+    codec = CODECS[config.store.codec]
+    chunk_rows, shard_rows = schema.shard_rows_for(len(found), len(classes), np.dtype(codec.dtype).itemsize)
+    if config.store.shard_rows:
+        shard_rows = config.store.shard_rows
+        chunk_rows = min(chunk_rows, shard_rows & -shard_rows)  # the largest power of two that divides it
+    provenance = _recipe(config, codec, teachers, device) | {
+        "data": {
+            "images": len(found),
+            "usable": len(found.usable),
+            "manifest": found.manifest_digest(),
+            "classes": canonical_digest({"names": classes}).hex(),
+        },
+        "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
+    }
+    rows = render.fingerprint_rows(found)
+    boxes, flips = crops.draw(config.crops, philox.identities(found.path[rows]), found.height[rows], found.width[rows], 0)
+    attributes = {
+        "codec": codec.describe(),
+        "class_names": classes,
+        "provenance": provenance,
+        "fingerprint": _fingerprint(folder, found, rows, boxes, flips, {t.image_size for t in teachers}, provenance, config.render.threads),
+        "made_with": made_with(),
+    }
+    first = schema.create(
+        path, images=found, views=config.crops.views, classes=len(classes), chunk_rows=chunk_rows, shard_rows=shard_rows, attributes=attributes
+    )
+    if first:
+        say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
+
+
+def _recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.device) -> dict:
+    """What the labels depend on besides the images: the part of the provenance that a command line decides."""
+    return {
+        "teachers": [teacher.describe() for teacher in teachers],
+        "crops": {"policy": "random-resized-crop", "tries": crops.TRIES, **config.crops.model_dump(mode="json", exclude={"views"})},
+        "renderer": {"backend": config.render.backend, "steps": render.STEPS},
+        "codec": codec.describe(),
+        "compute": {"batch_size": config.store.batch_size, "precision": config.store.precision, "device": device.type},
+    }
+
+
+def made_with() -> dict:
+    """Versions, for the record: whether they matter is what fingerprints and digests decide."""
+    names = ("torch", "timm", "numpy", "zarr", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+_REPAIRS = {
+    "teachers": "pass the same teachers and checkpoints",
+    "crops": "use the same crops section",
+    "renderer": "use the same render.backend",
+    "codec": "use the same store.codec",
+    "compute": "use the same --batch-size, --device and store.precision, since other batches move the labels' last bits",
+}
+
+
+def _require_same_recipe(store: LabelStore, config: Config, teachers: list[Model], device: torch.device) -> None:
+    """Raises StoreError with the first thing in which this command differs from the one that made the store."""
+    now = _recipe(config, CODECS[config.store.codec], teachers, device)
+    for section, wanted in now.items():
+        difference = _first_difference(section, store.provenance[section], wanted)
+        if difference:
+            where, theirs, ours = difference
+            raise StoreError(f"{store.path} was made with {where} {theirs}, this is {ours}; {_REPAIRS[section]}, or generate a new store")
+
+
+def _first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = [(f"{where}.{key}", theirs.get(key), ours.get(key)) for key in theirs | ours]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = [(f"{where}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
+    elif isinstance(theirs, list) and isinstance(ours, list) and where == "teachers":
+        return where, [t["model"] for t in theirs], [t["model"] for t in ours]
+    else:
+        return None if theirs == ours else (where, _short(theirs), _short(ours))
+    return next((found for pair in pairs if (found := _first_difference(*pair))), None)
+
+
+def _short(value: object) -> object:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
+
+
+def _fingerprint(
+    folder: Path, found: Images, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sizes: set[int], provenance: dict, threads: int | None
+) -> dict:
+    how = {"interpolation": provenance["crops"]["interpolation"], "exif": provenance["crops"]["exif"], "backend": provenance["renderer"]["backend"]}
+    with images.Reader(folder, found, threads) as read:
+        return render.fingerprint(read(rows), rows, boxes, flips, sorted(sizes), threads=threads, **how)
+
+
+def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) -> None:
+    """Render the fingerprint's crops again. Raises StoreError if any pixel differs from what the teachers saw."""
+    kept = store.attributes["fingerprint"]
+    rows, boxes, flips = np.array(kept["rows"]), np.array(kept["boxes"]), np.array(kept["flips"])
+    now = _fingerprint(folder, store.images, rows, boxes, flips, {int(s) for s in kept["digests"]}, store.provenance, threads)
+    differing = [size for size in kept["digests"] if kept["digests"][size] != now["digests"][size]]
+    if differing:
+        made = store.attributes["made_with"]
+        versions = [f"{name} {made.get(name)} then, {ours} now" for name, ours in made_with().items() if made.get(name) != ours]
+        raise StoreError(
+            f"{store.path}: this machine renders other pixels than the teachers saw (at {', '.join(differing)} px; {'; '.join(versions) or 'same versions'}); "
+            "install the versions it was made with, or train with --allow-renderer-difference"
+        )
+
+
+def _wait_for(path: Path) -> None:
+    say(f"waiting for worker 0 to create {path}")
+    while not path.exists():
+        time.sleep(1)
+
+
+def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int]) -> None:
+    """Label whatever this worker's share is missing."""
+    store = writer.store
+    units = _units(store.finished(), config.store.views_per_decode)[worker[0] :: worker[1]]
+    size = {shard: len(range(*store.shard_slice(shard).indices(len(store.images)))) for shard in range(store.shards)}
+    total = sum(len(unit.views) * size[unit.shard] for unit in units)
+    left_to_others = 0
+    with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
+        for unit in units:
+            with writer.claimed(unit.views, unit.shard) as views:
+                left_to_others += len(unit.views) - len(views)
+                if views:
+                    _label(config, writer, read, teachers, device, Unit(views, unit.shard), progress)
+    if progress.done:
+        say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
+    done, of = store.progress()
+    if done == of:
+        say(f"{store.path} is complete: {of} of {of} shards")
+    elif left_to_others and (busy := holders(writer.claims)):
+        say(f"{done} of {of} shards are done; others are at work on {store.path} ({', '.join(sorted(set(busy)))})")
+    else:
+        say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
+
+
+def _units(finished: np.ndarray, views_per_decode: int) -> list[Unit]:
+    """Every unfinished shard, the views that share its decodes together; early views first, so that they become trainable first."""
+    views, shards = finished.shape
+    units = []
+    for first in range(0, views, views_per_decode):
+        for shard in range(shards):
+            missing = [v for v in range(first, min(first + views_per_decode, views)) if not finished[v, shard]]
+            if missing:
+                units.append(Unit(missing, shard))
+    return units
+
+
+def _label(
+    config: Config, writer: StoreWriter, read: images.Reader, teachers: list[Model], device: torch.device, unit: Unit, progress: Progress
+) -> None:
+    """Label and write one unit. Batches are cut by place in the shard, one view a batch, an unusable image keeping its place."""
+    store, batch_size = writer.store, config.store.batch_size
+    rows = np.arange(*writer.store.shard_slice(unit.shard).indices(len(store.images)))
+    usable = store.images.status[rows] == USABLE
+    boxes, flips = draw(config, store.images, rows, unit.views)
+    codes = np.zeros((len(unit.views), len(rows), store.classes), dtype=store.codec.dtype)
+    renderer = render.Crops(
+        [t.image_size for t in teachers],
+        len(unit.views),
+        batch_size,
+        interpolation=config.crops.interpolation,
+        exif=config.crops.exif,
+        backend=config.render.backend,
+        threads=config.render.threads,
+    )
+
+    def rendered() -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
+        for start in range(0, len(rows), batch_size):
+            cut = slice(start, min(start + batch_size, len(rows)))
+            blobs = iter(read(rows[cut][usable[cut]]))
+            filled = [next(blobs) if good else render.BLANK for good in usable[cut]]
+            shown = np.where(usable[cut][None, :, None], boxes[:, cut], np.array([0, 0, 1, 1]))
+            yield cut, renderer(filled, shown, flips[:, cut])
+
+    with ahead(rendered()) as batches:
+        for cut, views in batches:
+            for i, pixels in enumerate(views):
+                pixels = {size: p.to(device) for size, p in pixels.items()}
+                p = ensemble(teachers, pixels, config.store.precision)
+                good = usable[cut]
+                if not torch.isfinite(p[torch.from_numpy(good).to(device)]).all():
+                    _blame(teachers, pixels, good, store.images.path[rows[cut]], config.store.precision)
+                codes[i, cut][good] = store.codec.encode(p.cpu().numpy()[good])
+                progress.advance(cut.stop - cut.start)
+    for i, view in enumerate(unit.views):
+        writer.write(view, unit.shard, codes[i], boxes[i], flips[i])
+
+
+def draw(config: Config, manifest: Images, rows: np.ndarray, views: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Crops of some rows: int32 [views, rows, 4] and bool [views, rows], zeros where the image is unusable."""
+    boxes = np.zeros((len(views), len(rows), 4), np.int32)
+    flips = np.zeros((len(views), len(rows)), bool)
+    good = np.flatnonzero(manifest.status[rows] == USABLE)
+    identity = philox.identities(manifest.path[rows[good]])
+    for i, view in enumerate(views):
+        boxes[i, good], flips[i, good] = crops.draw(config.crops, identity, manifest.height[rows[good]], manifest.width[rows[good]], view)
+    return boxes, flips
+
+
+def _blame(teachers: list[Model], pixels: dict[int, torch.Tensor], usable: np.ndarray, paths: np.ndarray, precision: str) -> None:
+    for teacher in teachers:
+        with torch.inference_mode():
+            bad = ~torch.isfinite(teacher(pixels[teacher.image_size], precision)).all(dim=1).cpu().numpy() & usable
+        if bad.any():
+            raise ModelError(
+                f"teacher {teacher.name} gives no finite output for {paths[np.argmax(bad)]} (precision {precision}); "
+                "check its checkpoint, or use store.precision: float32"
+            )

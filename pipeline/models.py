@@ -1,0 +1,258 @@
+"""timm models as teachers and students: names, weights, own normalisation, and the ensemble's mean softmax. Only this module knows timm."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch import nn
+
+from cache.schema import MealError
+from pipeline.config import ModelSpec
+
+METADATA = "meal_v2"  # key of a checkpoint's description in a safetensors header
+# Names of the paper, its authors' code and the timm of 2020, that today's timm doesn't know or knows without their weights' tag.
+ALIASES = {
+    "resnet152_v1s": "resnet152s.gluon_in1k",
+    "gluon_resnet152_v1s": "resnet152s.gluon_in1k",
+    "gluon_senet154": "senet154.gluon_in1k",
+    "efficientnet_b4_ns": "tf_efficientnet_b4.ns_jft_in1k",
+    "tf_efficientnet_b4_ns": "tf_efficientnet_b4.ns_jft_in1k",
+}
+
+
+class ModelError(MealError):
+    """A model that timm doesn't know, or weights that can't be had or don't fit."""
+
+
+@dataclass
+class Model:
+    """A timm model with what it expects of its input. Calling it takes uint8 pixels and gives logits."""
+
+    module: nn.Module
+    name: str  # timm name with its tag
+    classes: int
+    image_size: int  # pixels
+    mean: tuple[float, float, float]  # of RGB in 0 … 1
+    std: tuple[float, float, float]
+    interpolation: str  # of evaluation's resize
+    notes: list[str] = field(default_factory=list)  # what a user should be told of how it was loaded
+
+    def to(self, device: torch.device) -> Model:
+        self.module.to(device)
+        return self
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, height, width, 3] → float32 [n, 3, height, width], (x / 255 − mean) / std, on the pixels' device."""
+        mean, std = (torch.tensor(c, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1) for c in (self.mean, self.std))
+        return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
+    def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
+        """uint8 [n, height, width, 3] on the model's device → float32 logits [n, classes]; ``precision`` of the forward pass."""
+        x = self.normalise(pixels)
+        with torch.autocast(x.device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
+            return self.module(x).float()
+
+    def digest(self) -> str:
+        """Hex sha256 over the sorted tensors (name, dtype, shape, bytes): known by the weights, whatever file they came in."""
+        h = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if name.endswith("num_batches_tracked"):  # counts training steps; no output depends on it
+                continue
+            h.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
+
+    def describe(self) -> dict:
+        """The model as provenance."""
+        return {
+            "model": self.name,
+            "weights": self.digest(),
+            "classes": self.classes,
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+        }
+
+
+def imagenet_classes() -> list[str]:
+    """WordNet ids of the 1,000 classes of ImageNet, in the order of the models' outputs (the list that timm ships)."""
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
+def resolve(name: str) -> str:
+    """A timm name with its tag: ``resnet50`` → ``resnet50.a1_in1k``. Raises ModelError with the nearest name if timm has no such model."""
+    name = ALIASES.get(name, name)
+    if ":" in name:  # hf-hub:… and local-dir:…, which timm resolves itself
+        return name
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ModelError(f"timm has no model {architecture}{_nearest(architecture, timm.list_models() + list(ALIASES))}")
+    known = [n for n in timm.list_pretrained(architecture) if n.partition(".")[0] == architecture]
+    if tag and name not in known and not _has_tag(name):
+        raise ModelError(f"timm has no weights {tag} of {architecture}{_nearest(name, known)}")
+    if not tag:
+        try:
+            config = timm.get_pretrained_cfg(name)
+        except RuntimeError:
+            config = None
+        if config is not None and config.tag:
+            return f"{config.architecture}.{config.tag}"
+    return name
+
+
+def _has_tag(name: str) -> bool:
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False) is not None
+    except RuntimeError:
+        return False
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 3, 0.5)
+    return f"; near it are {', '.join(close)}" if close else "; timm.list_models() lists what there is"
+
+
+def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None = None, seed: int = 0) -> Model:
+    """Build a model with its weights, on the CPU, in evaluation mode.
+
+    classes: give it this many (a head of another size is replaced by a new one, and that is noted); None: as many as its weights have.
+    image_size: input size in pixels, before the spec's and the model's own. seed: of random weights and of a new head.
+    """
+    name = resolve(spec.model)
+    weights, written = _read(Path(spec.checkpoint)) if spec.checkpoint else (None, {})
+    if written and _architecture(written["model"]) != _architecture(name):
+        raise ModelError(f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {_architecture(written['model'])}={spec.checkpoint}")
+    config = _config(name)
+    default_size = config["input_size"][-1]
+    size = image_size or spec.image_size or written.get("image_size") or default_size
+    options = {"img_size": size} if size != default_size and config.get("fixed_input_size") else {}
+    notes = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights is not None:
+            found = _head_size(weights, config, str(spec.checkpoint))
+            module = _create(name, pretrained=False, num_classes=found, **options)
+            _fit(module, weights, spec.checkpoint, name)
+        elif spec.pretrained:
+            module = _create(name, pretrained=True, **options)
+            found = module.num_classes
+        else:
+            found = classes or config["num_classes"]
+            module = _create(name, pretrained=False, num_classes=found, **options)
+            notes.append(f"{name} starts from random weights")
+        if classes is not None and found != classes:
+            module.reset_classifier(classes)
+            notes.append(f"{name} had a head of {found} classes; it starts with a new one of {classes}")
+    return Model(
+        module.eval().to(memory_format=torch.channels_last),  # as the renderer's pixels lie; convolutions are faster so
+        name,
+        classes if classes is not None else found,
+        size,
+        tuple(spec.mean or written.get("mean") or config["mean"]),
+        tuple(spec.std or written.get("std") or config["std"]),
+        written.get("interpolation") or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
+        notes,
+    )
+
+
+def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:
+    """Teachers of one class count and of different weights, on the device. Raises ModelError otherwise."""
+    if not specs:
+        raise ModelError("there is no teacher; name some under teachers: in the config, or with --teacher MODEL[=CHECKPOINT]")
+    teachers = []
+    for spec in specs:
+        if spec.checkpoint is None and not spec.pretrained:
+            raise ModelError(f"teacher {spec.model} has no weights; give it a checkpoint, or drop pretrained: false")
+        teachers.append(load(spec))
+    counts = {t.classes for t in teachers}
+    if len(counts) > 1:
+        raise ModelError("the teachers' classes differ: " + ", ".join(f"{t.name} has {t.classes}" for t in teachers) + "; their mean needs the same ones")
+    seen: dict[str, str] = {}
+    for teacher in teachers:
+        digest = teacher.digest()
+        if digest in seen:
+            raise ModelError(f"teachers {seen[digest]} and {teacher.name} have the same weights; an ensemble needs different models")
+        seen[digest] = teacher.name
+    return [t.to(device) for t in teachers]
+
+
+def mean_softmax(logits_tbc: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Eq. 1 of MEAL V2: per teacher logits [batch, classes] → float32 [batch, classes], the mean of the teachers' softmax."""
+    return torch.stack([logits.float().softmax(dim=1) for logits in logits_tbc]).mean(dim=0)
+
+
+@torch.inference_mode()
+def ensemble(teachers: Sequence[Model], pixels: dict[int, torch.Tensor], precision: str) -> torch.Tensor:
+    """uint8 pixels [n, size, size, 3] by size → float32 [n, classes]: each teacher sees the crop at its own size, in its own normalisation."""
+    return mean_softmax([teacher(pixels[teacher.image_size], precision) for teacher in teachers])
+
+
+def _architecture(name: str) -> str:
+    return name.partition(".")[0] if ":" not in name else name
+
+
+def _config(name: str) -> dict:
+    if ":" in name:
+        return _create(name, pretrained=False).pretrained_cfg
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        config = None
+    if config is None:
+        return _create(name, pretrained=False).pretrained_cfg
+    return config.to_dict() | {"architecture": config.architecture}
+
+
+def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except Exception as error:  # timm, huggingface_hub and the network raise whatever they like; the user's repair is the same
+        text = " ".join(str(error).split())[:160]
+        if pretrained:
+            raise ModelError(f"the weights of {name} can't be fetched ({text}); check the network, or pass {_architecture(name)}=CHECKPOINT") from None
+        raise ModelError(f"timm can't build {name} with {options} ({text}); choose another image size or model") from None
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(state dict, what this tool wrote of the model or {}). Tensors only: nothing in the file is executed."""
+    if not path.is_file():
+        raise ModelError(f"there is no checkpoint {path}; check the path after MODEL=")
+    try:
+        written = {}
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as f:
+                written = json.loads((f.metadata() or {}).get(METADATA, "{}"))
+        return timm.models.load_state_dict(str(path), weights_only=True), written
+    except Exception as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
+        raise ModelError(f"{path} holds no weights that can be read ({' '.join(str(error).split())[:160]}); pass a .safetensors, .pth or .pt file") from None
+
+
+def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int:
+    heads = config.get("classifier") or ()
+    for head in (heads,) if isinstance(heads, str) else heads:
+        for suffix in (".weight", ".bias"):
+            if head + suffix in weights:
+                return weights[head + suffix].shape[0]
+    raise ModelError(f"{path} has no classifier {heads!r}; pass weights of a whole {config['architecture']}, with its head")
+
+
+def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, name: str) -> None:
+    own = module.state_dict()
+    optional = {key for key in own if key.endswith("num_batches_tracked")}
+    wrong = sorted(own.keys() - weights.keys() - optional) + sorted(weights.keys() - own.keys())
+    wrong += sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
+    if wrong:
+        raise ModelError(f"{path} doesn't fit {name}: {len(wrong)} tensors are missing, foreign or of another shape, the first is {wrong[0]}; name its model")
+    module.load_state_dict(weights, strict=False)
