@@ -126,6 +126,119 @@ def generate_labels(config, data, store, teachers, views, split, class_map, devi
     )
 
 
+@main.command("train-student", short_help="Stage two: train a student from the stored labels.")
+@options(
+    config_option,
+    data_option,
+    click.option("--store", type=folder, help="Label store; needed unless train.labels is hard."),
+    click.option("--out", required=True, type=folder, help="Run directory: made, or gone on with."),
+    click.option("--student", type=MODEL, help="Replaces the config's student."),
+    click.option("--epochs", type=int, help="Epochs in all; epoch e replays view e mod views."),
+    click.option("--batch-size", type=int, help="Images per step."),
+    click.option("--val-data", type=folder, help="Validate on this folder; otherwise on DATA/val if there is one."),
+    click.option("--allow-renderer-difference", is_flag=True, help="Train even if this machine renders other pixels than the teachers saw."),
+    class_map_option,
+    device_option,
+    set_option,
+)
+def train_student(config, data, store, out, student, epochs, batch_size, val_data, allow_renderer_difference, class_map, device, settings):
+    """Train a student on exactly the crops of a label store, against its soft labels.
+
+    The run directory holds metrics.jsonl, config.yaml, last.safetensors and best.safetensors. Run again, it goes on after the last finished epoch.
+    With --set train.labels=hard the same loop trains on the class folders: the baseline, and how own teachers are made (no --store needed).
+
+    \b
+    Example:
+      python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr --out run
+      python cli.py train-student --config configs/smoke_cpu.yaml --data photos --out teacher --set train.labels=hard
+    """
+    from pipeline.student import train
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise click.UsageError("train-student trains in one process so far; start it without torchrun")
+    changed = {"student": _student(config, student, settings), "train.epochs": epochs, "train.batch_size": batch_size}
+    train(
+        _recipe(config, settings, changed),
+        data,
+        out,
+        store=store,
+        classes=_class_map(class_map),
+        validation=val_data,
+        device=_device(device),
+        allow_renderer_difference=allow_renderer_difference,
+    )
+
+
+@main.command("eval", short_help="Top-1 and top-5 of models and of their ensemble.")
+@options(
+    data_option,
+    click.option("--model", "models", multiple=True, required=True, type=MODEL, help="Give it several times for the ensemble's figures too."),
+    click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Compare each model with the mean softmax of these: KL, and agreement."),
+    click.option("--split", default="val", show_default=True, help="Folder of --data to evaluate on."),
+    class_map_option,
+    click.option("--image-size", type=click.IntRange(8), help="Pixels; otherwise each model's own."),
+    click.option("--mean", nargs=3, type=float, help="RGB mean in 0 … 1 for every model; otherwise each model's own."),
+    click.option("--std", nargs=3, type=float, help="Likewise."),
+    click.option("--exif", type=click.Choice(["ignore", "apply"]), default="ignore", show_default=True, help="Turn photographs by their EXIF."),
+    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
+    device_option,
+    json_option,
+)
+def evaluate_models(data, models, teachers, split, class_map, image_size, mean, std, exif, batch_size, device, as_json):
+    """Single-crop accuracy: the shorter side resized to size·256/224, then the central square.
+
+    \b
+    Example:
+      python cli.py eval --data imagenet --model resnet50.ram_in1k
+      python cli.py eval --data photos --class-map imagenet-1k --model resnet18=run/best.safetensors --teacher resnet50=a.pth
+    """
+    from pipeline import images
+    from pipeline.config import ModelSpec
+    from pipeline.evaluate import evaluate
+    from pipeline.models import load
+    from pipeline.report import evaluation_table
+
+    place = _device(device)
+    directory = images.split_folder(data, split)
+
+    def loaded(chosen: Any) -> list:
+        return [load(ModelSpec(**one, mean=mean or None, std=std or None), image_size=image_size).to(place) for one in chosen]
+
+    pupils, references = loaded(models), loaded(teachers)
+    classes = _class_map(class_map) or images.class_names(directory)
+    found = images.scan(directory, classes, exif=exif)
+    for line in images.unusable_summary(found):
+        click.echo(line, err=True)
+    result = evaluate(pupils, directory, found, len(classes), device=place, teachers=references, batch_size=batch_size, exif=exif)
+    click.echo(json.dumps(result)) if as_json else evaluation_table(result)
+
+
+@main.command(short_help="What a label store is, who made it, and how complete it is.")
+@options(click.argument("store", type=folder), json_option)
+def inspect(store, as_json):
+    """Show a label store: provenance, completeness, bytes per crop, entropy, agreement with the class folders.
+
+    \b
+    Example:
+      python cli.py inspect labels.zarr
+      python cli.py inspect labels.zarr --json
+    """
+    from pipeline.report import store_facts, store_page
+
+    facts = store_facts(store)
+    click.echo(json.dumps(facts)) if as_json else store_page(facts)
+
+
+def _student(config: Path, student: dict | None, settings: tuple[str, ...]) -> dict | None:
+    """--student names model and weights; the config's other wishes for its student (normalisation, size) stay."""
+    if student is None:
+        return None
+    from pipeline.config import load
+
+    kept = load(config, None, list(settings)).student
+    return {**(kept.model_dump(exclude={"model", "checkpoint"}) if kept else {}), **student}
+
+
 def _recipe(path: Path, settings: tuple[str, ...], overrides: dict[str, Any]) -> Any:
     from pipeline import config
 

@@ -32,7 +32,7 @@ def split_folder(data: str | Path, split: str) -> Path:
     data = Path(data)
     if not data.is_dir():
         raise DataError(f"there is no folder {data}; --data must name a folder of class folders, or one with train/ and val/")
-    splits = [name for name in dict.fromkeys((split, "train", "val")) if _has_folders(data / name)]
+    splits = [name for name in dict.fromkeys((split, "train", "val")) if is_split(data, name)]
     if split in splits:
         return data / split
     if splits:
@@ -40,8 +40,9 @@ def split_folder(data: str | Path, split: str) -> Path:
     return data
 
 
-def _has_folders(folder: Path) -> bool:
-    """A split holds class folders; a class that happens to be called train holds pictures."""
+def is_split(data: str | Path, name: str) -> bool:
+    """Whether DATA/NAME is a split, which holds class folders, and not a class that happens to be called train, which holds pictures."""
+    folder = Path(data, name)
     return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
 
 

@@ -1,0 +1,112 @@
+"""What a person sees of a store and of an evaluation: facts as one JSON object, and the same as a page in a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cache import LabelStore
+from cache.schema import USABLE, VERSION
+from cache.writer import stored_bytes
+
+
+def store_facts(path: Path) -> dict:
+    """Everything ``inspect`` tells, from the attributes and the completion records alone: quick however large the store is."""
+    store = LabelStore.open(path)
+    records = store.records()
+    finished = records["magic"] != b""
+    status = store.array("images/status")[:]
+    unusable = np.flatnonzero(status != USABLE)
+    labelled = int(records["labelled"].sum())
+    classified = bool((store.array("images/class_index")[:] >= 0).all())
+    kl, tv = store.codec.max_error(store.classes)
+    return {
+        "store": str(path),
+        "format_version": VERSION,
+        "images": len(status),
+        "usable": int((status == USABLE).sum()),
+        "unusable": _reasons(store, unusable),
+        "classes": store.classes,
+        "views": store.views,
+        "complete_views": int(finished.all(axis=1).sum()),
+        "finished_shards": int(finished.sum()),
+        "shards": finished.size,
+        "complete": bool(finished.all()),
+        "labelled_crops": labelled,
+        "label_bytes_per_crop": float(records["stored_bytes"].sum() / labelled) if labelled else None,
+        "store_bytes": stored_bytes(path),
+        "entropy": float(records["entropy"].sum() / labelled) if labelled else None,
+        "agreement": float(100 * records["agreeing"].sum() / labelled) if labelled and classified else None,
+        "codec": store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
+        **{key: store.provenance[key] for key in ("teachers", "crops", "renderer", "compute", "data", "layout")},
+        "made_with": store.attributes["made_with"],
+        "identity": store.identity.hex(),
+    }
+
+
+def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
+    """Unusable files by kind of reason: count, and one example."""
+    if len(rows) == 0:
+        return []
+    reasons, paths = store.array("images/reason")[:], store.array("images/path")[:]
+    kinds = Counter(str(reasons[row]).split(":")[0] for row in rows)
+    example = {str(reasons[row]).split(":")[0]: str(paths[row]) for row in rows[::-1]}
+    return [{"reason": kind, "files": count, "example": example[kind]} for kind, count in kinds.most_common()]
+
+
+def store_page(facts: dict) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, text: object) -> None:
+        table.add_row(name, str(text))
+
+    state = "complete" if facts["complete"] else "NOT COMPLETE: run the same generate-labels command again"
+    row("store", facts["store"])
+    row("state", f"{state} ({facts['finished_shards']} of {facts['shards']} shards, {facts['complete_views']} of {facts['views']} views)")
+    row("images", f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} classes")
+    for kind in facts["unusable"]:
+        row("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})")
+    for i, teacher in enumerate(facts["teachers"]):
+        row("" if i else "teachers", f"{teacher['model']} at {teacher['image_size']} px, weights {teacher['weights'][:12]}")
+    crops = facts["crops"]
+    row(
+        "crops",
+        f"{facts['views']} views of {crops['policy']}, area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to "
+        f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
+    )
+    codec = facts["codec"]
+    row("codec", f"{codec['name']} ({codec['dtype']}); no label is off by more than KL {codec['largest_kl']:.2g}, TV {codec['largest_tv']:.2g}")
+    if facts["labelled_crops"]:
+        row("size", f"{facts['label_bytes_per_crop']:.0f} bytes per crop, {facts['store_bytes'] / 2**20:,.1f} MiB in all")
+        row("entropy", f"{facts['entropy']:.3f} nats on average")
+        if facts["agreement"] is not None:
+            row("agreement", f"{facts['agreement']:.2f} % of the labels put the class folder first")
+    compute = facts["compute"]
+    row("made on", f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, rendered on {facts['renderer']['backend']}")
+    row("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()))
+    row("identity", facts["identity"])
+    console.print(table)
+
+
+def evaluation_table(result: dict) -> None:
+    """Top-1 and top-5 of each model, of the ensemble and of the teachers."""
+    compared = "teacher_kl" in result["models"][0]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    for name in ("top-1 %", "top-5 %", "loss", *(("KL to teachers", "agreement %") if compared else ())):
+        table.add_column(name, justify="right")
+    for entry in [*result["models"], *(result[key] for key in ("ensemble", "teachers") if key in result)]:
+        cells = [f"{entry['top1']:.2f}", f"{entry['top5']:.2f}", f"{entry['loss']:.4f}"]
+        if "teacher_kl" in entry:
+            cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
+        table.add_row(entry["name"], *cells)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))
