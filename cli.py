@@ -58,9 +58,7 @@ def options(*several: Callable) -> Callable:
 folder = click.Path(path_type=Path)
 config_option = click.option("--config", required=True, type=folder, help="Recipe, a YAML file; those of the project are in configs/.")
 set_option = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a value of the config: train.lr=0.005.")
-data_option = click.option(
-    "--data", required=True, type=folder, help="Folder of class folders, or of train/ and val/ that hold them."
-)
+data_option = click.option("--data", required=True, type=folder, help="Folder of class folders, or of train/ and val/ that hold them.")
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where models run.  [default: cuda if there is one]")
 class_map_option = click.option(
     "--class-map",
@@ -136,7 +134,9 @@ def generate_labels(config, data, store, teachers, views, split, class_map, devi
     click.option("--epochs", type=int, help="Epochs in all; epoch e replays view e mod views."),
     click.option("--batch-size", type=int, help="Images per step."),
     click.option("--val-data", type=folder, help="Validate on this folder; otherwise on DATA/val if there is one."),
-    click.option("--allow-renderer-difference", is_flag=True, help="Train even if this machine renders other pixels than the teachers saw."),
+    click.option(
+        "--allow-renderer-difference", is_flag=True, help="Train even if this machine renders other pixels than the teachers saw."
+    ),
     class_map_option,
     device_option,
     set_option,
@@ -172,14 +172,20 @@ def train_student(config, data, store, out, student, epochs, batch_size, val_dat
 @main.command("eval", short_help="Top-1 and top-5 of models and of their ensemble.")
 @options(
     data_option,
-    click.option("--model", "models", multiple=True, required=True, type=MODEL, help="Give it several times for the ensemble's figures too."),
-    click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Compare each model with the mean softmax of these: KL, and agreement."),
+    click.option(
+        "--model", "models", multiple=True, required=True, type=MODEL, help="Give it several times for the ensemble's figures too."
+    ),
+    click.option(
+        "--teacher", "teachers", multiple=True, type=MODEL, help="Compare each model with the mean softmax of these: KL, and agreement."
+    ),
     click.option("--split", default="val", show_default=True, help="Folder of --data to evaluate on."),
     class_map_option,
     click.option("--image-size", type=click.IntRange(8), help="Pixels; otherwise each model's own."),
     click.option("--mean", nargs=3, type=float, help="RGB mean in 0 … 1 for every model; otherwise each model's own."),
     click.option("--std", nargs=3, type=float, help="Likewise."),
-    click.option("--exif", type=click.Choice(["ignore", "apply"]), default="ignore", show_default=True, help="Turn photographs by their EXIF."),
+    click.option(
+        "--exif", type=click.Choice(["ignore", "apply"]), default="ignore", show_default=True, help="Turn photographs by their EXIF."
+    ),
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
     device_option,
     json_option,
@@ -227,6 +233,29 @@ def inspect(store, as_json):
 
     facts = store_facts(store)
     click.echo(json.dumps(facts)) if as_json else store_page(facts)
+
+
+@main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")
+@options(
+    click.option("--out", type=folder, default="demo", show_default=True, help="Folder for data, runs and store."),
+    device_option,
+    json_option,
+    set_option,
+)
+def demo(out, device, as_json, settings):
+    """Train two teachers, label a store with them, train a student from it and the same student without it, and compare.
+
+    \b
+    Example:
+      python cli.py demo
+    """
+    from pipeline.config import load
+    from pipeline.demo import demo
+
+    recipe = load(Path(__file__).parent / "configs" / "demo_digits.yaml", None, list(settings))
+    result = demo(recipe, out, _device(device), quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(result))
 
 
 def _student(config: Path, student: dict | None, settings: tuple[str, ...]) -> dict | None:

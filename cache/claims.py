@@ -22,7 +22,7 @@ STALE = 300.0  # seconds without one after which a claim of another host is dead
 @contextmanager
 def claim(folder: Path, *names: str) -> Iterator[set[str]]:
     """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     held = {name for name in names if _take(folder / name)}
     stop = threading.Event()
     heart = threading.Thread(target=_beat, args=(folder, held, stop), daemon=True)
@@ -46,7 +46,7 @@ def holders(folder: Path) -> list[str]:
 def _take(path: Path) -> bool:
     for _ in range(2):
         try:
-            path.parent.mkdir(exist_ok=True)  # another worker may just have removed the empty folder
+            path.parent.mkdir(parents=True, exist_ok=True)  # another worker may just have removed the empty folder
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             if not _dead(path):
@@ -86,6 +86,11 @@ def _owner(path: Path) -> dict | None:
         return owner if {"host", "process", "started"} <= owner.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this host is running."""
+    return _started(process) is not None
 
 
 def _started(process: int) -> str | None:

@@ -146,7 +146,7 @@ class LabelStore:
         if isinstance(rows, slice):
             return np.arange(*rows.indices(n))
         rows = np.atleast_1d(np.asarray(rows, dtype=np.int64))
-        if len(rows) and not (0 <= rows.min() and rows.max() < n):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < n):
             raise StoreError(f"{self.path} has rows 0 to {n - 1}, asked for {rows.min()} to {rows.max()}")
         return rows
 

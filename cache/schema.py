@@ -19,13 +19,14 @@ import json
 import os
 import shutil
 import socket
-import uuid
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cache.claims import alive
 
 FORMAT = "meal-v2-label-store"
 VERSION = 1
@@ -133,7 +134,11 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     ``attributes`` holds ``codec``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.creating")
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{path.name}.{host}.*.creating"):  # by a process that was killed here
+        if not alive(int(left.name.split(".")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = path.with_name(f".{path.name}.{host}.{os.getpid()}.creating")
     n = len(images)
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
@@ -235,5 +240,3 @@ def sync_tree(root: Path) -> None:
         for name in names:
             sync_file(Path(folder, name))
         sync_folder(Path(folder))
-
-

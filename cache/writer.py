@@ -58,7 +58,9 @@ class StoreWriter:
         labelled = codes.any(axis=1)
         if not np.array_equal(labelled, usable):
             row = int(np.argmax(labelled != usable))
-            raise StoreError(f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image")
+            raise StoreError(
+                f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image"
+            )
         for name, block in (("labels", codes), ("boxes", boxes), ("flips", flips)):
             schema.array(self.group, name)[view, rows] = block
             self._sync(name, view, shard)

@@ -20,7 +20,7 @@ class RunError(MealError):
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let ``save`` write beside ``path``, force it to the disk, then rename it to ``path``."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    scratch = path.with_name(f".{path.name}.partial")
     try:
         save(scratch)
         with open(scratch, "rb") as f:
@@ -61,4 +61,6 @@ def load_state(path: Path) -> dict | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
-        raise RunError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); choose another --out, or delete that folder to start again") from None
+        raise RunError(
+            f"{path} is damaged ({' '.join(str(error).split())[:120]}); choose another --out, or delete that folder to start again"
+        ) from None

@@ -48,7 +48,9 @@ class Crops(Section):
     flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
     seed: int = Field(0, ge=0, lt=2**64, description="of the crops and of the store's row order")
     interpolation: Interpolation = Field("bilinear", description="of the resize, with anti-aliasing, for every teacher and student")
-    exif: Literal["ignore", "apply"] = Field("ignore", description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)")
+    exif: Literal["ignore", "apply"] = Field(
+        "ignore", description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)"
+    )
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -71,7 +73,9 @@ class Store(Section):
     codec: str = Field(DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), float16 or float32")
     batch_size: int = Field(64, ge=1, description="crops per forward pass of a teacher")
     precision: Precision = Field("float32", description="of the teachers' forward pass; their softmax and mean are float32 always")
-    shard_rows: int | None = Field(None, ge=1, description="images per shard, the unit that is done or not; otherwise near 32 MiB of labels")
+    shard_rows: int | None = Field(
+        None, ge=1, description="images per shard, the unit that is done or not; otherwise near 32 MiB of labels"
+    )
     views_per_decode: int = Field(4, ge=1, description="views made from one decode of an image (not recorded: labels don't depend on it)")
 
     @field_validator("codec")
@@ -83,24 +87,34 @@ class Store(Section):
 
 
 class Render(Section):
-    backend: Literal["cpu", "gpu"] = Field("cpu", description="where images are decoded and resized; a store is replayed on the one it was made on")
+    backend: Literal["cpu", "gpu"] = Field(
+        "cpu", description="where images are decoded and resized; a store is replayed on the one it was made on"
+    )
     threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
 
 
 class Train(Section):
     """The student's loop. The defaults are MEAL V2's (arXiv 2009.08453, Sec. 4)."""
 
-    labels: Literal["soft", "hard"] = Field("soft", description="the store's soft labels, or the class folders (the baseline, and own teachers)")
+    labels: Literal["soft", "hard"] = Field(
+        "soft", description="the store's soft labels, or the class folders (the baseline, and own teachers)"
+    )
     image_size: int = Field(224, ge=8, description="pixels")
     epochs: int = Field(180, ge=1)
     batch_size: int = Field(512, ge=2, description="images per step, over all processes")
     lr: float = Field(0.01, gt=0, description="learning rate at the start")
-    milestones: Annotated[tuple[int, ...], Strict(False)] = Field((100,), description="epochs, counted from 0, from which gamma applies once more")
+    milestones: Annotated[tuple[int, ...], Strict(False)] = Field(
+        (100,), description="epochs, counted from 0, from which gamma applies once more"
+    )
     gamma: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of forward and backward pass; weights and loss are float32 always")
-    views: int | None = Field(None, ge=1, description="use the first so many views of the store; otherwise all. Epoch e replays view e mod views")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of forward and backward pass; weights and loss are float32 always"
+    )
+    views: int | None = Field(
+        None, ge=1, description="use the first so many views of the store; otherwise all. Epoch e replays view e mod views"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of images, a new head, random weights and dropout")
 
     @model_validator(mode="after")

@@ -49,6 +49,6 @@ def draw(policy: Crops, identity: np.ndarray, height: np.ndarray, width: np.ndar
 
 def _centre(H: np.ndarray, W: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
     """The largest centred crop whose aspect ratio lies within ``ratio``."""
-    h = np.where(W / H < ratio[0], np.rint(W / ratio[0]), H).clip(1, H).astype(np.int64)
-    w = np.where(W / H > ratio[1], np.rint(H * ratio[1]), W).clip(1, W).astype(np.int64)
+    h = np.where(ratio[0] > W / H, np.rint(W / ratio[0]), H).clip(1, H).astype(np.int64)
+    w = np.where(ratio[1] < W / H, np.rint(H * ratio[1]), W).clip(1, W).astype(np.int64)
     return np.stack([(H - h) // 2, (W - w) // 2, h, w], axis=1)

@@ -72,7 +72,9 @@ def evaluate(
     """
     for model in (*models, *teachers):
         if model.classes != classes:
-            raise MealError(f"{model.name} has {model.classes} classes, {folder} has {classes}; pass the --class-map that names the model's classes")
+            raise MealError(
+                f"{model.name} has {model.classes} classes, {folder} has {classes}; pass the --class-map that names the model's classes"
+            )
     rows = images.usable
     figures = [Figures(model.name) for model in models]
     together = Figures("ensemble") if len(models) > 1 else None

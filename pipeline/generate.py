@@ -40,7 +40,7 @@ def generate(
     *,
     split: str = "train",
     classes: list[str] | None = None,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device,
     worker: tuple[int, int] = (0, 1),
     strict: bool = False,
 ) -> LabelStore:
@@ -78,7 +78,9 @@ def generate(
     return LabelStore.open(path)
 
 
-def _create(config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool) -> None:
+def _create(
+    config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool
+) -> None:
     if len(classes) != teachers[0].classes:
         raise DataError(
             f"{folder} has {len(classes)} classes, the teachers have {teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
@@ -89,7 +91,9 @@ def _create(config: Config, folder: Path, path: Path, classes: list[str], teache
     for line in bad:
         say(line)
     if strict and bad:
-        raise DataError(f"{int((found.status != USABLE).sum())} of {len(found)} files are unusable ({bad[0]}); remove them, or drop --strict to leave them out")
+        raise DataError(
+            f"{int((found.status != USABLE).sum())} of {len(found)} files are unusable ({bad[0]}); remove them, or drop --strict to leave them out"
+        )
     if len(found.usable) == 0:
         raise DataError(f"{folder} holds no image that can be used ({bad[0]})")
     codec = CODECS[config.store.codec]
@@ -116,7 +120,13 @@ def _create(config: Config, folder: Path, path: Path, classes: list[str], teache
         "made_with": made_with(),
     }
     first = schema.create(
-        path, images=found, views=config.crops.views, classes=len(classes), chunk_rows=chunk_rows, shard_rows=shard_rows, attributes=attributes
+        path,
+        images=found,
+        views=config.crops.views,
+        classes=len(classes),
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+        attributes=attributes,
     )
     if first:
         say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
@@ -175,9 +185,20 @@ def _short(value: object) -> object:
 
 
 def _fingerprint(
-    folder: Path, found: Images, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sizes: set[int], provenance: dict, threads: int | None
+    folder: Path,
+    found: Images,
+    rows: np.ndarray,
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    sizes: set[int],
+    provenance: dict,
+    threads: int | None,
 ) -> dict:
-    how = {"interpolation": provenance["crops"]["interpolation"], "exif": provenance["crops"]["exif"], "backend": provenance["renderer"]["backend"]}
+    how = {
+        "interpolation": provenance["crops"]["interpolation"],
+        "exif": provenance["crops"]["exif"],
+        "backend": provenance["renderer"]["backend"],
+    }
     with images.Reader(folder, found, threads) as read:
         return render.fingerprint(read(rows), rows, boxes, flips, sorted(sizes), threads=threads, **how)
 

@@ -59,7 +59,9 @@ def read_class_map(path: str | Path) -> list[str]:
     try:
         names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file with one folder name a line") from None
+        raise DataError(
+            f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file with one folder name a line"
+        ) from None
     if len(set(names)) != len(names) or not names:
         raise DataError(f"--class-map {path} must hold every class folder's name once, one a line")
     return names
@@ -208,7 +210,9 @@ class Reader:
         try:
             blob = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path} can't be read any more ({error.strerror}); put the image back as it was, or generate a new store") from None
+            raise DataError(
+                f"{path} can't be read any more ({error.strerror}); put the image back as it was, or generate a new store"
+            ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
                 f"{path} has changed since the manifest was made ({len(blob)} bytes, then {self.images.bytes[row]}); "
@@ -223,7 +227,9 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
     paths = np.array([_printable(p) for p in paths], object)
     order = np.argsort(images.path)
     if np.array_equal(paths, images.path[order]):
-        changed = np.flatnonzero((sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order]))
+        changed = np.flatnonzero(
+            (sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order])
+        )
         if len(changed) == 0:
             return
         first, count, what = paths[changed[0]], len(changed), "of another size or class"
@@ -247,4 +253,3 @@ def unusable_summary(images: Images) -> list[str]:
     for examples in kinds.values():
         lines.append(f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else ""))
     return lines
-

@@ -132,7 +132,9 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
     name = resolve(spec.model)
     weights, written = _read(Path(spec.checkpoint)) if spec.checkpoint else (None, {})
     if written and _architecture(written["model"]) != _architecture(name):
-        raise ModelError(f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {_architecture(written['model'])}={spec.checkpoint}")
+        raise ModelError(
+            f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {_architecture(written['model'])}={spec.checkpoint}"
+        )
     config = _config(name)
     default_size = config["input_size"][-1]
     size = image_size or spec.image_size or written.get("image_size") or default_size
@@ -177,7 +179,9 @@ def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Mode
         teachers.append(load(spec))
     counts = {t.classes for t in teachers}
     if len(counts) > 1:
-        raise ModelError("the teachers' classes differ: " + ", ".join(f"{t.name} has {t.classes}" for t in teachers) + "; their mean needs the same ones")
+        raise ModelError(
+            "the teachers' classes differ: " + ", ".join(f"{t.name} has {t.classes}" for t in teachers) + "; their mean needs the same ones"
+        )
     seen: dict[str, str] = {}
     for teacher in teachers:
         digest = teacher.digest()
@@ -221,7 +225,9 @@ def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
     except Exception as error:  # timm, huggingface_hub and the network raise whatever they like; the user's repair is the same
         text = " ".join(str(error).split())[:160]
         if pretrained:
-            raise ModelError(f"the weights of {name} can't be fetched ({text}); check the network, or pass {_architecture(name)}=CHECKPOINT") from None
+            raise ModelError(
+                f"the weights of {name} can't be fetched ({text}); check the network, or pass {_architecture(name)}=CHECKPOINT"
+            ) from None
         raise ModelError(f"timm can't build {name} with {options} ({text}); choose another image size or model") from None
 
 
@@ -236,7 +242,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 written = json.loads((f.metadata() or {}).get(METADATA, "{}"))
         return timm.models.load_state_dict(str(path), weights_only=True), written
     except Exception as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
-        raise ModelError(f"{path} holds no weights that can be read ({' '.join(str(error).split())[:160]}); pass a .safetensors, .pth or .pt file") from None
+        raise ModelError(
+            f"{path} holds no weights that can be read ({' '.join(str(error).split())[:160]}); pass a .safetensors, .pth or .pt file"
+        ) from None
 
 
 def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int:
@@ -254,5 +262,7 @@ def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, 
     wrong = sorted(own.keys() - weights.keys() - optional) + sorted(weights.keys() - own.keys())
     wrong += sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
     if wrong:
-        raise ModelError(f"{path} doesn't fit {name}: {len(wrong)} tensors are missing, foreign or of another shape, the first is {wrong[0]}; name its model")
+        raise ModelError(
+            f"{path} doesn't fit {name}: {len(wrong)} tensors are missing, foreign or of another shape, the first is {wrong[0]}; name its model"
+        )
     module.load_state_dict(weights, strict=False)

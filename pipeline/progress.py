@@ -49,7 +49,11 @@ class Progress:
         elif now - self.logged >= LOG_SECONDS:
             self.logged = now
             left = duration((self.total - self.done) / rate) if rate else "?"
-            print(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} left {note}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} left {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar:

@@ -83,7 +83,15 @@ class Crops(_Graph):
     """Stored crops of images, at one or several output sizes, from one decode per image."""
 
     def __init__(
-        self, sizes: Sequence[int], views: int, batch_size: int, *, interpolation: str, exif: str, backend: str = "cpu", threads: int | None = None
+        self,
+        sizes: Sequence[int],
+        views: int,
+        batch_size: int,
+        *,
+        interpolation: str,
+        exif: str,
+        backend: str = "cpu",
+        threads: int | None = None,
     ) -> None:
         super().__init__(batch_size, threads_for(threads), backend)
         self.sizes, self.views, self.interpolation, self.exif = sorted(set(sizes)), views, interpolation, exif
@@ -130,7 +138,9 @@ class Crops(_Graph):
 class Centre(_Graph):
     """Evaluation's view: the shorter side resized to size · 256 / 224, then the central square (He et al., arXiv 1512.03385, as in the paper)."""
 
-    def __init__(self, looks: Sequence[tuple[int, str]], batch_size: int, *, exif: str, backend: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, looks: Sequence[tuple[int, str]], batch_size: int, *, exif: str, backend: str = "cpu", threads: int | None = None
+    ) -> None:
         super().__init__(batch_size, threads_for(threads), backend)
         self.looks, self.exif = sorted(set(looks)), exif
 

@@ -82,14 +82,20 @@ def store_page(facts: dict) -> None:
         f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
     )
     codec = facts["codec"]
-    row("codec", f"{codec['name']} ({codec['dtype']}); no label is off by more than KL {codec['largest_kl']:.2g}, TV {codec['largest_tv']:.2g}")
+    row(
+        "codec",
+        f"{codec['name']} ({codec['dtype']}); no label is off by more than KL {codec['largest_kl']:.2g}, TV {codec['largest_tv']:.2g}",
+    )
     if facts["labelled_crops"]:
         row("size", f"{facts['label_bytes_per_crop']:.0f} bytes per crop, {facts['store_bytes'] / 2**20:,.1f} MiB in all")
         row("entropy", f"{facts['entropy']:.3f} nats on average")
         if facts["agreement"] is not None:
             row("agreement", f"{facts['agreement']:.2f} % of the labels put the class folder first")
     compute = facts["compute"]
-    row("made on", f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, rendered on {facts['renderer']['backend']}")
+    row(
+        "made on",
+        f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, rendered on {facts['renderer']['backend']}",
+    )
     row("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()))
     row("identity", facts["identity"])
     console.print(table)

@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from cache import LabelStore
+from cache.claims import claim
 from cache.schema import USABLE, Images, StoreError
 from pipeline import checkpoint, images, losses, philox
 from pipeline.checkpoint import RunError
@@ -39,7 +40,7 @@ def train(
     store: Path | None = None,
     classes: list[str] | None = None,
     validation: Path | None = None,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device,
     allow_renderer_difference: bool = False,
 ) -> dict:
     """Train a student and leave it in ``out``; go on from the last finished epoch if ``out`` holds a part of this very run.
@@ -50,6 +51,23 @@ def train(
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
     folder = images.split_folder(data, "train")
+    with claim(out.with_name(out.name + ".claims"), "train") as mine:
+        if not mine:
+            raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
+        return _train(config, data, folder, out, store, classes, validation, device, allow_renderer_difference)
+
+
+def _train(
+    config: Config,
+    data: Path,
+    folder: Path,
+    out: Path,
+    store: Path | None,
+    classes: list[str] | None,
+    validation: Path | None,
+    device: torch.device,
+    allow_renderer_difference: bool,
+) -> dict:
     config, source = _source(config, folder, store, classes, _views_of_run(out), allow_renderer_difference)
     state = checkpoint.load_state(out / "state.pt")
     _start_or_resume(out, config, state, store)
@@ -106,7 +124,9 @@ def _source(
     _require_same_policy(config, store)
     views = config.train.views or started_views or store.views
     if views > store.views:
-        raise StoreError(f"train.views is {views} but {path} has {store.views}; extend it with generate-labels --views {views}, or lower train.views")
+        raise StoreError(
+            f"train.views is {views} but {path} has {store.views}; extend it with generate-labels --views {views}, or lower train.views"
+        )
     for view in range(min(views, config.train.epochs)):
         store.require_finished(view)
     try:
@@ -136,7 +156,9 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
     for name in config.crops.model_fields_set - {"views"}:
         ours, theirs = getattr(config.crops, name), getattr(kept, name)
         if ours != theirs:
-            raise ConfigError(f"crops.{name} is {ours}, {store.path} was made with {theirs}; set it so, leave it out, or generate another store")
+            raise ConfigError(
+                f"crops.{name} is {ours}, {store.path} was made with {theirs}; set it so, leave it out, or generate another store"
+            )
     if "backend" in config.render.model_fields_set and config.render.backend != store.provenance["renderer"]["backend"]:
         raise ConfigError(
             f"render.backend is {config.render.backend}, {store.path} was made with {store.provenance['renderer']['backend']}; leave it out"
@@ -147,14 +169,17 @@ def _start_or_resume(out: Path, config: Config, state: dict | None, store: Path 
     """Make the run directory, or see that what is in it is a part of this run."""
     file = out / "config.yaml"
     if state is None:
-        if out.exists() and any(p.name != "config.yaml" and not p.name.startswith(".") for p in out.iterdir()):
+        ours = {"config.yaml", "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch's end leaves these
+        if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
     else:
         before = _flat(yaml.safe_load(file.read_text()))
         for key, now in _flat(config.model_dump(mode="json")).items():
             if not key.startswith(FREE_KEYS) and before.get(key) != now:
-                raise RunError(f"{out} was started with {key} {before.get(key)}, this is {now}; pass the same to go on, or choose another --out")
+                raise RunError(
+                    f"{out} was started with {key} {before.get(key)}, this is {now}; pass the same to go on, or choose another --out"
+                )
         identity = LabelStore.open(store).identity.hex() if store else ""
         if state["store"] != identity:
             raise RunError(f"{out} was started with another label store; pass that one to go on, or choose another --out")
@@ -192,7 +217,9 @@ class Run:
     ) -> None:
         self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
         recipe = config.train
-        self.optimizer = torch.optim.SGD(student.module.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.SGD(
+            student.module.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
         self.replay = Replay(
             source, folder, image_size=recipe.image_size, batch_size=recipe.batch_size, seed=recipe.seed, rendering=config.render
         )
@@ -225,7 +252,9 @@ class Run:
                 seen += len(batch.rows)
                 shown = float(sums[0]) / seen
                 if not math.isfinite(shown):
-                    raise RunError(f"the loss is {shown} in epoch {epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
+                    raise RunError(
+                        f"the loss is {shown} in epoch {epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights"
+                    )
                 progress.advance(len(batch.rows), f"loss {shown:.3f}")
         loss, entropy, agreeing = (sums / seen).tolist()
         metrics = {

@@ -1,0 +1,30 @@
+# make demo    the whole story on handwritten digits, no network needed after the installation
+# make test    the tests        make lint    the linters        make format    lay the code out as the linters want it
+# Each sets up .venv by itself: a minute or two and some 6 GB, since torch and DALI come with their CUDA libraries.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUFF := $(BIN)/ruff
+STYLE := --line-length 140 --target-version py311
+RULES := --select E,F,W,I,B,UP,SIM,C4,RUF --ignore E501,RUF001,RUF002,RUF003,SIM105
+
+.PHONY: demo test lint format
+demo: .venv/installed
+	$(BIN)/python cli.py demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(RUFF) check $(STYLE) $(RULES) .
+	$(RUFF) format --check $(STYLE) .
+
+format: .venv/installed
+	$(RUFF) check --fix $(STYLE) $(RULES) .
+	$(RUFF) format $(STYLE) .
+
+.venv/installed: setup.cfg
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
