@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Iterator
@@ -227,7 +228,7 @@ def _wait_for(path: Path) -> None:
 def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int]) -> None:
     """Label whatever this worker's share is missing."""
     store = writer.store
-    units = _units(store.finished(), config.store.views_per_decode)[worker[0] :: worker[1]]
+    units = _units(store.finished(), config.store.views_per_decode, worker)
     size = {shard: len(range(*store.shard_slice(shard).indices(len(store.images)))) for shard in range(store.shards)}
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     left_to_others = 0
@@ -248,15 +249,15 @@ def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Mode
         say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
 
 
-def _units(finished: np.ndarray, views_per_decode: int) -> list[Unit]:
-    """Every unfinished shard, the views that share its decodes together; early views first, so that they become trainable first."""
+def _units(finished: np.ndarray, views_per_decode: int, worker: tuple[int, int]) -> list[Unit]:
+    """This worker's share of the unfinished shards, the views that share its decodes together; early views first, so that they become
+    trainable first. Whose share a unit is depends on its place alone, not on what is done already."""
     views, shards = finished.shape
     units = []
-    for first in range(0, views, views_per_decode):
-        for shard in range(shards):
-            missing = [v for v in range(first, min(first + views_per_decode, views)) if not finished[v, shard]]
-            if missing:
-                units.append(Unit(missing, shard))
+    for place, (first, shard) in enumerate(itertools.product(range(0, views, views_per_decode), range(shards))):
+        missing = [v for v in range(first, min(first + views_per_decode, views)) if not finished[v, shard]]
+        if missing and place % worker[1] == worker[0]:
+            units.append(Unit(missing, shard))
     return units
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,10 @@ from PIL import Image
 
 from cache.schema import UNUSABLE, USABLE, Images, MealError
 from pipeline import philox
-from pipeline.background import ahead
 from pipeline.progress import Progress
-from pipeline.render import Shapes, quiet_decoders, threads_for
+from pipeline.render import WholeDecode, quiet_decoders, threads_for
 
-SCAN_BATCH = 32
+SCAN_WINDOW = 4096  # files handed to the threads at a time
 ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
 
 
@@ -120,31 +120,29 @@ def scan(folder: Path, classes: Sequence[str], *, exif: str, threads: int | None
     height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
     reason = np.full(n, "", dtype=object)
     threads = threads_for(threads)
-    shapes = Shapes(exif=exif, threads=threads)
+    decoders = threading.local()
 
-    def batches() -> Iterator[tuple[range, list[bytes | str]]]:
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, n, SCAN_BATCH):
-                rows = range(start, min(start + SCAN_BATCH, n))
-                yield rows, list(pool.map(lambda row: _read_any(folder, paths[row]), rows))
+    def examine(row: int) -> None:
+        """Fill in the columns of one file."""
+        blob = _read_any(folder, paths[row])
+        if isinstance(blob, str):
+            reason[row] = blob
+            sizes[row] = max(sizes[row], 0)
+            return
+        sizes[row] = len(blob)
+        digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
+        if not hasattr(decoders, "whole"):
+            decoders.whole = WholeDecode(exif)
+        shape = decoders.whole(blob)
+        if shape is None:
+            reason[row] = why_undecodable(blob)
+        else:
+            height[row], width[row] = shape
 
-    with quiet_decoders(), Progress("reading images", n, "images") as progress, ahead(batches()) as loaded:
-        for rows, blobs in loaded:
-            readable = []
-            for row, blob in zip(rows, blobs, strict=True):
-                if isinstance(blob, str):
-                    reason[row] = blob
-                    sizes[row] = max(sizes[row], 0)
-                else:
-                    sizes[row] = len(blob)
-                    digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
-                    readable.append((row, blob))
-            for (row, blob), shape in zip(readable, shapes([blob for _, blob in readable]), strict=True):
-                if shape is None:
-                    reason[row] = why_undecodable(blob)
-                else:
-                    height[row], width[row] = shape
-            progress.advance(len(rows))
+    with quiet_decoders(), Progress("reading images", n, "images") as progress, ThreadPoolExecutor(threads) as pool:
+        for start in range(0, n, SCAN_WINDOW):
+            for _ in pool.map(examine, range(start, min(start + SCAN_WINDOW, n))):
+                progress.advance(1)
     status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
     return Images(np.array([_printable(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
 
