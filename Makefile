@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUFF := $(BIN)/ruff
 STYLE := --line-length 140 --target-version py311
-RULES := --select E,F,W,I,B,UP,SIM,C4,RUF --ignore E501,RUF001,RUF002,RUF003,SIM105
+RULES := --select E,F,W,I,B,UP,SIM,C4,RUF --ignore E501,RUF001,RUF002,RUF003,RUF043,SIM105
 
 .PHONY: demo test lint format
 demo: .venv/installed

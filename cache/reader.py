@@ -91,7 +91,9 @@ class LabelStore:
         raw = np.ascontiguousarray(self._read("records", np.s_[:]))
         records = raw.view(schema.RECORD)[..., 0].copy()
         view, shard = np.indices(records.shape)
-        records[(records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)] = 0
+        records[(records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)] = np.zeros(
+            (), schema.RECORD
+        )
         return records
 
     def finished(self) -> np.ndarray:

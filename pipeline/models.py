@@ -156,8 +156,14 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
         if classes is not None and found != classes:
             module.reset_classifier(classes)
             notes.append(f"{name} had a head of {found} classes; it starts with a new one of {classes}")
+    module.eval()
+    try:
+        with torch.inference_mode():
+            module(torch.zeros(1, 3, size, size))
+    except Exception as error:  # patch sizes, windows and poolings object in many ways
+        raise ModelError(f"{name} can't take {size} px ({' '.join(str(error).split())[:160]}); choose another image_size") from None
     return Model(
-        module.eval().to(memory_format=torch.channels_last),  # as the renderer's pixels lie; convolutions are faster so
+        module.to(memory_format=torch.channels_last),  # as the renderer's pixels lie; convolutions are faster so
         name,
         classes if classes is not None else found,
         size,

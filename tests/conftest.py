@@ -36,7 +36,7 @@ def write_photos(folder: Path, per_class: int, seed: int = 0) -> Path:
     for c, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
-            photo = photos[(c + i) % 2]
+            photo = photos[c] if c < 2 else photos[i % 2][..., ::-1]  # the temple, the flower, and either in false colours
             height, width = rng.integers(40, 200, 2)
             top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
             Image.fromarray(photo[top : top + height, left : left + width]).save(folder / name / f"{i:03d}.jpg", quality=90)
@@ -49,7 +49,7 @@ def write_teacher(path: Path, model: str, seed: int, classes: int = len(CLASSES)
     module = timm.create_model(model, num_classes=classes, **options)
     head = module.get_classifier()
     with torch.no_grad():
-        head.weight.mul_(20)
+        head.weight.mul_(50)
     safetensors.torch.save_file(module.state_dict(), path)
     return path
 
@@ -69,7 +69,11 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("teachers")
     return [
         {"model": "test_resnet", "checkpoint": str(write_teacher(folder / "a.safetensors", "test_resnet", 1)), "image_size": 64},
-        {"model": "test_efficientnet", "checkpoint": str(write_teacher(folder / "b.safetensors", "test_efficientnet", 2)), "image_size": 48},
+        {
+            "model": "test_efficientnet",
+            "checkpoint": str(write_teacher(folder / "b.safetensors", "test_efficientnet", 2)),
+            "image_size": 48,
+        },
     ]
 
 

@@ -97,7 +97,16 @@ def test_two_workers_make_the_store_of_one(photos, recipe, store_path, tmp_path)
 def command(photos: Path, path: Path, teachers: list[dict], config: Path) -> list[str]:
     chosen = [f"--teacher={t['model']}={t['checkpoint']}" for t in teachers]
     sizes = [f"--set=teachers.{i}.image_size={t['image_size']}" for i, t in enumerate(teachers)]
-    return [sys.executable, str(ROOT / "cli.py"), "generate-labels", f"--config={config}", f"--data={photos}", f"--store={path}", *chosen, *sizes]
+    return [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "generate-labels",
+        f"--config={config}",
+        f"--data={photos}",
+        f"--store={path}",
+        *chosen,
+        *sizes,
+    ]
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos, recipe, teachers, store_path, tmp_path):

@@ -1,0 +1,180 @@
+"""Replay: every image once an epoch, in the same order for every number of processes, with the stored crops and labels of its view."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+
+from cache import LabelStore
+from cache.codec import CODECS
+from pipeline.background import ahead
+from pipeline.config import Render
+from pipeline.replay import WINDOW_BLOCKS, Batch, Decoder, Replay, StoredLabels, batch_sizes, epoch_windows
+
+UNUSABLE = [0, 5, 6, 7, 40, 41, 42, 43, 89]
+
+
+def order(usable: np.ndarray, block_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.concatenate([*epoch_windows(usable, block_rows, seed, epoch)])
+
+
+def batches(store_path: Path, photos: Path, epoch: int, *, hard: bool = False, **how: int) -> list[Batch]:
+    source = StoredLabels(LabelStore.open(store_path), 2, hard=hard)
+    options = {"image_size": 32, "batch_size": 16, "seed": 5} | how
+    with Replay(source, photos / "train", rendering=Render(threads=2), **options).epoch(epoch) as made:
+        return list(made)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 1000, 5000])
+@pytest.mark.parametrize("block_rows", [1, 8, 64, 4096])
+def test_an_epoch_shows_every_usable_row_once(rows, block_rows):
+    usable = np.setdiff1d(np.arange(rows + len(UNUSABLE)), UNUSABLE)[:rows]
+    for epoch in (0, 1, 7):
+        assert np.array_equal(np.sort(order(usable, block_rows, 0, epoch)), usable)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    usable = np.arange(3000)
+    first = order(usable, 16, 0, 4)
+    assert np.array_equal(first, order(usable, 16, 0, 4))
+    for other in (order(usable, 16, 0, 5), order(usable, 16, 1, 4), order(usable, 16, 1 << 32, 4)):
+        assert (first == other).mean() < 0.01
+
+
+def test_the_order_reads_whole_blocks_and_no_block_twice():
+    windows = [*epoch_windows(np.arange(10_000), 32, 0, 0)]
+    assert len(windows) == -(-10_000 // 32 // WINDOW_BLOCKS)
+    blocks = [np.unique(window // 32) for window in windows]
+    assert len(np.concatenate(blocks)) == len(np.unique(np.concatenate(blocks)))
+
+
+@pytest.mark.parametrize(("rows", "block_rows"), [(4000, 4096), (60_000, 16)])
+def test_the_order_is_a_good_shuffle(rows, block_rows):
+    position = np.arange(rows)
+    for epoch in range(3):
+        row = order(position, block_rows, 0, epoch)
+        assert abs(np.corrcoef(position, row)[0, 1]) < 0.06
+        assert np.abs(position - row).mean() == pytest.approx(rows / 3, rel=0.06)
+        assert (np.abs(np.diff(row)) == 1).mean() < 0.01  # neighbours in the store are no neighbours in the epoch
+
+
+def test_batch_sizes_add_up_and_leave_no_row_alone():
+    for rows in range(1, 70):
+        for batch_size in range(2, 20):
+            sizes = batch_sizes(rows, batch_size)
+            assert sum(sizes) == rows
+            assert min(sizes) > 1 or rows == 1
+            assert set(sizes[:-1]) <= {batch_size} and sizes[-1] <= batch_size + 1
+    assert batch_sizes(0, 4) == []
+
+
+@pytest.mark.parametrize("batch_size", [16, 89, 90, 500])
+def test_every_number_of_processes_sees_the_same_global_batches(store_path, photos, batch_size):
+    alone = batches(store_path, photos, 1, batch_size=batch_size)
+    assert [len(batch.rows) for batch in alone] == batch_sizes(90, batch_size)
+    for world in (2, 3, 4):
+        ranks = [batches(store_path, photos, 1, batch_size=batch_size, rank=rank, world=world) for rank in range(world)]
+        for whole, *parts in zip(alone, *ranks, strict=True):
+            assert np.array_equal(whole.rows, np.concatenate([part.rows for part in parts]))
+            assert torch.equal(whole.pixels, torch.cat([part.pixels for part in parts]))
+            assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+            assert {whole.total, len(whole.rows)} == {part.total for part in parts}
+            assert max(len(part.rows) for part in parts) - min(len(part.rows) for part in parts) <= 1
+
+
+def test_a_batch_smaller_than_the_number_of_processes_leaves_some_with_nothing(store_path, photos):
+    ranks = [batches(store_path, photos, 0, batch_size=8, rank=rank, world=4) for rank in range(4)]  # 90 = 11 × 8 + 2
+    assert [len(batch.rows) for rank in ranks for batch in rank[-1:]] == [1, 1, 0, 0]
+    assert [batch.total for rank in ranks for batch in rank[-1:]] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2, 5])
+def test_an_epoch_replays_the_labels_of_view_epoch_mod_views(store_path, photos, epoch):
+    store = LabelStore.open(store_path)
+    assert not np.array_equal(store.codes(0, slice(None)), store.codes(1, slice(None)))
+    made = batches(store_path, photos, epoch)
+    rows = np.concatenate([batch.rows for batch in made])
+    assert np.array_equal(np.sort(rows), store.usable)
+    assert np.array_equal(torch.cat([batch.labels for batch in made]).numpy(), store.codes(epoch % 2, rows))
+
+
+def test_hard_labels_are_the_class_folders_on_the_same_pixels(store_path, photos):
+    store = LabelStore.open(store_path)
+    for soft, hard in zip(batches(store_path, photos, 1), batches(store_path, photos, 1, hard=True), strict=True):
+        assert hard.labels.tolist() == store.images.class_index[hard.rows].tolist()
+        assert torch.equal(soft.pixels, hard.pixels) and np.array_equal(soft.rows, hard.rows)
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_the_students_decoder_is_the_stores(codec, classes):
+    logits = np.random.default_rng(0).normal(0, 6, (200, classes)).astype(np.float32)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    codes = codec.encode(p / p.sum(axis=1, keepdims=True))
+    decoded = Decoder(codec, CPU)(torch.from_numpy(codes))
+    assert decoded.dtype == torch.float32 and (decoded > 0).all()
+    np.testing.assert_allclose(decoded.numpy(), codec.decode(codes), rtol=1e-6, atol=0)
+
+
+def test_work_ahead_keeps_the_order_and_stays_within_its_depth():
+    produced = []
+
+    def items() -> Iterator[int]:
+        for i in range(20):
+            produced.append(i)
+            yield i
+
+    with ahead(items(), depth=3) as made:
+        for i in range(20):
+            time.sleep(0.05 if i in (0, 5, 10) else 0)
+            assert len(produced) <= i + 3 + 1  # three that wait, and one in the producer's hands
+            if i == 10:
+                assert len(produced) == 14  # and it does work ahead
+            assert next(made) == i
+        assert next(made, "end") == "end"
+
+
+def test_an_error_in_work_ahead_comes_in_its_place():
+    def items() -> Iterator[int]:
+        yield from (0, 1, 2)
+        raise OSError("the disk is gone")
+
+    seen = []
+    with pytest.raises(OSError, match="the disk is gone"), ahead(items()) as made:
+        for item in made:
+            seen.append(item)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["early", "by an error", "unused"])
+def test_leaving_work_ahead_stops_its_thread(how):
+    before, closed = threading.active_count(), []
+
+    def items() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.append(True)
+
+    def leave() -> None:
+        with ahead(items()) as made:
+            assert threading.active_count() == before + 1
+            if how != "unused":
+                next(made)
+            if how == "by an error":
+                raise KeyError("in the consumer")
+
+    if how == "by an error":
+        with pytest.raises(KeyError, match="in the consumer"):
+            leave()
+    else:
+        leave()
+    assert threading.active_count() == before and closed == [True]

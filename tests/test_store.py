@@ -1,0 +1,638 @@
+"""The store on disk: what was never written, or is broken, or is somebody else's, never passes for a label."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import tree
+
+from cache import LabelStore, StoreError, claims, schema
+from cache.claims import claim
+from cache.codec import CODECS
+from cache.schema import Images
+from cache.writer import StoreWriter, stored_bytes
+
+ROOT = Path(__file__).parents[1]
+N, CLASSES, SHARD, CHUNK = 70, 5, 16, 4
+SHARDS = 5  # the last has 6 rows
+UNUSABLE = (3, 17, 40, *range(48, 64))  # all of shard 3
+USABLE = np.setdiff1d(np.arange(N), UNUSABLE)
+
+
+def manifest() -> Images:
+    status = np.zeros(N, "uint8")
+    status[list(UNUSABLE)] = schema.UNUSABLE
+    rng = np.random.default_rng(0)
+    return Images(
+        path=np.array([f"c{i % CLASSES}/é{i:03d}.jpg" for i in range(N)], dtype=object),
+        bytes=rng.integers(1, 1 << 40, N),
+        digest=rng.integers(0, 256, (N, 32)).astype("uint8"),
+        height=np.where(status, 0, 48).astype("int32"),
+        width=np.where(status, 0, 64).astype("int32"),
+        class_index=(np.arange(N) % CLASSES).astype("int32"),
+        status=status,
+        reason=np.array(["cut short" if bad else "" for bad in status], dtype=object),
+    )
+
+
+def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
+    layout = {"chunk_rows": CHUNK, "shard_rows": SHARD}
+    attributes = {
+        "codec": CODECS[codec].describe(),
+        "provenance": {"layout": layout, "seed": 0},
+        "class_names": [f"c{i}" for i in range(CLASSES)],
+    }
+    return schema.create(path, images=manifest(), views=views, classes=CLASSES, attributes=attributes, **layout)
+
+
+def truth(view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Made-up probabilities, boxes and flips of a whole view."""
+    rng = np.random.default_rng(view)
+    return rng.dirichlet([0.3] * CLASSES, N).astype("float32"), rng.integers(0, 40, (N, 4)).astype("int32"), rng.random(N) < 0.5
+
+
+def blocks(writer: StoreWriter, view: int, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = writer.store.shard_slice(shard)
+    p, boxes, flips = (whole[rows] for whole in truth(view))
+    bad = np.isin(np.arange(N), UNUSABLE)[rows]
+    codes, boxes, flips = writer.store.codec.encode(p), boxes.copy(), flips.copy()
+    codes[bad], boxes[bad], flips[bad] = 0, 0, False
+    return codes, boxes, flips
+
+
+def fill(path: Path, *places: tuple[int, int]) -> LabelStore:
+    """Write the shards (view, shard), all of them if none is given, and open the store anew."""
+    writer = StoreWriter(path)
+    for view, shard in places or np.ndindex(writer.store.views, writer.store.shards):
+        writer.write(view, shard, *blocks(writer, view, shard))
+    return LabelStore.open(path)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """An empty store of two views."""
+    assert create(tmp_path / "s.zarr")
+    return tmp_path / "s.zarr"
+
+
+@pytest.fixture(scope="module")
+def finished_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "s.zarr"
+    assert create(path)
+    fill(path)
+    return path
+
+
+@pytest.fixture
+def full(finished_path: Path, tmp_path: Path) -> Path:
+    """A finished store that a test may damage."""
+    return Path(shutil.copytree(finished_path, tmp_path / "s.zarr"))
+
+
+def one_line(error: pytest.ExceptionInfo) -> bool:
+    return "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+# ---- what was written is what is read
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_labels_and_crops_come_back_as_written_for_any_choice_of_rows(tmp_path, codec):
+    assert create(tmp_path / "s.zarr", codec)
+    store = fill(tmp_path / "s.zarr")
+    rng = np.random.default_rng(1)
+    for view in (0, 1):
+        p, boxes, flips = truth(view)
+        wanted = store.codec.decode(store.codec.encode(p))
+        every_second = USABLE[::2]
+        for rows in (
+            slice(4, 16),
+            slice(20, 39, 3),
+            slice(64, None),
+            slice(2, None, -1),
+            np.array([65]),
+            30,
+            [69, 0, 33, 0],
+            [],
+            every_second,
+        ):
+            indices = np.arange(N)[rows] if isinstance(rows, slice) else np.atleast_1d(np.array(rows, int))
+            assert np.array_equal(store.crops(view, rows)[0][indices != 3], boxes[indices[indices != 3]])
+            if not set(indices) & set(UNUSABLE):
+                assert np.array_equal(store.probabilities(view, rows), wanted[indices])
+                assert np.array_equal(store.crops(view, rows)[1], flips[indices])
+        shuffled = rng.permutation(USABLE)  # over all shards
+        assert np.array_equal(store.probabilities(view, shuffled), wanted[shuffled])
+        assert np.array_equal(store.crops(view, shuffled)[0], boxes[shuffled])
+        assert np.array_equal(store.crops(view, shuffled)[1], flips[shuffled])
+
+
+def test_the_manifest_comes_back_as_it_was(path):
+    for name in Images.__dataclass_fields__:
+        assert np.array_equal(getattr(LabelStore.open(path).images, name), getattr(manifest(), name))
+    assert LabelStore.open(path).images.manifest_digest() == manifest().manifest_digest()
+    assert np.array_equal(LabelStore.open(path).usable, USABLE)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_plain_zarr_and_numpy_read_the_same_probabilities(tmp_path, codec):
+    assert create(tmp_path / "s.zarr", codec)
+    store = fill(tmp_path / "s.zarr", (0, 0), (1, 0), (1, 2), (1, 4))
+
+    group = zarr.open_group(str(tmp_path / "s.zarr"), mode="r")
+    words = group.attrs["codec"]
+    assert words["formula"] in group.attrs["how_to_read"]
+    struct = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in group.attrs["record_fields"]])
+    records = group["records"][:].view(struct)[..., 0]
+    believed = group["records"][:].any(axis=2)
+    assert believed.tolist() == [[True, False, False, False, False], [True, False, True, False, True]]
+    shard_rows = group["labels"].shards[1]
+    for view, shard in np.argwhere(believed):
+        rows = np.arange(shard * shard_rows, min((shard + 1) * shard_rows, N))
+        rows = rows[group["images/status"][:][rows] == 0]
+        q = group["labels"][view, rows[0] : rows[-1] + 1][rows - rows[0]].astype("float64")
+        if words["dtype"].startswith("float"):
+            p = np.maximum(q, words["zero"])
+        else:
+            p = np.where(q > 0, (q / words["levels"]) ** (1 / words["exponent"]), words["zero"])
+        p /= p.sum(axis=1, keepdims=True)
+        assert np.allclose(p, store.probabilities(view, rows), rtol=1e-5, atol=0)
+        assert np.array_equal(group["boxes"][view][rows], store.crops(view, rows)[0])
+        assert np.array_equal(group["flips"][view][rows], store.crops(view, rows)[1])
+        record = records[view, shard]
+        assert (record["view"], record["shard"], record["labelled"]) == (view, shard, len(rows))
+        assert np.isclose(record["entropy"], -(p * np.log(p)).sum(), rtol=1e-4)
+        assert record["agreeing"] == (p.argmax(axis=1) == group["images/class_index"][:][rows]).sum()
+        assert record["stored_bytes"] == (tmp_path / "s.zarr" / f"labels/c/{view}/{shard}/0").stat().st_size
+
+
+def test_a_records_digest_is_the_sha256_that_the_docstring_states(full):
+    store = LabelStore.open(full)
+    for view, shard in np.ndindex(2, SHARDS):
+        rows = store.shard_slice(shard)
+        parts = (store.codes(view, rows), *store.crops(view, rows))
+        made = schema.shard_digest(store.identity, view, shard, *parts)
+        assert store.records()["digest"][view, shard].tobytes() == made
+        assert made != schema.shard_digest(bytes(32), view, shard, *parts)  # another store
+        assert made != schema.shard_digest(store.identity, view + 1, shard, *parts)
+
+
+def test_zeros_are_written_as_files_too(path):
+    writer = StoreWriter(path)
+    codes, boxes, flips = blocks(writer, 0, 4)
+    writer.write(0, 4, codes, np.zeros_like(boxes), np.zeros_like(flips))
+    writer.write(0, 3, *blocks(writer, 0, 3))  # no image of this shard is usable: all labels are zero
+    for shard in (3, 4):
+        for file in (f"labels/c/0/{shard}/0", f"boxes/c/0/{shard}/0", f"flips/c/0/{shard}", f"records/c/0/{shard}/0"):
+            assert (path / file).stat().st_size > 0, file
+    assert LabelStore.open(path).progress() == (2, 10)
+    assert stored_bytes(path) == sum(map(len, tree(path).values()))
+
+
+# ---- what is unfinished does not exist
+
+
+def test_a_shard_never_written_is_no_label_though_zarr_reads_zeros(path):
+    store = fill(path, (0, 0), (0, 1))
+    assert not zarr.open_group(str(path), mode="r")["labels"][1].any()
+    for read in (store.probabilities, store.codes, store.crops):
+        with pytest.raises(
+            StoreError, match=r"view 1 of .* not finished \(1 of 5 shards missing, the first is 0\); run the same .* again"
+        ) as error:
+            read(1, slice(0, 2))
+        assert one_line(error)
+    assert len(store.probabilities(0, slice(4, 16))) == 12
+    with pytest.raises(StoreError, match="view 0 .* the first is 2"):
+        store.probabilities(0, [0, 1, 32])
+    with pytest.raises(StoreError, match=r"view 0 .*\(3 of 5 shards missing, the first is 2\)"):
+        store.require_finished(0)
+    for view in (2, -1):
+        with pytest.raises(StoreError, match=f"has views 0 to 1, not {view}; extend it"):
+            store.codes(view, slice(0, 2))
+
+
+def test_data_without_its_record_does_not_count(full):
+    wanted = LabelStore.open(full).codes(1, slice(32, 48))
+    (full / "records/c/1/2/0").unlink()
+    store = LabelStore.open(full)
+    assert store.progress() == (9, 10)
+    assert np.array_equal(zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted)  # the labels are there
+    with pytest.raises(StoreError, match="view 1 .* the first is 2"):
+        store.probabilities(1, slice(32, 40))
+
+
+@pytest.mark.parametrize(("view", "shard"), [(0, 1), (1, 0), (1, 1)])
+def test_a_record_copied_to_another_place_finishes_nothing(path, view, shard):
+    fill(path, (0, 0))
+    target = path / f"records/c/{view}/{shard}/0"
+    target.parent.mkdir(parents=True)
+    shutil.copy(path / "records/c/0/0/0", target)
+    store = LabelStore.open(path)
+    assert zarr.open_group(str(path), mode="r")["records"][view, shard].any()
+    assert store.progress() == (1, 10) and not store.finished()[view, shard]
+    with pytest.raises(StoreError, match="not finished"):
+        store.codes(view, np.arange(shard * SHARD, shard * SHARD + 2))
+
+
+def test_an_open_store_sees_what_is_finished_later(path):
+    store = LabelStore.open(path)
+    assert store.progress() == (0, 10)
+    with pytest.raises(StoreError):
+        store.probabilities(1, slice(20, 30))
+    for done, shard in enumerate((1, 0, 4), start=1):
+        fill(path, (1, shard))
+        assert store.progress() == (done, 10)
+        assert store.finished().sum() == done
+    assert np.array_equal(store.probabilities(1, slice(20, 30)), LabelStore.open(path).probabilities(1, slice(20, 30)))
+
+
+def test_rows_that_are_not_there_or_have_no_label_are_named(full):
+    store = LabelStore.open(full)
+    for rows in ([0, 70], [-1], np.array([1000])):
+        for read in (store.probabilities, store.codes, store.crops):
+            with pytest.raises(StoreError, match="has rows 0 to 69, asked for"):
+                read(0, rows)
+    for rows in ([0, 17, 20], slice(16, 20)):
+        with pytest.raises(StoreError, match=r"row 17 \(c2/é017.jpg\) has no label: cut short; ask for rows of store.usable") as error:
+            store.probabilities(0, rows)
+        assert one_line(error)
+
+
+# ---- the order of writing
+
+
+def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
+    record = path / "records/c/1/4/0"
+    log: list[tuple[Path, bool]] = []
+    for name in ("sync_file", "sync_folder"):
+        real = getattr(schema, name)
+        monkeypatch.setattr(schema, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p)))
+    fill(path, (1, 4))
+    before = [synced for synced, recorded in log if not recorded]
+    after = [synced for synced, recorded in log if recorded]
+    for name, file in (("labels", "c/1/4/0"), ("boxes", "c/1/4/0"), ("flips", "c/1/4")):
+        file = path / name / file
+        assert before.index(file) < before.index(file.parent)  # the content, then its name
+        folders = [folder for folder in file.parents if path / name in (folder, *folder.parents)]
+        assert set(folders) <= set(before)
+    assert record in after and record.parent in after and path / "records" in after
+
+
+@pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
+def test_a_shard_whose_data_can_not_be_forced_to_the_disk_is_not_finished(path, monkeypatch, name):
+    real = schema.sync_file
+
+    def failing(file: Path) -> None:
+        if path / name in file.parents:
+            raise OSError(5, "Input/output error")
+        real(file)
+
+    monkeypatch.setattr(schema, "sync_file", failing)
+    with pytest.raises(OSError):
+        fill(path, (0, 0))
+    assert LabelStore.open(path).progress() == (0, 10)
+
+
+def test_what_a_crash_left_of_a_shard_is_written_over(path, full, tmp_path):
+    for shard in (1, 4):
+        for file in (f"labels/c/0/{shard}/0", f"boxes/c/0/{shard}/0", f"flips/c/0/{shard}"):
+            whole = (path / file).parent
+            whole.mkdir(parents=True, exist_ok=True)
+            (path / file).write_bytes(b"")  # named, but its content never reached the disk
+    store = fill(path)
+    assert np.array_equal(store.probabilities(0, USABLE), LabelStore.open(full).probabilities(0, USABLE))
+
+
+@pytest.mark.parametrize("content", [b"", b"torn"])
+def test_a_torn_record_is_a_shard_to_write_again(full, content):
+    (full / "records/c/1/2/0").write_bytes(content)
+    assert LabelStore.open(full).progress() == (9, 10)
+    assert fill(full, (1, 2)).progress() == (10, 10)
+
+
+def test_a_writer_refuses_a_usable_row_without_label_and_an_unusable_one_with(path):
+    writer = StoreWriter(path)
+    codes, boxes, flips = blocks(writer, 0, 1)
+    missing, surplus = codes.copy(), codes.copy()
+    missing[5], surplus[1] = 0, codes[0]
+    with pytest.raises(StoreError, match=r"view 0, c1/é021.jpg: no label for a usable image"):
+        writer.write(0, 1, missing, boxes, flips)
+    with pytest.raises(StoreError, match=r"view 0, c2/é017.jpg: a label for an unusable image"):
+        writer.write(0, 1, surplus, boxes, flips)
+    assert not (path / "labels/c").exists() and LabelStore.open(path).progress() == (0, 10)
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("where", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_a_flipped_bit_is_an_error_and_never_a_label(full, where, bit):
+    file = full / "labels/c/1/0/0"
+    content = bytearray(file.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1 << bit
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="labels of .* can't be read .*; restore") as error:
+        LabelStore.open(full).codes(1, slice(0, 16))
+    assert one_line(error)
+    assert len(LabelStore.open(full).codes(0, slice(0, 16))) == 16
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("rows", [slice(0, 16), slice(4, 8)])
+def test_a_label_file_cut_short_is_an_error_and_never_a_label(full, kept, rows):
+    file = full / "labels/c/1/0/0"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(StoreError, match="labels of .* can't be read") as error:
+        LabelStore.open(full).codes(1, rows)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("file", ["boxes/c/1/0/0", "flips/c/1/0"])
+def test_a_damaged_crop_is_an_error_and_never_a_crop(full, file):
+    content = bytearray((full / file).read_bytes())
+    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        (full / file).write_bytes(damaged)
+        with pytest.raises(StoreError, match="can't be read") as error:
+            LabelStore.open(full).crops(1, slice(0, 2))
+        assert one_line(error)
+
+
+def test_a_label_file_that_got_lost_is_an_error_and_never_a_label(full):
+    (full / "labels/c/1/0/0").unlink()  # a copy that was not complete, say
+    with pytest.raises(StoreError):
+        LabelStore.open(full).probabilities(1, slice(4, 8))
+
+
+def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp_path):
+    document = json.loads((full / "zarr.json").read_text())
+
+    def variant(name: str, **changes: object) -> Path:
+        place = Path(shutil.copytree(full, tmp_path / name))
+        (place / "zarr.json").write_text(json.dumps(document | {"attributes": document["attributes"] | changes}))
+        return place
+
+    newer = variant("newer.zarr", format_version=2)
+    other = variant("other.zarr", format="something")
+    zarr.create_group(str(tmp_path / "plain.zarr"))
+    zarr.create_array(str(tmp_path / "array.zarr"), shape=(3,), dtype="uint8")
+    zarr.create_group(str(tmp_path / "old.zarr"), zarr_format=2)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    torn = variant("torn.zarr")
+    (torn / "zarr.json").write_text(json.dumps(document)[:500])
+    headless = variant("headless.zarr")
+    (headless / "labels/zarr.json").unlink()
+    halved = variant("halved.zarr")
+    shutil.rmtree(halved / "images" / "status")
+    for place, says in (
+        (newer, "has label store format 2, this program reads 1; use the version"),
+        (other, "not a label store .*'something'"),
+        (tmp_path / "plain.zarr", "not a label store .*None"),
+        (tmp_path / "array.zarr", "not a label store"),
+        (tmp_path / "old.zarr", "not a label store"),
+        (tmp_path / "folder", "not a label store"),
+        (tmp_path / "file", "not a label store"),
+        (torn, "not a label store"),
+        (headless, "is damaged"),
+        (tmp_path / "nothing", "there is no label store at .*; make one with generate-labels"),
+    ):
+        with pytest.raises(StoreError, match=says) as error:
+            LabelStore.open(place)
+        assert one_line(error) and place.name in str(error.value)
+    for key in ("codec", "provenance", "class_names"):
+        attributes = {name: value for name, value in document["attributes"].items() if name != key}
+        (full / "zarr.json").write_text(json.dumps(document | {"attributes": attributes}))
+        with pytest.raises(StoreError, match=f"is damaged: it has no '{key}'"):
+            LabelStore.open(full)
+
+
+# ---- creation and growth
+
+
+def test_a_second_creation_leaves_the_first_store(path):
+    fill(path, (0, 0))
+    before = tree(path)
+    assert create(path, "float32", views=7) is False
+    assert tree(path) == before
+    assert [p.name for p in path.parent.iterdir()] == ["s.zarr"]
+
+
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_creation_left_is_removed_and_that_of_others_kept(tmp_path):
+    def scratch(host: str, process: int) -> Path:
+        left = tmp_path / f".s.zarr.{host}.{process}.creating"
+        (left / "labels").mkdir(parents=True)
+        return left
+
+    here = socket.gethostname()
+    dead, parent, elsewhere = scratch(here, dead_process()), scratch(here, os.getppid()), scratch("elsewhere", dead_process())
+    assert create(tmp_path / "s.zarr")
+    assert not dead.exists() and parent.exists() and elsewhere.exists()
+
+
+def test_a_killed_creation_of_the_same_process_number_is_no_obstacle(tmp_path):
+    left = tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"  # in a container every run may be process 1
+    zarr.create_group(str(left))
+    assert create(tmp_path / "s.zarr")
+    assert not left.exists()
+
+
+def test_growing_keeps_what_is_finished_and_never_shrinks(full):
+    before = LabelStore.open(full)
+    wanted = before.probabilities(1, USABLE)
+    old = {name: content for name, content in tree(full).items() if not name.endswith("zarr.json")}
+    writer = StoreWriter(full)
+    for asked, views in ((1, 2), (2, 2), (5, 5), (3, 5)):
+        writer.grow(asked)
+        assert writer.store.views == LabelStore.open(full).views == views
+    assert {name: content for name, content in tree(full).items() if not name.endswith("zarr.json")} == old
+    store = fill(full, (4, 2))
+    assert store.progress() == (11, 25)
+    assert np.array_equal(store.probabilities(1, USABLE), wanted)
+    assert store.identity == before.identity
+    assert not writer.claims.exists()
+
+
+@pytest.mark.parametrize("done", [["labels"], ["labels", "boxes"], ["labels", "boxes", "flips"]])
+def test_a_growth_killed_half_way_leaves_the_old_store_and_is_mended_by_the_next(full, done):
+    group = zarr.open_group(str(full), mode="r+")
+    for name in done:
+        group[name].resize((4, *group[name].shape[1:]))
+    store = LabelStore.open(full)
+    assert store.views == 2 and store.progress() == (10, 10)
+    assert len(store.probabilities(1, USABLE)) == len(USABLE)
+    with pytest.raises(StoreError, match="has views 0 to 1, not 2"):
+        store.codes(2, slice(0, 2))
+    StoreWriter(full).grow(3)
+    store = fill(full, (2, 0))
+    assert store.views == 3 and store.progress() == (11, 15)
+    assert len(store.crops(2, slice(0, 3))[0]) == 3
+
+
+def test_only_one_process_grows_a_store(path):
+    with claim(path.with_name("s.zarr.claims"), "grow"), pytest.raises(StoreError, match="being extended by another process") as error:
+        StoreWriter(path).grow(3)
+    assert one_line(error)
+    assert LabelStore.open(path).views == 2
+
+
+# ---- claims
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from cache.claims import claim
+sys.stdin.readline()
+with claim(Path(sys.argv[1]), *sys.argv[2:]) as held:
+    print(*sorted(held), flush=True)
+    sys.stdin.readline()
+"""
+
+
+class Holder:
+    """Another process that tries to hold claims until it is told to let go."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *names], text=True, cwd=ROOT, **pipes)
+
+    def go(self) -> Holder:
+        print(file=self.process.stdin, flush=True)
+        return self
+
+    def held(self) -> list[str]:
+        return self.process.stdout.readline().split()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    started: list[Holder] = []
+
+    def start(*names: str) -> Holder:
+        started.append(Holder(tmp_path / "claims", *names))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def test_one_of_many_processes_holds_a_claim(tmp_path, holder):
+    rivals = [holder("a", "b", "c") for _ in range(3)]
+    for rival in rivals:
+        rival.go()
+    assert sorted(name for rival in rivals for name in rival.held()) == ["a", "b", "c"]
+    with claim(tmp_path / "claims", "a", "d") as mine:
+        assert mine == {"d"}
+        assert sorted(claims.holders(tmp_path / "claims"))[-1].startswith(socket.gethostname() + ":")
+        assert len(claims.holders(tmp_path / "claims")) == 4
+    for rival in rivals:
+        rival.go().process.wait()
+    assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, holder, reaped):
+    killed = holder("a").go()
+    assert killed.held() == ["a"]
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == set()
+    os.kill(killed.process.pid, signal.SIGKILL)
+    if reaped:
+        killed.process.wait()
+    else:  # a zombie, as in a container whose first process collects no children
+        while ") Z" not in Path(f"/proc/{killed.process.pid}/stat").read_text():
+            time.sleep(0.001)
+    assert (tmp_path / "claims/a").exists()
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == {"a"}
+        assert claims.holders(tmp_path / "claims") == [f"{socket.gethostname()}:{os.getpid()}"]
+    assert not (tmp_path / "claims").exists()
+
+
+def leave_claim(folder: Path, **owner: object) -> Path:
+    folder.mkdir()
+    (folder / "a").write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": "1"} | owner))
+    return folder / "a"
+
+
+def test_a_process_number_used_again_does_not_keep_a_claim_alive(tmp_path):
+    leave_claim(tmp_path / "claims")  # this very process, but one that started at boot
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == {"a"}
+
+
+@pytest.mark.parametrize(("age", "taken"), [(0, False), (claims.STALE - 5, False), (claims.STALE + 5, True)])
+@pytest.mark.parametrize("content", ["claim", "empty"])
+def test_the_claim_of_another_host_is_taken_over_only_when_stale(tmp_path, age, taken, content):
+    file = leave_claim(tmp_path / "claims", host="elsewhere")
+    if content == "empty":  # its owner has just created it, or died before it wrote its name
+        file.write_text("")
+    then = time.time() - age
+    os.utime(file, (then, then))
+    with claim(tmp_path / "claims", "a") as mine:
+        assert bool(mine) is taken
+    assert [p.name for p in tmp_path.glob("claims/*")] == ([] if taken else ["a"])
+
+
+def test_a_held_claim_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    with claim(tmp_path / "claims", "a"):
+        os.utime(tmp_path / "claims/a", (0, 0))
+        for _ in range(500):
+            if (tmp_path / "claims/a").stat().st_mtime:
+                break
+            time.sleep(0.01)
+        assert time.time() - (tmp_path / "claims/a").stat().st_mtime < 60
+
+
+def test_two_that_find_the_same_dead_claim_do_not_both_take_it(tmp_path, monkeypatch):
+    leave_claim(tmp_path / "claims")
+    real, rival = claims._dead, claim(tmp_path / "claims", "a")
+    rivals: list[set[str]] = []
+
+    def slow(file: Path) -> bool:
+        dead = real(file)
+        if not rivals:  # between the finding and the taking another worker is faster
+            rivals.append(set())
+            rivals[0] = rival.__enter__()
+        return dead
+
+    monkeypatch.setattr(claims, "_dead", slow)
+    with claim(tmp_path / "claims", "a") as mine:
+        assert sorted([*mine, *rivals[0]]) == ["a"]
+    rival.__exit__(None, None, None)
+
+
+def test_claimed_gives_the_unfinished_views_that_nobody_holds(path):
+    fill(path, (0, 1))
+    writer = StoreWriter(path)
+    writer.grow(4)
+    with claim(writer.claims, "2-1"), writer.claimed([0, 1, 2, 3], 1) as mine, StoreWriter(path).claimed([0, 1, 2, 3], 1) as others:
+        assert (mine, others) == ([1, 3], [])
+    with writer.claimed([2, 3], 1) as mine:
+        assert mine == [2, 3]
