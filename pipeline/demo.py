@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
@@ -20,7 +19,7 @@ from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 from pipeline.models import load
 from pipeline.progress import duration, say
-from pipeline.report import store_facts
+from pipeline.report import results, store_facts
 from pipeline.student import train
 
 TRAINING_IMAGES = 1297  # the first ones; the other 500 are for validation
@@ -99,7 +98,7 @@ def _print(result: dict, out: Path, found: images.Images) -> None:
     for row in result["rows"]:
         compared = [f"{row['teacher_kl']:.4f}", f"{row['teacher_agreement']:.2f}"] if "teacher_kl" in row else ["", ""]
         table.add_row(row["name"], f"{row['top1']:.2f}", *compared, duration(row["seconds"]) if row["seconds"] else "")
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     console.print(table)
     console.print(
         f"{result['labelled_crops']:,} crops labelled once, in {duration(result['label_seconds'])}; {result['label_bytes_per_crop']:.1f} bytes per crop; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from rich.table import Table
 from cache import LabelStore
 from cache.schema import USABLE, VERSION
 from cache.writer import stored_bytes
+
+
+def results() -> Console:
+    """Where results go: stdout, as wide as the terminal, or unfolded into a pipe or file."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def store_facts(path: Path) -> dict:
@@ -59,7 +65,6 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
 
 
 def store_page(facts: dict) -> None:
-    console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -98,14 +103,14 @@ def store_page(facts: dict) -> None:
     )
     row("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()))
     row("identity", facts["identity"])
-    console.print(table)
+    results().print(table)
 
 
 def evaluation_table(result: dict) -> None:
     """Top-1 and top-5 of each model, of the ensemble and of the teachers."""
     compared = "teacher_kl" in result["models"][0]
     table = Table(box=None, pad_edge=False)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for name in ("top-1 %", "top-5 %", "loss", *(("KL to teachers", "agreement %") if compared else ())):
         table.add_column(name, justify="right")
     for entry in [*result["models"], *(result[key] for key in ("ensemble", "teachers") if key in result)]:
@@ -113,6 +118,6 @@ def evaluation_table(result: dict) -> None:
         if "teacher_kl" in entry:
             cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
         table.add_row(entry["name"], *cells)
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     console.print(table)
     console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))
