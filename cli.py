@@ -216,6 +216,8 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     for line in images.unusable_summary(found):
         click.echo(line, err=True)
     result = evaluate(pupils, directory, found, len(classes), device=place, teachers=references, batch_size=batch_size, exif=exif)
+    for entry, given in zip(result["models"], models, strict=True):
+        entry["checkpoint"] = given["checkpoint"]
     click.echo(json.dumps(result)) if as_json else evaluation_table(result)
 
 

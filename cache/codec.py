@@ -32,6 +32,11 @@ class Codec:
     def is_float(self) -> bool:
         return np.issubdtype(self.dtype, np.floating)
 
+    @property
+    def smallest(self) -> float:
+        """The probability from which on a code isn't zero."""
+        return (0.5 / self.levels) ** (1 / self.exponent)
+
     @cached_property
     def table(self) -> np.ndarray | None:
         """float32 [levels + 1]: the probability of each code before renormalisation; None for the float codecs."""

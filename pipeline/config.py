@@ -93,6 +93,12 @@ class Render(Section):
     threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
 
 
+class Discriminator(Section):
+    """MEAL V2's discriminator, trained together with the student: its loss is added to the soft cross-entropy."""
+
+    lr: float = Field(1e-4, gt=0, description="its own learning rate at the start, which decays as the student's does")
+
+
 class Train(Section):
     """The student's loop. The defaults are MEAL V2's (arXiv 2009.08453, Sec. 4)."""
 
@@ -115,12 +121,15 @@ class Train(Section):
     views: int | None = Field(
         None, ge=1, description="use the first so many views of the store; otherwise all. Epoch e replays view e mod views"
     )
+    discriminator: Discriminator | None = Field(None, description="with soft labels only; null: none")
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of images, a new head, random weights and dropout")
 
     @model_validator(mode="after")
-    def _milestones(self) -> Train:
+    def _consistent(self) -> Train:
         if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
             raise ValueError(f"train.milestones must be rising epochs from 1 on, got {list(self.milestones)}")
+        if self.discriminator and self.labels == "hard":
+            raise ValueError("train.discriminator needs soft labels; set train.discriminator=null, or train.labels=soft")
         return self
 
 
@@ -131,6 +140,14 @@ class Config(Section):
     render: Render = Render()
     student: ModelSpec | None = None
     train: Train = Train()
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Config:
+        if self.student and self.student.image_size not in (None, self.train.image_size):
+            raise ValueError(
+                f"student.image_size is {self.student.image_size}; the student's size is train.image_size, {self.train.image_size}"
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -240,6 +257,8 @@ def _show(value: Any) -> str:
 def _fields(location: tuple) -> list[str]:
     """Names of the keys that a section may hold."""
     sections = {"teachers": ModelSpec, "student": ModelSpec, "crops": Crops, "store": Store, "render": Render, "train": Train}
+    if location[-1:] == ("discriminator",):
+        return list(Discriminator.model_fields)
     return list((sections[location[0]] if location else Config).model_fields)
 
 

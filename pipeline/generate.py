@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
 from pipeline.progress import Progress, duration, say
+from pipeline.render import dali_version
 
 
 @dataclass
@@ -146,8 +147,10 @@ def _recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.d
 
 def made_with() -> dict:
     """Versions, for the record: whether they matter is what fingerprints and digests decide."""
-    names = ("torch", "timm", "numpy", "zarr", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    versions = {"python": platform.python_version(), "dali": dali_version}
+    for name in ("torch", "timm", "numpy", "zarr"):
+        versions[name] = version(name)
+    return versions
 
 
 _REPAIRS = {

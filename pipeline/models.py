@@ -225,7 +225,8 @@ def _config(name: str) -> dict:
 
 
 def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
-    logging.getLogger("timm").setLevel(logging.ERROR)
+    for noisy in ("timm", "huggingface_hub"):  # a line per retry; the error below says it once
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # timm, huggingface_hub and the network raise whatever they like; the user's repair is the same

@@ -22,6 +22,7 @@ from cache.schema import USABLE, Images, MealError
 
 STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
 FINGERPRINT_CROPS = 64
+dali_version: str = dali.__version__
 # A black pixel (PPM): what is rendered in the place of an unusable image, so that the others keep their place in the batch.
 BLANK = b"P6 1 1 255\n\0\0\0"
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}

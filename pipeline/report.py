@@ -117,7 +117,7 @@ def evaluation_table(result: dict) -> None:
         cells = [f"{entry['top1']:.2f}", f"{entry['top5']:.2f}", f"{entry['loss']:.4f}"]
         if "teacher_kl" in entry:
             cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
-        table.add_row(entry["name"], *cells)
+        table.add_row(f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"], *cells)
     console = results()
     console.print(table)
     console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))

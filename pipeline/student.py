@@ -217,9 +217,14 @@ class Run:
     ) -> None:
         self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
         recipe = config.train
-        self.optimizer = torch.optim.SGD(
-            student.module.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-        )
+        groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
+        self.discriminator = None
+        if recipe.discriminator:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(recipe.seed)
+                self.discriminator = losses.Discriminator(student.classes).to(device)
+            groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
+        self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         self.replay = Replay(
             source, folder, image_size=recipe.image_size, batch_size=recipe.batch_size, seed=recipe.seed, rendering=config.render
         )
@@ -231,6 +236,8 @@ class Run:
 
     def restore(self, state: dict) -> None:
         self.student.module.load_state_dict(state["model"])
+        if self.discriminator:
+            self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.metrics = state["epoch"], state["metrics"]
         say(f"going on with {self.out} after {self.epoch} epochs")
@@ -238,13 +245,14 @@ class Run:
     def train_epoch(self) -> None:
         """One pass over the images, validation, and the checkpoints."""
         recipe, epoch = self.config.train, self.epoch
-        rate = recipe.lr * recipe.gamma ** sum(epoch >= m for m in recipe.milestones)
+        decay = recipe.gamma ** sum(epoch >= m for m in recipe.milestones)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["base_lr"] * decay
+        rate = recipe.lr * decay
         # Dropout and the like draw anew in each epoch, and the same whether or not the run was interrupted before it.
         torch.manual_seed(int(philox.words(recipe.seed, epoch, 0, 0, 3)[0, 0]))
         self.student.module.train()
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, entropy of the labels, rows where student and label agree
+        sums = torch.zeros(5, dtype=torch.float64)  # as _step returns them
         seen, shown, rows = 0, 0.0, len(self.source.images.usable)
         with Progress(f"epoch {epoch + 1}/{recipe.epochs}", rows, "images") as progress, self.replay.epoch(epoch) as batches:
             for batch in batches:
@@ -256,7 +264,7 @@ class Run:
                         f"the loss is {shown} in epoch {epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights"
                     )
                 progress.advance(len(batch.rows), f"loss {shown:.3f}")
-        loss, entropy, agreeing = (sums / seen).tolist()
+        loss, entropy, agreeing, against, told = (sums / seen).tolist()
         metrics = {
             "epoch": epoch,
             "view": epoch % self.source.views,
@@ -268,6 +276,8 @@ class Run:
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(seen / progress.seconds, 1),
         }
+        if self.discriminator:
+            metrics |= {"discriminator_loss": against, "discriminator_accuracy": 100 * told}
         if self.validation:
             metrics |= self._validate()
         self.epoch += 1
@@ -276,19 +286,27 @@ class Run:
         say(self._summary(metrics))
 
     def _step(self, batch: Batch) -> torch.Tensor:
-        """One optimizer step. Returns sums over the batch: loss, entropy of the labels, agreements."""
+        """One optimizer step. Returns float64 [5], sums over the batch: loss against the labels, entropy of the labels, rows where student and label
+        put the same class first, and the discriminator's loss and right answers."""
         labels = batch.labels.to(self.device, non_blocking=True)
         logits = self.student(batch.pixels.to(self.device, non_blocking=True), self.config.train.precision)
+        entropy = against = told = torch.zeros((), device=self.device)
         if self.decode:
             targets = self.decode(labels)
             loss, entropy, best = losses.soft_cross_entropy(logits, targets), losses.entropy(targets).sum(), targets.argmax(dim=1)
         else:
-            loss, entropy, best = nn.functional.cross_entropy(logits, labels, reduction="none"), torch.zeros((), device=self.device), labels
+            loss, best = nn.functional.cross_entropy(logits, labels, reduction="none"), labels
+        total = loss.mean()
+        if self.discriminator:
+            against, told = self.discriminator(logits, targets, self.source.store.codec.smallest)
+            total = total + against
         self.optimizer.zero_grad(set_to_none=True)
-        loss.mean().backward()
+        total.backward()
         self.optimizer.step()
         with torch.no_grad():
-            return torch.stack([loss.sum(), entropy, (logits.argmax(dim=1) == best).sum()]).double().cpu()
+            agreeing = (logits.argmax(dim=1) == best).sum()
+            n = len(labels)
+            return torch.stack([loss.sum(), entropy, agreeing, n * against, n * told]).double().cpu()
 
     def _validate(self) -> dict:
         self.student.module.eval()
@@ -317,6 +335,7 @@ class Run:
         checkpoint.write(self.out / "metrics.jsonl", lambda scratch: scratch.write_text(lines))
         state = {
             "model": self.student.module.state_dict(),
+            "discriminator": self.discriminator.state_dict() if self.discriminator else None,
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "metrics": self.metrics,

@@ -28,6 +28,7 @@ def test_the_papers_recipe_is_the_papers():
     assert (recipe.student.model, recipe.student.pretrained) == ("resnet50.ram_in1k", True)
     assert (recipe.crops.views, train.epochs, train.batch_size, train.image_size) == (180, 180, 512, 224)
     assert (train.lr, train.milestones, train.gamma, train.momentum, train.weight_decay) == (0.01, (100,), 0.1, 0.9, 0.0)
+    assert train.discriminator.lr == 1e-4
 
 
 @pytest.fixture
@@ -65,6 +66,8 @@ def test_1e_3_is_a_number(path):
         ("train.milestones=[9, 3]", "train.milestones must be rising epochs"),
         ("train.labels=firm", "train.labels must be 'soft' or 'hard', got 'firm'"),
         ("store.codec=pow9", "store.codec must be one of .* did you mean pow8?"),
+        ("train.discriminator={learning_rate: 1}", "train.discriminator.learning_rate is not known; known are lr"),
+        ("student={model: resnet18, image_size: 64}", "student.image_size is 64; the student's size is train.image_size, 224"),
         ("teachers.2.model=x", "'2' must be a number from 0 to 1"),
         ("train", "must be KEY=VALUE"),
         ("train.lr=[", "is no YAML value"),

@@ -85,6 +85,36 @@ def test_the_learning_rate_steps_at_the_milestones(photos, recipe, store_path, t
     assert {"loss", "kl", "val_top1", "val_top5", "images_per_second", "seconds"} <= lines[0].keys()
 
 
+def test_the_discriminator_is_equations_4_and_5_by_hand():
+    torch.manual_seed(0)
+    judge = losses.Discriminator(10)
+    assert [layer.out_features for layer in judge.layers[::2]] == [32, 16, 1]
+    assert [layer.out_features for layer in losses.Discriminator(1000).layers[::2]] == [125, 16, 1]
+    p = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(10), 4), dtype=torch.float32)
+    logits = torch.randn(4, 10)
+    loss, accuracy = judge(logits, p, 0.02)
+    theirs = judge.layers(torch.log(torch.clamp(p, min=0.02)))[:, 0].sigmoid()
+    students = judge.layers(torch.log(torch.clamp(logits.softmax(1), min=0.02)))[:, 0].sigmoid()
+    assert loss.item() == pytest.approx(-(theirs.log().mean() + (1 - students).log().mean()).item() / 2, rel=1e-5)
+    assert accuracy.item() == pytest.approx(((theirs > 0.5).float().mean() + (students < 0.5).float().mean()).item() / 2)
+    torch.testing.assert_close(judge(logits + 7, p, 0.02), (loss, accuracy))  # the logits' offset tells nothing
+
+
+def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(photos, recipe, store_path, tmp_path):
+    judged = {"epochs": 2, "milestones": [1], "discriminator": {"lr": 0.1}}
+    train(changed(recipe, train=judged), photos, tmp_path / "whole", store=store_path, device=CPU)
+    train(changed(recipe, train=judged | {"epochs": 1}), photos, tmp_path / "parts", store=store_path, device=CPU)
+    state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [0.01, 0.1]
+    metrics = train(changed(recipe, train=judged), photos, tmp_path / "parts", store=store_path, device=CPU)
+    state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([0.001, 0.01])  # the ratio stays
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
+    assert 0 < metrics["discriminator_loss"] < 2 and 0 <= metrics["discriminator_accuracy"] <= 100
+    train(changed(recipe, train=judged | {"discriminator": None}), photos, tmp_path / "without", store=store_path, device=CPU)
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() != (tmp_path / "without" / "last.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("labels", ["soft", "hard"])
 def test_training_lowers_the_loss(photos, recipe, store_path, tmp_path, labels):
     longer = changed(recipe, train={"epochs": 8, "labels": labels, "lr": 0.005, "milestones": []})
