@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,12 +44,12 @@ def split_folder(data: str | Path, split: str) -> Path:
 def is_split(data: str | Path, name: str) -> bool:
     """Whether DATA/NAME is a split, which holds class folders, and not a class that happens to be called train, which holds pictures."""
     folder = Path(data, name)
-    return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
+    return folder.is_dir() and any(os.path.isdir(entry.path) for entry in os.scandir(folder))
 
 
 def class_names(folder: Path) -> list[str]:
     """Names of the class folders, sorted; their places are the class indices."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if os.path.isdir(entry.path) and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} has no class folders; it must hold one folder per class, with the images in them")
     return names
@@ -95,7 +96,7 @@ def _walk(folder: Path, relative: str, above: frozenset[str]) -> Iterator[tuple[
         if entry.name.startswith("."):
             continue
         path = f"{relative}/{entry.name}"
-        if entry.is_dir():
+        if os.path.isdir(entry.path):
             yield from _walk(Path(entry.path), path, above | {real})
         else:
             try:
@@ -166,6 +167,8 @@ def _read_any(folder: Path, path: str) -> bytes | str:
     except UnicodeEncodeError:
         return "the file's name is not UTF-8"
     try:
+        if not stat.S_ISREG(os.stat(folder / path).st_mode):
+            return "not a regular file"  # reading a pipe would wait for ever
         blob = (folder / path).read_bytes()
     except OSError as error:
         return f"unreadable: {error.strerror}"
@@ -223,7 +226,9 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
     """Raises DataError unless the folder holds exactly the files of the manifest, with the same sizes (contents are compared when read)."""
     paths, class_index, sizes = list_files(folder, classes)
     paths = np.array([_printable(p) for p in paths], object)
-    order = np.argsort(images.path)
+    here = np.argsort(paths, kind="stable")  # a name that isn't UTF-8 sorts elsewhere when it is printed
+    paths, class_index, sizes = paths[here], class_index[here], sizes[here]
+    order = np.argsort(images.path, kind="stable")
     if np.array_equal(paths, images.path[order]):
         changed = np.flatnonzero(
             (sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order])
@@ -232,8 +237,8 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
             return
         first, count, what = paths[changed[0]], len(changed), "of another size or class"
     else:
-        here, there = set(paths), set(images.path)
-        missing, added = sorted(there - here), sorted(here - there)
+        now, then = set(paths), set(images.path)
+        missing, added = sorted(then - now), sorted(now - then)
         first, count, what = (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
     raise DataError(
         f"{folder} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "

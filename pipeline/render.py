@@ -128,6 +128,9 @@ class Crops(_Graph):
 
         Returns per view a dict: output size → uint8 [n, size, size, 3], on the renderer's device.
         """
+        if len(blobs) == 0:  # a process's part of a small last batch; DALI refuses an empty one
+            device = "cuda" if self.gpu else "cpu"
+            return [{size: torch.empty(0, size, size, 3, dtype=torch.uint8, device=device) for size in self.sizes} for _ in range(self.views)]
         arguments = {}
         for view in range(self.views):
             box = boxes[view].astype(np.int32)
@@ -137,7 +140,7 @@ class Crops(_Graph):
 
 
 class Centre(_Graph):
-    """Evaluation's view: the shorter side resized to size · 256 / 224, then the central square (He et al., arXiv 1512.03385, as in the paper)."""
+    """Evaluation's view: the shorter side resized to size · 256 / 224 (rounded down, as timm does), then the central square (He et al., arXiv 1512.03385, as in the paper)."""
 
     def __init__(
         self, looks: Sequence[tuple[int, str]], batch_size: int, *, exif: str, backend: str = "cpu", threads: int | None = None
@@ -159,7 +162,7 @@ class Centre(_Graph):
         """n encoded images and their decoded heights and widths [n] → (size, interpolation) → uint8 [n, size, size, 3]."""
         arguments = {}
         for i, (size, _) in enumerate(self.looks):
-            short = round(size * 256 / 224)
+            short = size * 256 // 224
             shorter = np.minimum(height, width)
             whole = np.stack([short * height.astype(np.int64) // shorter, short * width.astype(np.int64) // shorter], axis=1)
             arguments[f"whole{i}"] = whole.astype(np.float32)

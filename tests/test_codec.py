@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numcodecs.zstd import Zstd
 
-from cache.codec import CODECS, Codec, divergence
+from cache import StoreError
+from cache.codec import CODECS, DEFAULT, Codec, divergence, entropy, from_description
 
 SIZES = (2, 10, 1_000, 21_841)
 POWER = [name for name, codec in CODECS.items() if not codec.is_float]
 BF16_NOISE = 8.5e-4, 0.0123  # KL and TV that bf16 autocast costs against float32, measured on the teachers of soft_labels.npz
 
 everywhere = pytest.mark.parametrize("classes", SIZES)
-every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=str(CODECS.keys()) and list(CODECS))
+every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
 def real_rows() -> np.ndarray:
@@ -25,13 +28,15 @@ def real_rows() -> np.ndarray:
     return p / p.sum(axis=1, keepdims=True)
 
 
+@cache
 def varied(classes: int) -> np.ndarray:
     """Rows from flat to one-hot."""
     rng = np.random.default_rng(classes)
-    rows = [np.full((1, classes), 1 / classes), np.eye(classes)[[0, classes - 1]]]
-    rows += [rng.dirichlet(np.full(classes, concentration), 6) for concentration in (0.003, 0.03, 0.3, 3, 100)]
+    many = 2 if classes > 1_000 else 20
+    rows = [np.full((1, classes), 1 / classes), np.eye(2, classes, classes - 2)]
+    rows += [rng.dirichlet(np.full(classes, concentration), many) for concentration in (0.003, 0.03, 0.3, 3, 100)]
     for width in (0.1, 1, 3, 10, 30):
-        logits = rng.normal(0, width, (6, classes))
+        logits = rng.normal(0, width, (many, classes))
         e = np.exp(logits - logits.max(axis=1, keepdims=True))
         rows.append(e / e.sum(axis=1, keepdims=True))
     return np.concatenate(rows)
@@ -42,8 +47,8 @@ def edges(codec: Codec) -> np.ndarray:
     if codec.dtype == "float32":
         return np.geomspace(1e-30, 0.9, 200)
     if codec.is_float:
-        values = np.arange(0x3C01, dtype="uint16").view("float16").astype("float64")[:: 1 if codec.name == "all" else 7]
-        return (values + np.nextafter(values.astype("float16"), np.float16(2)).astype("float64")) / 2
+        values = np.arange(0x3C01, dtype="uint16").view("float16").astype("float64")
+        return (values[1:] + values[:-1]) / 2
     return ((np.arange(1, 256) - 0.5) / 255) ** (1 / codec.exponent)
 
 
@@ -52,8 +57,8 @@ def adversarial(codec: Codec, classes: int) -> np.ndarray:
     rows = []
     usable = edges(codec)
     usable = usable[(usable < 1) & (usable > 1e-4 / classes)]
-    near_flat = np.argsort(np.abs(usable - 1 / classes))[:8]
-    spread = np.linspace(0, len(usable) - 1, min(len(usable), 24 if classes > 1_000 else 80)).astype(int)
+    near_flat = np.argsort(np.abs(usable - 1 / classes))[:4]
+    spread = np.linspace(0, len(usable) - 1, min(len(usable), 12 if classes > 1_000 else 80)).astype(int)
     for edge in usable[np.union1d(near_flat, spread)]:
         many = min(classes - 1, int(1 / (edge * (1 + 1e-5))))
         for share in (0.0, 0.5, 0.9, 1.0):
@@ -66,7 +71,8 @@ def adversarial(codec: Codec, classes: int) -> np.ndarray:
     if classes <= 10:  # few classes: many mixtures of edges
         rng = np.random.default_rng(0)
         rough = rng.dirichlet(np.full(classes, 0.5), 4_000)
-        snapped = usable[np.abs(rough[:, :-1, None] - usable).argmin(axis=2)] * (1 + rng.choice([-1e-5, 1e-5], (4_000, classes - 1)))
+        below = np.maximum(np.searchsorted(usable, rough[:, :-1]) - 1, 0)
+        snapped = usable[below] * (1 + rng.choice([-1e-5, 1e-5], below.shape))
         snapped = snapped[snapped.sum(axis=1) <= 1]
         rows.extend(np.column_stack([snapped, 1 - snapped.sum(axis=1)]))
     return np.array(rows)
@@ -76,22 +82,12 @@ def adversarial(codec: Codec, classes: int) -> np.ndarray:
 @every_codec
 def test_a_decoded_row_sums_to_one_and_holds_no_zero(codec, classes):
     rows = varied(classes)
-    if codec.name == "float16" and classes == 21_841:
-        assert (codec.encode(rows) == 0).any()  # its zeros are replaced as well
-    decoded = codec.decode(codec.encode(rows))
-    assert decoded.dtype == np.float32 and decoded.shape == rows.shape
+    codes = codec.encode(rows)
+    decoded = codec.decode(codes)
+    assert (codes == 0).any()  # which must not come back as zeros
+    assert codes.dtype == codec.dtype and decoded.dtype == np.float32 and decoded.shape == rows.shape
     assert np.abs(decoded.sum(axis=1, dtype="float64") - 1).max() < 1e-5
     assert decoded.min() > 0
-
-
-@everywhere
-@every_codec
-def test_codes_are_of_the_stated_type_and_keep_the_order(codec, classes):
-    rows = varied(classes).astype("float32")
-    codes = codec.encode(rows)
-    assert codes.dtype == codec.dtype
-    order = rows.argsort(axis=1)
-    assert (np.diff(np.take_along_axis(codes, order, axis=1).astype("float64"), axis=1) >= 0).all()
 
 
 @everywhere
@@ -101,29 +97,131 @@ def test_no_row_exceeds_the_stated_error(codec, classes):
     assert np.abs(rows.sum(axis=1) - 1).max() < 1e-9 and rows.min() >= 0
     kl, tv = divergence(rows, codec.decode(codec.encode(rows)))
     most_kl, most_tv = codec.max_error(classes)
-    assert kl.max() <= most_kl, (kl.argmax(), kl.max() / most_kl)
-    assert tv.max() <= most_tv, (tv.argmax(), tv.max() / most_tv)
+    assert kl.max() <= most_kl, f"row {kl.argmax()}"
+    assert tv.max() <= most_tv, f"row {tv.argmax()}"
+    if not codec.is_float:  # and the statement is no idle one: some row comes near it
+        assert kl.max() > 0.8 * most_kl and tv.max() > 0.75 * most_tv
 
 
-@pytest.mark.parametrize("name", POWER)
-def test_the_stated_error_is_nearly_reached_by_the_worst_rows(name):
-    codec = CODECS[name]
-    for classes in SIZES:
-        rows = adversarial(codec, classes)
-        kl, tv = divergence(rows, codec.decode(codec.encode(rows)))
-        most_kl, most_tv = codec.max_error(classes)
-        print(name, classes, kl.max() / most_kl, tv.max() / most_tv)
-        assert kl.max() > most_kl / 3
+@everywhere
+def test_finer_codecs_state_smaller_errors(classes):
+    stated = [CODECS[name].max_error(classes) for name in ("float32", "float16", *POWER)]
+    if classes >= 1_000:
+        assert stated == sorted(stated)
+    for kl, tv in stated:
+        assert 0 < kl < 0.2 and 0 < tv < 0.35
 
 
-MEASURED = {}
+# Codec: mean KL in nats, mean total variation, bytes a row as one zstd level 3 block; measured on tests/data/soft_labels.npz.
+MEASURED = {
+    "cbrt8": (3.51e-4, 6.87e-3, 584),
+    "pow8": (7.32e-4, 9.33e-3, 520),
+    "sqrt8": (2.56e-3, 1.60e-2, 413),
+    "float16": (0, 6.23e-5, 1738),  # KL under 1e-7: the rounding of float32 arithmetic
+    "float32": (0, 0, 3590),
+}
 
 
 @every_codec
-def test_real(codec):
+def test_real_labels_cost_what_the_table_says(codec):
     rows = real_rows()
     codes = codec.encode(rows)
-    kl, tv = divergence(rows, codec.decode(codes))
-    size = len(Zstd(level=3).encode(codes.tobytes())) / len(rows)
-    print("REAL", codec.name, f"{kl.mean():.3g} {tv.mean():.3g} {size:.0f} max {kl.max():.3g} {tv.max():.3g}")
-    assert 0
+    kl, tv = (error.mean() for error in divergence(rows, codec.decode(codes)))
+    wanted_kl, wanted_tv, wanted_bytes = MEASURED[codec.name]
+    assert kl == pytest.approx(wanted_kl, rel=0.05, abs=1e-7)
+    assert tv == pytest.approx(wanted_tv, rel=0.05, abs=1e-7)
+    assert len(Zstd(level=3).encode(codes.tobytes())) / len(rows) == pytest.approx(wanted_bytes, rel=0.1)
+
+
+def test_the_default_codec_costs_less_than_half_precision_teachers():
+    kl, tv = divergence(real_rows(), CODECS[DEFAULT].decode(CODECS[DEFAULT].encode(real_rows())))
+    assert kl.mean() < BF16_NOISE[0] and tv.mean() < BF16_NOISE[1]
+
+
+def test_divergence_and_entropy_are_those_of_the_books():
+    p, q = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), np.array([[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]])
+    kl, tv = divergence(p, q)
+    assert kl == pytest.approx([np.log(2), np.log(2)]) and tv == pytest.approx([0.5, 0.5])
+    assert entropy(p) == pytest.approx([np.log(2), 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({1: np.nan}, "1 values not finite"),
+        ({1: np.inf}, "sum inf.* 1 values not finite"),
+        ({1: np.inf, 2: -np.inf}, "2 values not finite"),
+        ({1: -0.1, 2: 0.5}, "sum 1, minimum -0.1"),
+        ({1: 0.21}, "sum 1.01"),
+        ({1: 0.19}, "sum 0.99"),
+        (dict.fromkeys(range(5), 0.0), "sum 0, minimum 0"),
+    ],
+)
+@every_codec
+def test_a_row_that_is_no_distribution_is_refused_and_named(codec, change, says):
+    rows = np.full((4, 5), 0.2, "float32")
+    codec.encode(rows)
+    rows[2, list(change)] = list(change.values())
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(StoreError, match=f"row 2 of a batch is no probability distribution: .*{says}") as error,
+    ):
+        codec.encode(rows)
+    assert "\n" not in str(error.value)
+
+
+@every_codec
+def test_the_small_misses_of_half_precision_are_no_error(codec):
+    rows = varied(10) * np.linspace(0.9995, 1.0005, len(varied(10)))[:, None]
+    kl, _ = divergence(varied(10), codec.decode(codec.encode(rows)))
+    assert kl.max() < 2 * codec.max_error(10)[0] + 2e-6
+
+
+def test_a_row_that_codes_to_nothing_but_zeros_is_refused():
+    classes = 400_000  # a flat row's 2.5e-6 is below the smallest code of sqrt8, 3.8e-6
+    rows = np.zeros((2, classes), "float32")
+    rows[0, 0], rows[1] = 1, 1 / classes
+    with pytest.raises(
+        StoreError, match="row 1 of a batch has no probability large enough for codec sqrt8 at 400000 classes; choose a finer"
+    ):
+        CODECS["sqrt8"].encode(rows)
+    assert CODECS["pow8"].encode(rows).any(axis=1).all()
+
+
+# What a store says in words, and the same in numpy. Words that change must change here too.
+FORMULAS = {
+    "p = max(q, zero); p = p / sum(p)": lambda q, c: np.maximum(q, c["zero"]),
+    "p = (q / levels) ** (1 / exponent) where q > 0, p = zero where q = 0; p = p / sum(p)": lambda q, c: np.where(
+        q > 0, (q / c["levels"]) ** (1 / c["exponent"]), c["zero"]
+    ),
+}
+
+
+@pytest.mark.parametrize("classes", [2, 1_000])
+@every_codec
+def test_a_description_decodes_alike_by_parameters_and_by_its_words(codec, classes):
+    description = json.loads(json.dumps(codec.describe()))
+    codes = codec.encode(varied(classes))
+    decoded = codec.decode(codes)
+    assert np.array_equal(from_description(description | {"name": "renamed"}).decode(codes), decoded)
+    p = FORMULAS[description["formula"]](codes.astype("float64"), description)
+    assert np.allclose(p / p.sum(axis=1, keepdims=True), decoded, rtol=1e-5, atol=0)
+
+
+def test_every_code_of_a_power_codec_decodes_to_its_formula_and_comes_back():
+    for name in POWER:
+        codec = CODECS[name]
+        codes = np.arange(256, dtype="uint8")
+        p = np.where(codes > 0, (codes / codec.levels) ** (1 / codec.exponent), codec.zero)
+        assert np.allclose(codec.table, p, rtol=1e-6, atol=0)
+        rows = np.column_stack([p, 1 - p])  # two classes: no renormalisation to speak of
+        assert np.array_equal(codec.encode(rows)[:, 0], codes)
+        assert 0 < codec.zero < edges(codec)[0]
+
+
+@pytest.mark.parametrize("key", ["name", "dtype", "exponent", "levels", "zero"])
+def test_a_description_without_one_of_its_keys_is_refused_by_its_name(key):
+    description = CODECS[DEFAULT].describe()
+    del description[key]
+    with pytest.raises(StoreError, match=f"codec has no '{key}'"):
+        from_description(description)

@@ -24,6 +24,12 @@ from cache.schema import Images
 from cache.writer import StoreWriter, stored_bytes
 
 ROOT = Path(__file__).parents[1]
+
+
+def bug(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
 N, CLASSES, SHARD, CHUNK = 70, 5, 16, 4
 SHARDS = 5  # the last has 6 rows
 UNUSABLE = (3, 17, 40, *range(48, 64))  # all of shard 3
@@ -213,7 +219,7 @@ def test_a_shard_never_written_is_no_label_though_zarr_reads_zeros(path):
             read(1, slice(0, 2))
         assert one_line(error)
     assert len(store.probabilities(0, slice(4, 16))) == 12
-    with pytest.raises(StoreError, match="view 0 .* the first is 2"):
+    with pytest.raises(StoreError, match=r"view 0 .* the first is 2"):
         store.probabilities(0, [0, 1, 32])
     with pytest.raises(StoreError, match=r"view 0 .*\(3 of 5 shards missing, the first is 2\)"):
         store.require_finished(0)
@@ -228,7 +234,7 @@ def test_data_without_its_record_does_not_count(full):
     store = LabelStore.open(full)
     assert store.progress() == (9, 10)
     assert np.array_equal(zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted)  # the labels are there
-    with pytest.raises(StoreError, match="view 1 .* the first is 2"):
+    with pytest.raises(StoreError, match=r"view 1 .* the first is 2"):
         store.probabilities(1, slice(32, 40))
 
 
@@ -269,6 +275,13 @@ def test_rows_that_are_not_there_or_have_no_label_are_named(full):
         assert one_line(error)
 
 
+@bug("LabelStore._as_rows makes row numbers 0 and 1 of a mask, and cuts fractions off")
+@pytest.mark.parametrize("rows", [np.arange(N) > 60, np.array([1.7])], ids=["mask", "fraction"])
+def test_rows_that_are_no_row_numbers_are_refused(full, rows):
+    with pytest.raises(StoreError):
+        LabelStore.open(full).codes(0, rows)
+
+
 # ---- the order of writing
 
 
@@ -304,16 +317,20 @@ def test_a_shard_whose_data_can_not_be_forced_to_the_disk_is_not_finished(path, 
     assert LabelStore.open(path).progress() == (0, 10)
 
 
-def test_what_a_crash_left_of_a_shard_is_written_over(path, full, tmp_path):
+TORN = bug("Zarr reads a shard before it writes it: StoreWriter.write must unlink what is there")
+
+
+@pytest.mark.parametrize("content", [b"", pytest.param(b"torn", marks=TORN), pytest.param(bytes(1000), marks=TORN)])
+def test_what_a_crash_left_of_a_shard_is_written_over(path, finished_path, content):
     for shard in (1, 4):
         for file in (f"labels/c/0/{shard}/0", f"boxes/c/0/{shard}/0", f"flips/c/0/{shard}"):
-            whole = (path / file).parent
-            whole.mkdir(parents=True, exist_ok=True)
-            (path / file).write_bytes(b"")  # named, but its content never reached the disk
-    store = fill(path)
-    assert np.array_equal(store.probabilities(0, USABLE), LabelStore.open(full).probabilities(0, USABLE))
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            (path / file).write_bytes(content)  # named, but its content never reached the disk
+    fill(path)
+    assert tree(path) == tree(finished_path)
 
 
+@bug("LabelStore.records raises for the whole store, against its docstring")
 @pytest.mark.parametrize("content", [b"", b"torn"])
 def test_a_torn_record_is_a_shard_to_write_again(full, content):
     (full / "records/c/1/2/0").write_bytes(content)
@@ -336,44 +353,65 @@ def test_a_writer_refuses_a_usable_row_without_label_and_an_unusable_one_with(pa
 # ---- damage
 
 
-@pytest.mark.parametrize("where", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0])
-@pytest.mark.parametrize("bit", [0, 7])
-def test_a_flipped_bit_is_an_error_and_never_a_label(full, where, bit):
-    file = full / "labels/c/1/0/0"
-    content = bytearray(file.read_bytes())
-    content[int(where * (len(content) - 1))] ^= 1 << bit
-    file.write_bytes(content)
-    with pytest.raises(StoreError, match="labels of .* can't be read .*; restore") as error:
-        LabelStore.open(full).codes(1, slice(0, 16))
-    assert one_line(error)
-    assert len(LabelStore.open(full).codes(0, slice(0, 16))) == 16
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.6, 0.99])
-@pytest.mark.parametrize("rows", [slice(0, 16), slice(4, 8)])
-def test_a_label_file_cut_short_is_an_error_and_never_a_label(full, kept, rows):
+def test_a_flipped_bit_is_an_error_and_never_a_label(full):
     file = full / "labels/c/1/0/0"
     content = file.read_bytes()
-    file.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(StoreError, match="labels of .* can't be read") as error:
-        LabelStore.open(full).codes(1, rows)
-    assert one_line(error)
+    store = LabelStore.open(full)
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"labels of .* can't be read .*; restore") as error:
+            store.codes(1, slice(0, 16))
+        assert one_line(error)
+    assert len(store.codes(0, slice(0, 16))) == 16
+
+
+@pytest.mark.parametrize("rows", [slice(0, 16), slice(4, 8)])
+def test_a_label_file_cut_short_is_an_error_and_never_a_label(full, rows):
+    file = full / "labels/c/1/0/0"
+    content = file.read_bytes()
+    store = LabelStore.open(full)
+    for kept in range(1, len(content)):
+        file.write_bytes(content[:kept])
+        with pytest.raises(StoreError, match=r"labels of .* can't be read") as error:
+            store.codes(1, rows)
+        assert one_line(error)
 
 
 @pytest.mark.parametrize("file", ["boxes/c/1/0/0", "flips/c/1/0"])
 def test_a_damaged_crop_is_an_error_and_never_a_crop(full, file):
     content = bytearray((full / file).read_bytes())
-    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:], content[:-1] + bytes([content[-1] ^ 1]), b""):
+    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:], content[:-1] + bytes([content[-1] ^ 1]), content[:3]):
         (full / file).write_bytes(damaged)
         with pytest.raises(StoreError, match="can't be read") as error:
             LabelStore.open(full).crops(1, slice(0, 2))
         assert one_line(error)
 
 
-def test_a_label_file_that_got_lost_is_an_error_and_never_a_label(full):
-    (full / "labels/c/1/0/0").unlink()  # a copy that was not complete, say
-    with pytest.raises(StoreError):
-        LabelStore.open(full).probabilities(1, slice(4, 8))
+LOST = bug("Zarr reads a missing file as zeros, and an empty one of a whole shard too")
+
+
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        pytest.param("labels/c/1/0/0", None, marks=LOST),
+        pytest.param("labels/c/1/0/0", b"", marks=LOST),
+        pytest.param("boxes/c/1/0/0", None, marks=LOST),
+        pytest.param("flips/c/1/0", None, marks=LOST),
+        ("boxes/c/1/0/0", b""),
+        ("flips/c/1/0", b""),
+    ],
+)
+def test_a_file_that_a_copy_left_out_or_empty_is_an_error_and_never_a_label(full, file, left):
+    (full / file).unlink()
+    if left is not None:
+        (full / file).write_bytes(left)
+    store = LabelStore.open(full)
+    for rows in (slice(4, 8), slice(0, 16)):
+        with pytest.raises(StoreError, match=file.split("/")[0]) as error:
+            store.codes(1, rows) if file.startswith("labels") else store.crops(1, rows)
+        assert one_line(error)
 
 
 def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp_path):
@@ -395,8 +433,6 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     (torn / "zarr.json").write_text(json.dumps(document)[:500])
     headless = variant("headless.zarr")
     (headless / "labels/zarr.json").unlink()
-    halved = variant("halved.zarr")
-    shutil.rmtree(halved / "images" / "status")
     for place, says in (
         (newer, "has label store format 2, this program reads 1; use the version"),
         (other, "not a label store .*'something'"),
@@ -448,6 +484,7 @@ def test_what_a_killed_creation_left_is_removed_and_that_of_others_kept(tmp_path
     assert not dead.exists() and parent.exists() and elsewhere.exists()
 
 
+@bug("schema.create takes the leftover of an earlier process of its own number for its own")
 def test_a_killed_creation_of_the_same_process_number_is_no_obstacle(tmp_path):
     left = tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"  # in a container every run may be process 1
     zarr.create_group(str(left))
@@ -471,11 +508,16 @@ def test_growing_keeps_what_is_finished_and_never_shrinks(full):
     assert not writer.claims.exists()
 
 
-@pytest.mark.parametrize("done", [["labels"], ["labels", "boxes"], ["labels", "boxes", "flips"]])
-def test_a_growth_killed_half_way_leaves_the_old_store_and_is_mended_by_the_next(full, done):
-    group = zarr.open_group(str(full), mode="r+")
-    for name in done:
-        group[name].resize((4, *group[name].shape[1:]))
+@pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
+def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_next(full, monkeypatch, name):
+    def failing(file: Path) -> None:
+        if file.parent.name == name:
+            raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(schema, "sync_file", failing)
+        StoreWriter(full).grow(4)
+    assert zarr.open_group(str(full), mode="r")[name].shape[0] == 4
     store = LabelStore.open(full)
     assert store.views == 2 and store.progress() == (10, 10)
     assert len(store.probabilities(1, USABLE)) == len(USABLE)
@@ -555,7 +597,7 @@ def test_one_of_many_processes_holds_a_claim(tmp_path, holder):
     assert not (tmp_path / "claims").exists()
 
 
-@pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.parametrize("reaped", [True, pytest.param(False, marks=bug("claims._started takes a zombie for alive"))])
 def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, holder, reaped):
     killed = holder("a").go()
     assert killed.held() == ["a"]
@@ -610,6 +652,7 @@ def test_a_held_claim_beats(tmp_path, monkeypatch):
         assert time.time() - (tmp_path / "claims/a").stat().st_mtime < 60
 
 
+@bug("claims._take renames whatever is there now, not what it found dead")
 def test_two_that_find_the_same_dead_claim_do_not_both_take_it(tmp_path, monkeypatch):
     leave_claim(tmp_path / "claims")
     real, rival = claims._dead, claim(tmp_path / "claims", "a")

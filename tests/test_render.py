@@ -1,0 +1,240 @@
+"""The renderer: the student's pixels are the teachers', a crop shows what its box says, and evaluation's view is torchvision's."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from cache import LabelStore, StoreError
+from pipeline import crops, philox, render
+from pipeline.config import Crops, Render
+from pipeline.generate import require_same_pixels
+from pipeline.replay import Replay, StoredLabels
+
+Rendered = list[dict[int, torch.Tensor]]
+
+
+def encoded(photo: Image.Image, kind: str, **how: object) -> bytes:
+    out = io.BytesIO()
+    photo.save(out, kind, **how)
+    return out.getvalue()
+
+
+def cut(height: int, width: int, photo: int = 0, top: int = 100, left: int = 60) -> Image.Image:
+    """A piece of one of scikit-learn's two photographs."""
+    return Image.fromarray(load_sample_images().images[photo][top : top + height, left : left + width])
+
+
+def odd_files() -> dict[str, bytes]:
+    photo, turned = cut(151, 203), Image.Exif()
+    turned[0x0112] = 6
+    return {
+        "colour": encoded(photo, "JPEG"),
+        "finest": encoded(photo, "JPEG", quality=95, subsampling=0),
+        "grey": encoded(photo.convert("L"), "JPEG"),
+        "cmyk": encoded(photo.convert("CMYK"), "JPEG"),
+        "progressive": encoded(photo, "JPEG", progressive=True),
+        "alpha": encoded(photo.convert("RGBA"), "PNG"),
+        "palette": encoded(photo.quantize(64), "PNG"),
+        "turned": encoded(photo, "JPEG", exif=turned),
+        "pixel": encoded(photo.crop((0, 0, 1, 1)), "JPEG"),
+        "line": encoded(photo.crop((0, 0, 203, 1)), "JPEG"),
+        "webp": encoded(photo, "WEBP"),
+        "bmp": encoded(photo, "BMP"),
+    }
+
+
+def as_teachers(
+    blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray, sizes: list[int], batch_size: int, threads: int, **how: str
+) -> Rendered:
+    """As stage one does: every view and size from one whole decode."""
+    how = {"interpolation": "bilinear", "exif": "ignore"} | how
+    renderer = render.Crops(sizes, len(boxes), batch_size, threads=threads, **how)
+    starts = range(0, len(blobs), batch_size)
+    parts = [renderer(blobs[s : s + batch_size], boxes[:, s : s + batch_size], flips[:, s : s + batch_size]) for s in starts]
+    return [{size: torch.cat([part[view][size] for part in parts]) for size in sizes} for view in range(len(boxes))]
+
+
+def as_students(
+    blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray, size: int, batch_size: int, threads: int, **how: str
+) -> torch.Tensor:
+    """As stage two does: one view (boxes [n, 4], flips [n]), one size, only the crop's region decoded."""
+    return as_teachers(blobs, boxes[None], flips[None], [size], batch_size, threads, **how)[0][size]
+
+
+@pytest.fixture(scope="module")
+def store(store_path: Path) -> LabelStore:
+    return LabelStore.open(store_path)
+
+
+@pytest.fixture(scope="module")
+def teachers_pixels(store: LabelStore, photos: Path) -> Rendered:
+    """Both views of every image of the store, in row order, at the teachers' sizes and another one."""
+    blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
+    boxes, flips = (np.stack(column) for column in zip(*(store.crops(view, slice(None)) for view in (0, 1)), strict=True))
+    return as_teachers(blobs, boxes, flips, [48, 64, 33], 16, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, batch_size, threads):
+    """A whole epoch of each view, bit for bit."""
+    for epoch, size in ((0, 64), (1, 64), (2, 48), (3, 33)):
+        replay = Replay(
+            StoredLabels(store, 2), photos / "train", image_size=size, batch_size=batch_size, seed=0, rendering=Render(threads=threads)
+        )
+        seen = 0
+        with replay.epoch(epoch) as batches:
+            for batch in batches:
+                assert torch.equal(batch.pixels, teachers_pixels[epoch % 2][size][torch.from_numpy(batch.rows)])
+                seen += len(batch.rows)
+        assert seen == 90
+    assert (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()  # so other crops would be noticed
+
+
+def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
+    rows = np.arange(90)[::-1]
+    blobs = [(photos / "train" / store.images.path[row]).read_bytes() for row in rows]
+    boxes, flips = store.crops(1, rows)
+    for batch_size, threads in ((1, 1), (1, 4), (7, 2), (64, 1), (90, 4)):
+        assert torch.equal(as_students(blobs, boxes, flips, 48, batch_size, threads), teachers_pixels[1][48].flip(0))
+        (whole,) = as_teachers(blobs, boxes[None], flips[None], [48, 64], batch_size, threads)
+        assert torch.equal(whole[64], teachers_pixels[1][64].flip(0))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_every_kind_of_image_gives_the_student_the_teachers_pixels(exif, interpolation):
+    files, views, how = odd_files(), 6, {"exif": exif, "interpolation": interpolation}
+    whole = render.WholeDecode(exif)
+    height, width = np.array([whole(blob) for blob in files.values()]).T
+    identity = philox.identities(np.array([*files], object))
+    drawn = [crops.draw(Crops(), identity, height, width, view) for view in range(views)]
+    boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
+    blobs = [*files.values()]
+    teachers = as_teachers(blobs, boxes, flips, [32, 57], len(blobs), 2, **how)
+    for view in range(views):
+        for size in (32, 57):
+            for batch_size in (1, 5):
+                student = as_students(blobs, boxes[view], flips[view], size, batch_size, 2, **how)
+                for i, name in enumerate(files):
+                    assert torch.equal(student[i], teachers[view][size][i]), (name, view, size)
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+@pytest.mark.parametrize("name", ["colour", "finest", "grey", "progressive", "alpha", "palette", "turned", "bmp"])
+def test_a_crop_of_the_output_size_is_that_part_of_pillows_image(name, exif):
+    blob = odd_files()[name]
+    image = Image.open(io.BytesIO(blob))
+    if exif == "apply":
+        image = ImageOps.exif_transpose(image)
+    decoded = torch.from_numpy(np.array(image.convert("RGB")))
+    boxes = np.array([[0, 0, 40, 40], [3, 5, 40, 40], [decoded.shape[0] - 40, decoded.shape[1] - 40, 40, 40], [3, 5, 40, 40]])
+    flips = np.array([False, False, True, True])
+    wanted = [decoded[t : t + h, left : left + w] for t, left, h, w in boxes]
+    wanted = torch.stack([part.flip(1) if flip else part for part, flip in zip(wanted, flips, strict=True)])
+    assert torch.equal(as_students([blob] * 4, boxes, flips, 40, 4, 1, exif=exif), wanted)
+    views = as_teachers([blob], boxes[:, None], flips[:, None], [40], 1, 1, exif=exif)
+    assert torch.equal(torch.cat([view[40] for view in views]), wanted)
+
+
+@pytest.mark.parametrize("size", [48, 64, 160, 224])
+@pytest.mark.parametrize("shape", [(300, 300), (300, 420), (420, 301), (151, 600), (427, 90)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
+    photo = cut(*shape, top=0, left=0)
+    mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    resize = Resize(size * 256 // 224, interpolation=mode)
+    theirs = np.array(Compose([resize, CenterCrop(size)])(photo)).astype(float)
+    centre = render.Centre([(size, interpolation)], 1, exif="ignore", threads=1)
+    (ours,) = centre([encoded(photo, "PNG")], np.array(shape[:1]), np.array(shape[1:]))[size, interpolation].numpy().astype(float)
+    assert ours.shape == (size, size, 3)
+    difference = np.abs(ours - theirs).mean()
+    assert difference < 1  # of 255
+    for axis in (0, 1):
+        for step in (-1, 1):  # one pixel beside the centre is much further away
+            assert np.abs(ours - np.roll(theirs, step, axis)).mean() > 3 * difference
+
+
+def test_evaluation_takes_images_of_any_shape_and_several_sizes_at_once():
+    files = odd_files()
+    height, width = np.array([render.WholeDecode("ignore")(blob) for blob in files.values()]).T
+    looks = [(64, "bilinear"), (32, "bicubic"), (32, "bilinear"), (64, "bilinear")]
+    together = render.Centre(looks, len(files), exif="ignore", threads=2)([*files.values()], height, width)
+    assert set(together) == set(looks)
+    for size, interpolation in set(looks):
+        alone = render.Centre([(size, interpolation)], 1, exif="ignore", threads=1)
+        for i, blob in enumerate(files.values()):
+            (pixels,) = alone([blob], height[i : i + 1], width[i : i + 1])[size, interpolation]
+            assert torch.equal(pixels, together[size, interpolation][i])
+
+
+def test_a_store_knows_whether_its_pixels_are_rendered_again(store, store_path, photos, tmp_path):
+    assert set(store.attributes["fingerprint"]["digests"]) == {"48", "64"}
+    for threads in (1, 3):
+        require_same_pixels(store, photos / "train", threads)
+    changed = tmp_path / "changed.zarr"
+    shutil.copytree(store_path, changed)
+    document = json.loads((changed / "zarr.json").read_text())
+    digests = document["attributes"]["fingerprint"]["digests"]
+    digests["48"] = digests["48"][::-1]
+    document["attributes"]["made_with"]["numpy"] = "1.0"
+    (changed / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=r"at 48 px; numpy 1.0 then, .* now.*; install .*--allow-renderer-difference") as refused:
+        require_same_pixels(LabelStore.open(changed), photos / "train", 2)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["boxes", "flips"])
+def test_a_fingerprint_notices_one_pixel_of_one_crop(store, store_path, photos, tmp_path, what):
+    changed = tmp_path / "changed.zarr"
+    shutil.copytree(store_path, changed)
+    document = json.loads((changed / "zarr.json").read_text())
+    kept = document["attributes"]["fingerprint"]
+    assert len(kept["rows"]) == 64
+    if what == "boxes":
+        kept["boxes"][63][2] -= 1
+    else:
+        kept["flips"][63] = not kept["flips"][63]
+    (changed / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="at 48, 64 px; same versions"):
+        require_same_pixels(LabelStore.open(changed), photos / "train", 2)
+
+
+def test_a_blank_is_black_and_changes_no_neighbour(store, photos):
+    rows = np.arange(9)
+    blobs = [(photos / "train" / store.images.path[row]).read_bytes() for row in rows]
+    boxes, flips = store.crops(0, rows)
+    blank = np.isin(rows, [0, 4, 8])
+    filled = [render.BLANK if empty else blob for blob, empty in zip(blobs, blank, strict=True)]
+    shown = np.where(blank[:, None], [0, 0, 1, 1], boxes)
+    without = as_students(blobs, boxes, flips, 48, 9, 2)
+    for pixels in (
+        as_students(filled, shown, flips, 48, 9, 2),
+        as_teachers(filled, np.stack([shown, shown]), np.stack([flips, ~flips]), [48, 64], 9, 2)[0][48],
+    ):
+        assert not pixels[torch.from_numpy(blank)].any()
+        assert torch.equal(pixels[torch.from_numpy(~blank)], without[torch.from_numpy(~blank)])
+
+
+def test_an_image_that_fails_later_is_an_error_of_one_line_and_the_renderer_lives_on(photos):
+    blob = (photos / "train" / "ant" / "000.jpg").read_bytes()
+    renderer = render.Crops([32], 1, 2, interpolation="bilinear", exif="ignore", threads=1)
+    box, flips = np.array([[[0, 0, 40, 40]]]), np.array([[False]])
+    before = renderer([blob], box, flips)[0][32]
+    with pytest.raises(render.RenderError, match="DALI could not render") as refused:
+        renderer([b"no image"], box, flips)
+    assert "\n" not in str(refused.value)
+    assert torch.equal(renderer([blob], box, flips)[0][32], before)
+    first = before.clone()
+    renderer([blob], np.array([[[3, 3, 37, 37]]]), flips)
+    assert torch.equal(before, first)  # what was handed out is a copy
