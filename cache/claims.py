@@ -51,12 +51,14 @@ def _take(path: Path) -> bool:
         except FileExistsError:
             if not _dead(path):
                 return False
-            grave = path.with_name(f"{path.name}.{uuid.uuid4().hex}.dead")  # a rename succeeds for one taker only
+            heir = path.with_name(f"{path.name}.heir")  # itself a claim: only its holder removes a dead one, and looks once more before
+            if not _take(heir):
+                return False
             try:
-                path.rename(grave)
-            except FileNotFoundError:
-                continue
-            grave.unlink()
+                if _dead(path):
+                    path.unlink(missing_ok=True)
+            finally:
+                heir.unlink(missing_ok=True)
             continue
         except FileNotFoundError:
             continue
@@ -74,9 +76,10 @@ def _dead(path: Path) -> bool:
     try:
         probe.touch()
         age = probe.stat().st_mtime - path.stat().st_mtime
-        probe.unlink()
     except FileNotFoundError:
         return False
+    finally:
+        probe.unlink(missing_ok=True)
     return age > STALE
 
 
@@ -97,9 +100,10 @@ def _started(process: int) -> str | None:
     """The kernel's start time of a process, which tells it from a later one with the same number; None if it is gone."""
     try:
         with open(f"/proc/{process}/stat") as f:
-            return f.read().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
+            state = f.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between open and read
         return None
+    return None if state[0] in "ZX" else state[19]  # killed but not collected by its parent: it does nothing any more
 
 
 def _beat(folder: Path, held: set[str], stop: threading.Event) -> None:

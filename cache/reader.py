@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -88,7 +89,14 @@ class LabelStore:
 
     def records(self) -> np.ndarray:
         """RECORD [views, shards], read anew; a shard whose record is missing, damaged or that of another place has all zeros."""
-        raw = np.ascontiguousarray(self._read("records", np.s_[:]))
+        try:
+            raw = self._read("records", np.s_[:])
+        except StoreError:  # a torn record among them: leave out that one alone
+            raw = np.zeros(self.array("records").shape, "u1")
+            for view, shard in np.ndindex(raw.shape[:2]):
+                with suppress(ValueError):  # its checksum
+                    raw[view, shard] = self.array("records")[view, shard]
+        raw = np.ascontiguousarray(raw)
         records = raw.view(schema.RECORD)[..., 0].copy()
         view, shard = np.indices(records.shape)
         records[(records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)] = np.zeros(
@@ -143,11 +151,18 @@ class LabelStore:
     def shard_slice(self, shard: int) -> slice:
         return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, len(self.images)))
 
+    def file(self, name: str, view: int, shard: int) -> Path:
+        """Where Zarr keeps a shard: its grid indices as folders, the last axes being one chunk."""
+        return Path(self.path, name, "c", str(view), str(shard), *["0"] * (self.array(name).ndim - 2))
+
     def _as_rows(self, rows: np.ndarray | slice) -> np.ndarray:
         n = self.array("labels").shape[1]
         if isinstance(rows, slice):
             return np.arange(*rows.indices(n))
-        rows = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        rows = np.atleast_1d(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise StoreError(f"rows must be whole numbers or a slice, not {rows.dtype}; of a mask take np.flatnonzero(mask)")
+        rows = rows.astype(np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < n):
             raise StoreError(f"{self.path} has rows 0 to {n - 1}, asked for {rows.min()} to {rows.max()}")
         return rows
@@ -157,6 +172,12 @@ class LabelStore:
         rows = self._as_rows(rows)
         self.require_finished(view, np.unique(rows // self.shard_rows))
         array = self.array(name)
+        for shard in np.unique(rows // self.shard_rows):
+            file = self.file(name, view, int(shard))
+            if not file.exists() or not file.stat().st_size:  # Zarr would read zeros without a word
+                raise StoreError(
+                    f"{name} of {self.path} lacks {file.relative_to(self.path)}; restore the store from a copy or generate a new one"
+                )
         size = array.chunks[1]
         out = np.empty((len(rows), *array.shape[2:]), dtype=array.dtype)
         wanted = np.unique(rows // size)

@@ -136,7 +136,8 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     for left in path.parent.glob(f".{path.name}.{host}.*.creating"):  # by a process that was killed here
-        if not alive(int(left.name.split(".")[-2])):
+        process = int(left.name.split(".")[-2])
+        if process == os.getpid() or not alive(process):  # in a container every run may have the same number
             shutil.rmtree(left, ignore_errors=True)
     scratch = path.with_name(f".{path.name}.{host}.{os.getpid()}.creating")
     n = len(images)

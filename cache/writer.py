@@ -62,6 +62,7 @@ class StoreWriter:
                 f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image"
             )
         for name, block in (("labels", codes), ("boxes", boxes), ("flips", flips)):
+            self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
             self._sync(name, view, shard)
         record = np.zeros(1, schema.RECORD)
@@ -70,17 +71,20 @@ class StoreWriter:
         probabilities = self.store.codec.decode(codes[usable])
         record["entropy"] = codecs.entropy(probabilities).sum()
         record["agreeing"] = (probabilities.argmax(axis=1) == images.class_index[rows][usable]).sum()
-        record["stored_bytes"] = self._file("labels", view, shard).stat().st_size
+        record["stored_bytes"] = self.store.file("labels", view, shard).stat().st_size
         record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, boxes, flips), "u1")
+        self._clear("records", view, shard)
         schema.array(self.group, "records")[view, shard] = record.view("u1")
         self._sync("records", view, shard)
 
-    def _file(self, name: str, view: int, shard: int) -> Path:
-        """Where Zarr keeps a shard: its grid indices as folders, the last axes being one chunk."""
-        return Path(self.path, name, "c", str(view), str(shard), *["0"] * (self.store.array(name).ndim - 2))
+    def _clear(self, name: str, view: int, shard: int) -> None:
+        """Remove what a crash left: Zarr reads a shard before it writes it, torn or not, and never cleans up its own unfinished files."""
+        file = self.store.file(name, view, shard)
+        for left in (file, *file.parent.glob(f"{file.name}.*.partial")):
+            left.unlink(missing_ok=True)
 
     def _sync(self, name: str, view: int, shard: int) -> None:
-        file = self._file(name, view, shard)
+        file = self.store.file(name, view, shard)
         schema.sync_file(file)
         for folder in file.parents:  # up to the array's own folder, which exists since creation
             schema.sync_folder(folder)

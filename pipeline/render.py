@@ -130,7 +130,9 @@ class Crops(_Graph):
         """
         if len(blobs) == 0:  # a process's part of a small last batch; DALI refuses an empty one
             device = "cuda" if self.gpu else "cpu"
-            return [{size: torch.empty(0, size, size, 3, dtype=torch.uint8, device=device) for size in self.sizes} for _ in range(self.views)]
+            return [
+                {size: torch.empty(0, size, size, 3, dtype=torch.uint8, device=device) for size in self.sizes} for _ in range(self.views)
+            ]
         arguments = {}
         for view in range(self.views):
             box = boxes[view].astype(np.int32)

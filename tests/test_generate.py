@@ -131,7 +131,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos, recipe, teach
         killed_with.append(LabelStore.open(tmp_path / "s.zarr").progress()[0])
         if killed_with[-1] == 6:
             break
-    assert len(killed_with) > 2  # it was killed in between
+    assert len(killed_with) > 1  # it was killed in between
     generate(recipe, photos, tmp_path / "s.zarr", device=CPU)
     made, wanted = tree(tmp_path / "s.zarr"), tree(store_path)
     assert made == {**wanted, "zarr.json": made["zarr.json"]}
