@@ -35,6 +35,7 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
     """A student as safetensors under timm's own tensor names; the header says how to use it, and ``facts`` of how it came about.
 
     ``timm.create_model(MODEL, num_classes=…, checkpoint_path=PATH)`` loads it; so does MODEL=PATH everywhere in this tool.
+    One key in the header: safetensors writes several in a random order, and equal weights should make equal files.
     """
     described = {
         "model": model.name,
@@ -46,7 +47,7 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
         **facts,
     }
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.module.state_dict().items()}
-    write(path, lambda scratch: save_file(tensors, scratch, metadata={"format": "pt", METADATA: json.dumps(described)}))
+    write(path, lambda scratch: save_file(tensors, scratch, metadata={METADATA: json.dumps(described)}))
 
 
 def save_state(path: Path, state: dict) -> None:

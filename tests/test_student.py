@@ -208,7 +208,7 @@ def test_a_size_that_no_teacher_saw_is_allowed_and_said(photos, recipe, store_pa
 
 def test_an_image_size_that_the_student_cannot_take_is_refused(photos, recipe, store_path, tmp_path):
     with pytest.raises(ModelError, match=r"test_vit.* can't take 40 px .*divisible by patch size"):
-        train(changed(recipe, train={"image_size": 40}), photos, tmp_path / "run", store=store_path, device=CPU)
+        train(changed(recipe, train={"image_size": 40}, student={"image_size": 40}), photos, tmp_path / "run", store=store_path, device=CPU)
 
 
 def test_a_store_of_other_images_is_refused(photos, recipe, store_path, tmp_path):
