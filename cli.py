@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +36,10 @@ class Group(click.Group):
             click.echo("stopped; run the same command again to go on from what is finished", err=True)
         except BrokenPipeError:
             sys.stderr.close()
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            click.echo(f"error: {' '.join(str(error).split())[:160]}; lower --batch-size", err=True)
         except OSError as error:  # a full disk, a folder without permission
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {where}{error.strerror or error}; mend that and run the same command again", err=True)
@@ -156,7 +161,8 @@ def train_student(config, data, store, out, student, epochs, batch_size, val_dat
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise click.UsageError("train-student trains in one process so far; start it without torchrun")
-    changed = {"student": _student(config, student, settings), "train.epochs": epochs, "train.batch_size": batch_size}
+    changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
+    changed |= {"train.epochs": epochs, "train.batch_size": batch_size}
     train(
         _recipe(config, settings, changed),
         data,
@@ -199,7 +205,7 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
       python cli.py eval --data photos --class-map imagenet-1k --model resnet18=run/best.safetensors --teacher resnet50=a.pth
     """
     from pipeline import images
-    from pipeline.config import ModelSpec
+    from pipeline.config import ModelSpec, validate
     from pipeline.evaluate import evaluate
     from pipeline.models import load
     from pipeline.report import evaluation_table
@@ -207,8 +213,10 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     place = _device(device)
     directory = images.split_folder(data, split)
 
+    look = {"mean": mean or None, "std": std or None}
+
     def loaded(chosen: Any) -> list:
-        return [load(ModelSpec(**one, mean=mean or None, std=std or None), image_size=image_size).to(place) for one in chosen]
+        return [load(validate({**one, **look}, "command line", ModelSpec), image_size=image_size).to(place) for one in chosen]
 
     pupils, references = loaded(models), loaded(teachers)
     classes = _class_map(class_map) or images.class_names(directory)
@@ -218,7 +226,7 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     result = evaluate(pupils, directory, found, len(classes), device=place, teachers=references, batch_size=batch_size, exif=exif)
     for entry, given in zip(result["models"], models, strict=True):
         entry["checkpoint"] = given["checkpoint"]
-    click.echo(json.dumps(result)) if as_json else evaluation_table(result)
+    click.echo(_json(result)) if as_json else evaluation_table(result)
 
 
 @main.command(short_help="What a label store is, who made it, and how complete it is.")
@@ -234,7 +242,7 @@ def inspect(store, as_json):
     from pipeline.report import store_facts, store_page
 
     facts = store_facts(store)
-    click.echo(json.dumps(facts)) if as_json else store_page(facts)
+    click.echo(_json(facts)) if as_json else store_page(facts)
 
 
 @main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")
@@ -257,17 +265,20 @@ def demo(out, device, as_json, settings):
     recipe = load(Path(__file__).parent / "configs" / "demo_digits.yaml", None, list(settings))
     result = demo(recipe, out, _device(device), quiet=as_json)
     if as_json:
-        click.echo(json.dumps(result))
+        click.echo(_json(result))
 
 
-def _student(config: Path, student: dict | None, settings: tuple[str, ...]) -> dict | None:
-    """--student names model and weights; the config's other wishes for its student (normalisation, size) stay."""
-    if student is None:
-        return None
-    from pipeline.config import load
+def _json(result: dict) -> str:
+    """Standard JSON: a figure that isn't finite becomes null."""
 
-    kept = load(config, None, list(settings)).student
-    return {**(kept.model_dump(exclude={"model", "checkpoint"}) if kept else {}), **student}
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(result), allow_nan=False)
 
 
 def _recipe(path: Path, settings: tuple[str, ...], overrides: dict[str, Any]) -> Any:

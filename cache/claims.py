@@ -19,21 +19,27 @@ BEAT = 10.0  # seconds between heartbeats
 STALE = 300.0  # seconds without one after which a claim of another host is dead
 
 
+def claims_of(path: Path) -> Path:
+    """The folder of the claims on a store or a run: beside it, since a foreign folder inside a Zarr group makes readers warn."""
+    return path.with_name(path.name + ".claims")
+
+
 @contextmanager
 def claim(folder: Path, *names: str) -> Iterator[set[str]]:
     """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = {name for name in names if _take(folder / name)}
+    mine = {name for name in names if _take(folder / name)}
     stop = threading.Event()
-    heart = threading.Thread(target=_beat, args=(folder, held, stop), daemon=True)
+    heart = threading.Thread(target=_beat, args=(folder, mine, stop), daemon=True)
     heart.start()
     try:
-        yield held
+        yield mine
     finally:
         stop.set()
         heart.join()
-        for name in held:
-            (folder / name).unlink(missing_ok=True)
+        for name in mine:
+            if (owner := _owner(folder / name)) and owner["process"] == os.getpid() and owner["host"] == socket.gethostname():
+                (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
         with suppress(OSError):  # not empty: others still hold claims
             folder.rmdir()
 
@@ -91,6 +97,11 @@ def _owner(path: Path) -> dict | None:
         return None
 
 
+def held(folder: Path, name: str) -> bool:
+    """Whether a living process holds the claim."""
+    return (folder / name).exists() and not _dead(folder / name)
+
+
 def alive(process: int) -> bool:
     """Whether a process of this host is running."""
     return _started(process) is not None
@@ -106,8 +117,8 @@ def _started(process: int) -> str | None:
     return None if state[0] in "ZX" else state[19]  # killed but not collected by its parent: it does nothing any more
 
 
-def _beat(folder: Path, held: set[str], stop: threading.Event) -> None:
+def _beat(folder: Path, mine: set[str], stop: threading.Event) -> None:
     while not stop.wait(BEAT):
-        for name in held:
+        for name in mine:
             with suppress(OSError):
                 os.utime(folder / name)

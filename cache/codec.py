@@ -180,6 +180,4 @@ def divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def entropy(p: np.ndarray) -> np.ndarray:
     """float [n, classes] → float64 [n]: −Σ p·log p, in nats."""
-    p = p.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.where(p > 0, p * np.log(p), 0.0).sum(axis=1)
+    return -np.sum(p * np.log(np.maximum(p, np.finfo(np.float32).tiny)), axis=1, dtype=np.float64)

@@ -27,6 +27,7 @@ class LabelStore:
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
         self._arrays: dict[str, zarr.Array] = {}
+        self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
 
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
@@ -36,8 +37,8 @@ class LabelStore:
             raise StoreError(f"there is no label store at {path}; make one with generate-labels, or check the path")
         try:
             group = zarr.open_group(str(path), mode="r", zarr_format=3)
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} is not a label store (no Zarr v3 group: {_one_line(error)}); check the path") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StoreError(f"{path} is not a label store (it holds no Zarr v3 group); check the path, or choose a new one") from None
         found, version = group.attrs.get("format"), group.attrs.get("format_version")
         if found != schema.FORMAT:
             raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
@@ -52,6 +53,8 @@ class LabelStore:
                 raise KeyError("arrays of one size")
         except KeyError as missing:
             raise StoreError(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
+        except (ValueError, TypeError, OSError) as error:  # metadata cut short
+            raise StoreError(f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new store") from None
         return store
 
     def array(self, name: str) -> zarr.Array:
@@ -78,35 +81,52 @@ class LabelStore:
 
     @cached_property
     def images(self) -> Images:
-        """The manifest, in row order."""
-        columns = {name: self.array(f"images/{name}")[:] for name in Images.__dataclass_fields__}
-        return Images(**{name: c.astype(object) if c.dtype.kind in "OUT" else c for name, c in columns.items()})
+        """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
+        columns = {name: self._read(f"images/{name}", np.s_[:]) for name in Images.__dataclass_fields__}
+        images = Images(**{name: c.astype(object) if c.dtype.kind in "OUT" else c for name, c in columns.items()})
+        wanted = self.provenance.get("data", {}).get("manifest")
+        if wanted and images.manifest_digest() != wanted:
+            raise StoreError(f"the manifest (images/) of {self.path} is damaged; restore the store from a copy or generate a new one")
+        return images
 
     @cached_property
     def usable(self) -> np.ndarray:
         """int64 [usable images]: the rows that have labels."""
         return self.images.usable
 
-    def records(self) -> np.ndarray:
-        """RECORD [views, shards], read anew; a shard whose record is missing, damaged or that of another place has all zeros."""
+    def records(self, shard: int | None = None) -> np.ndarray:
+        """RECORD [views, shards] or, of one shard, [views], read anew; where a record is missing, damaged or of another place, all zeros."""
+        shards = np.arange(self.shards) if shard is None else np.array([shard])
+        selection = np.s_[:] if shard is None else np.s_[:, shard : shard + 1]
         try:
-            raw = self._read("records", np.s_[:])
+            raw = self._read("records", selection)
         except StoreError:  # a torn record among them: leave out that one alone
-            raw = np.zeros(self.array("records").shape, "u1")
-            for view, shard in np.ndindex(raw.shape[:2]):
+            raw = np.zeros((self.views, len(shards), schema.RECORD.itemsize), "u1")
+            for view, i in np.ndindex(raw.shape[:2]):
                 with suppress(ValueError):  # its checksum
-                    raw[view, shard] = self.array("records")[view, shard]
-        raw = np.ascontiguousarray(raw)
-        records = raw.view(schema.RECORD)[..., 0].copy()
-        view, shard = np.indices(records.shape)
-        records[(records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)] = np.zeros(
-            (), schema.RECORD
-        )
-        return records
+                    raw[view, i] = self.array("records")[view, shards[i]]
+        records = np.ascontiguousarray(raw).view(schema.RECORD)[..., 0].copy()
+        view = np.arange(len(records))[:, None]
+        elsewhere = (records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shards)
+        records[elsewhere] = np.zeros((), schema.RECORD)
+        return records if shard is None else records[:, 0]
 
-    def finished(self) -> np.ndarray:
-        """bool [views, shards], read anew."""
-        return self.records()["magic"] == schema.RECORD_MAGIC
+    def finished(self, shard: int | None = None) -> np.ndarray:
+        """bool [views, shards] or, of one shard, [views], read anew: the record is there, and so are the files, of the recorded size."""
+        records = self.records(shard).reshape(self.views, -1)
+        finished = records["magic"] == schema.RECORD_MAGIC
+        for view, i in zip(*np.nonzero(finished), strict=True):
+            place = int(i if shard is None else shard)
+            sizes = [self._size(name, int(view), place) for name in ("labels", "boxes", "flips")]
+            finished[view, i] = sizes[0] == records["stored_bytes"][view, i] and all(sizes)
+        return finished if shard is None else finished[:, 0]
+
+    def _size(self, name: str, view: int, shard: int) -> int:
+        """Bytes of a shard's file, 0 if there is none."""
+        try:
+            return self.file(name, view, shard).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     @cached_property
     def _finished(self) -> np.ndarray:
@@ -127,9 +147,30 @@ class LabelStore:
         missing = shards[~self._finished[view, shards]]
         if len(missing):
             raise StoreError(
-                f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} shards missing, the first is {missing[0]}); "
+                f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} shards missing or damaged, the first is {missing[0]}); "
                 "run the same generate-labels command again to finish it"
             )
+
+    def require_sound(self, view: int, shard: int) -> None:
+        """Read a finished shard whole, once per process, and raise StoreError unless it has the digest in its record.
+
+        Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
+        """
+        if (view, shard) in self._sound:
+            return
+        rows = self.shard_slice(shard)
+        for name in ("labels", "boxes", "flips"):
+            if not self._size(name, view, shard):
+                file = self.file(name, view, shard).relative_to(self.path)
+                raise StoreError(f"{name} of {self.path} lacks {file}; run the same generate-labels command again to make it anew")
+        content = (self._read(name, np.s_[view, rows]) for name in ("labels", "boxes", "flips"))
+        digest = schema.shard_digest(self.identity, view, shard, *content)
+        if digest != self.records(shard)["digest"][view].tobytes():
+            raise StoreError(
+                f"view {view}, rows {rows.start} to {rows.stop - 1} of {self.path} are not what was written there (another digest); "
+                "restore the store from a copy or generate a new one"
+            )
+        self._sound.add((view, shard))
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
         """Stored codes [n, classes] of the rows, in their order. Whole inner chunks are read: ask for neighbours together."""
@@ -149,7 +190,7 @@ class LabelStore:
         return self._rows("boxes", view, rows), self._rows("flips", view, rows)
 
     def shard_slice(self, shard: int) -> slice:
-        return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, len(self.images)))
+        return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.array("labels").shape[1]))
 
     def file(self, name: str, view: int, shard: int) -> Path:
         """Where Zarr keeps a shard: its grid indices as folders, the last axes being one chunk."""
@@ -171,13 +212,9 @@ class LabelStore:
         """Rows of one view, read as runs of neighbouring chunks."""
         rows = self._as_rows(rows)
         self.require_finished(view, np.unique(rows // self.shard_rows))
-        array = self.array(name)
         for shard in np.unique(rows // self.shard_rows):
-            file = self.file(name, view, int(shard))
-            if not file.exists() or not file.stat().st_size:  # Zarr would read zeros without a word
-                raise StoreError(
-                    f"{name} of {self.path} lacks {file.relative_to(self.path)}; restore the store from a copy or generate a new one"
-                )
+            self.require_sound(view, int(shard))
+        array = self.array(name)
         size = array.chunks[1]
         out = np.empty((len(rows), *array.shape[2:]), dtype=array.dtype)
         wanted = np.unique(rows // size)
@@ -193,7 +230,7 @@ class LabelStore:
     def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
         try:
             return self.array(name)[selection]
-        except (ValueError, RuntimeError, OSError) as error:  # checksum, truncated shard, unreadable file
+        except (KeyError, ValueError, RuntimeError, OSError) as error:  # no such array, checksum, truncated shard, unreadable file
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
             ) from None

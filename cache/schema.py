@@ -215,8 +215,10 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
 def how_to_read(codec: dict) -> str:
     return (
         "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
-        "of the decoded image), mirrored left-right if flips[view, image]. Decode a row with: " + codec["formula"] + ". Believe a shard "
-        "(rows shard*shard_rows … of one view) only if records[view, shard] is not zero: an unwritten shard reads as zeros. Rows whose "
+        "of the decoded image), mirrored left-right if flips[view, image]. Decode a row, with the numbers of the attribute codec, by: "
+        + codec["formula"]
+        + ". Believe a shard "
+        "(rows shard*shard_rows … of one view; provenance.layout.shard_rows) only if records[view, shard] is not zero: an unwritten shard reads as zeros. Rows whose "
         "images/status is not 0 have no label. A record is the struct of record_fields, packed."
     )
 

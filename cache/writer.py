@@ -12,7 +12,7 @@ import zarr
 
 from cache import codec as codecs
 from cache import schema
-from cache.claims import claim
+from cache.claims import claim, claims_of
 from cache.reader import LabelStore
 from cache.schema import StoreError
 
@@ -24,7 +24,7 @@ class StoreWriter:
         self.store = LabelStore.open(path)
         self.path = path
         self.group = zarr.open_group(str(path), mode="r+", zarr_format=3)
-        self.claims = path.with_name(path.name + ".claims")
+        self.claims = claims_of(path)
 
     def grow(self, views: int) -> None:
         """Lengthen the view axis to ``views``; never shortens it. ``records`` grows last, and its length is what counts."""
@@ -43,7 +43,7 @@ class StoreWriter:
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
         """Hold the shard in those of the views that nobody else holds and that are still unfinished; gives that list."""
         with claim(self.claims, *(f"{view}-{shard}" for view in views)) as mine:
-            finished = self.store.finished()[:, shard] if mine else ()
+            finished = self.store.finished(shard) if mine else ()
             yield [view for view in views if f"{view}-{shard}" in mine and not finished[view]]
 
     def write(self, view: int, shard: int, codes: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> None:
@@ -61,6 +61,11 @@ class StoreWriter:
             raise StoreError(
                 f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image"
             )
+        codes, boxes, flips = (
+            codes.astype(self.store.codec.dtype, copy=False),
+            boxes.astype(np.int32, copy=False),
+            flips.astype(bool, copy=False),
+        )
         for name, block in (("labels", codes), ("boxes", boxes), ("flips", flips)):
             self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
@@ -68,9 +73,11 @@ class StoreWriter:
         record = np.zeros(1, schema.RECORD)
         record["magic"], record["view"], record["shard"] = schema.RECORD_MAGIC, view, shard
         record["labelled"] = usable.sum()
-        probabilities = self.store.codec.decode(codes[usable])
-        record["entropy"] = codecs.entropy(probabilities).sum()
-        record["agreeing"] = (probabilities.argmax(axis=1) == images.class_index[rows][usable]).sum()
+        for first in range(0, len(codes), self.store.chunk_rows):  # by chunks: a decoded shard takes gigabytes
+            part = slice(first, first + self.store.chunk_rows)
+            probabilities = self.store.codec.decode(codes[part][usable[part]])
+            record["entropy"] += codecs.entropy(probabilities).sum()
+            record["agreeing"] += (probabilities.argmax(axis=1) == images.class_index[rows][part][usable[part]]).sum().astype("u4")
         record["stored_bytes"] = self.store.file("labels", view, shard).stat().st_size
         record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, boxes, flips), "u1")
         self._clear("records", view, shard)

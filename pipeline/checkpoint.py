@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
         save(scratch)
+        scratch.chmod(0o644)  # safetensors writes for its owner's eyes only
         with open(scratch, "rb") as f:
             os.fsync(f.fileno())
         os.replace(scratch, path)
@@ -63,5 +65,5 @@ def load_state(path: Path) -> dict | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
         raise RunError(
-            f"{path} is damaged ({' '.join(str(error).split())[:120]}); choose another --out, or delete that folder to start again"
+            f"{path} is damaged ({shorten(str(error), 120, placeholder=' …')}); choose another --out, or delete that folder to start again"
         ) from None

@@ -34,15 +34,29 @@ class ModelSpec(Section):
     model: str = Field(description="timm name, with its tag where timm has several weights: resnet50.ram_in1k")
     checkpoint: str | None = Field(None, description="file of weights (.safetensors, .pth, .pt); otherwise timm's from the hub")
     pretrained: bool = Field(True, description="without a checkpoint: start from timm's weights (false: from random ones, a student only)")
-    image_size: int | None = Field(None, ge=8, description="input size in pixels; otherwise the model's own")
+    image_size: int | None = Field(None, ge=8, le=4096, description="input size in pixels; otherwise the model's own")
     mean: Colour | None = Field(None, description="normalisation of RGB in 0 … 1; otherwise the model's own")
     std: Colour | None = Field(None, description="likewise")
+
+    @field_validator("mean")
+    @classmethod
+    def _in_range(cls, value: Colour | None) -> Colour | None:
+        if value and not 0 <= min(value) <= max(value) <= 1:
+            raise ValueError("must be three numbers from 0 to 1")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: Colour | None) -> Colour | None:
+        if value and min(value) <= 0:
+            raise ValueError("must be three numbers above 0")
+        return value
 
 
 class Crops(Section):
     """RandomResizedCrop and flip: what the teachers and the student see."""
 
-    views: int = Field(1, ge=1, description="random crops per image")
+    views: int = Field(1, ge=1, le=100_000, description="random crops per image")
     scale: Pair = Field((0.08, 1.0), description="least and greatest share of the image's area")
     ratio: Pair = Field((3 / 4, 4 / 3), description="least and greatest width over height")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
@@ -71,7 +85,7 @@ class Store(Section):
     """How labels are made and kept. All of it belongs to a store: other values need another store."""
 
     codec: str = Field(DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), float16 or float32")
-    batch_size: int = Field(64, ge=1, description="crops per forward pass of a teacher")
+    batch_size: int = Field(64, ge=1, le=65_536, description="crops per forward pass of a teacher")
     precision: Precision = Field("float32", description="of the teachers' forward pass; their softmax and mean are float32 always")
     shard_rows: int | None = Field(
         None, ge=1, description="images per shard, the unit that is done or not; otherwise near 32 MiB of labels"
@@ -105,9 +119,9 @@ class Train(Section):
     labels: Literal["soft", "hard"] = Field(
         "soft", description="the store's soft labels, or the class folders (the baseline, and own teachers)"
     )
-    image_size: int = Field(224, ge=8, description="pixels")
+    image_size: int = Field(224, ge=8, le=4096, description="pixels")
     epochs: int = Field(180, ge=1)
-    batch_size: int = Field(512, ge=2, description="images per step, over all processes")
+    batch_size: int = Field(512, ge=2, le=65_536, description="images per step, over all processes")
     lr: float = Field(0.01, gt=0, description="learning rate at the start")
     milestones: Annotated[tuple[int, ...], Strict(False)] = Field(
         (100,), description="epochs, counted from 0, from which gamma applies once more"
@@ -188,12 +202,13 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None, settings: li
         except yaml.YAMLError:
             raise ConfigError(f"--set {setting}: {text!r} is no YAML value") from None
         _put(document, key, value)
-    return validate(document, str(path))
+    return validate(document, f"{path}, with its overrides" if overrides or settings else str(path))
 
 
-def validate(document: dict, source: str) -> Config:
+def validate(document: dict, source: str, section: type[Section] | None = None) -> Any:
+    """The document as a Config, or as another section. Raises ConfigError."""
     try:
-        return Config.model_validate(document)
+        return (section or Config).model_validate(document)
     except ValidationError as error:
         problems = [_one_line(p) for p in sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

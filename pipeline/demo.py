@@ -52,7 +52,12 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     def trained(name: str, labels: str, student: ModelSpec, stored: Path | None) -> ModelSpec:
         say(f"— {name}")
         begun = time.monotonic()
-        recipe = config.model_copy(update={"student": student, "train": config.train.model_copy(update={"labels": labels})})
+        recipe = config.model_copy(
+            update={
+                "student": student,
+                "train": config.train.model_copy(update={"labels": labels} | ({"discriminator": None} if labels == "hard" else {})),
+            }
+        )
         run = out / name.replace(" ", "-")
         train(recipe, data, run, store=stored, device=device)
         seconds[name] = time.monotonic() - begun

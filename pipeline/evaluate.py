@@ -12,7 +12,7 @@ import torch
 from cache.schema import Images, MealError
 from pipeline import render
 from pipeline.background import ahead
-from pipeline.images import Reader
+from pipeline.images import Reader, naming
 from pipeline.models import Model, mean_softmax
 from pipeline.progress import Progress
 
@@ -86,7 +86,9 @@ def evaluate(
         def rendered() -> Iterator[tuple[np.ndarray, dict]]:
             for start in range(0, len(rows), batch_size):
                 cut = rows[start : start + batch_size]
-                yield cut, renderer(read(cut), images.height[cut], images.width[cut])
+                with naming(images, cut):
+                    views = renderer(read(cut), images.height[cut], images.width[cut])
+                yield cut, views
 
         with ahead(rendered()) as batches:
             for cut, views in batches:

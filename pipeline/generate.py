@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cache import LabelStore, schema
-from cache.claims import holders
+from cache.claims import claim, claims_of, held, holders
 from cache.codec import CODECS, Codec
 from cache.schema import USABLE, Images, StoreError, canonical_digest
 from cache.writer import StoreWriter
@@ -25,6 +25,8 @@ from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
 from pipeline.progress import Progress, duration, say
 from pipeline.render import dali_version
+
+PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
 
 
 @dataclass
@@ -53,15 +55,17 @@ def generate(
     Raises MealError for whatever the user can mend.
     """
     folder = images.split_folder(data, split)
+    names = classes or images.class_names(folder)
     teachers = load_teachers(config.teachers, device)
     for teacher in teachers:
         for line in [f"teacher {teacher.name}, {teacher.image_size} px, {teacher.classes} classes", *teacher.notes]:
             say(line)
-    if not path.exists():
-        if worker[0] == 0:
-            _create(config, folder, path, classes or images.class_names(folder), teachers, device, strict)
-        else:
-            _wait_for(path)
+    path = path.absolute()
+    if not path.exists() and worker[0] == 0:
+        with claim(claims_of(path), "create") as mine:
+            if mine and not path.exists():
+                _create(config, folder, path, names, teachers, device, strict)
+    _wait(path, "create", path.exists)
     writer = StoreWriter(path)
     _require_same_recipe(writer.store, config, teachers, device)
     if classes is not None and classes != writer.store.class_names:
@@ -73,9 +77,10 @@ def generate(
             say(f"extending {path} from {writer.store.views} to {config.crops.views} views")
             writer.grow(config.crops.views)
         else:
-            while writer.store.views < config.crops.views:
-                time.sleep(1)
-                writer = StoreWriter(path)
+            _wait(path, "grow", lambda: LabelStore.open(path).views >= config.crops.views)
+            writer = StoreWriter(path)
+    elif config.crops.views < writer.store.views:
+        say(f"{path} has {writer.store.views} views already; none is taken away")
     _fill(config, writer, folder, teachers, device, worker)
     return LabelStore.open(path)
 
@@ -209,7 +214,9 @@ def _fingerprint(
 
 def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) -> None:
     """Render the fingerprint's crops again. Raises StoreError if any pixel differs from what the teachers saw."""
-    kept = store.attributes["fingerprint"]
+    kept = store.attributes.get("fingerprint")
+    if kept is None:
+        raise StoreError(f"{store.path} is damaged: it has no fingerprint; restore it from a copy or generate a new store")
     rows, boxes, flips = np.array(kept["rows"]), np.array(kept["boxes"]), np.array(kept["flips"])
     now = _fingerprint(folder, store.images, rows, boxes, flips, {int(s) for s in kept["digests"]}, store.provenance, threads)
     differing = [size for size in kept["digests"] if kept["digests"][size] != now["digests"][size]]
@@ -222,17 +229,24 @@ def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) ->
         )
 
 
-def _wait_for(path: Path) -> None:
-    say(f"waiting for worker 0 to create {path}")
-    while not path.exists():
-        time.sleep(1)
+def _wait(path: Path, claimed: str, done: Callable[[], bool]) -> None:
+    """Wait until another worker has done what only one does, while it is alive; and some time for it to start."""
+    patience = time.monotonic() + PATIENCE
+    if not done():
+        say(f"waiting for worker 0 to {claimed} {path}")
+    while not done():
+        time.sleep(0.5)
+        if held(claims_of(path), claimed):
+            patience = time.monotonic() + PATIENCE
+        elif time.monotonic() > patience:
+            raise StoreError(f"nobody has begun to {claimed} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
 
 
 def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int]) -> None:
     """Label whatever this worker's share is missing."""
     store = writer.store
     units = _units(store.finished(), config.store.views_per_decode, worker)
-    size = {shard: len(range(*store.shard_slice(shard).indices(len(store.images)))) for shard in range(store.shards)}
+    size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     left_to_others = 0
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
@@ -289,7 +303,9 @@ def _label(
             blobs = iter(read(rows[cut][usable[cut]]))
             filled = [next(blobs) if good else render.BLANK for good in usable[cut]]
             shown = np.where(usable[cut][None, :, None], boxes[:, cut], np.array([0, 0, 1, 1]))
-            yield cut, renderer(filled, shown, flips[:, cut])
+            with images.naming(store.images, rows[cut]):
+                views = renderer(filled, shown, flips[:, cut])
+            yield cut, views
 
     with ahead(rendered()) as batches:
         for cut, views in batches:
@@ -300,7 +316,7 @@ def _label(
                 if not torch.isfinite(p[torch.from_numpy(good).to(device)]).all():
                     _blame(teachers, pixels, good, store.images.path[rows[cut]], config.store.precision)
                 codes[i, cut][good] = store.codec.encode(p.cpu().numpy()[good])
-                progress.advance(cut.stop - cut.start)
+                progress.advance(int(good.sum()))
     for i, view in enumerate(unit.views):
         writer.write(view, unit.shard, codes[i], boxes[i], flips[i])
 

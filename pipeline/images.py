@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from cache.schema import UNUSABLE, USABLE, Images, MealError
 from pipeline import philox
 from pipeline.progress import Progress
-from pipeline.render import WholeDecode, quiet_decoders, threads_for
+from pipeline.render import RenderError, WholeDecode, quiet_decoders, threads_for
 
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
@@ -44,12 +45,19 @@ def split_folder(data: str | Path, split: str) -> Path:
 def is_split(data: str | Path, name: str) -> bool:
     """Whether DATA/NAME is a split, which holds class folders, and not a class that happens to be called train, which holds pictures."""
     folder = Path(data, name)
-    return folder.is_dir() and any(os.path.isdir(entry.path) for entry in os.scandir(folder))
+    return folder.is_dir() and any(_is_folder(entry) for entry in os.scandir(folder))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()  # costs no look at the disk where there is no symbolic link
+    except OSError:  # a link to itself
+        return False
 
 
 def class_names(folder: Path) -> list[str]:
     """Names of the class folders, sorted; their places are the class indices."""
-    names = sorted(entry.name for entry in os.scandir(folder) if os.path.isdir(entry.path) and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} has no class folders; it must hold one folder per class, with the images in them")
     return names
@@ -96,7 +104,7 @@ def _walk(folder: Path, relative: str, above: frozenset[str]) -> Iterator[tuple[
         if entry.name.startswith("."):
             continue
         path = f"{relative}/{entry.name}"
-        if os.path.isdir(entry.path):
+        if _is_folder(entry):
             yield from _walk(Path(entry.path), path, above | {real})
         else:
             try:
@@ -216,10 +224,23 @@ class Reader:
             ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
-                f"{path} has changed since the manifest was made ({len(blob)} bytes, then {self.images.bytes[row]}); "
+                f"{path} has changed since the manifest was made (other contents: {len(blob)} bytes now, {self.images.bytes[row]} then); "
                 "put the image back as it was, or generate a new store"
             )
         return blob
+
+
+@contextmanager
+def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
+    """Say which file it was when rendering a batch of these rows fails."""
+    try:
+        yield
+    except RenderError as error:
+        if error.place is None:
+            raise
+        raise DataError(
+            f"{images.path[rows[error.place]]}: {error}; the manifest's pass could decode it, so check renderer and memory"
+        ) from None
 
 
 def require_same_files(folder: Path, images: Images, classes: Sequence[str], made: str) -> None:
@@ -244,6 +265,13 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
         f"{folder} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "
         "pass the folder it was made from, or generate a new store"
     )
+
+
+def empty_classes(images: Images, classes: Sequence[str], folder: Path) -> list[str]:
+    """A line if classes have no usable image, which may be meant (a subset) or a folder forgotten."""
+    seen = set(images.class_index[images.usable].tolist())
+    empty = [name for i, name in enumerate(classes) if i not in seen]
+    return [f"{len(empty)} of {len(classes)} classes have no usable image in {folder}, the first is {empty[0]}"] if empty else []
 
 
 def unusable_summary(images: Images) -> list[str]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 import safetensors
 import timm
@@ -18,6 +19,7 @@ from torch import nn
 
 from cache.schema import MealError
 from pipeline.config import ModelSpec
+from pipeline.progress import say
 
 METADATA = "meal_v2"  # key of a checkpoint's description in a safetensors header
 # Names of the paper, its authors' code and the timm of 2020, that today's timm doesn't know or knows without their weights' tag.
@@ -135,6 +137,8 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
         raise ModelError(
             f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {_architecture(written['model'])}={spec.checkpoint}"
         )
+    if written and "." not in spec.model:
+        name = written["model"]  # with the tag that the weights started from, not timm's tag of today
     config = _config(name)
     default_size = config["input_size"][-1]
     size = image_size or spec.image_size or written.get("image_size") or default_size
@@ -147,6 +151,7 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
             module = _create(name, pretrained=False, num_classes=found, **options)
             _fit(module, weights, spec.checkpoint, name)
         elif spec.pretrained:
+            say(f"fetching the weights of {name}, unless they are in the cache")
             module = _create(name, pretrained=True, **options)
             found = module.num_classes
         else:
@@ -161,7 +166,7 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
         with torch.inference_mode():
             module(torch.zeros(1, 3, size, size))
     except Exception as error:  # patch sizes, windows and poolings object in many ways
-        raise ModelError(f"{name} can't take {size} px ({' '.join(str(error).split())[:160]}); choose another image_size") from None
+        raise ModelError(f"{name} can't take {size} px ({shorten(str(error), 160, placeholder=' …')}); choose another image_size") from None
     return Model(
         module.to(memory_format=torch.channels_last),  # as the renderer's pixels lie; convolutions are faster so
         name,
@@ -230,10 +235,10 @@ def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # timm, huggingface_hub and the network raise whatever they like; the user's repair is the same
-        text = " ".join(str(error).split())[:160]
+        text = shorten(str(error), 160, placeholder=" …")
         if pretrained:
             raise ModelError(
-                f"the weights of {name} can't be fetched ({text}); check the network, or pass {_architecture(name)}=CHECKPOINT"
+                f"the weights of {name} can't be fetched ({text}); check the network, pass {_architecture(name)}=CHECKPOINT, or start a student with pretrained: false"
             ) from None
         raise ModelError(f"timm can't build {name} with {options} ({text}); choose another image size or model") from None
 
@@ -250,7 +255,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         return timm.models.load_state_dict(str(path), weights_only=True), written
     except Exception as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
         raise ModelError(
-            f"{path} holds no weights that can be read ({' '.join(str(error).split())[:160]}); pass a .safetensors, .pth or .pt file"
+            f"{path} holds no weights that can be read ({shorten(str(error), 160, placeholder=' …')}); pass a .safetensors, .pth or .pt file"
         ) from None
 
 

@@ -29,7 +29,11 @@ _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 
 
 class RenderError(MealError):
-    """An image that decoded when the manifest was made and doesn't now."""
+    """An image that decoded when the manifest was made and doesn't now. ``place``: which of the batch, if that could be found out."""
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def threads_for(threads: int | None) -> int:
@@ -42,6 +46,7 @@ class _Graph:
 
     def __init__(self, batch_size: int, threads: int, backend: str) -> None:
         self.batch_size, self.threads, self.gpu = batch_size, threads, backend == "gpu"
+        self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
         self.pipe: dali.Pipeline | None = None
 
     def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
@@ -53,7 +58,7 @@ class _Graph:
             self.pipe = dali.Pipeline(
                 batch_size=self.batch_size,
                 num_threads=self.threads,
-                device_id=torch.cuda.current_device() if self.gpu else None,
+                device_id=self.device,
                 prefetch_queue_depth=1,
                 exec_async=False,
                 exec_pipelined=False,
@@ -68,7 +73,8 @@ class _Graph:
             return self.pipe.run()
         except RuntimeError as error:
             self.pipe = None  # DALI's pipelines don't outlive an error
-            raise RenderError(f"DALI could not render a batch of images: {_reason(error)}") from None
+            place = next((i for i, blob in enumerate(blobs) if len(blobs) > 1 and WholeDecode("ignore")(blob) is None), None)
+            raise RenderError(f"DALI could not render it ({_reason(error)})", 0 if len(blobs) == 1 else place) from None
 
     def decode(self, encoded: dali.data_node.DataNode, exif: str) -> dali.data_node.DataNode:
         return fn.decoders.image(
@@ -218,7 +224,9 @@ def _tensor(output: object) -> torch.Tensor:
     """A copy of a dense DALI output, which DALI reuses for the next batch."""
     if isinstance(output, dali.backend.TensorListCPU):
         return torch.from_numpy(np.array(output.as_array()))
-    return torch.from_dlpack(output.as_tensor()).clone()
+    copy = torch.from_dlpack(output.as_tensor()).clone()
+    torch.cuda.current_stream().synchronize()  # DALI may write to its buffer again as soon as this returns
+    return copy
 
 
 def _reason(error: RuntimeError) -> str:

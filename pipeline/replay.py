@@ -13,11 +13,11 @@ import torch
 
 from cache import LabelStore
 from cache.codec import Codec
-from cache.schema import Images
+from cache.schema import Images, canonical_digest
 from pipeline import crops, philox, render
 from pipeline.background import ahead
 from pipeline.config import Crops, Render
-from pipeline.images import Reader
+from pipeline.images import Reader, naming
 
 WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held in memory as codes
 
@@ -31,6 +31,7 @@ class Source(Protocol):
     block_rows: int  # rows that are read together
     policy: Crops
     backend: str
+    identity: str  # of images, classes and labels: what a run is bound to
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -47,6 +48,7 @@ class StoredLabels:
         self.images, self.class_names, self.block_rows = store.images, store.class_names, store.chunk_rows
         self.policy = policy_of(store)
         self.backend: str = store.provenance["renderer"]["backend"]
+        self.identity = store.identity.hex()
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.store.crops(view, rows)
@@ -61,10 +63,11 @@ class FolderLabels:
     def __init__(self, images: Images, class_names: list[str], policy: Crops, backend: str, views: int) -> None:
         self.images, self.class_names, self.policy, self.backend, self.views = images, class_names, policy, backend, views
         self.block_rows = max(1, len(images))
-        self.identity = philox.identities(images.path)
+        self.paths = philox.identities(images.path)
+        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names}).hex()
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return crops.draw(self.policy, self.identity[rows], self.images.height[rows], self.images.width[rows], view)
+        return crops.draw(self.policy, self.paths[rows], self.images.height[rows], self.images.width[rows], view)
 
     def labels(self, view: int, rows: np.ndarray) -> np.ndarray:
         return self.images.class_index[rows].astype(np.int64)
@@ -145,7 +148,8 @@ class Replay:
 
     def _batch(self, rows: np.ndarray, labels: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> Batch:
         mine = np.array_split(np.arange(len(rows)), self.world)[self.rank]
-        pixels = self.renderer(self.read(rows[mine]), boxes[None, mine], flips[None, mine])[0][self.image_size]
+        with naming(self.source.images, rows[mine]):
+            pixels = self.renderer(self.read(rows[mine]), boxes[None, mine], flips[None, mine])[0][self.image_size]
         return Batch(rows[mine], pixels, torch.from_numpy(np.ascontiguousarray(labels[mine])), len(rows))
 
 

@@ -24,11 +24,12 @@ def store_facts(path: Path) -> dict:
     """Everything ``inspect`` tells, from the attributes and the completion records alone: quick however large the store is."""
     store = LabelStore.open(path)
     records = store.records()
-    finished = records["magic"] != b""
-    status = store.array("images/status")[:]
+    finished = store.finished()
+    records[~finished] = np.zeros((), records.dtype)  # a shard whose files are gone counts for nothing
+    status = store.images.status
     unusable = np.flatnonzero(status != USABLE)
     labelled = int(records["labelled"].sum())
-    classified = bool((store.array("images/class_index")[:] >= 0).all())
+    classified = bool((store.images.class_index >= 0).all())
     kl, tv = store.codec.max_error(store.classes)
     return {
         "store": str(path),
@@ -49,7 +50,7 @@ def store_facts(path: Path) -> dict:
         "agreement": float(100 * records["agreeing"].sum() / labelled) if labelled and classified else None,
         "codec": store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
         **{key: store.provenance[key] for key in ("teachers", "crops", "renderer", "compute", "data", "layout")},
-        "made_with": store.attributes["made_with"],
+        "made_with": store.attributes.get("made_with", {}),
         "identity": store.identity.hex(),
     }
 
@@ -58,7 +59,7 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
     """Unusable files by kind of reason: count, and one example."""
     if len(rows) == 0:
         return []
-    reasons, paths = store.array("images/reason")[:], store.array("images/path")[:]
+    reasons, paths = store.images.reason, store.images.path
     kinds = Counter(str(reasons[row]).split(":")[0] for row in rows)
     example = {str(reasons[row]).split(":")[0]: str(paths[row]) for row in rows[::-1]}
     return [{"reason": kind, "files": count, "example": example[kind]} for kind, count in kinds.most_common()]

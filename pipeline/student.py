@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from cache import LabelStore
-from cache.claims import claim
+from cache.claims import claim, claims_of
 from cache.schema import USABLE, Images, StoreError
 from pipeline import checkpoint, images, losses, philox
 from pipeline.checkpoint import RunError
@@ -50,8 +50,8 @@ def train(
     """
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
-    folder = images.split_folder(data, "train")
-    with claim(out.with_name(out.name + ".claims"), "train") as mine:
+    folder, out = images.split_folder(data, "train"), out.absolute()
+    with claim(claims_of(out), "train") as mine:
         if not mine:
             raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
         return _train(config, data, folder, out, store, classes, validation, device, allow_renderer_difference)
@@ -69,8 +69,10 @@ def _train(
     allow_renderer_difference: bool,
 ) -> dict:
     config, source = _source(config, folder, store, classes, _views_of_run(out), allow_renderer_difference)
+    if len(source.images.usable) < 2:
+        raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
     state = checkpoint.load_state(out / "state.pt")
-    _start_or_resume(out, config, state, store)
+    _start_or_resume(out, config, state, source)
     student = load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
     student.interpolation = source.policy.interpolation
     for line in (f"student {student.name}, {student.image_size} px, {student.classes} classes", *student.notes):
@@ -88,6 +90,8 @@ def _train(
 
 def _views_of_run(out: Path) -> int | None:
     """How many views the run in ``out`` replays, if there is one: a store that has grown since must not change it."""
+    if not (out / "state.pt").exists():
+        return None
     try:
         return yaml.safe_load((out / "config.yaml").read_text())["train"]["views"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
@@ -104,10 +108,8 @@ def _source(
             raise ConfigError("soft labels need a --store; make one with generate-labels, or set train.labels=hard")
         names = classes or images.class_names(folder)
         found = images.scan(folder, names, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
-        for line in images.unusable_summary(found):
+        for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
             say(line)
-        if len(found.usable) < 2:
-            raise images.DataError(f"{folder} holds {len(found.usable)} usable images; training needs two or more")
         views = config.train.views or config.train.epochs
         return config, FolderLabels(found, names, config.crops, config.render.backend, views)
     store = LabelStore.open(path)
@@ -139,7 +141,7 @@ def _source(
     if config.train.image_size not in seen:
         say(f"the student trains at {config.train.image_size} px, a size that no teacher of {path} saw ({', '.join(map(str, seen))} px)")
     if config.train.epochs > views:
-        say(f"{config.train.epochs} epochs replay {views} views: each comes {math.ceil(config.train.epochs / views)} times")
+        say(f"{config.train.epochs} epochs replay {views} views: each comes up to {math.ceil(config.train.epochs / views)} times")
     filled = config.model_copy(
         update={
             "crops": policy_of(store),
@@ -165,25 +167,33 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
         )
 
 
-def _start_or_resume(out: Path, config: Config, state: dict | None, store: Path | None) -> None:
+def _start_or_resume(out: Path, config: Config, state: dict | None, source: Source) -> None:
     """Make the run directory, or see that what is in it is a part of this run."""
     file = out / "config.yaml"
     if state is None:
         ours = {"config.yaml", "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch's end leaves these
+        if out.exists() and not out.is_dir():
+            raise RunError(f"{out} is a file; choose another --out")
         if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
+        if len(_lines(out / "metrics.jsonl")) > 1:
+            raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
     else:
-        before = _flat(yaml.safe_load(file.read_text()))
-        for key, now in _flat(config.model_dump(mode="json")).items():
-            if not key.startswith(FREE_KEYS) and before.get(key) != now:
+        before, now = _flat(yaml.safe_load(file.read_text())), _flat(config.model_dump(mode="json"))
+        for key in [*now, *(before.keys() - now.keys())]:
+            if not key.startswith(FREE_KEYS) and before.get(key) != now.get(key):
                 raise RunError(
-                    f"{out} was started with {key} {before.get(key)}, this is {now}; pass the same to go on, or choose another --out"
+                    f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass the same to go on, or choose another --out"
                 )
-        identity = LabelStore.open(store).identity.hex() if store else ""
-        if state["store"] != identity:
-            raise RunError(f"{out} was started with another label store; pass that one to go on, or choose another --out")
+        if state["source"] != source.identity:
+            what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
+            raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
     checkpoint.write(file, lambda scratch: scratch.write_text(config.to_yaml()))
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def _flat(document: object, prefix: str = "") -> dict[str, object]:
@@ -195,6 +205,8 @@ def _flat(document: object, prefix: str = "") -> dict[str, object]:
 def _validation(data: Path, other: Path | None, source: Source, config: Config) -> Validation | None:
     """DATA/val, or the folder that the user named; None if there is neither."""
     if other is not None:
+        if not other.is_dir():
+            raise images.DataError(f"--val-data {other} is no folder; it must hold class folders, or val/ with them")
         folder = images.split_folder(other, "val")
     elif images.is_split(data, "val"):
         folder = images.split_folder(data, "val")
@@ -202,7 +214,7 @@ def _validation(data: Path, other: Path | None, source: Source, config: Config) 
         say("no validation: the data has no val/, and no --val-data was given")
         return None
     found = images.scan(folder, source.class_names, exif=source.policy.exif, threads=config.render.threads)
-    for line in images.unusable_summary(found):
+    for line in [*images.unusable_summary(found), *images.empty_classes(found, source.class_names, folder)]:
         say(line)
     if not (found.status == USABLE).any():
         raise images.DataError(f"{folder} holds no image to validate on")
@@ -230,7 +242,6 @@ class Run:
         )
         stored = isinstance(source, StoredLabels)
         self.decode = Decoder(source.store.codec, device) if stored and not source.hard else None
-        self.store_id = source.store.identity.hex() if stored else ""
         self.epoch = 0
         self.metrics: list[dict] = []
 
@@ -260,10 +271,10 @@ class Run:
                 seen += len(batch.rows)
                 shown = float(sums[0]) / seen
                 if not math.isfinite(shown):
-                    raise RunError(
-                        f"the loss is {shown} in epoch {epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights"
-                    )
+                    raise self._diverged(shown, rate)
                 progress.advance(len(batch.rows), f"loss {shown:.3f}")
+        if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
+            raise self._diverged(math.nan, rate)
         loss, entropy, agreeing, against, told = (sums / seen).tolist()
         metrics = {
             "epoch": epoch,
@@ -284,6 +295,9 @@ class Run:
         self.metrics.append(metrics)
         self._save()
         say(self._summary(metrics))
+
+    def _diverged(self, loss: float, rate: float) -> RunError:
+        return RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
 
     def _step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step. Returns float64 [5], sums over the batch: loss against the labels, entropy of the labels, rows where student and label
@@ -327,9 +341,16 @@ class Run:
     def _save(self) -> None:
         """The student for others first, then what this run goes on from: after a kill between the two, the epoch is done again, to the same end."""
         newest = self.metrics[-1]
-        facts = {"epoch": newest["epoch"], "val_top1": newest.get("val_top1"), "labels": self.config.train.labels, "store": self.store_id}
+        facts = {
+            "epoch": newest["epoch"],
+            "val_top1": newest.get("val_top1"),
+            "labels": self.config.train.labels,
+            "source": self.source.identity,
+        }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
-        if "val_top1" not in newest or newest["val_top1"] >= max(m.get("val_top1", 0.0) for m in self.metrics):
+        if newest.get("val_top1", 0.0) >= max(
+            m.get("val_top1", 0.0) for m in self.metrics
+        ):  # without any validation the newest is the best
             checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
         checkpoint.write(self.out / "metrics.jsonl", lambda scratch: scratch.write_text(lines))
@@ -339,7 +360,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "metrics": self.metrics,
-            "store": self.store_id,
+            "source": self.source.identity,
         }
         checkpoint.save_state(self.out / "state.pt", state)
 

@@ -61,6 +61,8 @@ def test_1e_3_is_a_number(path):
         ("crops.flip=1.5", "crops.flip must be at most 1.0, got 1.5"),
         ("crops.scale=[0.9, 0.1]", r"crops.scale must be two numbers above 0, the smaller first, got \[0.9, 0.1\]"),
         ("crops.scale=[0.5, 2]", "crops.scale must not exceed 1"),
+        ("crops.views=1000000000", "crops.views must be at most 100000"),
+        ("student={model: resnet18, std: [0, 0, 0]}", "student.std must be three numbers above 0"),
         ("train.lr=-1", "train.lr must be above 0.0, got -1"),
         ("train.lr=.inf", "train.lr must be a finite number, got inf"),
         ("train.milestones=[9, 3]", "train.milestones must be rising epochs"),

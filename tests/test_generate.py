@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -245,3 +246,39 @@ def test_a_class_map_places_a_subset_of_the_classes(photos, recipe, tmp_path):
     (tmp_path / "map.txt").write_text("zebra\nant\nbee\ncow\ndog\n")
     with pytest.raises(MealError, match="class folder cat .* is not among the 5 classes"):
         generate(five, photos, tmp_path / "t.zarr", device=CPU, classes=images.read_class_map(tmp_path / "map.txt"))
+
+
+@pytest.mark.parametrize("lost", ["labels/c/1/2/0", "boxes/c/0/0/0", "records/c/1/1/0"])
+def test_a_lost_file_is_made_again_to_the_same_bytes_and_only_that_shard(photos, recipe, store_path, tmp_path, lost):
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store_path, path)
+    (path / lost).unlink()
+    _, view, shard = lost.replace("/c/", "/").split("/")[:3]
+    untouched = {name: os.stat(path / name).st_mtime_ns for name in tree(path) if f"/c/{view}/{shard}" not in name}
+    assert LabelStore.open(path).progress() == (5, 6)
+    generate(recipe, photos, path, device=CPU)
+    assert tree(path) == tree(store_path)
+    assert {name: os.stat(path / name).st_mtime_ns for name in untouched} == untouched
+
+
+def test_a_damaged_manifest_is_refused_and_never_believed(photos, recipe, store_path, tmp_path):
+    for i, damage in enumerate(("images/height/c", "images/path", "images/class_index/c", "fingerprint")):
+        path = tmp_path / f"{i}.zarr"
+        shutil.copytree(store_path, path)
+        if damage == "fingerprint":
+            meta = json.loads((path / "zarr.json").read_text())
+            del meta["attributes"][damage]
+            (path / "zarr.json").write_text(json.dumps(meta))
+        else:
+            shutil.rmtree(path / damage)
+        with pytest.raises(StoreError, match="damaged|can't be read") as refusal:
+            generate(recipe, photos, path, device=CPU)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_worker_does_not_wait_for_ever_for_one_that_never_comes(photos, recipe, tmp_path, monkeypatch):
+    from pipeline import generate as stage_one
+
+    monkeypatch.setattr(stage_one, "PATIENCE", 1.0)
+    with pytest.raises(StoreError, match="nobody has begun to create .* start worker 0"):
+        generate(recipe, photos, tmp_path / "s.zarr", device=CPU, worker=(1, 2))

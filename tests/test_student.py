@@ -125,8 +125,7 @@ def test_training_lowers_the_loss(photos, recipe, store_path, tmp_path, labels):
 
 
 def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(photos, recipe, store_path, tmp_path):
-    dropout = changed(recipe, train={"epochs": 3})
-    train(dropout, photos, tmp_path / "whole", store=store_path, device=CPU)
+    train(changed(recipe, train={"epochs": 3}), photos, tmp_path / "whole", store=store_path, device=CPU)
     for epochs in (1, 2, 3):
         train(changed(recipe, train={"epochs": epochs}), photos, tmp_path / "parts", store=store_path, device=CPU)
     for name in ("last.safetensors", "best.safetensors"):
@@ -135,7 +134,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(photos, recip
 
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(photos, recipe, store_path, tmp_path):
     config = tmp_path / "recipe.yaml"
-    longer = changed(recipe, train={"epochs": 6})
+    longer = changed(recipe, train={"epochs": 20})
     document = yaml.safe_load(longer.to_yaml())
     document.pop("teachers")
     config.write_text(yaml.safe_dump(document))
@@ -168,11 +167,11 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(photos, recipe, sto
         process.wait()
         process.stderr.close()
         reached.append(epochs_done())
-    assert 1 <= reached[0] < 6
+    assert 1 <= reached[0] < 20
     finished = subprocess.run([*command, "--device=cpu"], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "going on with" in finished.stderr
-    assert epochs_done() == 6
+    assert epochs_done() == 20
     assert (run / "last.safetensors").read_bytes() == (tmp_path / "whole" / "last.safetensors").read_bytes()
 
 
@@ -232,7 +231,7 @@ def test_a_store_of_other_classes_is_refused(photos, recipe, store_path, tmp_pat
 def test_an_unfinished_view_is_refused(photos, recipe, tmp_path):
     generate(recipe, photos, tmp_path / "s.zarr", device=CPU, worker=(0, 2))
     with pytest.raises(
-        StoreError, match=r"view 0 of .* is not finished \(1 of 3 shards missing, the first is 1\); run the same generate-labels"
+        StoreError, match=r"view 0 of .* is not finished \(1 of 3 shards missing or damaged, the first is 1\); run the same generate-labels"
     ):
         train(recipe, photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU)
 
@@ -277,6 +276,47 @@ def test_a_run_directory_of_something_else_is_refused(photos, recipe, store_path
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(RunError, match="state.pt is damaged"):
         train(recipe, photos, tmp_path / "run", store=store_path, device=CPU)
+
+
+def test_a_run_with_other_images_or_settings_than_it_began_with_is_refused(photos, recipe, store_path, tmp_path):
+    hard = changed(recipe, train={"epochs": 1, "labels": "hard"})
+    shutil.copytree(photos / "train", tmp_path / "data")
+    train(hard, tmp_path / "data", tmp_path / "hard", device=CPU)
+    permuted = ["bee", "cat", "ant"]
+    with pytest.raises(RunError, match="started with other images or classes"):
+        train(hard, tmp_path / "data", tmp_path / "hard", classes=permuted, device=CPU)
+    (tmp_path / "data" / "ant" / "000.jpg").unlink()
+    with pytest.raises(RunError, match="started with other images or classes"):
+        train(hard, tmp_path / "data", tmp_path / "hard", device=CPU)
+    train(changed(recipe, train={"epochs": 2, "discriminator": {}}), photos, tmp_path / "run", store=store_path, device=CPU)
+    with pytest.raises(RunError, match=r"train.discriminator.*choose another --out"):
+        train(changed(recipe, train={"epochs": 3}), photos, tmp_path / "run", store=store_path, device=CPU)
+    (tmp_path / "run" / "state.pt").unlink()
+    with pytest.raises(RunError, match="holds a run whose state.pt is gone"):
+        train(changed(recipe, train={"epochs": 3, "discriminator": {}}), photos, tmp_path / "run", store=store_path, device=CPU)
+
+
+def test_dropout_too_draws_the_same_after_a_resumption(photos, recipe, store_path, tmp_path, monkeypatch):
+    """The tiny models have none, so one is given some: what an epoch draws must not depend on the epochs before it in the process."""
+    import pipeline.student
+
+    def with_dropout(*arguments: object, **options: object) -> object:
+        model = load(*arguments, **options)
+        model.module.head_drop.p = 0.5
+        return model
+
+    monkeypatch.setattr(pipeline.student, "load", with_dropout)
+    train(changed(recipe, train={"epochs": 2}), photos, tmp_path / "whole", store=store_path, device=CPU)
+    for epochs in (1, 2):
+        train(changed(recipe, train={"epochs": epochs}), photos, tmp_path / "parts", store=store_path, device=CPU)
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
+
+
+def test_a_class_without_images_in_validation_is_said(photos, recipe, store_path, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "bee")
+    train(changed(recipe, train={"epochs": 1}), tmp_path / "data", tmp_path / "run", store=store_path, device=CPU)
+    assert "1 of 3 classes have no usable image in" in capsys.readouterr().err
 
 
 def test_a_store_that_grew_does_not_change_a_run_in_progress(photos, recipe, store_path, tmp_path):
