@@ -45,8 +45,11 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
                 close()
 
     def consume() -> Iterator[T]:
-        while True:
-            item, error = filled.get()
+        while not stop.is_set():
+            try:
+                item, error = filled.get(timeout=1)
+            except queue.Empty:  # not yet; or never, once the context has been left
+                continue
             if error is not None:
                 raise error
             if item is _END:

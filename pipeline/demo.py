@@ -103,9 +103,11 @@ def _print(result: dict, out: Path, found: images.Images) -> None:
     for row in result["rows"]:
         compared = [f"{row['teacher_kl']:.4f}", f"{row['teacher_agreement']:.2f}"] if "teacher_kl" in row else ["", ""]
         table.add_row(row["name"], f"{row['top1']:.2f}", *compared, duration(row["seconds"]) if row["seconds"] else "")
+    share = result["rows"][-1]["top1"] / 100
+    error = 100 * (share * (1 - share) / len(found)) ** 0.5
     console = results()
     console.print(table)
     console.print(
         f"{result['labelled_crops']:,} crops labelled once, in {duration(result['label_seconds'])}; {result['label_bytes_per_crop']:.1f} bytes per crop; "
-        f"{duration(result['seconds'])} in all. Look at the store: python cli.py inspect {out / 'labels.zarr'}"
+        f"{duration(result['seconds'])} in all. One run: the standard error of each top-1 is about {error:.1f}. Look at the store: python cli.py inspect {out / 'labels.zarr'}"
     )
