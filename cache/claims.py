@@ -1,4 +1,4 @@
-"""One writer per shard: claims, which are exclusively created files beside the store, with host, process and a heartbeat.
+"""One writer per shard: claims, which are exclusively created (linked) files beside the store, with host, process and a heartbeat.
 
 A claim's heartbeat is its modification time, renewed by a thread while it is held. A claim is dead if its process is gone from
 this host, or, from another host, if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken over.
@@ -45,15 +45,30 @@ def claim(folder: Path, *names: str) -> Iterator[set[str]]:
 
 
 def holders(folder: Path) -> list[str]:
-    """Who holds claims now: "host:process", one per claim."""
-    return [f"{owner['host']}:{owner['process']}" for path in folder.glob("*") if (owner := _owner(path))]
+    """Who holds claims now: "host:process", one per claim of a living process."""
+    owners = [_owner(path) for path in folder.glob("*") if "." not in path.name and not _dead(path)]
+    return [f"{owner['host']}:{owner['process']}" for owner in owners if owner]
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead processes left, once the work is done."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _dead(path):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: others still hold claims
+            folder.rmdir()
 
 
 def _take(path: Path) -> bool:
     for _ in range(2):
+        # Written elsewhere and then linked to its name, which fails if the name is taken: a claim is there with its owner, or not at all.
+        fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # another worker may just have removed the empty folder
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            fresh.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}))
+            os.link(fresh, path)
+            return True
         except FileExistsError:
             if not _dead(path):
                 return False
@@ -65,12 +80,10 @@ def _take(path: Path) -> bool:
                     path.unlink(missing_ok=True)
             finally:
                 heir.unlink(missing_ok=True)
-            continue
         except FileNotFoundError:
             continue
-        with os.fdopen(descriptor, "w") as f:
-            json.dump({"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}, f)
-        return True
+        finally:
+            fresh.unlink(missing_ok=True)
     return False
 
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cache import LabelStore, schema
-from cache.claims import claim, claims_of, held, holders
-from cache.codec import CODECS, Codec
+from cache.claims import claim, claims_of, held, holders, sweep
+from cache.codec import CODECS
 from cache.schema import USABLE, Images, StoreError, canonical_digest
 from cache.writer import StoreWriter
-from pipeline import crops, images, philox, render
+from pipeline import crops, images, philox, provenance, render
 from pipeline.background import ahead
 from pipeline.config import Config
 from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
 from pipeline.progress import Progress, duration, say
-from pipeline.render import dali_version
 
 PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
 
@@ -67,11 +64,11 @@ def generate(
                 _create(config, folder, path, names, teachers, device, strict)
     _wait(path, "create", path.exists)
     writer = StoreWriter(path)
-    _require_same_recipe(writer.store, config, teachers, device)
+    provenance.require_same_recipe(writer.store, config, teachers, device)
     if classes is not None and classes != writer.store.class_names:
         raise StoreError(f"{path} was made with another --class-map; pass that one again, or generate a new store")
     images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
-    require_same_pixels(writer.store, folder, config.render.threads)
+    provenance.require_same_pixels(writer.store, folder, config.render.threads)
     if config.crops.views > writer.store.views:
         if worker[0] == 0:
             say(f"extending {path} from {writer.store.views} to {config.crops.views} views")
@@ -108,7 +105,7 @@ def _create(
     if config.store.shard_rows:
         shard_rows = config.store.shard_rows
         chunk_rows = min(chunk_rows, shard_rows & -shard_rows)  # the largest power of two that divides it
-    provenance = _recipe(config, codec, teachers, device) | {
+    origin = provenance.recipe(config, codec, teachers, device) | {
         "data": {
             "images": len(found),
             "usable": len(found.usable),
@@ -122,9 +119,11 @@ def _create(
     attributes = {
         "codec": codec.describe(),
         "class_names": classes,
-        "provenance": provenance,
-        "fingerprint": _fingerprint(folder, found, rows, boxes, flips, {t.image_size for t in teachers}, provenance, config.render.threads),
-        "made_with": made_with(),
+        "provenance": origin,
+        "fingerprint": provenance.fingerprint(
+            folder, found, rows, boxes, flips, {t.image_size for t in teachers}, origin, config.render.threads
+        ),
+        "made_with": provenance.made_with(),
     }
     first = schema.create(
         path,
@@ -137,96 +136,6 @@ def _create(
     )
     if first:
         say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
-
-
-def _recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.device) -> dict:
-    """What the labels depend on besides the images: the part of the provenance that a command line decides."""
-    return {
-        "teachers": [teacher.describe() for teacher in teachers],
-        "crops": {"policy": "random-resized-crop", "tries": crops.TRIES, **config.crops.model_dump(mode="json", exclude={"views"})},
-        "renderer": {"backend": config.render.backend, "steps": render.STEPS},
-        "codec": codec.describe(),
-        "compute": {"batch_size": config.store.batch_size, "precision": config.store.precision, "device": device.type},
-    }
-
-
-def made_with() -> dict:
-    """Versions, for the record: whether they matter is what fingerprints and digests decide."""
-    versions = {"python": platform.python_version(), "dali": dali_version}
-    for name in ("torch", "timm", "numpy", "zarr"):
-        versions[name] = version(name)
-    return versions
-
-
-_REPAIRS = {
-    "teachers": "pass the same teachers and checkpoints",
-    "crops": "use the same crops section",
-    "renderer": "use the same render.backend",
-    "codec": "use the same store.codec",
-    "compute": "use the same --batch-size, --device and store.precision, since other batches move the labels' last bits",
-}
-
-
-def _require_same_recipe(store: LabelStore, config: Config, teachers: list[Model], device: torch.device) -> None:
-    """Raises StoreError with the first thing in which this command differs from the one that made the store."""
-    now = _recipe(config, CODECS[config.store.codec], teachers, device)
-    for section, wanted in now.items():
-        difference = _first_difference(section, store.provenance[section], wanted)
-        if difference:
-            where, theirs, ours = difference
-            raise StoreError(f"{store.path} was made with {where} {theirs}, this is {ours}; {_REPAIRS[section]}, or generate a new store")
-
-
-def _first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        pairs = [(f"{where}.{key}", theirs.get(key), ours.get(key)) for key in theirs | ours]
-    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
-        pairs = [(f"{where}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
-    elif isinstance(theirs, list) and isinstance(ours, list) and where == "teachers":
-        return where, [t["model"] for t in theirs], [t["model"] for t in ours]
-    else:
-        return None if theirs == ours else (where, _short(theirs), _short(ours))
-    return next((found for pair in pairs if (found := _first_difference(*pair))), None)
-
-
-def _short(value: object) -> object:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
-
-
-def _fingerprint(
-    folder: Path,
-    found: Images,
-    rows: np.ndarray,
-    boxes: np.ndarray,
-    flips: np.ndarray,
-    sizes: set[int],
-    provenance: dict,
-    threads: int | None,
-) -> dict:
-    how = {
-        "interpolation": provenance["crops"]["interpolation"],
-        "exif": provenance["crops"]["exif"],
-        "backend": provenance["renderer"]["backend"],
-    }
-    with images.Reader(folder, found, threads) as read:
-        return render.fingerprint(read(rows), rows, boxes, flips, sorted(sizes), threads=threads, **how)
-
-
-def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) -> None:
-    """Render the fingerprint's crops again. Raises StoreError if any pixel differs from what the teachers saw."""
-    kept = store.attributes.get("fingerprint")
-    if kept is None:
-        raise StoreError(f"{store.path} is damaged: it has no fingerprint; restore it from a copy or generate a new store")
-    rows, boxes, flips = np.array(kept["rows"]), np.array(kept["boxes"]), np.array(kept["flips"])
-    now = _fingerprint(folder, store.images, rows, boxes, flips, {int(s) for s in kept["digests"]}, store.provenance, threads)
-    differing = [size for size in kept["digests"] if kept["digests"][size] != now["digests"][size]]
-    if differing:
-        made = store.attributes["made_with"]
-        versions = [f"{name} {made.get(name)} then, {ours} now" for name, ours in made_with().items() if made.get(name) != ours]
-        raise StoreError(
-            f"{store.path}: this machine renders other pixels than the teachers saw (at {', '.join(differing)} px; {'; '.join(versions) or 'same versions'}); "
-            "install the versions it was made with, or train with --allow-renderer-difference"
-        )
 
 
 def _wait(path: Path, claimed: str, done: Callable[[], bool]) -> None:
@@ -259,6 +168,7 @@ def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Mode
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
     done, of = store.progress()
     if done == of:
+        sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
     elif left_to_others and (busy := holders(writer.claims)):
         say(f"{done} of {of} shards are done; others are at work on {store.path} ({', '.join(sorted(set(busy)))})")

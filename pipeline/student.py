@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
-from cache import LabelStore
 from cache.claims import claim, claims_of
-from cache.schema import USABLE, Images, StoreError
-from pipeline import checkpoint, images, losses, philox
+from pipeline import checkpoint, images, losses, philox, start
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import evaluate
-from pipeline.generate import require_same_pixels
 from pipeline.models import Model, load
 from pipeline.progress import Progress, duration, say
-from pipeline.replay import Batch, Decoder, FolderLabels, Replay, Source, StoredLabels, policy_of
-
-FREE_KEYS = ("train.epochs", "render.threads", "teachers", "store", "crops.views")  # may change when a run is gone on with
-
-
-@dataclass
-class Validation:
-    folder: Path
-    images: Images
+from pipeline.replay import Batch, Decoder, Replay, Source, StoredLabels
 
 
 def train(
@@ -54,178 +41,40 @@ def train(
     with claim(claims_of(out), "train") as mine:
         if not mine:
             raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
-        return _train(config, data, folder, out, store, classes, validation, device, allow_renderer_difference)
-
-
-def _train(
-    config: Config,
-    data: Path,
-    folder: Path,
-    out: Path,
-    store: Path | None,
-    classes: list[str] | None,
-    validation: Path | None,
-    device: torch.device,
-    allow_renderer_difference: bool,
-) -> dict:
-    config, source = _source(config, folder, store, classes, _views_of_run(out), allow_renderer_difference)
-    if len(source.images.usable) < 2:
-        raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
-    state = checkpoint.load_state(out / "state.pt")
-    _start_or_resume(out, config, state, source)
-    student = load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
-    student.interpolation = source.policy.interpolation
-    for line in (f"student {student.name}, {student.image_size} px, {student.classes} classes", *student.notes):
-        say(line)
-    validated = _validation(data, validation, source, config)
-    run = Run(config, out, student.to(device), source, folder, validated, device)
-    if state is not None:
-        run.restore(state)
-    if run.epoch >= config.train.epochs:
-        say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
-    while run.epoch < config.train.epochs:
-        run.train_epoch()
-    return run.metrics[-1]
-
-
-def _views_of_run(out: Path) -> int | None:
-    """How many views the run in ``out`` replays, if there is one: a store that has grown since must not change it."""
-    if not (out / "state.pt").exists():
-        return None
-    try:
-        return yaml.safe_load((out / "config.yaml").read_text())["train"]["views"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
-
-
-def _source(
-    config: Config, folder: Path, path: Path | None, classes: list[str] | None, started_views: int | None, allow_renderer_difference: bool
-) -> tuple[Config, Source]:
-    """The config with what the source decides filled in, and the source, checked against the folder."""
-    hard = config.train.labels == "hard"
-    if path is None:
-        if not hard:
-            raise ConfigError("soft labels need a --store; make one with generate-labels, or set train.labels=hard")
-        names = classes or images.class_names(folder)
-        found = images.scan(folder, names, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
-        for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
+        config, source = start.choose_source(config, folder, store, classes, start.views_of_run(out), allow_renderer_difference)
+        if len(source.images.usable) < 2:
+            raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
+        state = checkpoint.load_state(out / "state.pt")
+        start.require_same_run(out, config, state, source)
+        validated = start.find_validation(data, validation, source, config)
+        student = load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
+        student.interpolation = source.policy.interpolation
+        for line in (f"student {student.name}, {student.image_size} px, {student.classes} classes", *student.notes):
             say(line)
-        views = config.train.views or config.train.epochs
-        return config, FolderLabels(found, names, config.crops, config.render.backend, views)
-    store = LabelStore.open(path)
-    if classes is not None and classes != store.class_names:
-        raise StoreError(f"{path} was made with another --class-map; leave it out, the store knows its classes")
-    folders = images.class_names(folder)
-    foreign = sorted(set(folders) - set(store.class_names))
-    if foreign:
-        raise StoreError(
-            f"{path} has labels for {store.classes} classes, {folder} has {len(folders)} class folders of which {len(foreign)} are not among them "
-            f"(the first is {foreign[0]}); pass the images that the store was made from, or generate a new store"
-        )
-    images.require_same_files(folder, store.images, store.class_names, str(path))
-    _require_same_policy(config, store)
-    views = config.train.views or started_views or store.views
-    if views > store.views:
-        raise StoreError(
-            f"train.views is {views} but {path} has {store.views}; extend it with generate-labels --views {views}, or lower train.views"
-        )
-    for view in range(min(views, config.train.epochs)):
-        store.require_finished(view)
-    try:
-        require_same_pixels(store, folder, config.render.threads)
-    except StoreError as difference:
-        if not allow_renderer_difference:
-            raise
-        say(f"warning: {difference}")
-    seen = sorted({t["image_size"] for t in store.provenance["teachers"]})
-    if config.train.image_size not in seen:
-        say(f"the student trains at {config.train.image_size} px, a size that no teacher of {path} saw ({', '.join(map(str, seen))} px)")
-    if config.train.epochs > views:
-        say(f"{config.train.epochs} epochs replay {views} views: each comes up to {math.ceil(config.train.epochs / views)} times")
-    filled = config.model_copy(
-        update={
-            "crops": policy_of(store),
-            "train": config.train.model_copy(update={"views": views}),
-            "render": config.render.model_copy(update={"backend": store.provenance["renderer"]["backend"]}),
-        }
-    )
-    return filled, StoredLabels(store, views, hard=hard)
-
-
-def _require_same_policy(config: Config, store: LabelStore) -> None:
-    """A config that asks for other crops than the store holds can't have them."""
-    kept = policy_of(store)
-    for name in config.crops.model_fields_set - {"views"}:
-        ours, theirs = getattr(config.crops, name), getattr(kept, name)
-        if ours != theirs:
-            raise ConfigError(
-                f"crops.{name} is {ours}, {store.path} was made with {theirs}; set it so, leave it out, or generate another store"
-            )
-    if "backend" in config.render.model_fields_set and config.render.backend != store.provenance["renderer"]["backend"]:
-        raise ConfigError(
-            f"render.backend is {config.render.backend}, {store.path} was made with {store.provenance['renderer']['backend']}; leave it out"
-        )
-
-
-def _start_or_resume(out: Path, config: Config, state: dict | None, source: Source) -> None:
-    """Make the run directory, or see that what is in it is a part of this run."""
-    file = out / "config.yaml"
-    if state is None:
-        ours = {"config.yaml", "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch's end leaves these
-        if out.exists() and not out.is_dir():
-            raise RunError(f"{out} is a file; choose another --out")
-        if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
-            raise RunError(f"{out} is not empty and holds no run; choose another --out")
-        if len(_lines(out / "metrics.jsonl")) > 1:
-            raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-    else:
-        before, now = _flat(yaml.safe_load(file.read_text())), _flat(config.model_dump(mode="json"))
-        for key in [*now, *(before.keys() - now.keys())]:
-            if not key.startswith(FREE_KEYS) and before.get(key) != now.get(key):
-                raise RunError(
-                    f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass the same to go on, or choose another --out"
-                )
-        if state["source"] != source.identity:
-            what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
-            raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
-    checkpoint.write(file, lambda scratch: scratch.write_text(config.to_yaml()))
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
-
-
-def _flat(document: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(document, dict):
-        return {k: v for key, value in document.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
-    return {prefix: document}
-
-
-def _validation(data: Path, other: Path | None, source: Source, config: Config) -> Validation | None:
-    """DATA/val, or the folder that the user named; None if there is neither."""
-    if other is not None:
-        if not other.is_dir():
-            raise images.DataError(f"--val-data {other} is no folder; it must hold class folders, or val/ with them")
-        folder = images.split_folder(other, "val")
-    elif images.is_split(data, "val"):
-        folder = images.split_folder(data, "val")
-    else:
-        say("no validation: the data has no val/, and no --val-data was given")
-        return None
-    found = images.scan(folder, source.class_names, exif=source.policy.exif, threads=config.render.threads)
-    for line in [*images.unusable_summary(found), *images.empty_classes(found, source.class_names, folder)]:
-        say(line)
-    if not (found.status == USABLE).any():
-        raise images.DataError(f"{folder} holds no image to validate on")
-    return Validation(folder, found)
+        checkpoint.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
+        run = Run(config, out, student.to(device), source, folder, validated, device)
+        if state is not None:
+            run.restore(state)
+        if run.epoch >= config.train.epochs:
+            say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
+        while run.epoch < config.train.epochs:
+            run.train_epoch()
+        return run.metrics[-1]
 
 
 class Run:
     """A student in training: model, optimizer, and what has been done so far."""
 
     def __init__(
-        self, config: Config, out: Path, student: Model, source: Source, folder: Path, validation: Validation | None, device: torch.device
+        self,
+        config: Config,
+        out: Path,
+        student: Model,
+        source: Source,
+        folder: Path,
+        validation: start.Validation | None,
+        device: torch.device,
     ) -> None:
         self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
         recipe = config.train

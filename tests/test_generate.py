@@ -18,6 +18,7 @@ import torch
 from conftest import CPU, tree, write_photos, write_teacher
 
 from cache import LabelStore, StoreError
+from cache.claims import claims_of
 from cache.codec import divergence
 from cache.schema import MealError
 from pipeline import images, render
@@ -136,6 +137,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos, recipe, teach
     generate(recipe, photos, tmp_path / "s.zarr", device=CPU)
     made, wanted = tree(tmp_path / "s.zarr"), tree(store_path)
     assert made == {**wanted, "zarr.json": made["zarr.json"]}
+    assert not claims_of(tmp_path / "s.zarr").exists()
     assert LabelStore.open(tmp_path / "s.zarr").provenance == LabelStore.open(store_path).provenance
 
 

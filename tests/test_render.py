@@ -17,7 +17,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from cache import LabelStore, StoreError
 from pipeline import crops, philox, render
 from pipeline.config import Crops, Render
-from pipeline.generate import require_same_pixels
+from pipeline.provenance import require_same_pixels
 from pipeline.replay import Replay, StoredLabels
 
 Rendered = list[dict[int, torch.Tensor]]
