@@ -58,6 +58,8 @@ def generate(
         for line in [f"teacher {teacher.name}, {teacher.image_size} px, {teacher.classes} classes", *teacher.notes]:
             say(line)
     path = path.absolute()
+    if any(part.is_file() for part in path.parents):
+        raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
     if not path.exists() and worker[0] == 0:
         with claim(claims_of(path), "create") as mine:
             if mine and not path.exists():

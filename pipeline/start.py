@@ -109,8 +109,6 @@ def require_same_run(out: Path, config: Config, state: dict | None, source: Sour
     """Raises RunError unless the run directory is new, or holds a part of this very run."""
     if state is None:
         ours = {"config.yaml", "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch's end leaves these
-        if out.exists() and not out.is_dir():
-            raise RunError(f"{out} is a file; choose another --out")
         if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
         if len(_lines(out / "metrics.jsonl")) > 1:

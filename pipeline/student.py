@@ -38,6 +38,8 @@ def train(
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
     folder, out = images.split_folder(data, "train"), out.absolute()
+    if any(part.is_file() for part in (out, *out.parents)):
+        raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
     with claim(claims_of(out), "train") as mine:
         if not mine:
             raise RunError(f"another process is training in {out}; wait for it, or choose another --out")

@@ -272,6 +272,10 @@ def test_a_run_directory_of_something_else_is_refused(photos, recipe, store_path
     (tmp_path / "full" / "thesis.tex").write_text("dear")
     with pytest.raises(RunError, match="is not empty and holds no run"):
         train(recipe, photos, tmp_path / "full", store=store_path, device=CPU)
+    for place in ("file", "file/below"):
+        (tmp_path / "file").touch()
+        with pytest.raises(RunError, match="a part of it is a file; choose another --out"):
+            train(recipe, photos, tmp_path / place, store=store_path, device=CPU)
     state = tmp_path / "run" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(RunError, match="state.pt is damaged"):
