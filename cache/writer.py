@@ -66,6 +66,7 @@ class StoreWriter:
             boxes.astype(np.int32, copy=False),
             flips.astype(bool, copy=False),
         )
+        self._clear("records", view, shard)  # first: a record of what was there must not vouch for what is being written
         for name, block in (("labels", codes), ("boxes", boxes), ("flips", flips)):
             self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
@@ -80,7 +81,6 @@ class StoreWriter:
             record["agreeing"] += (probabilities.argmax(axis=1) == images.class_index[rows][part][usable[part]]).sum().astype("u4")
         record["stored_bytes"] = self.store.file("labels", view, shard).stat().st_size
         record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, boxes, flips), "u1")
-        self._clear("records", view, shard)
         schema.array(self.group, "records")[view, shard] = record.view("u1")
         self._sync("records", view, shard)
 
@@ -89,6 +89,8 @@ class StoreWriter:
         file = self.store.file(name, view, shard)
         for left in (file, *file.parent.glob(f"{file.name}.*.partial")):
             left.unlink(missing_ok=True)
+        if file.parent.exists():
+            schema.sync_folder(file.parent)
 
     def _sync(self, name: str, view: int, shard: int) -> None:
         file = self.store.file(name, view, shard)

@@ -21,7 +21,7 @@ def results() -> Console:
 
 
 def store_facts(path: Path) -> dict:
-    """Everything ``inspect`` tells, from the attributes and the completion records alone: quick however large the store is."""
+    """Everything ``inspect`` tells, from attributes, manifest and completion records: no label is read, however large the store is."""
     store = LabelStore.open(path)
     records = store.records()
     finished = store.finished()

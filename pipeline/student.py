@@ -199,9 +199,8 @@ class Run:
             "source": self.source.identity,
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
-        if newest.get("val_top1", 0.0) >= max(
-            m.get("val_top1", 0.0) for m in self.metrics
-        ):  # without any validation the newest is the best
+        # Without any validation the newest is the best.
+        if newest.get("val_top1", 0.0) >= max(m.get("val_top1", 0.0) for m in self.metrics):
             checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
         checkpoint.write(self.out / "metrics.jsonl", lambda scratch: scratch.write_text(lines))

@@ -420,6 +420,25 @@ def test_a_file_that_is_lost_while_the_store_is_open_is_an_error(full, name):
         store.codes(1, slice(0, 2))
 
 
+def test_writing_a_shard_again_takes_its_record_away_first(full, monkeypatch):
+    """Otherwise a kill in between would leave new boxes that the old record vouches for."""
+    store = LabelStore.open(full)
+    rows = store.shard_slice(0)
+    codes, (boxes, flips) = store.codes(1, rows), store.crops(1, rows)
+    writer = StoreWriter(full)
+
+    def killed(name: str, view: int, shard: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "_sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(1, 0, codes, boxes, flips)
+    assert not LabelStore.open(full).finished()[1, 0]
+    monkeypatch.undo()
+    writer.write(1, 0, codes, boxes, flips)
+    assert np.array_equal(LabelStore.open(full).codes(1, rows), codes)
+
+
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_shard_of_another_place_never_passes_for_this_one(full, name):
     """Sound files by Zarr's checksums, of the recorded size or not: only the digest of the record tells."""
