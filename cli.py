@@ -133,7 +133,9 @@ def generate_labels(config, data, store, teachers, views, split, class_map, devi
 @options(
     config_option,
     data_option,
-    click.option("--store", type=folder, help="Label store; needed unless train.labels is hard."),
+    click.option("--store", type=folder, help="Label store; needed unless --online, or train.labels is hard."),
+    click.option("--online", is_flag=True, help="No store: the config's teachers label every batch, as in the paper."),
+    click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Replaces the config's teachers, with --online."),
     click.option("--out", required=True, type=folder, help="Run directory: made, or gone on with."),
     click.option("--student", type=MODEL, help="Replaces the config's student."),
     click.option("--epochs", type=int, help="Epochs in all; epoch e replays view e mod views."),
@@ -146,23 +148,42 @@ def generate_labels(config, data, store, teachers, views, split, class_map, devi
     device_option,
     set_option,
 )
-def train_student(config, data, store, out, student, epochs, batch_size, val_data, allow_renderer_difference, class_map, device, settings):
+def train_student(
+    config,
+    data,
+    store,
+    online,
+    teachers,
+    out,
+    student,
+    epochs,
+    batch_size,
+    val_data,
+    allow_renderer_difference,
+    class_map,
+    device,
+    settings,
+):
     """Train a student on exactly the crops of a label store, against its soft labels.
 
     The run directory holds metrics.jsonl, config.yaml, last.safetensors and best.safetensors. Run again, it goes on after the last finished epoch.
     With --set train.labels=hard the same loop trains on the class folders: the baseline, and how own teachers are made (no --store needed).
+    With --online it is MEAL V2 as published: the reference for what a store gives, at several times the cost.
 
     \b
     Example:
       python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr --out run
+      python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --online --out reference
       python cli.py train-student --config configs/smoke_cpu.yaml --data photos --out teacher --set train.labels=hard
     """
     from pipeline.student import train
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise click.UsageError("train-student trains in one process so far; start it without torchrun")
+    if teachers and not online:
+        raise click.UsageError("--teacher names live teachers and goes with --online; a store has its labels already")
     changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
-    changed |= {"train.epochs": epochs, "train.batch_size": batch_size}
+    changed |= {"train.epochs": epochs, "train.batch_size": batch_size, "train.online": online or None, "teachers": list(teachers)}
     train(
         _recipe(config, settings, changed),
         data,

@@ -24,6 +24,7 @@ class LabelStore:
         self.provenance: dict = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
         self.class_names: list[str] = self.attributes["class_names"]
+        self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what is kept per crop beside its label
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
         self._arrays: dict[str, zarr.Array] = {}
@@ -42,9 +43,10 @@ class LabelStore:
         found, version = group.attrs.get("format"), group.attrs.get("format_version")
         if found != schema.FORMAT:
             raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
-        if version != schema.VERSION:
+        if version not in schema.VERSIONS:
             raise StoreError(
-                f"{path} has label store format {version}, this program reads {schema.VERSION}; use the version of this program that made it"
+                f"{path} has label store format {version}, this program reads {' and '.join(map(str, schema.VERSIONS))}; "
+                "use the version of this program that made it"
             )
         try:
             store = cls(path, group)
@@ -117,7 +119,7 @@ class LabelStore:
         finished = records["magic"] == schema.RECORD_MAGIC
         for view, i in zip(*np.nonzero(finished), strict=True):
             place = int(i if shard is None else shard)
-            sizes = [self._size(name, int(view), place) for name in ("labels", "boxes", "flips")]
+            sizes = [self._size(name, int(view), place) for name in ("labels", *self.crop_arrays)]
             finished[view, i] = sizes[0] == records["stored_bytes"][view, i] and all(sizes)
         return finished if shard is None else finished[:, 0]
 
@@ -159,11 +161,11 @@ class LabelStore:
         if (view, shard) in self._sound:
             return
         rows = self.shard_slice(shard)
-        for name in ("labels", "boxes", "flips"):
+        for name in ("labels", *self.crop_arrays):
             if not self._size(name, view, shard):
                 file = self.file(name, view, shard).relative_to(self.path)
                 raise StoreError(f"{name} of {self.path} lacks {file}; run the same generate-labels command again to make it anew")
-        content = (self._read(name, np.s_[view, rows]) for name in ("labels", "boxes", "flips"))
+        content = (self._read(name, np.s_[view, rows]) for name in ("labels", *self.crop_arrays))
         digest = schema.shard_digest(self.identity, view, shard, *content)
         if digest != self.records(shard)["digest"][view].tobytes():
             raise StoreError(
@@ -188,6 +190,18 @@ class LabelStore:
     def crops(self, view: int, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool [n] mirrored left-right after the crop)."""
         return self._rows("boxes", view, rows), self._rows("flips", view, rows)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the teachers saw CutMix pictures, and ``mixes`` says which."""
+        return "mix_box" in self.crop_arrays
+
+    def mixes(self, view: int, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """What was pasted into the crops (CutMix): int32 [n] rows of the partners, -1 for none, and float32 [n, 4] top, left, bottom, right as
+        fractions of the output. The partner's crop is the one of the same view; the rectangle's pixels follow from ``how_to_read``."""
+        if not self.mixed:
+            raise StoreError(f"{self.path} holds no CutMix; ask store.mixed first, or make a store with crops.cutmix")
+        return self._rows("mix_partner", view, rows), self._rows("mix_box", view, rows)
 
     def shard_slice(self, shard: int) -> slice:
         return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.array("labels").shape[1]))

@@ -5,6 +5,7 @@ A store is a Zarr v3 group. Arrays, with their dimensions:
     labels   view, image, class   codes of the mean softmax (cache.codec)
     boxes    view, image, 4       int32 top, left, height, width of the crop, in pixels of the decoded image
     flips    view, image          bool, mirrored left-right after the crop
+    mix_partner, mix_box          with CutMix only, see CROP_ARRAYS
     images/… image                path, bytes, digest, height, width, class_index, status, reason
     records  view, shard, byte    completion records, one file each; a shard without one does not exist for a reader
 
@@ -29,7 +30,16 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from cache.claims import alive
 
 FORMAT = "meal-v2-label-store"
-VERSION = 1
+VERSIONS = (1, 2)  # 2: with CutMix, which a program that knows version 1 alone would leave out of the pictures without a word
+
+# What is kept per crop beside its label: dtype, and the names of an entry's own dimensions (edge: 4).
+CROP_ARRAYS = {
+    "boxes": ("int32", ("edge",)),
+    "flips": ("bool", ()),
+    "mix_partner": ("int32", ()),  # row whose crop of the same view is pasted in; -1: none is
+    "mix_box": ("float32", ("edge",)),  # top, left, bottom, right of the pasted rectangle, as fractions of the output's height and width
+}
+UNMIXED = ("boxes", "flips")
 
 USABLE, UNUSABLE = 0, 1  # values of images/status
 
@@ -101,12 +111,17 @@ def canonical_digest(document: dict) -> bytes:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
-def shard_digest(store_id: bytes, view: int, shard: int, codes: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> bytes:
-    """sha256 over the store's provenance digest, view and shard as little-endian uint32, then codes, boxes and flips as little-endian bytes
-    in C order: a shard of another store or of another place does not pass for this one."""
+def crop_arrays(provenance: dict) -> tuple[str, ...]:
+    """Names of the arrays that a store of this provenance keeps per crop, in the order of CROP_ARRAYS."""
+    return tuple(CROP_ARRAYS) if provenance.get("crops", {}).get("cutmix") else UNMIXED
+
+
+def shard_digest(store_id: bytes, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> bytes:
+    """sha256 over the store's provenance digest, view and shard as little-endian uint32, then codes and what is kept per crop
+    (``crop_arrays``) as little-endian bytes in C order: a shard of another store or of another place does not pass for this one."""
     h = hashlib.sha256(store_id)
     h.update(np.array([view, shard], "<u4").tobytes())
-    for array in (codes, boxes, flips):
+    for array in (codes, *kept):
         h.update(np.ascontiguousarray(array).data)
     return h.digest()
 
@@ -144,13 +159,15 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
     always = {"write_empty_chunks": True}
+    kept = crop_arrays(attributes["provenance"])
+    mixed = kept != UNMIXED
     group = zarr.create_group(
         str(scratch),
         zarr_format=3,
         attributes={
             "format": FORMAT,
-            "format_version": VERSION,
-            "how_to_read": how_to_read(attributes["codec"]),
+            "format_version": VERSIONS[mixed],
+            "how_to_read": how_to_read(attributes["codec"], mixed),
             "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
             **attributes,
         },
@@ -166,14 +183,16 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
         fill_value=0,
         config=always,
     )
-    for name, tail, dtype in (("boxes", (4,), "int32"), ("flips", (), "bool")):
+    for name in kept:
+        dtype, dimensions = CROP_ARRAYS[name]
+        tail = (4,) * len(dimensions)
         group.create_array(
             name,
             shape=(views, n, *tail),
             chunks=(1, shard_rows, *tail),
             dtype=dtype,
             compressors=chain,
-            dimension_names=["view", "image", "edge"][: 2 + len(tail)],
+            dimension_names=["view", "image", *dimensions],
             config=always,
         )
     group.create_array(
@@ -212,15 +231,22 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     return True
 
 
-def how_to_read(codec: dict) -> str:
+def how_to_read(codec: dict, mixed: bool) -> str:
     return (
-        "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
+        MIXING * mixed + "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
         "of the decoded image), mirrored left-right if flips[view, image]. Decode a row, with the numbers of the attribute codec, by: "
         + codec["formula"]
         + ". Believe a shard "
         "(rows shard*shard_rows … of one view; provenance.layout.shard_rows) only if records[view, shard] is not zero: an unwritten shard reads as zeros. Rows whose "
         "images/status is not 0 have no label. A record is the struct of record_fields, packed."
     )
+
+
+MIXING = (
+    "CutMix: the teachers saw the crop of boxes and flips below, resized to size x size pixels, with a rectangle of the crop of the row mix_partner[view, image] "
+    "(same view, resized and mirrored as its own entries say) pasted over it at the same place: rows floor(top*size + 0.5) up to, without, floor(bottom*size + 0.5) "
+    "and columns likewise from left to right, where top, left, bottom, right = mix_box[view, image]; nothing where mix_partner is -1. "
+)
 
 
 def sync_file(path: Path) -> None:

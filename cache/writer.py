@@ -31,7 +31,7 @@ class StoreWriter:
         with claim(self.claims, "grow") as mine:
             if not mine:
                 raise StoreError(f"{self.path} is being extended by another process right now; run this command again in a minute")
-            for name in ("labels", "boxes", "flips", "records"):
+            for name in ("labels", *self.store.crop_arrays, "records"):
                 array = schema.array(self.group, name)
                 if array.shape[0] < views:
                     array.resize((views, *array.shape[1:]))
@@ -46,8 +46,9 @@ class StoreWriter:
             finished = self.store.finished(shard) if mine else ()
             yield [view for view in views if f"{view}-{shard}" in mine and not finished[view]]
 
-    def write(self, view: int, shard: int, codes: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> None:
-        """Store one whole shard of one view: codes [rows, classes], boxes int32 [rows, 4], flips bool [rows], zeros where unusable.
+    def write(self, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> None:
+        """Store one whole shard of one view: codes [rows, classes], zeros where unusable, and the arrays of ``store.crop_arrays`` in their
+        order: boxes int32 [rows, 4], flips bool [rows]; with CutMix also mix_partner int32 [rows] and mix_box float32 [rows, 4].
 
         The files are written, renamed and forced to the disk before the record is, so that a record never speaks of lost data.
         Raises StoreError if a usable row has no label, or an unusable one has.
@@ -61,13 +62,11 @@ class StoreWriter:
             raise StoreError(
                 f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image"
             )
-        codes, boxes, flips = (
-            codes.astype(self.store.codec.dtype, copy=False),
-            boxes.astype(np.int32, copy=False),
-            flips.astype(bool, copy=False),
-        )
+        names = ("labels", *self.store.crop_arrays)
+        dtypes = (self.store.codec.dtype, *(schema.CROP_ARRAYS[name][0] for name in self.store.crop_arrays))
+        codes, *kept = (block.astype(dtype, copy=False) for block, dtype in zip((codes, *kept), dtypes, strict=True))
         self._clear("records", view, shard)  # first: a record of what was there must not vouch for what is being written
-        for name, block in (("labels", codes), ("boxes", boxes), ("flips", flips)):
+        for name, block in zip(names, (codes, *kept), strict=True):
             self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
             self._sync(name, view, shard)
@@ -80,7 +79,7 @@ class StoreWriter:
             record["entropy"] += codecs.entropy(probabilities).sum()
             record["agreeing"] += (probabilities.argmax(axis=1) == images.class_index[rows][part][usable[part]]).sum().astype("u4")
         record["stored_bytes"] = self.store.file("labels", view, shard).stat().st_size
-        record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, boxes, flips), "u1")
+        record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, *kept), "u1")
         schema.array(self.group, "records")[view, shard] = record.view("u1")
         self._sync("records", view, shard)
 

@@ -53,8 +53,15 @@ class ModelSpec(Section):
         return value
 
 
+class CutMix(Section):
+    """CutMix (Yun et al., arXiv 1905.04899): a rectangle of another image's crop is pasted over a crop."""
+
+    prob: float = Field(1.0, gt=0, le=1, description="probability that a crop is mixed")
+    beta: float = Field(1.0, gt=0, le=100, description="the share of the picture that stays is drawn from Beta(beta, beta)")
+
+
 class Crops(Section):
-    """RandomResizedCrop and flip: what the teachers and the student see."""
+    """RandomResizedCrop, flip and perhaps CutMix: what the teachers and the student see."""
 
     views: int = Field(1, ge=1, le=100_000, description="random crops per image")
     scale: Pair = Field((0.08, 1.0), description="least and greatest share of the image's area")
@@ -65,6 +72,7 @@ class Crops(Section):
     exif: Literal["ignore", "apply"] = Field(
         "ignore", description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)"
     )
+    cutmix: CutMix | None = Field(None, description="the teachers label mixed pictures, as online CutMix has them; null: none")
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -111,6 +119,11 @@ class Discriminator(Section):
     """MEAL V2's discriminator, trained together with the student: its loss is added to the soft cross-entropy."""
 
     lr: float = Field(1e-4, gt=0, description="its own learning rate at the start, which decays as the student's does")
+    reversal: bool = Field(False, description="reverse its gradient on the way to the student, who then learns to deceive it (an ablation)")
+    input: Literal["log_mean", "mean_logits"] = Field(
+        "log_mean",
+        description="what it sees: clamped log-probabilities; or, as in the authors' code, logits and the mean of the teachers' (online only)",
+    )
 
 
 class Train(Section):
@@ -119,10 +132,16 @@ class Train(Section):
     labels: Literal["soft", "hard"] = Field(
         "soft", description="the store's soft labels, or the class folders (the baseline, and own teachers)"
     )
+    online: bool = Field(False, description="ask the teachers in every step, as the paper does, instead of a store (--online)")
     image_size: int = Field(224, ge=8, le=4096, description="pixels")
     epochs: int = Field(180, ge=1)
     batch_size: int = Field(512, ge=2, le=65_536, description="images per step, over all processes")
+    crops_per_image: int = Field(
+        1, ge=1, le=64, description="crops (views) of each decoded image in a batch; batch_size and epochs go on counting crops, as in FKD"
+    )
     lr: float = Field(0.01, gt=0, description="learning rate at the start")
+    schedule: Literal["step", "cosine"] = Field("step", description="gamma at the milestones, or half a cosine down to zero over all epochs")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the learning rate rises linearly from zero")
     milestones: Annotated[tuple[int, ...], Strict(False)] = Field(
         (100,), description="epochs, counted from 0, from which gamma applies once more"
     )
@@ -135,6 +154,12 @@ class Train(Section):
     views: int | None = Field(
         None, ge=1, description="use the first so many views of the store; otherwise all. Epoch e replays view e mod views"
     )
+    label_temperature: float = Field(1.0, gt=0, le=100, description="t: soft labels p become p^(1/t) / Σ p^(1/t); above 1 they are softer")
+    student_temperature: float = Field(1.0, gt=0, le=100, description="t: the student's logits are divided by t in the soft cross-entropy")
+    hard_weight: float = Field(0.0, ge=0, lt=1, description="weight of the class folder's cross-entropy; the soft labels' is 1 minus this")
+    cutmix: CutMix | None = Field(
+        None, description="mix crops of a batch, and their labels by area: the cheap way, with an ordinary store (crops.cutmix: the faithful one)"
+    )
     discriminator: Discriminator | None = Field(None, description="with soft labels only; null: none")
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of images, a new head, random weights and dropout")
 
@@ -144,6 +169,25 @@ class Train(Section):
             raise ValueError(f"train.milestones must be rising epochs from 1 on, got {list(self.milestones)}")
         if self.discriminator and self.labels == "hard":
             raise ValueError("train.discriminator needs soft labels; set train.discriminator=null, or train.labels=soft")
+        if self.online and self.labels == "hard":
+            raise ValueError("train.online asks teachers, whose labels are soft; leave it out, or set train.labels=soft")
+        if self.discriminator and self.discriminator.input == "mean_logits" and not self.online:
+            raise ValueError(
+                "train.discriminator.input mean_logits needs live teachers, since a store holds no logits; set it to log_mean, or train --online"
+            )
+        if self.hard_weight and self.labels == "hard":
+            raise ValueError("train.hard_weight mixes the hard label into soft ones; leave it out, or set train.labels=soft")
+        if self.batch_size % self.crops_per_image or self.batch_size == self.crops_per_image > 1:
+            raise ValueError(
+                f"train.batch_size counts crops and must be two or more times train.crops_per_image ({self.crops_per_image}), got {self.batch_size}"
+            )
+        if self.epochs % self.crops_per_image:
+            raise ValueError(
+                f"train.epochs must be a multiple of train.crops_per_image ({self.crops_per_image}), since a pass shows so many crops of every "
+                f"image, got {self.epochs}"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"train.warmup_epochs must be at most train.epochs ({self.epochs}), got {self.warmup_epochs:g}")
         return self
 
 
@@ -161,6 +205,8 @@ class Config(Section):
             raise ValueError(
                 f"student.image_size is {self.student.image_size}; the student's size is train.image_size, {self.train.image_size}"
             )
+        if self.crops.cutmix and self.train.cutmix:
+            raise ValueError("crops.cutmix and train.cutmix would mix every picture twice; set one of them to null")
         return self
 
     def to_yaml(self) -> str:
@@ -274,6 +320,8 @@ def _fields(location: tuple) -> list[str]:
     sections = {"teachers": ModelSpec, "student": ModelSpec, "crops": Crops, "store": Store, "render": Render, "train": Train}
     if location[-1:] == ("discriminator",):
         return list(Discriminator.model_fields)
+    if location[-1:] == ("cutmix",):
+        return list(CutMix.model_fields)
     return list((sections[location[0]] if location else Config).model_fields)
 
 

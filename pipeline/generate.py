@@ -14,13 +14,14 @@ import torch
 from cache import LabelStore, schema
 from cache.claims import claim, claims_of, held, holders, sweep
 from cache.codec import CODECS
-from cache.schema import USABLE, Images, StoreError, canonical_digest
+from cache.schema import USABLE, StoreError, canonical_digest
 from cache.writer import StoreWriter
-from pipeline import crops, images, philox, provenance, render
+from pipeline import crops, cutmix, images, philox, provenance, render
 from pipeline.background import ahead
 from pipeline.config import Config
 from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
+from pipeline.plan import Plan
 from pipeline.progress import Progress, duration, say
 
 PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
@@ -87,11 +88,7 @@ def generate(
 def _create(
     config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool
 ) -> None:
-    if len(classes) != teachers[0].classes:
-        raise DataError(
-            f"{folder} has {len(classes)} classes, the teachers have {teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
-            "the teachers' classes, or teachers of these classes"
-        )
+    provenance.require_class_count(folder, classes, teachers)
     found = images.scan(folder, classes, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
     bad = images.unusable_summary(found)
     for line in bad:
@@ -103,10 +100,7 @@ def _create(
     if len(found.usable) == 0:
         raise DataError(f"{folder} holds no image that can be used ({bad[0]})")
     codec = CODECS[config.store.codec]
-    chunk_rows, shard_rows = schema.shard_rows_for(len(found), len(classes), np.dtype(codec.dtype).itemsize)
-    if config.store.shard_rows:
-        shard_rows = config.store.shard_rows
-        chunk_rows = min(chunk_rows, shard_rows & -shard_rows)  # the largest power of two that divides it
+    chunk_rows, shard_rows = provenance.layout_of(config, len(found), len(classes))
     origin = provenance.recipe(config, codec, teachers, device) | {
         "data": {
             "images": len(found),
@@ -160,12 +154,13 @@ def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Mode
     size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     left_to_others = 0
+    plan = Plan(config.crops, store.images, store.shard_rows)
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
         for unit in units:
             with writer.claimed(unit.views, unit.shard) as views:
                 left_to_others += len(unit.views) - len(views)
                 if views:
-                    _label(config, writer, read, teachers, device, Unit(views, unit.shard), progress)
+                    _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
     if progress.done:
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
     done, of = store.progress()
@@ -191,13 +186,22 @@ def _units(finished: np.ndarray, views_per_decode: int, worker: tuple[int, int])
 
 
 def _label(
-    config: Config, writer: StoreWriter, read: images.Reader, teachers: list[Model], device: torch.device, unit: Unit, progress: Progress
+    config: Config,
+    writer: StoreWriter,
+    plan: Plan,
+    read: images.Reader,
+    teachers: list[Model],
+    device: torch.device,
+    unit: Unit,
+    progress: Progress,
 ) -> None:
-    """Label and write one unit. Batches are cut by place in the shard, one view a batch, an unusable image keeping its place."""
+    """Label and write one unit. Batches are cut by place in the shard (with CutMix, in the group of rows that are mixed with each other), one view
+    a batch, an unusable image keeping its place."""
     store, batch_size = writer.store, config.store.batch_size
-    rows = np.arange(*writer.store.shard_slice(unit.shard).indices(len(store.images)))
+    rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
     usable = store.images.status[rows] == USABLE
-    boxes, flips = draw(config, store.images, rows, unit.views)
+    kept = [plan.crops(view, rows) + (plan.mixes(view, rows) if store.mixed else ()) for view in unit.views]  # per view, as store.crop_arrays
+    boxes, flips = np.stack([k[0] for k in kept]), np.stack([k[1] for k in kept])
     codes = np.zeros((len(unit.views), len(rows), store.classes), dtype=store.codec.dtype)
     renderer = render.Crops(
         [t.image_size for t in teachers],
@@ -209,9 +213,9 @@ def _label(
         threads=config.render.threads,
     )
 
-    def rendered() -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
-        for start in range(0, len(rows), batch_size):
-            cut = slice(start, min(start + batch_size, len(rows)))
+    def rendered(part: range) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
+        for start in range(part.start, part.stop, batch_size):
+            cut = slice(start, min(start + batch_size, part.stop))
             blobs = iter(read(rows[cut][usable[cut]]))
             filled = [next(blobs) if good else render.BLANK for good in usable[cut]]
             shown = np.where(usable[cut][None, :, None], boxes[:, cut], np.array([0, 0, 1, 1]))
@@ -219,29 +223,33 @@ def _label(
                 views = renderer(filled, shown, flips[:, cut])
             yield cut, views
 
-    with ahead(rendered()) as batches:
+    def mixed() -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
+        """Groups of rows are rendered whole, since partners are anywhere in them."""
+        for first in range(0, len(rows), cutmix.GROUP):
+            cuts, parts = zip(*rendered(range(first, min(first + cutmix.GROUP, len(rows)))), strict=True)
+            group = [{size: torch.cat([part[i][size] for part in parts]) for size in parts[0][i]} for i in range(len(unit.views))]
+            for cut in cuts:
+                views = []
+                for (_, _, partner, box), pixels in zip(kept, group, strict=True):
+                    place = torch.from_numpy(np.where(partner[cut] < 0, rows[cut], partner[cut]) - rows[first])
+                    here = slice(cut.start - first, cut.stop - first)
+                    views.append({size: cutmix.paste(p[here], p[place.to(p.device)], box[cut]) for size, p in pixels.items()})
+                yield cut, views
+
+    # A group is mixed in one go and rendered in many: let that wait which hides the next group's rendering.
+    made, depth = (mixed(), max(2, cutmix.GROUP // batch_size)) if store.mixed else (rendered(range(len(rows))), 2)
+    with ahead(made, depth) as batches:
         for cut, views in batches:
             for i, pixels in enumerate(views):
                 pixels = {size: p.to(device) for size, p in pixels.items()}
-                p = ensemble(teachers, pixels, config.store.precision)
+                p, _ = ensemble(teachers, pixels, config.store.precision)
                 good = usable[cut]
                 if not torch.isfinite(p[torch.from_numpy(good).to(device)]).all():
                     _blame(teachers, pixels, good, store.images.path[rows[cut]], config.store.precision)
                 codes[i, cut][good] = store.codec.encode(p.cpu().numpy()[good])
                 progress.advance(int(good.sum()))
     for i, view in enumerate(unit.views):
-        writer.write(view, unit.shard, codes[i], boxes[i], flips[i])
-
-
-def draw(config: Config, manifest: Images, rows: np.ndarray, views: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Crops of some rows: int32 [views, rows, 4] and bool [views, rows], zeros where the image is unusable."""
-    boxes = np.zeros((len(views), len(rows), 4), np.int32)
-    flips = np.zeros((len(views), len(rows)), bool)
-    good = np.flatnonzero(manifest.status[rows] == USABLE)
-    identity = philox.identities(manifest.path[rows[good]])
-    for i, view in enumerate(views):
-        boxes[i, good], flips[i, good] = crops.draw(config.crops, identity, manifest.height[rows[good]], manifest.width[rows[good]], view)
-    return boxes, flips
+        writer.write(view, unit.shard, codes[i], *kept[i])
 
 
 def _blame(teachers: list[Model], pixels: dict[int, torch.Tensor], usable: np.ndarray, paths: np.ndarray, precision: str) -> None:

@@ -208,9 +208,22 @@ def mean_softmax(logits_tbc: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def ensemble(teachers: Sequence[Model], pixels: dict[int, torch.Tensor], precision: str) -> torch.Tensor:
-    """uint8 pixels [n, size, size, 3] by size → float32 [n, classes]: each teacher sees the crop at its own size, in its own normalisation."""
-    return mean_softmax([teacher(pixels[teacher.image_size], precision) for teacher in teachers])
+def ensemble(
+    teachers: Sequence[Model], pixels: dict[int, torch.Tensor], precision: str, *, batch_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each teacher sees the crop at its own size, in its own normalisation.
+
+    pixels: uint8 [n, size, size, 3] by size. batch_size: of a forward pass; otherwise all at once. Returns the mean of the teachers' softmax
+    (Eq. 1) and of their logits, float32 [n, classes] each.
+    """
+    n = len(next(iter(pixels.values())))
+    parts = []
+    for start in range(0, n, batch_size or n):
+        cut = slice(start, start + (batch_size or n))
+        logits = [teacher(pixels[teacher.image_size][cut], precision) for teacher in teachers]
+        parts.append((mean_softmax(logits), torch.stack(logits).mean(dim=0)))
+    means, mean_logits = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(mean_logits)
 
 
 def _architecture(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from cache import LabelStore
 from cache.codec import CODECS, Codec
-from cache.schema import Images, StoreError
+from cache.schema import Images, StoreError, shard_rows_for
 from pipeline import crops, images, render
 from pipeline.config import Config
 from pipeline.models import Model
@@ -20,13 +20,34 @@ from pipeline.render import dali_version
 
 def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.device) -> dict:
     """What the labels depend on besides the images: the part of the provenance that a command line decides."""
+    policy = config.crops.model_dump(mode="json", exclude={"views"})
+    if config.crops.cutmix is None:
+        del policy["cutmix"]  # as stores had it before there was CutMix
     return {
         "teachers": [teacher.describe() for teacher in teachers],
-        "crops": {"policy": "random-resized-crop", "tries": crops.TRIES, **config.crops.model_dump(mode="json", exclude={"views"})},
+        "crops": {"policy": "random-resized-crop", "tries": crops.TRIES, **policy},
         "renderer": {"backend": config.render.backend, "steps": render.STEPS},
         "codec": codec.describe(),
         "compute": {"batch_size": config.store.batch_size, "precision": config.store.precision, "device": device.type},
     }
+
+
+def layout_of(config: Config, images: int, classes: int) -> tuple[int, int]:
+    """(rows of an inner chunk, rows of a shard) of a store of so many images."""
+    chunk_rows, shard_rows = shard_rows_for(images, classes, np.dtype(CODECS[config.store.codec].dtype).itemsize)
+    if config.store.shard_rows:
+        shard_rows = config.store.shard_rows
+        chunk_rows = min(chunk_rows, shard_rows & -shard_rows)  # the largest power of two that divides it
+    return chunk_rows, shard_rows
+
+
+def require_class_count(folder: Path, classes: list[str], teachers: list[Model]) -> None:
+    """Raises DataError unless the teachers have an output for each class."""
+    if len(classes) != teachers[0].classes:
+        raise images.DataError(
+            f"{folder} has {len(classes)} classes, the teachers have {teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
+            "the teachers' classes, or teachers of these classes"
+        )
 
 
 def made_with() -> dict:

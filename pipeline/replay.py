@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from cache import LabelStore
-from cache.codec import Codec
 from cache.schema import Images, canonical_digest
-from pipeline import crops, philox, render
+from pipeline import cutmix, philox, render
 from pipeline.background import ahead
-from pipeline.config import Crops, Render
+from pipeline.config import Crops, CutMix, Render
 from pipeline.images import Reader, naming
+from pipeline.plan import Plan
 
 WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held in memory as codes
+FEWEST_BLOCKS = 4
 
 
 class Source(Protocol):
@@ -29,14 +30,19 @@ class Source(Protocol):
     class_names: list[str]
     views: int  # epoch e replays view e mod views
     block_rows: int  # rows that are read together
+    window_blocks: int  # blocks that are shuffled together
     policy: Crops
     backend: str
     identity: str  # of images, classes and labels: what a run is bound to
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
-    def labels(self, view: int, rows: np.ndarray) -> np.ndarray:
-        """Codes [n, classes], or class indices int64 [n] where the class folders are the labels."""
+    def mixes(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of partners int32 [n], -1 for none, and rectangles float32 [n, 4]; asked for only if ``policy.cutmix`` is set."""
+        ...
+
+    def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
+        """Codes [n, classes]; None where nothing is stored: the class folders are the labels, or teachers are asked in training."""
         ...
 
 
@@ -45,32 +51,47 @@ class StoredLabels:
 
     def __init__(self, store: LabelStore, views: int, *, hard: bool = False) -> None:
         self.store, self.views, self.hard = store, views, hard
-        self.images, self.class_names, self.block_rows = store.images, store.class_names, store.chunk_rows
+        self.images, self.class_names = store.images, store.class_names
         self.policy = policy_of(store)
+        self.block_rows, self.window_blocks = blocks_of(store.chunk_rows, store.shard_rows, self.policy)
         self.backend: str = store.provenance["renderer"]["backend"]
         self.identity = store.identity.hex()
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.store.crops(view, rows)
 
-    def labels(self, view: int, rows: np.ndarray) -> np.ndarray:
-        return self.images.class_index[rows].astype(np.int64) if self.hard else self.store.codes(view, rows)
+    def mixes(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.store.mixes(view, rows)
+
+    def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
+        return None if self.hard else self.store.codes(view, rows)
 
 
-class FolderLabels:
-    """The class folders as hard labels, with fresh crops in every epoch: plain training, and how own teachers are made."""
+class DrawnCrops:
+    """Crops drawn as training goes, exactly those that a store of the same policy and layout would hold: for training from class folders,
+    which is also how own teachers are made, and for online training, which asks live teachers.
 
-    def __init__(self, images: Images, class_names: list[str], policy: Crops, backend: str, views: int) -> None:
+    layout: rows of a chunk and of a shard. how: what labels depend on beside images and classes."""
+
+    def __init__(
+        self, images: Images, class_names: list[str], policy: Crops, backend: str, views: int, layout: tuple[int, int], how: dict
+    ) -> None:
         self.images, self.class_names, self.policy, self.backend, self.views = images, class_names, policy, backend, views
-        self.block_rows = max(1, len(images))
-        self.paths = philox.identities(images.path)
-        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names}).hex()
+        self.block_rows, self.window_blocks = blocks_of(*layout, policy)
+        self.plan = Plan(policy, images, layout[1])
+        self.crops, self.mixes = self.plan.crops, self.plan.mixes
+        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names} | how).hex()
 
-    def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return crops.draw(self.policy, self.paths[rows], self.images.height[rows], self.images.width[rows], view)
+    def labels(self, view: int, rows: np.ndarray) -> None:
+        return None
 
-    def labels(self, view: int, rows: np.ndarray) -> np.ndarray:
-        return self.images.class_index[rows].astype(np.int64)
+
+def blocks_of(chunk_rows: int, shard_rows: int, policy: Crops) -> tuple[int, int]:
+    """(rows of a block, blocks of a window) for reading and shuffling: a chunk is a block; with CutMix a block holds whole groups of partners."""
+    if policy.cutmix is None:
+        return chunk_rows, WINDOW_BLOCKS
+    rows = next(n for n in (chunk_rows, cutmix.GROUP, shard_rows) if n >= min(cutmix.GROUP, shard_rows) and shard_rows % n == 0)
+    return rows, max(FEWEST_BLOCKS, WINDOW_BLOCKS * chunk_rows // rows)
 
 
 def policy_of(store: LabelStore) -> Crops:
@@ -80,23 +101,60 @@ def policy_of(store: LabelStore) -> Crops:
 
 
 @dataclass
+class Mixed:
+    """What was pasted into the pictures of a batch."""
+
+    area: torch.Tensor  # float32 [n], the share of each picture that is pasted
+    class_index: torch.Tensor  # int64 [n], of the partners
+    labels: torch.Tensor | None  # codes [n, classes] of the partners, where each label is of its own picture alone; None where it is of the mixed one
+
+
+@dataclass
 class Batch:
-    rows: np.ndarray  # int64 [n], rows of the source
-    pixels: torch.Tensor  # uint8 [n, size, size, 3]
-    labels: torch.Tensor  # codes [n, classes], or int64 [n]
-    total: int  # rows of the global batch, of which these are this process's part
+    """Crops of some images: crop j of image i is at j · len(rows) + i."""
+
+    rows: np.ndarray  # int64 [images], rows of the source
+    pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
+    labels: torch.Tensor | None  # codes [n, classes], or None
+    class_index: torch.Tensor  # int64 [n]
+    mixed: Mixed | None
+    total: int  # crops of the global batch, of which these are this process's part
+
+    def __len__(self) -> int:
+        return len(self.class_index)
 
 
-def epoch_windows(usable: np.ndarray, block_rows: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+def epoch_windows(
+    usable: np.ndarray, block_rows: int, seed: int, epoch: int, window_blocks: int = WINDOW_BLOCKS
+) -> Iterator[np.ndarray]:
     """The order of an epoch, a pure function of (seed, epoch): rows of some blocks, shuffled together; then of the next ones.
 
     usable: int64 rows, rising. Blocks come in a random order too. Every usable row comes exactly once.
     """
     blocks = np.split(usable, np.flatnonzero(np.diff(usable // block_rows)) + 1)
     order = philox.permutation(seed, len(blocks), epoch, 1)
-    for first in range(0, len(order), WINDOW_BLOCKS):
-        rows = np.concatenate([blocks[b] for b in order[first : first + WINDOW_BLOCKS]])
+    for first in range(0, len(order), window_blocks):
+        rows = np.concatenate([blocks[b] for b in order[first : first + window_blocks]])
         yield rows[philox.permutation(seed, len(rows), epoch, 2 + first)]
+
+
+def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
+    """Rows in a random order, and whose crop is pasted into each (CutMix; -1: none) → int64 [n] places that put the two of a pair next to each
+    other, pairs first and in the order of the rows else.
+
+    So a batch of an even number of rows holds both, and neither has to be decoded twice.
+    """
+    own = np.arange(len(rows))
+    sorter = np.argsort(rows)
+    found = sorter[np.searchsorted(rows, partner, sorter=sorter).clip(0, len(rows) - 1)]
+    theirs = np.where((rows[found] == partner) & (found != own), found, -1)
+    # One may be pasted into the other without the other way round; a third that takes one of a pair stays single.
+    linked = (theirs >= 0) & ((theirs[theirs] == own) | (theirs[theirs] < 0))
+    mate = np.full(len(rows), -1)
+    mate[theirs[linked]] = own[linked]
+    mate[linked] = theirs[linked]
+    paired = (mate >= 0) & (mate[mate] == own)
+    return np.lexsort((own, np.where(paired, np.minimum(own, mate), own), ~paired))
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:
@@ -111,18 +169,35 @@ def batch_sizes(rows: int, batch_size: int) -> list[int]:
 
 
 class Replay:
-    """Epochs of a source as batches: the same sequence of global batches for every number of processes."""
+    """Epochs of a source as batches: the same sequence of global batches for every number of processes.
+
+    sizes: output sizes in pixels, the first one the student's. batch_size: crops of a global batch. crops_per_image: how many views of each image
+    are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch.
+    """
 
     def __init__(
-        self, source: Source, folder: Path, *, image_size: int, batch_size: int, seed: int, rendering: Render, rank: int = 0, world: int = 1
+        self,
+        source: Source,
+        folder: Path,
+        *,
+        sizes: Sequence[int],
+        batch_size: int,
+        seed: int,
+        rendering: Render,
+        crops_per_image: int = 1,
+        mix: CutMix | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.source, self.image_size, self.seed, self.rank, self.world = source, image_size, seed, rank, world
-        self.sizes = batch_sizes(len(source.images.usable), batch_size)
+        self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
+        self.views = crops_per_image
+        self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
+        self.mixing = mix is not None or source.policy.cutmix is not None
         self.read = Reader(folder, source.images, rendering.threads)
         self.renderer = render.Crops(
-            [image_size],
-            1,
-            -(-max(self.sizes) // world),
+            sizes,
+            self.views,
+            -(-max(self.sizes) // world) * (1 + self.views * self.mixing),
             interpolation=source.policy.interpolation,
             exif=source.policy.exif,
             backend=source.backend,
@@ -130,37 +205,104 @@ class Replay:
         )
 
     def epoch(self, epoch: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Batches of one epoch, rendered ahead in a thread: ``with replay.epoch(3) as batches: for batch in batches: …``."""
+        """Batches of one pass over the images, rendered ahead in a thread: ``with replay.epoch(3) as batches: for batch in batches: …``.
+
+        It replays the views epoch, epoch + 1, …, one for each of ``crops_per_image``, modulo the source's views.
+        """
         return ahead(self._batches(epoch))
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        view = epoch % self.source.views
         sizes = iter(self.sizes)
         size = next(sizes, 0)
-        waiting: list[np.ndarray] | None = None
-        for window in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch):
-            fresh = [window, self.source.labels(view, window), *self.source.crops(view, window)]
-            waiting = fresh if waiting is None else [np.concatenate(pair) for pair in zip(waiting, fresh, strict=True)]
+        waiting: list[np.ndarray | None] | None = None
+        for window in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.source.window_blocks):
+            fresh = self._columns(epoch, window)
+            waiting = fresh if waiting is None else [_join(pair) for pair in zip(waiting, fresh, strict=True)]
             while size and len(waiting[0]) >= size:
-                yield self._batch(*(column[:size] for column in waiting))
-                waiting = [column[size:] for column in waiting]
+                yield self._batch(epoch, *(None if column is None else column[:size] for column in waiting))
+                waiting = [None if column is None else column[size:] for column in waiting]
                 size = next(sizes, 0)
 
-    def _batch(self, rows: np.ndarray, labels: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> Batch:
+    def _columns(self, epoch: int, rows: np.ndarray) -> list[np.ndarray | None]:
+        """All that the source knows of some rows, in the epoch's order, per view in the second axis: rows [n], labels [n, views, classes] or None,
+        boxes [n, views, 4], flips [n, views]; with the source's CutMix also partner [n, views], box and flip of the partner's crop, and
+        mix_box [n, views, 4]."""
+        source = self.source
+        views = [(epoch + j) % source.views for j in range(self.views)]
+        if source.policy.cutmix and self.views == 1:
+            partner, _ = source.mixes(views[0], rows)
+            rows = rows[side_by_side(rows, partner)]
+        columns: list[list] = []
+        for view in views:
+            column = [source.labels(view, rows), *source.crops(view, rows)]
+            if source.policy.cutmix:
+                partner, mix_box = source.mixes(view, rows)
+                partner = np.where(partner < 0, rows, partner)
+                column += [partner, *source.crops(view, partner), mix_box]
+            columns.append(column)
+        return [rows, *(None if per_view[0] is None else np.stack(per_view, axis=1) for per_view in zip(*columns, strict=True))]
+
+    def _batch(
+        self, epoch: int, rows: np.ndarray, labels: np.ndarray | None, boxes: np.ndarray, flips: np.ndarray, *mixes: np.ndarray
+    ) -> Batch:
+        """This process's part of a global batch."""
         mine = np.array_split(np.arange(len(rows)), self.world)[self.rank]
-        with naming(self.source.images, rows[mine]):
-            pixels = self.renderer(self.read(rows[mine]), boxes[None, mine], flips[None, mine])[0][self.image_size]
-        return Batch(rows[mine], pixels, torch.from_numpy(np.ascontiguousarray(labels[mine])), len(rows))
+        by_area = None
+        if self.mix:  # neighbours in the batch, which is in a random order
+            mate = cutmix.pairs(np.arange(len(rows)))
+            identity = philox.identities(self.source.images.path[rows])
+            drawn = [cutmix.boxes(self.mix, self.seed, identity, epoch + j) for j in range(self.views)]
+            mixes = (np.repeat(rows[mate][:, None], self.views, axis=1), boxes[mate], flips[mate], np.stack(drawn, axis=1))
+            by_area = None if labels is None else labels[mate]
+        needed = [rows[mine], boxes[mine], flips[mine]]
+        if mixes:
+            mixes = tuple(column[mine] for column in mixes)
+            partner, their_boxes, their_flips, mix_box = mixes
+            partner = np.where(mix_box.any(axis=2), partner, rows[mine][:, None])
+            elsewhere, first = np.unique(partner.ravel(), return_index=True)
+            absent = ~np.isin(elsewhere, rows[mine])
+            elsewhere, first = elsewhere[absent], first[absent] // self.views
+            place = {row: i for i, row in enumerate([*rows[mine].tolist(), *elsewhere.tolist()])}
+            at = np.array([place[row] for row in partner.ravel().tolist()], np.int64).reshape(partner.shape)
+            more_boxes, more_flips = their_boxes[first], their_flips[first]  # of the views that don't need them too: anything inside the image
+            for j in range(self.views):
+                outside = np.flatnonzero(at[:, j] >= len(mine))
+                more_boxes[at[outside, j] - len(mine), j] = their_boxes[outside, j]
+                more_flips[at[outside, j] - len(mine), j] = their_flips[outside, j]
+            needed = [np.concatenate(pair) for pair in zip(needed, (elsewhere, more_boxes, more_flips), strict=True)]
+        shown, all_boxes, all_flips = needed
+        with naming(self.source.images, shown):
+            views = self.renderer(self.read(shown), all_boxes.swapaxes(0, 1), all_flips.swapaxes(0, 1))
+        n = len(mine)
+        if mixes:
+            pasted = [
+                {size: cutmix.paste(p[:n], p[torch.from_numpy(at[:, j]).to(p.device)], mix_box[:, j]) for size, p in view.items()}
+                for j, view in enumerate(views)
+            ]
+        else:
+            pasted = views
+        of = self.source.images.class_index.astype(np.int64)
+        mixed = None
+        if mixes:
+            mixed = Mixed(
+                torch.from_numpy(_flat(cutmix.area(mix_box.reshape(-1, 4), self.size).reshape(n, self.views))),
+                torch.from_numpy(_flat(of[partner])),
+                None if by_area is None else torch.from_numpy(_flat(by_area[mine])),
+            )
+        return Batch(
+            rows[mine],
+            {size: torch.cat([view[size] for view in pasted]) if self.views > 1 else pasted[0][size] for size in pasted[0]},
+            None if labels is None else torch.from_numpy(_flat(labels[mine])),
+            torch.from_numpy(np.tile(of[rows[mine]], self.views)),
+            mixed,
+            len(rows) * self.views,
+        )
 
 
-class Decoder:
-    """Codes → probabilities on the training device: what travels there is a byte a class."""
+def _join(pair: tuple[np.ndarray | None, np.ndarray | None]) -> np.ndarray | None:
+    return None if pair[0] is None else np.concatenate(pair)
 
-    def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.zero = codec.zero
-        self.table = None if codec.table is None else torch.from_numpy(codec.table).to(device)
 
-    def __call__(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes [n, classes] → float32 [n, classes], as ``Codec.decode``: above zero, rows summing to one."""
-        p = codes.float().clamp_min(self.zero) if self.table is None else self.table[codes.int()]
-        return p / p.sum(dim=1, keepdim=True)
+def _flat(column: np.ndarray) -> np.ndarray:
+    """[images, views, …] → [views · images, …], the order of a batch."""
+    return np.ascontiguousarray(column.swapaxes(0, 1).reshape(-1, *column.shape[2:]))

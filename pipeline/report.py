@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache import LabelStore
-from cache.schema import USABLE, VERSION
+from cache.schema import USABLE
 from cache.writer import stored_bytes
 
 
@@ -33,7 +33,7 @@ def store_facts(path: Path) -> dict:
     kl, tv = store.codec.max_error(store.classes)
     return {
         "store": str(path),
-        "format_version": VERSION,
+        "format_version": store.attributes["format_version"],
         "images": len(status),
         "usable": int((status == USABLE).sum()),
         "unusable": _reasons(store, unusable),
@@ -87,6 +87,8 @@ def store_page(facts: dict) -> None:
         f"{facts['views']} views of {crops['policy']}, area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to "
         f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
     )
+    if mix := crops.get("cutmix"):
+        row("CutMix", f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures")
     codec = facts["codec"]
     row(
         "codec",

@@ -6,16 +6,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from cache import LabelStore
+from cache.codec import CODECS
 from cache.schema import USABLE, Images, StoreError
 from pipeline import images
 from pipeline.checkpoint import RunError
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, validate
+from pipeline.models import Model, load_teachers
 from pipeline.progress import say
-from pipeline.provenance import require_same_pixels
-from pipeline.replay import FolderLabels, Source, StoredLabels, policy_of
+from pipeline.provenance import layout_of, recipe, require_class_count, require_same_pixels
+from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
 
 FREE_KEYS = ("train.epochs", "render.threads", "teachers", "store", "crops.views")  # may change when a run is gone on with
 
@@ -37,19 +40,40 @@ def views_of_run(out: Path) -> int | None:
 
 
 def choose_source(
-    config: Config, folder: Path, path: Path | None, classes: list[str] | None, started_views: int | None, allow_renderer_difference: bool
+    config: Config,
+    folder: Path,
+    path: Path | None,
+    classes: list[str] | None,
+    device: torch.device,
+    *,
+    started_views: int | None = None,
+    allow_renderer_difference: bool = False,
+) -> tuple[Config, Source, list[Model]]:
+    """The config with what the source decides filled in, the source, checked against the folder, and the teachers if they are to be live."""
+    if path is not None:
+        if config.train.online:
+            raise ConfigError("train.online asks live teachers and takes no --store; leave one of them out")
+        return *_from_store(config, folder, path, classes, started_views, allow_renderer_difference), []
+    if config.train.labels == "soft" and not config.train.online:
+        raise ConfigError("soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard")
+    names = classes or images.class_names(folder)
+    teachers = load_teachers(config.teachers, device) if config.train.online else []
+    if teachers:
+        require_class_count(folder, names, teachers)
+    found = images.scan(folder, names, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
+    for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
+        say(line)
+    how: dict = {}  # what labels depend on, beside the images
+    layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
+    if teachers:
+        layout, views = layout_of(config, len(found), len(names)), config.train.views or config.crops.views
+        how = recipe(config, CODECS[config.store.codec], teachers, device) | {"views": views, "layout": layout}
+    return config, DrawnCrops(found, names, config.crops, config.render.backend, views, layout, how), teachers
+
+
+def _from_store(
+    config: Config, folder: Path, path: Path, classes: list[str] | None, started_views: int | None, allow_renderer_difference: bool
 ) -> tuple[Config, Source]:
-    """The config with what the source decides filled in, and the source, checked against the folder."""
-    hard = config.train.labels == "hard"
-    if path is None:
-        if not hard:
-            raise ConfigError("soft labels need a --store; make one with generate-labels, or set train.labels=hard")
-        names = classes or images.class_names(folder)
-        found = images.scan(folder, names, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
-        for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
-            say(line)
-        views = config.train.views or config.train.epochs
-        return config, FolderLabels(found, names, config.crops, config.render.backend, views)
     store = LabelStore.open(path)
     if classes is not None and classes != store.class_names:
         raise StoreError(f"{path} was made with another --class-map; leave it out, the store knows its classes")
@@ -66,6 +90,11 @@ def choose_source(
     if views > store.views:
         raise StoreError(
             f"train.views is {views} but {path} has {store.views}; extend it with generate-labels --views {views}, or lower train.views"
+        )
+    if config.train.crops_per_image > views:
+        raise StoreError(
+            f"train.crops_per_image is {config.train.crops_per_image}, but {views} views of {path} are replayed; extend it with "
+            f"generate-labels --views {config.train.crops_per_image}, or lower train.crops_per_image"
         )
     for view in range(min(views, config.train.epochs)):
         store.require_finished(view)
@@ -87,7 +116,7 @@ def choose_source(
             "render": config.render.model_copy(update={"backend": store.provenance["renderer"]["backend"]}),
         }
     )
-    return filled, StoredLabels(store, views, hard=hard)
+    return filled, StoredLabels(store, views, hard=config.train.labels == "hard")
 
 
 def _require_same_policy(config: Config, store: LabelStore) -> None:
@@ -99,6 +128,8 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
             raise ConfigError(
                 f"crops.{name} is {ours}, {store.path} was made with {theirs}; set it so, leave it out, or generate another store"
             )
+    if config.train.cutmix and store.mixed:
+        raise ConfigError(f"train.cutmix would mix the pictures of {store.path} again, which its teachers saw mixed; set train.cutmix=null")
     if "backend" in config.render.model_fields_set and config.render.backend != store.provenance["renderer"]["backend"]:
         raise ConfigError(
             f"render.backend is {config.render.backend}, {store.path} was made with {store.provenance['renderer']['backend']}; leave it out"
@@ -114,15 +145,30 @@ def require_same_run(out: Path, config: Config, state: dict | None, source: Sour
         if len(_lines(out / "metrics.jsonl")) > 1:
             raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
     else:
-        before, now = _flat(yaml.safe_load((out / "config.yaml").read_text())), _flat(config.model_dump(mode="json"))
+        before, now = _flat(_started_config(out).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
         for key in [*now, *(before.keys() - now.keys())]:
-            if not key.startswith(FREE_KEYS) and before.get(key) != now.get(key):
+            if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(
                     f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass the same to go on, or choose another --out"
                 )
         if state["source"] != source.identity:
             what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
             raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
+
+
+def _started_config(out: Path) -> Config:
+    """The config that a run was started with; what it says nothing of, since its program was older, has its default."""
+    try:
+        return validate(yaml.safe_load((out / "config.yaml").read_text()), str(out / "config.yaml"))
+    except (OSError, yaml.YAMLError, ConfigError) as error:
+        raise RunError(f"{out / 'config.yaml'} can't be used to go on ({error}); choose another --out") from None
+
+
+def _free(key: str, config: Config) -> bool:
+    """Whether a value may change when a run is gone on with."""
+    if key == "train.epochs":
+        return config.train.schedule != "cosine"  # whose every step depends on where the end is
+    return key.startswith(FREE_KEYS)
 
 
 def _lines(file: Path) -> list[str]:

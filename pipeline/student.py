@@ -1,4 +1,4 @@
-"""Stage two: train a student from stored labels, or with hard ones."""
+"""Stage two: train a student from stored labels, from live teachers (online), or with hard labels: one loop for all."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from cache.claims import claim, claims_of
-from pipeline import checkpoint, images, losses, philox, start
+from pipeline import checkpoint, images, losses, philox, schedule, start
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import evaluate
 from pipeline.models import Model, load
 from pipeline.progress import Progress, duration, say
-from pipeline.replay import Batch, Decoder, Replay, Source, StoredLabels
+from pipeline.replay import Batch, Replay, Source
+from pipeline.targets import Targets
 
 
 def train(
@@ -43,26 +43,51 @@ def train(
     with claim(claims_of(out), "train") as mine:
         if not mine:
             raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
-        config, source = start.choose_source(config, folder, store, classes, start.views_of_run(out), allow_renderer_difference)
+        config, source, teachers = start.choose_source(
+            config,
+            folder,
+            store,
+            classes,
+            device,
+            started_views=start.views_of_run(out),
+            allow_renderer_difference=allow_renderer_difference,
+        )
         if len(source.images.usable) < 2:
             raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
+        if config.train.hard_weight and (source.images.class_index[source.images.usable] < 0).any():
+            raise ConfigError("train.hard_weight needs the class of every image, which this store doesn't know; set it to 0")
         state = checkpoint.load_state(out / "state.pt")
         start.require_same_run(out, config, state, source)
         validated = start.find_validation(data, validation, source, config)
         student = load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
         student.interpolation = source.policy.interpolation
-        for line in (f"student {student.name}, {student.image_size} px, {student.classes} classes", *student.notes):
+        for line in (f"student {student.name}, {student.image_size} px, {student.classes} classes", *student.notes, *_unusual(config, source)):
             say(line)
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
-        run = Run(config, out, student.to(device), source, folder, validated, device)
+        run = Run(config, out, student.to(device), teachers, source, folder, validated, device)
         if state is not None:
             run.restore(state)
         if run.epoch >= config.train.epochs:
             say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
         while run.epoch < config.train.epochs:
-            run.train_epoch()
+            run.train_pass()
         return run.metrics[-1]
+
+
+def _unusual(config: Config, source: Source) -> list[str]:
+    """What a user should know of the labels, where they aren't simply a store's."""
+    lines = []
+    if config.train.online:
+        lines.append(f"online: {len(config.teachers)} teachers label every batch; no store is read or made")
+    if source.policy.cutmix:
+        seen = "the class folders, mixed by area" if config.train.labels == "hard" else "as the teachers saw it"
+        lines.append(f"CutMix, its label {seen}")
+    if config.train.cutmix:
+        lines.append(f"CutMix of neighbours in a batch, labelled {'by live teachers' if config.train.online else 'by area'}")
+    if config.train.crops_per_image > 1:
+        lines.append(f"{config.train.crops_per_image} crops of each decoded image: a pass over the images counts as that many epochs")
+    return lines
 
 
 class Run:
@@ -73,6 +98,7 @@ class Run:
         config: Config,
         out: Path,
         student: Model,
+        teachers: list[Model],
         source: Source,
         folder: Path,
         validation: start.Validation | None,
@@ -85,14 +111,20 @@ class Run:
         if recipe.discriminator:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
-                self.discriminator = losses.Discriminator(student.classes).to(device)
+                self.discriminator = losses.Discriminator(student.classes, reversal=recipe.discriminator.reversal).to(device)
             groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
         self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        self.targets = Targets(config, source, student.classes, device, teachers)
         self.replay = Replay(
-            source, folder, image_size=recipe.image_size, batch_size=recipe.batch_size, seed=recipe.seed, rendering=config.render
+            source,
+            folder,
+            sizes=[recipe.image_size, *(teacher.image_size for teacher in teachers)],
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            rendering=config.render,
+            crops_per_image=recipe.crops_per_image,
+            mix=recipe.cutmix,
         )
-        stored = isinstance(source, StoredLabels)
-        self.decode = Decoder(source.store.codec, device) if stored and not source.hard else None
         self.epoch = 0
         self.metrics: list[dict] = []
 
@@ -104,45 +136,52 @@ class Run:
         self.epoch, self.metrics = state["epoch"], state["metrics"]
         say(f"going on with {self.out} after {self.epoch} epochs")
 
-    def train_epoch(self) -> None:
-        """One pass over the images, validation, and the checkpoints."""
-        recipe, epoch = self.config.train, self.epoch
-        decay = recipe.gamma ** sum(epoch >= m for m in recipe.milestones)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * decay
-        rate = recipe.lr * decay
+    def train_pass(self) -> None:
+        """One pass over the images, which is as many epochs as it shows crops of each; then validation, and the checkpoints."""
+        recipe, first = self.config.train, self.epoch
+        done = first + recipe.crops_per_image
         # Dropout and the like draw anew in each epoch, and the same whether or not the run was interrupted before it.
-        torch.manual_seed(int(philox.words(recipe.seed, epoch, 0, 0, 3)[0, 0]))
+        torch.manual_seed(int(philox.words(recipe.seed, first, 0, 0, 3)[0, 0]))
         self.student.module.train()
-        sums = torch.zeros(5, dtype=torch.float64)  # as _step returns them
-        seen, shown, rows = 0, 0.0, len(self.source.images.usable)
-        with Progress(f"epoch {epoch + 1}/{recipe.epochs}", rows, "images") as progress, self.replay.epoch(epoch) as batches:
+        sums = torch.zeros(6, dtype=torch.float64)  # as _step returns them
+        seen, crops, rate = 0, len(self.source.images.usable) * recipe.crops_per_image, 0.0
+        name = f"epoch {done}/{recipe.epochs}"
+        with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
             for batch in batches:
+                decay = schedule.factor(recipe, first + recipe.crops_per_image * seen / crops)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * decay
+                rate = recipe.lr * decay
                 sums += self._step(batch)
-                seen += len(batch.rows)
+                seen += len(batch)
                 shown = float(sums[0]) / seen
                 if not math.isfinite(shown):
                     raise self._diverged(shown, rate)
-                progress.advance(len(batch.rows), f"loss {shown:.3f}")
+                progress.advance(len(batch), f"loss {shown:.3f}")
         if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
             raise self._diverged(math.nan, rate)
-        loss, entropy, agreeing, against, told = (sums / seen).tolist()
+        loss, kl, agreeing, against, told_student, told_teachers = (sums / seen).tolist()
         metrics = {
-            "epoch": epoch,
-            "view": epoch % self.source.views,
+            "epoch": done - 1,
+            "view": first % self.source.views,
             "lr": rate,
             "loss": loss,
-            "kl": loss - entropy if self.decode else None,
+            "kl": kl if self.targets.soft else None,
             "agreement": 100 * agreeing,
             "images": seen,
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(seen / progress.seconds, 1),
         }
         if self.discriminator:
-            metrics |= {"discriminator_loss": against, "discriminator_accuracy": 100 * told}
+            metrics |= {
+                "discriminator_loss": against,
+                "discriminator_accuracy": 50 * (told_student + told_teachers),
+                "discriminator_accuracy_student": 100 * told_student,
+                "discriminator_accuracy_teachers": 100 * told_teachers,
+            }
         if self.validation:
             metrics |= self._validate()
-        self.epoch += 1
+        self.epoch = done
         self.metrics.append(metrics)
         self._save()
         say(self._summary(metrics))
@@ -151,27 +190,28 @@ class Run:
         return RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
 
     def _step(self, batch: Batch) -> torch.Tensor:
-        """One optimizer step. Returns float64 [5], sums over the batch: loss against the labels, entropy of the labels, rows where student and label
-        put the same class first, and the discriminator's loss and right answers."""
-        labels = batch.labels.to(self.device, non_blocking=True)
-        logits = self.student(batch.pixels.to(self.device, non_blocking=True), self.config.train.precision)
-        entropy = against = told = torch.zeros((), device=self.device)
-        if self.decode:
-            targets = self.decode(labels)
-            loss, entropy, best = losses.soft_cross_entropy(logits, targets), losses.entropy(targets).sum(), targets.argmax(dim=1)
-        else:
-            loss, best = nn.functional.cross_entropy(logits, labels, reduction="none"), labels
+        """One optimizer step. Returns float64 [6], sums over the batch: the loss without the discriminator's, KL(soft labels‖student), rows where
+        label and student put the same class first, the discriminator's loss, and its right answers on the student's side and on the teachers'."""
+        goal = self.targets(batch)
+        pixels = batch.pixels[self.config.train.image_size].to(self.device, non_blocking=True)
+        logits = self.student(pixels, self.config.train.precision)
+        loss = self.targets.loss(logits, goal)
         total = loss.mean()
+        kl = against = torch.zeros((), device=self.device)
+        told = torch.zeros(2, device=self.device)
         if self.discriminator:
-            against, told = self.discriminator(logits, targets, self.source.store.codec.smallest)
+            against, told = self.discriminator(*self.targets.judged(logits, goal))
             total = total + against
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
         with torch.no_grad():
-            agreeing = (logits.argmax(dim=1) == best).sum()
-            n = len(labels)
-            return torch.stack([loss.sum(), entropy, agreeing, n * against, n * told]).double().cpu()
+            best = goal.hard if goal.soft is None else goal.soft
+            agreeing = (logits.argmax(dim=1) == best.argmax(dim=1)).sum()
+            if goal.soft is not None:
+                kl = (losses.soft_cross_entropy(logits, goal.soft) - losses.entropy(goal.soft)).sum()
+            n = len(batch)
+            return torch.stack([loss.sum(), kl, agreeing, n * against, *(n * told)]).double().cpu()
 
     def _validate(self) -> dict:
         self.student.module.eval()
@@ -218,6 +258,8 @@ class Run:
         parts = [f"epoch {m['epoch'] + 1}/{self.config.train.epochs}", f"view {m['view']}", f"lr {m['lr']:g}", f"loss {m['loss']:.4f}"]
         if m["kl"] is not None:
             parts.append(f"KL {m['kl']:.4f}")
+        if "discriminator_loss" in m:
+            parts.append(f"discriminator loss {m['discriminator_loss']:.4f}, accuracy {m['discriminator_accuracy']:.1f} %")
         if "val_top1" in m:
             parts.append(f"top-1 {m['val_top1']:.2f}, top-5 {m['val_top5']:.2f}")
         return ", ".join([*parts, f"{m['images_per_second']:,.0f} images/s", duration(m["seconds"])])

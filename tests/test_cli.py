@@ -70,7 +70,7 @@ def test_what_a_user_can_mend_is_one_line_and_status_1(arguments, says):
 
 def test_soft_labels_need_a_store(photos, tmp_path):
     status, _, err = run("train-student", "--config", SMOKE, "--data", photos, "--out", tmp_path / "run")
-    assert status == 1 and "soft labels need a --store; make one with generate-labels, or set train.labels=hard" in err
+    assert status == 1 and "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard" in err
 
 
 def test_json_is_one_object_and_nothing_else(store_path, photos, teachers):

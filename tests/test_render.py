@@ -90,12 +90,12 @@ def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, ba
     """A whole epoch of each view, bit for bit."""
     for epoch, size in ((0, 64), (1, 64), (2, 48), (3, 33)):
         replay = Replay(
-            StoredLabels(store, 2), photos / "train", image_size=size, batch_size=batch_size, seed=0, rendering=Render(threads=threads)
+            StoredLabels(store, 2), photos / "train", sizes=[size], batch_size=batch_size, seed=0, rendering=Render(threads=threads)
         )
         seen = 0
         with replay.epoch(epoch) as batches:
             for batch in batches:
-                assert torch.equal(batch.pixels, teachers_pixels[epoch % 2][size][torch.from_numpy(batch.rows)])
+                assert torch.equal(batch.pixels[size], teachers_pixels[epoch % 2][size][torch.from_numpy(batch.rows)])
                 seen += len(batch.rows)
         assert seen == 90
     assert (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()  # so other crops would be noticed

@@ -470,7 +470,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
         (place / "zarr.json").write_text(json.dumps(document | {"attributes": document["attributes"] | changes}))
         return place
 
-    newer = variant("newer.zarr", format_version=2)
+    newer = variant("newer.zarr", format_version=3)
     other = variant("other.zarr", format="something")
     zarr.create_group(str(tmp_path / "plain.zarr"))
     zarr.create_array(str(tmp_path / "array.zarr"), shape=(3,), dtype="uint8")
@@ -482,7 +482,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     headless = variant("headless.zarr")
     (headless / "labels/zarr.json").unlink()
     for place, says in (
-        (newer, "has label store format 2, this program reads 1; use the version"),
+        (newer, "has label store format 3, this program reads 1 and 2; use the version"),
         (other, "not a label store .*'something'"),
         (tmp_path / "plain.zarr", "not a label store .*None"),
         (tmp_path / "array.zarr", "not a label store"),

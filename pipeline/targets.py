@@ -1,0 +1,84 @@
+"""What the student is trained towards: stored labels or live teachers, mixed, tempered, with or without the class folder's hard label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cache.codec import CODECS, Codec
+from pipeline import losses
+from pipeline.config import Config
+from pipeline.models import Model, ensemble
+from pipeline.replay import Batch, Source, StoredLabels
+
+
+class Decoder:
+    """Codes → probabilities on the training device: what travels there is a byte a class."""
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self.zero = codec.zero
+        self.table = None if codec.table is None else torch.from_numpy(codec.table).to(device)
+
+    def __call__(self, codes: torch.Tensor) -> torch.Tensor:
+        """codes [n, classes] → float32 [n, classes], as ``Codec.decode``: above zero, rows summing to one."""
+        p = codes.float().clamp_min(self.zero) if self.table is None else self.table[codes.int()]
+        return p / p.sum(dim=1, keepdim=True)
+
+
+@dataclass
+class Goal:
+    """Of a batch, on the training device."""
+
+    soft: torch.Tensor | None  # float32 [n, classes], p̂ of the pictures shown; None without teachers
+    hard: torch.Tensor  # float32 [n, classes], the class folders, mixed by area where pictures are
+    mean_logits: torch.Tensor | None  # float32 [n, classes], of live teachers
+
+
+class Targets:
+    """Goals of batches, and the student's loss towards them."""
+
+    def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model]) -> None:
+        self.recipe, self.classes, self.device, self.teachers = config.train, classes, device, teachers
+        self.pieces, self.precision = config.store.batch_size, config.store.precision  # of a live teacher's forward pass
+        codec = CODECS[config.store.codec]
+        if isinstance(source, StoredLabels):
+            codec = source.store.codec
+        self.floor = codec.floor
+        self.soft = self.recipe.labels == "soft"
+        self.decode = Decoder(CODECS["float32"] if teachers else codec, device)
+
+    def __call__(self, batch: Batch) -> Goal:
+        mixed = batch.mixed
+        area = None if mixed is None else mixed.area.to(self.device)[:, None]
+        hard = nn.functional.one_hot(batch.class_index.to(self.device), self.classes).float()
+        if mixed is not None:
+            hard = torch.lerp(hard, nn.functional.one_hot(mixed.class_index.to(self.device), self.classes).float(), area)
+        if not self.soft:
+            return Goal(None, hard, None)
+        if self.teachers:
+            live, mean_logits = ensemble(
+                self.teachers, {s: p.to(self.device) for s, p in batch.pixels.items()}, self.precision, batch_size=self.pieces
+            )
+            return Goal(self.decode(live.clone()), hard, mean_logits.clone())  # clones: of inference tensors, that autograd won't keep
+        soft = self.decode(batch.labels.to(self.device, non_blocking=True))
+        if mixed is not None and mixed.labels is not None:
+            soft = torch.lerp(soft, self.decode(mixed.labels.to(self.device, non_blocking=True)), area)
+        return Goal(soft, hard, None)
+
+    def loss(self, logits: torch.Tensor, goal: Goal) -> torch.Tensor:
+        """float32 [n], nats: (1 − w) · CE(p̂ tempered, softmax(logits / t)) + w · CE(hard, softmax(logits)), w the hard label's weight."""
+        recipe = self.recipe
+        if goal.soft is None:
+            return losses.soft_cross_entropy(logits, goal.hard)
+        loss = losses.soft_cross_entropy(logits / recipe.student_temperature, losses.temper(goal.soft, recipe.label_temperature))
+        if recipe.hard_weight:
+            loss = torch.lerp(loss, losses.soft_cross_entropy(logits, goal.hard), recipe.hard_weight)
+        return loss
+
+    def judged(self, logits: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the discriminator sees: float32 [n, classes] of the student and of the teachers."""
+        if self.recipe.discriminator.input == "mean_logits":
+            return logits, goal.mean_logits
+        return losses.log_floored(logits.softmax(dim=1), self.floor), losses.log_floored(goal.soft, self.floor)
