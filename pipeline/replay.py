@@ -261,10 +261,12 @@ class Replay:
             partner = np.where(mix_box.any(axis=2), partner, rows[mine][:, None])
             elsewhere, first = np.unique(partner.ravel(), return_index=True)
             absent = ~np.isin(elsewhere, rows[mine])
-            elsewhere, first = elsewhere[absent], first[absent] // self.views
+            elsewhere, first = elsewhere[absent], np.divmod(first[absent], self.views)
             place = {row: i for i, row in enumerate([*rows[mine].tolist(), *elsewhere.tolist()])}
             at = np.array([place[row] for row in partner.ravel().tolist()], np.int64).reshape(partner.shape)
-            more_boxes, more_flips = their_boxes[first], their_flips[first]  # of the views that don't need them too: anything inside the image
+            # In a view that doesn't need an image any of its crops will do.
+            more_boxes = np.repeat(their_boxes[first][:, None], self.views, axis=1)
+            more_flips = np.repeat(their_flips[first][:, None], self.views, axis=1)
             for j in range(self.views):
                 outside = np.flatnonzero(at[:, j] >= len(mine))
                 more_boxes[at[outside, j] - len(mine), j] = their_boxes[outside, j]

@@ -103,6 +103,14 @@ def store_path(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFa
     return path
 
 
+def changed(recipe: Config, **sections: dict) -> Config:
+    """The recipe with some values of some sections replaced."""
+    document = recipe.model_dump(mode="json", exclude_unset=True)
+    for section, values in sections.items():
+        document[section] = document.get(section, {}) | values
+    return Config.model_validate(document)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative path."""
     return {

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CPU, write_photos, write_teacher
+from conftest import CPU, changed, write_photos, write_teacher
 from safetensors.torch import load_file
 
 from cache import LabelStore, StoreError
@@ -30,13 +30,6 @@ from pipeline.replay import Replay, StoredLabels
 from pipeline.student import train
 
 ROOT = Path(__file__).parents[1]
-
-
-def changed(recipe: Config, **sections: dict) -> Config:
-    document = recipe.model_dump(mode="json", exclude_unset=True)
-    for section, values in sections.items():
-        document[section] = document.get(section, {}) | values
-    return Config.model_validate(document)
 
 
 def test_soft_cross_entropy_is_equation_3_by_hand():
