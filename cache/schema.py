@@ -233,7 +233,9 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
 
 def how_to_read(codec: dict, mixed: bool) -> str:
     return (
-        MIXING * mixed + "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
+        MIXING
+        * mixed
+        + "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
         "of the decoded image), mirrored left-right if flips[view, image]. Decode a row, with the numbers of the attribute codec, by: "
         + codec["formula"]
         + ". Believe a shard "

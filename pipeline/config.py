@@ -140,7 +140,9 @@ class Train(Section):
         1, ge=1, le=64, description="crops (views) of each decoded image in a batch; batch_size and epochs go on counting crops, as in FKD"
     )
     lr: float = Field(0.01, gt=0, description="learning rate at the start")
-    schedule: Literal["step", "cosine"] = Field("step", description="gamma at the milestones, or half a cosine down to zero over all epochs")
+    schedule: Literal["step", "cosine"] = Field(
+        "step", description="gamma at the milestones, or half a cosine down to zero over all epochs"
+    )
     warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the learning rate rises linearly from zero")
     milestones: Annotated[tuple[int, ...], Strict(False)] = Field(
         (100,), description="epochs, counted from 0, from which gamma applies once more"
@@ -158,7 +160,8 @@ class Train(Section):
     student_temperature: float = Field(1.0, gt=0, le=100, description="t: the student's logits are divided by t in the soft cross-entropy")
     hard_weight: float = Field(0.0, ge=0, lt=1, description="weight of the class folder's cross-entropy; the soft labels' is 1 minus this")
     cutmix: CutMix | None = Field(
-        None, description="mix crops of a batch, and their labels by area: the cheap way, with an ordinary store (crops.cutmix: the faithful one)"
+        None,
+        description="mix crops of a batch, and their labels by area: the cheap way, with an ordinary store (crops.cutmix: the faithful one)",
     )
     discriminator: Discriminator | None = Field(None, description="with soft labels only; null: none")
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of images, a new head, random weights and dropout")

@@ -106,7 +106,9 @@ class Mixed:
 
     area: torch.Tensor  # float32 [n], the share of each picture that is pasted
     class_index: torch.Tensor  # int64 [n], of the partners
-    labels: torch.Tensor | None  # codes [n, classes] of the partners, where each label is of its own picture alone; None where it is of the mixed one
+    labels: (
+        torch.Tensor | None
+    )  # codes [n, classes] of the partners, where each label is of its own picture alone; None where it is of the mixed one
 
 
 @dataclass
@@ -124,9 +126,7 @@ class Batch:
         return len(self.class_index)
 
 
-def epoch_windows(
-    usable: np.ndarray, block_rows: int, seed: int, epoch: int, window_blocks: int = WINDOW_BLOCKS
-) -> Iterator[np.ndarray]:
+def epoch_windows(usable: np.ndarray, block_rows: int, seed: int, epoch: int, window_blocks: int = WINDOW_BLOCKS) -> Iterator[np.ndarray]:
     """The order of an epoch, a pure function of (seed, epoch): rows of some blocks, shuffled together; then of the next ones.
 
     usable: int64 rows, rising. Blocks come in a random order too. Every usable row comes exactly once.

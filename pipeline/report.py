@@ -88,7 +88,10 @@ def store_page(facts: dict) -> None:
         f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
     )
     if mix := crops.get("cutmix"):
-        row("CutMix", f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures")
+        row(
+            "CutMix",
+            f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures",
+        )
     codec = facts["codec"]
     row(
         "codec",

@@ -55,7 +55,9 @@ def choose_source(
             raise ConfigError("train.online asks live teachers and takes no --store; leave one of them out")
         return *_from_store(config, folder, path, classes, started_views, allow_renderer_difference), []
     if config.train.labels == "soft" and not config.train.online:
-        raise ConfigError("soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard")
+        raise ConfigError(
+            "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard"
+        )
     names = classes or images.class_names(folder)
     teachers = load_teachers(config.teachers, device) if config.train.online else []
     if teachers:

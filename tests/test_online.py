@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 from conftest import CPU, changed, write_photos
 from safetensors.torch import load_file
 
-from cache.codec import CODECS
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
 from pipeline.generate import generate
 from pipeline.student import train
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from cache import LabelStore, StoreError
 from pipeline import losses
 from pipeline.checkpoint import RunError
-from pipeline.config import Config, ConfigError, ModelSpec
+from pipeline.config import ConfigError, ModelSpec
 from pipeline.generate import generate
 from pipeline.images import DataError
 from pipeline.models import ModelError, load
