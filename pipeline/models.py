@@ -16,19 +16,32 @@ import timm
 import torch
 from timm.data import ImageNetInfo
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cache.schema import MealError
 from pipeline.config import ModelSpec
 from pipeline.progress import say
 
 METADATA = "meal_v2"  # key of a checkpoint's description in a safetensors header
-# Names of the paper, its authors' code and the timm of 2020, that today's timm doesn't know or knows without their weights' tag.
+# Names of models in the paper, in its authors' code and in the timm of 2020 that it used (0.2.1), and today's timm names of the same weights.
+# Some of them mean other weights in today's timm: its resnet50 is a1_in1k, and its tf_efficientnet_b4 the Noisy Student, which would make the
+# paper's pair of EfficientNets one model twice. Its efficientnet_b4 had no weights then, so the paper's can only be tf_efficientnet_b4.
 ALIASES = {
+    "senet154": "senet154.gluon_in1k",
+    "gluon_senet154": "senet154.gluon_in1k",
     "resnet152_v1s": "resnet152s.gluon_in1k",
     "gluon_resnet152_v1s": "resnet152s.gluon_in1k",
-    "gluon_senet154": "senet154.gluon_in1k",
+    "efficientnet_b4": "tf_efficientnet_b4.aa_in1k",
+    "tf_efficientnet_b4": "tf_efficientnet_b4.aa_in1k",
     "efficientnet_b4_ns": "tf_efficientnet_b4.ns_jft_in1k",
     "tf_efficientnet_b4_ns": "tf_efficientnet_b4.ns_jft_in1k",
+    "resnet50": "resnet50.ram_in1k",
+    "resnet18": "resnet18.tv_in1k",
+    "tf_mobilenetv3_small_075": "tf_mobilenetv3_small_075.in1k",
+    "tf_mobilenetv3_small_100": "tf_mobilenetv3_small_100.in1k",
+    "tf_mobilenetv3_large_100": "tf_mobilenetv3_large_100.in1k",
+    "tf_efficientnet_b0": "tf_efficientnet_b0.aa_in1k",
+    "efficientnet_b0": "efficientnet_b0.ra_in1k",
 }
 
 
@@ -92,18 +105,25 @@ def imagenet_classes() -> list[str]:
     return ImageNetInfo("imagenet-1k").label_names()
 
 
-def resolve(name: str) -> str:
-    """A timm name with its tag: ``resnet50`` → ``resnet50.a1_in1k``. Raises ModelError with the nearest name if timm has no such model."""
-    name = ALIASES.get(name, name)
+def resolve(name: str, *, hub: bool = True) -> str:
+    """A timm name with the tag of its weights: ``resnet50`` → ``resnet50.ram_in1k`` (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's choice).
+
+    hub: whether timm's weights are meant; where they aren't, a name without a tag stays without, since it names the architecture alone.
+    Raises ModelError with the nearest name if timm has no such model.
+    """
     if ":" in name:  # hf-hub:… and local-dir:…, which timm resolves itself
         return name
+    if hub:
+        name = ALIASES.get(name, name)
+    elif name not in timm.list_models():
+        name = ALIASES.get(name, name).partition(".")[0]
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise ModelError(f"timm has no model {architecture}{_nearest(architecture, timm.list_models() + list(ALIASES))}")
     known = [n for n in timm.list_pretrained(architecture) if n.partition(".")[0] == architecture]
     if tag and name not in known and not _has_tag(name):
         raise ModelError(f"timm has no weights {tag} of {architecture}{_nearest(name, known)}")
-    if not tag:
+    if hub and not tag:
         try:
             config = timm.get_pretrained_cfg(name)
         except RuntimeError:
@@ -131,7 +151,8 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
     classes: give it this many (a head of another size is replaced by a new one, and that is noted); None: as many as its weights have.
     image_size: input size in pixels, before the spec's and the model's own. seed: of random weights and of a new head.
     """
-    name = resolve(spec.model)
+    hub = spec.checkpoint is None and spec.pretrained
+    name = resolve(spec.model, hub=hub)
     weights, written = _read(Path(spec.checkpoint)) if spec.checkpoint else (None, {})
     if written and _architecture(written["model"]) != _architecture(name):
         raise ModelError(
@@ -144,6 +165,8 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
     size = image_size or spec.image_size or written.get("image_size") or default_size
     options = {"img_size": size} if size != default_size and config.get("fixed_input_size") else {}
     notes = []
+    if hub and spec.model in ALIASES:
+        notes.append(f"{spec.model} stands for {name}, as in the paper and in the timm of 2020")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is not None:
@@ -200,6 +223,17 @@ def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Mode
             raise ModelError(f"teachers {seen[digest]} and {teacher.name} have the same weights; an ensemble needs different models")
         seen[digest] = teacher.name
     return [t.to(device) for t in teachers]
+
+
+def forward_flops(spec: ModelSpec) -> tuple[float, int]:
+    """(floating-point operations of one image's forward pass, input size in pixels), counted by torch on a model without memory; no weights are needed."""
+    name = resolve(spec.model)
+    config = _config(name)
+    size = spec.image_size or config["input_size"][-1]
+    options = {"img_size": size} if size != config["input_size"][-1] and config.get("fixed_input_size") else {}
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        _create(name, pretrained=False, **options).eval()(torch.zeros(1, 3, size, size))
+    return float(counter.get_total_flops()), size
 
 
 def mean_softmax(logits_tbc: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -278,7 +312,18 @@ def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int
         for suffix in (".weight", ".bias"):
             if head + suffix in weights:
                 return weights[head + suffix].shape[0]
-    raise ModelError(f"{path} has no classifier {heads!r}; pass weights of a whole {config['architecture']}, with its head")
+    raise ModelError(f"{path} has no classifier {heads!r}, so it is no whole {config['architecture']}; {_repair(weights, path)}")
+
+
+def _repair(weights: dict[str, torch.Tensor], path: str | None) -> str:
+    """What to do with weights that don't fit: name their model, if it is one of the paper's."""
+    for architecture in dict.fromkeys(name.partition(".")[0] for name in ALIASES.values()):
+        with torch.device("meta"):
+            own = timm.create_model(architecture).state_dict()
+        counters = {k for k in own if k.endswith("num_batches_tracked")}
+        if own.keys() - counters == weights.keys() - counters and all(own[k].shape[1:] == w.shape[1:] for k, w in weights.items()):
+            return f"its tensors are those of {architecture}: pass {architecture}={path}"
+    return "name its model before the ="
 
 
 def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, name: str) -> None:
@@ -288,6 +333,7 @@ def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, 
     wrong += sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
     if wrong:
         raise ModelError(
-            f"{path} doesn't fit {name}: {len(wrong)} tensors are missing, foreign or of another shape, the first is {wrong[0]}; name its model"
+            f"{path} doesn't fit {name}: {len(wrong)} of {len(own)} tensors are missing, foreign or of another shape, the first is {wrong[0]}; "
+            f"{_repair(weights, path)}"
         )
     module.load_state_dict(weights, strict=False)

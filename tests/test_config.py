@@ -115,7 +115,7 @@ def test_every_field_says_what_it_means():
 def test_the_papers_names_resolve_to_tagged_weights():
     assert resolve("resnet152_v1s") == "resnet152s.gluon_in1k"
     assert resolve("senet154") == "senet154.gluon_in1k"
-    assert resolve("resnet50") == "resnet50.a1_in1k"
+    assert resolve("resnet50") == "resnet50.ram_in1k"
     known = timm.list_pretrained()
     assert all(name in known for name in ALIASES.values())
     assert Config().store.codec == "pow8"
