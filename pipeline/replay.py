@@ -192,12 +192,12 @@ class Replay:
         self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
         self.views = crops_per_image
         self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
-        self.mixing = mix is not None or source.policy.cutmix is not None
+        self.class_index = source.images.class_index.astype(np.int64)
         self.read = Reader(folder, source.images, rendering.threads)
         self.renderer = render.Crops(
             sizes,
             self.views,
-            -(-max(self.sizes) // world) * (1 + self.views * self.mixing),
+            -(-max(self.sizes) // world) * (1 + (self.views if mix or source.policy.cutmix else 0)),  # with partners, at worst
             interpolation=source.policy.interpolation,
             exif=source.policy.exif,
             backend=source.backend,
@@ -246,59 +246,64 @@ class Replay:
         self, epoch: int, rows: np.ndarray, labels: np.ndarray | None, boxes: np.ndarray, flips: np.ndarray, *mixes: np.ndarray
     ) -> Batch:
         """This process's part of a global batch."""
-        mine = np.array_split(np.arange(len(rows)), self.world)[self.rank]
+        mine, total = np.array_split(np.arange(len(rows)), self.world)[self.rank], len(rows) * self.views
         by_area = None
         if self.mix:  # neighbours in the batch, which is in a random order
             mate = cutmix.pairs(np.arange(len(rows)))
             identity = philox.identities(self.source.images.path[rows])
             drawn = [cutmix.boxes(self.mix, self.seed, identity, epoch + j) for j in range(self.views)]
             mixes = (np.repeat(rows[mate][:, None], self.views, axis=1), boxes[mate], flips[mate], np.stack(drawn, axis=1))
-            by_area = None if labels is None else labels[mate]
-        needed = [rows[mine], boxes[mine], flips[mine]]
-        if mixes:
-            mixes = tuple(column[mine] for column in mixes)
-            partner, their_boxes, their_flips, mix_box = mixes
-            partner = np.where(mix_box.any(axis=2), partner, rows[mine][:, None])
-            elsewhere, first = np.unique(partner.ravel(), return_index=True)
-            absent = ~np.isin(elsewhere, rows[mine])
-            elsewhere, first = elsewhere[absent], np.divmod(first[absent], self.views)
-            place = {row: i for i, row in enumerate([*rows[mine].tolist(), *elsewhere.tolist()])}
-            at = np.array([place[row] for row in partner.ravel().tolist()], np.int64).reshape(partner.shape)
-            # In a view that doesn't need an image any of its crops will do.
-            more_boxes = np.repeat(their_boxes[first][:, None], self.views, axis=1)
-            more_flips = np.repeat(their_flips[first][:, None], self.views, axis=1)
-            for j in range(self.views):
-                outside = np.flatnonzero(at[:, j] >= len(mine))
-                more_boxes[at[outside, j] - len(mine), j] = their_boxes[outside, j]
-                more_flips[at[outside, j] - len(mine), j] = their_flips[outside, j]
-            needed = [np.concatenate(pair) for pair in zip(needed, (elsewhere, more_boxes, more_flips), strict=True)]
-        shown, all_boxes, all_flips = needed
-        with naming(self.source.images, shown):
-            views = self.renderer(self.read(shown), all_boxes.swapaxes(0, 1), all_flips.swapaxes(0, 1))
-        n = len(mine)
-        if mixes:
-            pasted = [
-                {size: cutmix.paste(p[:n], p[torch.from_numpy(at[:, j]).to(p.device)], mix_box[:, j]) for size, p in view.items()}
-                for j, view in enumerate(views)
-            ]
-        else:
-            pasted = views
-        of = self.source.images.class_index.astype(np.int64)
+            by_area = None if labels is None else _flat(labels[mate][mine])
+        labels = None if labels is None else torch.from_numpy(_flat(labels[mine]))
+        mixes = tuple(column[mine] for column in mixes)
+        rows, boxes, flips = rows[mine], boxes[mine], flips[mine]
         mixed = None
-        if mixes:
+        if not mixes:
+            views = self._render(rows, boxes, flips)
+        else:
+            partner, their_boxes, their_flips, mix_box = mixes
+            partner = np.where(mix_box.any(axis=2), partner, rows[:, None])
+            shown, boxes, flips, at = with_partners(rows, boxes, flips, partner, their_boxes, their_flips)
+            views = []
+            for j, view in enumerate(self._render(shown, boxes, flips)):
+                place = torch.from_numpy(at[:, j])
+                views.append({size: cutmix.paste(p[: len(rows)], p[place.to(p.device)], mix_box[:, j]) for size, p in view.items()})
             mixed = Mixed(
-                torch.from_numpy(_flat(cutmix.area(mix_box.reshape(-1, 4), self.size).reshape(n, self.views))),
-                torch.from_numpy(_flat(of[partner])),
-                None if by_area is None else torch.from_numpy(_flat(by_area[mine])),
+                torch.from_numpy(cutmix.area(_flat(mix_box), self.size)),
+                torch.from_numpy(self.class_index[_flat(partner)]),
+                None if by_area is None else torch.from_numpy(by_area),
             )
-        return Batch(
-            rows[mine],
-            {size: torch.cat([view[size] for view in pasted]) if self.views > 1 else pasted[0][size] for size in pasted[0]},
-            None if labels is None else torch.from_numpy(_flat(labels[mine])),
-            torch.from_numpy(np.tile(of[rows[mine]], self.views)),
-            mixed,
-            len(rows) * self.views,
-        )
+        pixels = {size: torch.cat([view[size] for view in views]) if len(views) > 1 else views[0][size] for size in views[0]}
+        return Batch(rows, pixels, labels, torch.from_numpy(np.tile(self.class_index[rows], self.views)), mixed, total)
+
+    def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> list[dict[int, torch.Tensor]]:
+        """Boxes [n, views, 4] and flips [n, views] of some rows → per view: output size → uint8 [n, size, size, 3]."""
+        with naming(self.source.images, rows):
+            return self.renderer(self.read(rows), boxes.swapaxes(0, 1), flips.swapaxes(0, 1))
+
+
+def with_partners(
+    rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, partner: np.ndarray, their_boxes: np.ndarray, their_flips: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What to render for a batch with CutMix: its rows, and behind them those partners that aren't among them, each once.
+
+    rows [n]; boxes [n, views, 4] and flips [n, views] of their crops; partner [n, views] rows, with box and flip of the partner's crop.
+    Returns rows, boxes and flips of all that is needed, and int64 [n, views]: at which of these places each partner is.
+    """
+    views = partner.shape[1]
+    absent, first = np.unique(partner, return_index=True)
+    new = ~np.isin(absent, rows)
+    absent, first = absent[new], np.divmod(first[new], views)
+    shown = np.concatenate([rows, absent])
+    sorter = np.argsort(shown)
+    at = sorter[np.searchsorted(shown, partner, sorter=sorter)]
+    # In a view that doesn't need an image any of its crops will do.
+    more_boxes, more_flips = (np.repeat(column[first][:, None], views, axis=1) for column in (their_boxes, their_flips))
+    for j in range(views):
+        outside = np.flatnonzero(at[:, j] >= len(rows))
+        more_boxes[at[outside, j] - len(rows), j] = their_boxes[outside, j]
+        more_flips[at[outside, j] - len(rows), j] = their_flips[outside, j]
+    return shown, np.concatenate([boxes, more_boxes]), np.concatenate([flips, more_flips]), at
 
 
 def _join(pair: tuple[np.ndarray | None, np.ndarray | None]) -> np.ndarray | None:
