@@ -58,6 +58,12 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("few") / "train", 2).parent
 
 
+@pytest.fixture(scope="module")
+def stores() -> dict:
+    """Stores made so far, by what they are made from: several recipes share one."""
+    return {}
+
+
 def head(path: Path) -> str:
     return "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
 
@@ -101,7 +107,7 @@ def test_students_of_one_size_share_one_store():
 
 
 @each_recipe
-def test_one_step_of_both_stages_runs(path, few, tmp_path, without_weights, monkeypatch):
+def test_one_step_of_both_stages_runs(path, few, stores, tmp_path, without_weights, monkeypatch):
     document = config.load(path).model_dump(mode="json")
     for spec in document["teachers"]:
         spec["image_size"] = 64
@@ -110,13 +116,15 @@ def test_one_step_of_both_stages_runs(path, few, tmp_path, without_weights, monk
     document["train"] |= {"image_size": 64, "epochs": 1, "milestones": [], "batch_size": 6}
     tiny = Config.model_validate(document)
     classes = [*CLASSES, *(f"other{i:03d}" for i in range(1000 - len(CLASSES)))]
-    generate(tiny, few, tmp_path / "labels.zarr", classes=classes, device=CPU)
-    store = LabelStore.open(tmp_path / "labels.zarr")
+    labels = stores.setdefault((tiny.teachers, tiny.crops), tmp_path / "labels.zarr")
+    if not labels.exists():
+        generate(tiny, few, labels, classes=classes, device=CPU)
+    store = LabelStore.open(labels)
     assert [t["model"] for t in store.provenance["teachers"]] == [spec.model for spec in tiny.teachers]
     assert store.progress() == (1, 1) and store.mixed == path.stem.endswith("cutmix")
     saved = {}
     monkeypatch.setattr(checkpoint, "save_state", lambda path, state: None)  # gigabytes
     monkeypatch.setattr(checkpoint, "save_model", lambda path, model, facts: saved.update(model=model))
-    metrics = train(tiny, few, tmp_path / "run", store=tmp_path / "labels.zarr", device=CPU)
+    metrics = train(tiny, few, tmp_path / "run", store=labels, device=CPU)
     assert saved["model"].name == tiny.student.model and metrics["images"] == 6
     assert 0 < metrics["kl"] < metrics["loss"] and 0 < metrics["discriminator_loss"] < 2
