@@ -307,9 +307,15 @@ def _one_line(problem: dict) -> str:
     }
     if kind in bounds:
         word, bound = bounds[kind]
-        return f"{where} must be {word} {context[bound]}, got {_show(got)}"
+        return f"{where} must be {word} {_bound(context[bound])}, got {_show(got)}"
+    if kind == "model_type":
+        return f"{where} must be a section with keys {', '.join(_fields(problem['loc']))}, got {_show(got)}"
     message = problem["msg"].replace("Input should be", "must be")
     return f"{where} {message[0].lower()}{message[1:]}, got {_show(got)}"
+
+
+def _bound(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _show(value: Any) -> str:

@@ -59,7 +59,7 @@ def test_wrong_usage_is_status_2_and_names_the_nearest():
             ["generate-labels", "--config", SMOKE, "--data", ROOT, "--store", "s", "--teacher", "test_resnet=gone.pth"],
             "there is no checkpoint gone.pth",
         ),
-        (["train-student", "--config", SMOKE, "--data", ROOT, "--out", "r", "--set", "train.lr=0"], "train.lr must be above 0.0, got 0"),
+        (["train-student", "--config", SMOKE, "--data", ROOT, "--out", "r", "--set", "train.lr=0"], "train.lr must be above 0, got 0"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_status_1(arguments, says):
@@ -70,7 +70,10 @@ def test_what_a_user_can_mend_is_one_line_and_status_1(arguments, says):
 
 def test_soft_labels_need_a_store(photos, tmp_path):
     status, _, err = run("train-student", "--config", SMOKE, "--data", photos, "--out", tmp_path / "run")
-    assert status == 1 and "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard" in err
+    assert (
+        status == 1
+        and "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard" in err
+    )
 
 
 def test_json_is_one_object_and_nothing_else(store_path, photos, teachers):

@@ -108,8 +108,10 @@ def through_a_store(path: Path, codec: Codec, logits: np.ndarray, floor: float |
 def told(student: torch.Tensor, teachers: torch.Tensor, seed: int, *, steps: int = 1000) -> float:
     """Share of right answers on rows held out, the last HELD_OUT of either side, after learning from the others: 0.5 is guessing."""
     torch.manual_seed(seed)
+    seen = torch.cat([student[:-HELD_OUT], teachers[:-HELD_OUT]])
+    student, teachers = ((side - seen.mean(dim=0)) / seen.std(dim=0) for side in (student, teachers))  # which the first layer could do itself
     judge = Discriminator(student.shape[1])
-    optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3 if student.shape[1] == 1000 else 3e-3, fused=True)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=LR, fused=True)
     for _ in range(steps):
         rows = torch.randint(len(student) - HELD_OUT, (64,))
         loss, _ = judge(student[rows], teachers[rows])
