@@ -56,7 +56,7 @@ def generate(
     names = classes or images.class_names(folder)
     teachers = load_teachers(config.teachers, device)
     for teacher in teachers:
-        for line in [f"teacher {teacher.name}, {teacher.image_size} px, {teacher.classes} classes", *teacher.notes]:
+        for line in teacher.introduction("teacher"):
             say(line)
     path = path.absolute()
     if any(part.is_file() for part in path.parents):

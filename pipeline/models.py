@@ -66,6 +66,10 @@ class Model:
         self.module.to(device)
         return self
 
+    def introduction(self, role: str) -> list[str]:
+        """Lines that tell a user what was loaded."""
+        return [f"{role} {self.name}, {self.image_size} px, {self.classes} classes", *self.notes]
+
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [n, height, width, 3] → float32 [n, 3, height, width], (x / 255 − mean) / std, on the pixels' device."""
         mean, std = (torch.tensor(c, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1) for c in (self.mean, self.std))

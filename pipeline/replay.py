@@ -34,6 +34,7 @@ class Source(Protocol):
     policy: Crops
     backend: str
     identity: str  # of images, classes and labels: what a run is bound to
+    teachers: list[str]  # timm names with tags of who made the labels; empty if nobody did
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -56,6 +57,7 @@ class StoredLabels:
         self.block_rows, self.window_blocks = blocks_of(store.chunk_rows, store.shard_rows, self.policy)
         self.backend: str = store.provenance["renderer"]["backend"]
         self.identity = store.identity.hex()
+        self.teachers = [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.store.crops(view, rows)
@@ -81,6 +83,7 @@ class DrawnCrops:
         self.plan = Plan(policy, images, layout[1])
         self.crops, self.mixes = self.plan.crops, self.plan.mixes
         self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names} | how).hex()
+        self.teachers = [teacher["model"] for teacher in how.get("teachers", ())]
 
     def labels(self, view: int, rows: np.ndarray) -> None:
         return None

@@ -60,6 +60,9 @@ def choose_source(
         )
     names = classes or images.class_names(folder)
     teachers = load_teachers(config.teachers, device) if config.train.online else []
+    for teacher in teachers:
+        for line in teacher.introduction("teacher"):
+            say(line)
     if teachers:
         require_class_count(folder, names, teachers)
     found = images.scan(folder, names, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
@@ -70,6 +73,11 @@ def choose_source(
     if teachers:
         layout, views = layout_of(config, len(found), len(names)), config.train.views or config.crops.views
         how = recipe(config, CODECS[config.store.codec], teachers, device) | {"views": views, "layout": layout}
+    if config.train.crops_per_image > views:
+        raise ConfigError(
+            f"train.crops_per_image is {config.train.crops_per_image}, but only {views} views are drawn; raise "
+            f"{'train.views' if config.train.views else 'crops.views'}, or lower train.crops_per_image"
+        )
     return config, DrawnCrops(found, names, config.crops, config.render.backend, views, layout, how), teachers
 
 

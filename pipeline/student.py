@@ -61,11 +61,7 @@ def train(
         validated = start.find_validation(data, validation, source, config)
         student = load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
         student.interpolation = source.policy.interpolation
-        for line in (
-            f"student {student.name}, {student.image_size} px, {student.classes} classes",
-            *student.notes,
-            *_unusual(config, source),
-        ):
+        for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
@@ -241,6 +237,7 @@ class Run:
             "val_top1": newest.get("val_top1"),
             "labels": self.config.train.labels,
             "source": self.source.identity,
+            "teachers": self.source.teachers,
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
         # Without any validation the newest is the best.

@@ -135,6 +135,20 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seen
 
 
+def test_a_pass_trains_on_the_views_after_the_last_ones(photos, recipe, path, tmp_path, monkeypatch):
+    store, shown, step = LabelStore.open(path), [], student.Run._step
+
+    def noting(run: student.Run, batch: Batch) -> torch.Tensor:
+        labels = by_view(batch, batch.labels, 2).numpy()
+        shown.append([next(v for v in range(VIEWS) if np.array_equal(labels[j], store.codes(v, batch.rows))) for j in range(2)])
+        return step(run, batch)
+
+    monkeypatch.setattr(student.Run, "_step", noting)
+    how = {"epochs": 4, "crops_per_image": 2, "batch_size": 60}
+    train(changed(recipe, train=how), photos, tmp_path / "run", store=path, device=CPU)
+    assert shown == [[0, 1]] * 3 + [[2, 0]] * 3
+
+
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

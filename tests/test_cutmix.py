@@ -344,9 +344,9 @@ def drawn(photos: Path, policy: Crops, shard_rows: int = 32) -> DrawnCrops:
     return DrawnCrops(found, names, policy, "cpu", 2, (shard_rows, shard_rows), {})
 
 
-def asked_for(source: DrawnCrops, folder: Path, epoch: int, batch_size: int) -> list[np.ndarray]:
+def asked_for(source: DrawnCrops, folder: Path, epoch: int, batch_size: int, **how: object) -> list[np.ndarray]:
     """The rows that every batch of an epoch reads, and so decodes."""
-    replay = Replay(source, folder, sizes=[32], batch_size=batch_size, seed=5, rendering=Render(threads=2))
+    replay = Replay(source, folder, sizes=[32], batch_size=batch_size, seed=5, rendering=Render(threads=2), **how)
     read, asked = replay.read, []
 
     def counted(rows: np.ndarray) -> list[bytes]:
@@ -355,7 +355,7 @@ def asked_for(source: DrawnCrops, folder: Path, epoch: int, batch_size: int) -> 
 
     replay.read = counted
     with replay.epoch(epoch) as made:
-        assert sum(len(batch) for batch in made) == len(source.images.usable)
+        assert len(list(made)) == len(asked)
     return asked
 
 
@@ -486,6 +486,22 @@ def test_by_area_every_number_of_processes_sees_the_same_global_batches(photos, 
             assert np.array_equal(whole.rows, np.concatenate([part.rows for part in parts]))
             for wanted, *got in zip(seen(whole), *map(seen, parts), strict=True):
                 assert torch.equal(wanted, torch.cat(got, dim=1))
+
+
+def test_by_area_a_process_decodes_no_neighbour_that_it_does_not_paste(photos):
+    source, mix = drawn(photos, Crops()), CutMix(prob=0.5)
+    parts = [
+        asked_for(source, photos / "train", 0, 30, mix=mix, rank=rank, world=2) for rank in (0, 1)
+    ]  # 15 rows each: the middle pair is parted
+    shown = batches(source, photos / "train", 0, sizes=[32], batch_size=30)
+    more = []
+    for batch, *asked in zip(shown, *parts, strict=True):
+        box = cutmix.boxes(mix, 5, philox.identities(source.images.path[batch.rows]), 0)
+        for mine, other, rows in zip((14, 15), (15, 14), asked, strict=True):
+            more.append(box[mine].any())
+            own = batch.rows[:15] if mine == 14 else batch.rows[15:]
+            assert rows.tolist() == own.tolist() + [batch.rows[other]] * more[-1]
+    assert 0 < sum(more) < 6
 
 
 def test_by_area_an_epoch_draws_anew_even_where_it_replays_a_view(photos, store_path):
