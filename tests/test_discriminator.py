@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,10 @@ class Stored:
 
     def judged(self, floor: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Both sides as the discriminator sees them: a student who has the teachers' very logits but for an offset per row, and the labels."""
-        self.targets.floor = floor or self.targets.floor
+        targets = copy(self.targets)
+        targets.floor = floor or targets.floor
         offsets = 5 * torch.randn(len(self.logits), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return self.targets.judged((self.logits + offsets).float(), self.goal)
+        return targets.judged((self.logits + offsets).float(), self.goal)
 
 
 def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
@@ -89,7 +91,7 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
     words = {"path": np.array([f"c/{i:05}.jpg" for i in range(n)], dtype=object), "reason": np.full(n, "", dtype=object)}
     numbers = {"bytes": "int64", "height": "int32", "width": "int32", "class_index": "int32", "status": "uint8"}
     manifest = Images(**words, digest=np.zeros((n, 32), "uint8"), **{name: np.zeros(n, dtype) for name, dtype in numbers.items()})
-    layout = {"chunk_rows": 512, "shard_rows": n}
+    layout = {"chunk_rows": min(n, 512), "shard_rows": n}
     attributes = {
         "codec": codec.describe(),
         "provenance": {"layout": layout, "teachers": [], "crops": {}, "renderer": {"backend": "cpu"}},
@@ -124,27 +126,29 @@ def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
 # ---- what the coding gives away
 
 
-@pytest.fixture(scope="module", params=[(codec, classes) for codec in ALL for classes in (10, 1000)], ids=lambda param: f"{param[0]}-{param[1]}")
+@pytest.fixture(
+    scope="module", params=[(codec, classes) for codec in ALL for classes in (10, 1000)], ids=lambda param: f"{param[0]}-{param[1]}"
+)
 def sharp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     codec, classes = ALL[request.param[0]], request.param[1]
     return stored(tmp_path_factory.mktemp("sharp") / "s.zarr", codec, sharp_logits(classes, codec))
 
 
 def test_labels_from_a_store_are_not_told_from_the_teachers_own_outputs(sharp):
-    assert told(*sharp.judged()) <= 0.55  # measured: 0.50 to 0.515 over three seeds
+    rightly = told(*sharp.judged())
+    assert rightly <= 0.55  # measured over five seeds: 0.50 to 0.514
 
 
 def test_without_the_floor_they_would_be(sharp):
-    assert told(*sharp.judged(NO_FLOOR)) > 0.65  # measured: 0.76 to 0.92
+    rightly = told(*sharp.judged(NO_FLOOR))
+    assert rightly > 0.65  # measured: 0.75 to 0.93
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
-@pytest.mark.parametrize("codec", ALL.values(), ids=ALL)
-def test_below_the_floor_both_sides_look_exactly_alike(tmp_path, codec, classes):
-    labels = stored(tmp_path / "s.zarr", codec, sharp_logits(classes, codec))
-    student, teachers = labels.judged()
-    below = labels.logits.softmax(dim=1) < codec.floor * (1 - 1e-5)
-    assert below.double().mean() > 0.2 and torch.equal(student[below], teachers[below])
+def test_below_the_floor_both_sides_look_exactly_alike(sharp):
+    student, teachers = sharp.judged()
+    below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
+    assert below.double().mean() > 0.4
+    assert torch.equal(student[below], teachers[below])
 
 
 def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
@@ -164,8 +168,8 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
 
 def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp_path):
     labels = stored(tmp_path / "s.zarr", FEW, real_logits(0.6, 1))  # near all classes have code 1, of 2.6e-4 to 2.3e-3
-    assert told(*labels.judged()) <= 0.55  # measured: 
-    assert told(*labels.judged((0.5 / 31) ** 2)) > 0.6  # measured: 
+    rightly, with_lower = told(*labels.judged()), told(*labels.judged((0.5 / 31) ** 2))
+    assert rightly <= 0.55 and with_lower > 0.6  # measured over five seeds: 0.50, and 0.70 or more
 
 
 # ---- what it is there for
@@ -174,7 +178,8 @@ def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp
 @pytest.mark.parametrize(("classes", "least"), [(10, 0.9), (2, 0.65)])
 def test_a_sharper_student_is_told_from_the_teachers(classes, least):
     logits = made_up_logits(classes, 1, 2)
-    assert told(*(log_floored((factor * logits).softmax(dim=1).float(), CODECS["pow8"].floor) for factor in (3, 1))) > least
+    rightly = told(*(log_floored((factor * logits).softmax(dim=1).float(), CODECS["pow8"].floor) for factor in (3, 1)))
+    assert rightly > least  # measured over five seeds: 0.94 or more, and 0.72 or more
 
 
 # ---- reversal
@@ -211,8 +216,8 @@ def test_a_student_helps_the_discriminator_and_with_reversal_deceives_it():
             loss.backward()
             optimizer.step()
         losses[name] = loss.item()
-    print(losses)
-    assert losses["helping"] < losses["frozen"] - 0.1 and losses["frozen"] < losses["deceiving"] - 0.1
+    assert losses["helping"] < losses["frozen"] / 4  # measured over five seeds: a 25th or less
+    assert losses["frozen"] < losses["deceiving"] - 0.3  # measured: 0.51 or more
 
 
 # ---- in training
@@ -233,14 +238,14 @@ def test_the_student_is_another_without_with_and_with_a_reversed_discriminator(p
 
 
 def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, tmp_path):
-    still = changed(recipe, train={"epochs": 1, "lr": 1e-12, "seed": 3, "discriminator": {"lr": 1e-12}})
+    still = changed(recipe, train={"epochs": 1, "lr": 1e-12, "seed": 2, "discriminator": {"lr": 1e-12}})
     metrics = train(still, photos, tmp_path / "run", store=store_path, device=CPU)
     store = LabelStore.open(store_path)
-    student = load(still.student, classes=3, image_size=32, seed=3)
-    torch.manual_seed(3)
+    student = load(still.student, classes=3, image_size=32, seed=2)
+    torch.manual_seed(2)
     judge = Discriminator(3)
     loss, on_student, on_teachers = 0.0, 0, 0
-    replay = Replay(StoredLabels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=3, rendering=still.render)
+    replay = Replay(StoredLabels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=2, rendering=still.render)
     with replay.epoch(0) as batches, torch.no_grad():
         for batch in batches:
             p = torch.from_numpy(store.probabilities(0, batch.rows))
@@ -250,15 +255,16 @@ def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, 
             on_student += int((ours < 0).sum())
             on_teachers += int((theirs > 0).sum())
     assert metrics["discriminator_loss"] == pytest.approx(loss / 90, rel=1e-5)
-    assert metrics["discriminator_accuracy_student"] == pytest.approx(100 * on_student / 90)
-    assert metrics["discriminator_accuracy_teachers"] == pytest.approx(100 * on_teachers / 90)
-    assert metrics["discriminator_accuracy"] == pytest.approx(100 * (on_student + on_teachers) / 180)
-    print(metrics)
+    parts = metrics["discriminator_accuracy_student"], metrics["discriminator_accuracy_teachers"]
+    assert parts == pytest.approx((100 * on_student / 90, 100 * on_teachers / 90), abs=1.2)  # a row on the edge may go either way
+    assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(sum(parts) / 2)
 
 
 def test_mean_logits_are_refused_without_live_teachers():
     document = {"train": {"discriminator": {"input": "mean_logits"}}}
-    with pytest.raises(ConfigError, match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, or train --online"):
+    with pytest.raises(
+        ConfigError, match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, or train --online"
+    ):
         configs.validate(document, "test")
     document["train"]["online"] = True
     assert configs.validate(document, "test").train.discriminator.input == "mean_logits"
