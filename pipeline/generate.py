@@ -233,9 +233,9 @@ def _label(
             for cut in cuts:
                 views = []
                 for (_, _, partner, box), pixels in zip(kept, group, strict=True):
-                    place = torch.from_numpy(np.where(partner[cut] < 0, rows[cut], partner[cut]) - rows[first])
                     here = slice(cut.start - first, cut.stop - first)
-                    views.append({size: cutmix.paste(p[here], p[place.to(p.device)], box[cut]) for size, p in pixels.items()})
+                    place = np.where(partner[cut] < 0, rows[cut], partner[cut]) - rows[first]
+                    views.append({size: cutmix.paste(p[here], p, place, box[cut]) for size, p in pixels.items()})
                 yield cut, views
 
     # A group is mixed in one go and rendered in many: let that wait which hides the next group's rendering.

@@ -267,10 +267,10 @@ class Replay:
             partner, their_boxes, their_flips, mix_box = mixes
             partner = np.where(mix_box.any(axis=2), partner, rows[:, None])
             shown, boxes, flips, at = with_partners(rows, boxes, flips, partner, their_boxes, their_flips)
-            views = []
-            for j, view in enumerate(self._render(shown, boxes, flips)):
-                place = torch.from_numpy(at[:, j])
-                views.append({size: cutmix.paste(p[: len(rows)], p[place.to(p.device)], mix_box[:, j]) for size, p in view.items()})
+            views = [
+                {size: cutmix.paste(p[: len(rows)], p, at[:, j], mix_box[:, j]) for size, p in view.items()}
+                for j, view in enumerate(self._render(shown, boxes, flips))
+            ]
             mixed = Mixed(
                 torch.from_numpy(cutmix.area(_flat(mix_box), self.size)),
                 torch.from_numpy(self.class_index[_flat(partner)]),

@@ -32,7 +32,7 @@ class Goal:
     """Of a batch, on the training device."""
 
     soft: torch.Tensor | None  # float32 [n, classes], p̂ of the pictures shown; None without teachers
-    hard: torch.Tensor  # float32 [n, classes], the class folders, mixed by area where pictures are
+    hard: torch.Tensor | None  # float32 [n, classes], the class folders, mixed by area where pictures are; None where no loss asks for them
     mean_logits: torch.Tensor | None  # float32 [n, classes], of live teachers
 
 
@@ -52,9 +52,11 @@ class Targets:
     def __call__(self, batch: Batch) -> Goal:
         mixed = batch.mixed
         area = None if mixed is None else mixed.area.to(self.device)[:, None]
-        hard = nn.functional.one_hot(batch.class_index.to(self.device), self.classes).float()
-        if mixed is not None:
-            hard = torch.lerp(hard, nn.functional.one_hot(mixed.class_index.to(self.device), self.classes).float(), area)
+        hard = None
+        if not self.soft or self.recipe.hard_weight:
+            hard = nn.functional.one_hot(batch.class_index.to(self.device), self.classes).float()
+            if mixed is not None:
+                hard = torch.lerp(hard, nn.functional.one_hot(mixed.class_index.to(self.device), self.classes).float(), area)
         if not self.soft:
             return Goal(None, hard, None)
         if self.teachers:

@@ -167,10 +167,13 @@ def test_pasting_is_an_assignment_of_slices_and_area_is_the_share_of_pixels_it_c
     box = np.concatenate([cutmix.boxes(CutMix(beta=0.5, prob=0.9), 0, PEOPLE[:60], 0), [[0, 0, 1, 1]], np.zeros((1, 4))]).astype(np.float32)
     ours, theirs = (rng.integers(low, low + 128, (len(box), size, size, 3), dtype=np.uint8) for low in (0, 128))  # no pixel in common
     wanted = ours.copy()
-    for picture, other, b in zip(wanted, theirs, box, strict=True):
+    place = rng.integers(0, len(box), len(box))
+    for picture, other, b in zip(wanted, theirs[place], box, strict=True):
         picture[slices(b, size)] = other[slices(b, size)]
-    got = cutmix.paste(torch.from_numpy(ours), torch.from_numpy(theirs), box).numpy()
-    assert np.array_equal(got, wanted)
+    given = torch.from_numpy(ours)
+    got = cutmix.paste(given, torch.from_numpy(theirs), place, box).numpy()
+    assert np.array_equal(got, wanted) and np.shares_memory(given.numpy(), ours) and not np.shares_memory(got, ours)
+    assert (given.numpy() < 128).all()  # what others paste from stays unmixed
     changed_pixels = (got != ours).all(axis=3).sum(axis=(1, 2))
     np.testing.assert_array_equal(cutmix.area(box, size), (changed_pixels / size**2).astype(np.float32))
     assert changed_pixels[-2:].tolist() == [size**2, 0]
@@ -443,7 +446,7 @@ def test_by_area_pictures_and_labels_are_mixed_with_the_neighbours_in_the_batch(
     mix, folder, seed, epoch = CutMix(prob=0.8, beta=0.7), photos / "train", 5, 2
     store = LabelStore.open(store_path)
     source, eye = StoredLabels(store, 2), np.eye(3)
-    targets = Targets(recipe, source, 3, CPU, [])
+    targets = Targets(changed(recipe, train={"hard_weight": 0.5}), source, 3, CPU, [])
     how = {"sizes": [32], "batch_size": batch_size, "seed": seed, "crops_per_image": crops_per_image}
     areas = []
     for plain, batch in zip(batches(source, folder, epoch, **how), batches(source, folder, epoch, mix=mix, **how), strict=True):
@@ -471,7 +474,7 @@ def test_by_area_pictures_and_labels_are_mixed_with_the_neighbours_in_the_batch(
 @pytest.mark.parametrize("crops_per_image", [1, 2])
 def test_by_area_every_number_of_processes_sees_the_same_global_batches(photos, recipe, store_path, crops_per_image):
     source = StoredLabels(LabelStore.open(store_path), 2)
-    targets = Targets(recipe, source, 3, CPU, [])
+    targets = Targets(changed(recipe, train={"hard_weight": 0.5}), source, 3, CPU, [])
     how = {"sizes": [32], "batch_size": 30, "crops_per_image": crops_per_image, "mix": CutMix()}
 
     def seen(batch: Batch) -> Iterator[torch.Tensor]:
