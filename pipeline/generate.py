@@ -228,8 +228,16 @@ def _label(
     def mixed() -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
         """Groups of rows are rendered whole, since partners are anywhere in them."""
         for first in range(0, len(rows), cutmix.GROUP):
-            cuts, parts = zip(*rendered(range(first, min(first + cutmix.GROUP, len(rows)))), strict=True)
-            group = [{size: torch.cat([part[i][size] for part in parts]) for size in parts[0][i]} for i in range(len(unit.views))]
+            part = range(first, min(first + cutmix.GROUP, len(rows)))
+            group: list[dict[int, torch.Tensor]] = [{} for _ in unit.views]
+            cuts = []
+            for cut, views in rendered(part):
+                cuts.append(cut)
+                for whole, pixels in zip(group, views, strict=True):
+                    for size, p in pixels.items():
+                        if size not in whole:
+                            whole[size] = p.new_empty(len(part), *p.shape[1:])
+                        whole[size][cut.start - first : cut.stop - first] = p
             for cut in cuts:
                 views = []
                 for (_, _, partner, box), pixels in zip(kept, group, strict=True):
