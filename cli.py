@@ -180,12 +180,13 @@ def train_student(
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise click.UsageError("train-student trains in one process so far; start it without torchrun")
-    if teachers and not online:
-        raise click.UsageError("--teacher names live teachers and goes with --online; a store has its labels already")
     changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
     changed |= {"train.epochs": epochs, "train.batch_size": batch_size, "train.online": online or None, "teachers": list(teachers)}
+    recipe = _recipe(config, settings, changed)
+    if teachers and not recipe.train.online:
+        raise click.UsageError("--teacher names live teachers and goes with --online; a store has its labels already")
     train(
-        _recipe(config, settings, changed),
+        recipe,
         data,
         out,
         store=store,
@@ -211,13 +212,16 @@ def train_student(
     click.option("--mean", nargs=3, type=float, help="RGB mean in 0 … 1 for every model; otherwise each model's own."),
     click.option("--std", nargs=3, type=float, help="Likewise."),
     click.option(
+        "--interpolation", type=click.Choice(["bilinear", "bicubic"]), help="Of the resize, for every model; otherwise each model's own."
+    ),
+    click.option(
         "--exif", type=click.Choice(["ignore", "apply"]), default="ignore", show_default=True, help="Turn photographs by their EXIF."
     ),
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
     device_option,
     json_option,
 )
-def evaluate_models(data, models, teachers, split, class_map, image_size, mean, std, exif, batch_size, device, as_json):
+def evaluate_models(data, models, teachers, split, class_map, image_size, mean, std, interpolation, exif, batch_size, device, as_json):
     """Single-crop accuracy: the shorter side resized to size·256/224, then the central square.
 
     \b
@@ -240,6 +244,8 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
         return [load(validate({**one, **look}, "command line", ModelSpec), image_size=image_size).to(place) for one in chosen]
 
     pupils, references = loaded(models), loaded(teachers)
+    for model in (*pupils, *references):
+        model.interpolation = interpolation or model.interpolation
     classes = _class_map(class_map) or images.class_names(directory)
     found = images.scan(directory, classes, exif=exif)
     for line in images.unusable_summary(found):

@@ -51,7 +51,9 @@ class LabelStore:
         try:
             store = cls(path, group)
             shape = store.array("labels").shape
-            if store.array("boxes").shape[1] != shape[1] or store.array("records").shape[1] != -(-shape[1] // store.shard_rows):
+            if any(store.array(name).shape[1] != shape[1] for name in store.crop_arrays) or store.array("records").shape[1] != -(
+                -shape[1] // store.shard_rows
+            ):
                 raise KeyError("arrays of one size")
         except KeyError as missing:
             raise StoreError(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None

@@ -182,7 +182,7 @@ class Train(Section):
             raise ValueError("train.hard_weight mixes the hard label into soft ones; leave it out, or set train.labels=soft")
         if self.batch_size % self.crops_per_image or self.batch_size == self.crops_per_image > 1:
             raise ValueError(
-                f"train.batch_size counts crops and must be two or more times train.crops_per_image ({self.crops_per_image}), got {self.batch_size}"
+                f"train.batch_size counts crops and must be a multiple of train.crops_per_image ({self.crops_per_image}), twice it at least, got {self.batch_size}"
             )
         if self.epochs % self.crops_per_image:
             raise ValueError(

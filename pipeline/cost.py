@@ -8,8 +8,9 @@ from pipeline.config import Config, ModelSpec
 from pipeline.models import forward_flops
 
 IMAGENET_IMAGES = 1_281_167
-GPU_FLOPS = 100e12  # per second: what a data-centre GPU sustains on convolutions in bf16 (an A100 is rated at 312e12, an H100 at 989e12)
+GPU_FLOPS = 100e12  # per second, assumed: a third of what an A100 is rated at in bf16 (312e12)
 BYTES_PER_CROP = 500  # of the default codec at 1,000 classes; 413 to 584 were measured for its neighbours
+BYTES_PER_MIXED_CROP = 580  # likewise: labels of mixed pictures have a higher entropy, and partner and rectangle are 20 bytes
 
 
 @lru_cache(maxsize=64)
@@ -34,7 +35,7 @@ def estimate(config: Config, images: int = IMAGENET_IMAGES) -> dict:
         "label_hours": labelled * teachers / hour,
         "train_hours": shown * student / hour,
         "online_hours": shown * (student + teachers) / hour,
-        "store_gb": labelled * BYTES_PER_CROP / 1e9,
+        "store_gb": labelled * (BYTES_PER_MIXED_CROP if config.crops.cutmix else BYTES_PER_CROP) / 1e9,
     }
 
 

@@ -16,9 +16,9 @@ from cache.claims import claim, claims_of, held, holders, sweep
 from cache.codec import CODECS
 from cache.schema import USABLE, StoreError, canonical_digest
 from cache.writer import StoreWriter
-from pipeline import crops, cutmix, images, philox, provenance, render
+from pipeline import cutmix, images, provenance, render
 from pipeline.background import ahead
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
 from pipeline.plan import Plan
@@ -101,6 +101,10 @@ def _create(
         raise DataError(f"{folder} holds no image that can be used ({bad[0]})")
     codec = CODECS[config.store.codec]
     chunk_rows, shard_rows = provenance.layout_of(config, len(found), len(classes))
+    if config.crops.cutmix and min(shard_rows, len(found)) < 2:
+        raise ConfigError(
+            f"crops.cutmix mixes images of one shard, and store.shard_rows is {shard_rows}; leave it out, or set it to 2 or more"
+        )
     origin = provenance.recipe(config, codec, teachers, device) | {
         "data": {
             "images": len(found),
@@ -111,7 +115,7 @@ def _create(
         "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
     }
     rows = render.fingerprint_rows(found)
-    boxes, flips = crops.draw(config.crops, philox.identities(found.path[rows]), found.height[rows], found.width[rows], 0)
+    boxes, flips = Plan(config.crops, found, shard_rows).crops(0, rows)
     attributes = {
         "codec": codec.describe(),
         "class_names": classes,
@@ -252,7 +256,7 @@ def _label(
         for cut, views in batches:
             for i, pixels in enumerate(views):
                 pixels = {size: p.to(device) for size, p in pixels.items()}
-                p, _ = ensemble(teachers, pixels, config.store.precision)
+                p, _ = ensemble(teachers, pixels, config.store.precision, batch_size=batch_size)
                 good = usable[cut]
                 if not torch.isfinite(p[torch.from_numpy(good).to(device)]).all():
                     _blame(teachers, pixels, good, store.images.path[rows[cut]], config.store.precision)

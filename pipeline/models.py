@@ -15,6 +15,7 @@ import safetensors
 import timm
 import torch
 from timm.data import ImageNetInfo
+from timm.models._registry import _deprecated_models  # name of old → name with tag
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,8 @@ from pipeline.progress import say
 METADATA = "meal_v2"  # key of a checkpoint's description in a safetensors header
 # Names of models in the paper, in its authors' code and in the timm of 2020 that it used (0.2.1), and today's timm names of the same weights.
 # Some of them mean other weights in today's timm: its resnet50 is a1_in1k, and its tf_efficientnet_b4 the Noisy Student, which would make the
-# paper's pair of EfficientNets one model twice. Its efficientnet_b4 had no weights then, so the paper's can only be tf_efficientnet_b4.
+# paper's pair of EfficientNets one model twice. Its efficientnet_b4 had no weights then, so the paper's can only be tf_efficientnet_b4;
+# timm's of today is reached by its tag.
 ALIASES = {
     "senet154": "senet154.gluon_in1k",
     "gluon_senet154": "senet154.gluon_in1k",
@@ -42,7 +44,10 @@ ALIASES = {
     "tf_mobilenetv3_large_100": "tf_mobilenetv3_large_100.in1k",
     "tf_efficientnet_b0": "tf_efficientnet_b0.aa_in1k",
     "efficientnet_b0": "efficientnet_b0.ra_in1k",
+    "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",  # timm makes 32x8d of these two without a word
+    "ig_resnext101_32x32d": "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
 }
+GONE = dict.fromkeys(("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"), "resnext101_32x32d.fb_wsl_ig1b_ft_in1k")
 
 
 class ModelError(MealError):
@@ -112,21 +117,21 @@ def imagenet_classes() -> list[str]:
 def resolve(name: str, *, hub: bool = True) -> str:
     """A timm name with the tag of its weights: ``resnet50`` → ``resnet50.ram_in1k`` (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's choice).
 
-    hub: whether timm's weights are meant; where they aren't, a name without a tag stays without, since it names the architecture alone.
+    hub: whether timm's weights are meant; where they aren't, a name without a tag names the architecture alone, and stays without.
     Raises ModelError with the nearest name if timm has no such model.
     """
     if ":" in name:  # hf-hub:… and local-dir:…, which timm resolves itself
         return name
-    if hub:
-        name = ALIASES.get(name, name)
-    elif name not in timm.list_models():
-        name = ALIASES.get(name, name).partition(".")[0]
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise ModelError(f"timm has no model {architecture}{_nearest(architecture, timm.list_models() + list(ALIASES))}")
-    known = [n for n in timm.list_pretrained(architecture) if n.partition(".")[0] == architecture]
+    if name in GONE:
+        raise ModelError(f"timm has no {name} any more; the nearest is {GONE[name]}")
+    if full := ALIASES.get(name) or _deprecated_models.get(name):
+        name = full if hub else full.partition(".")[0]
+    family, _, tag = name.partition(".")
+    if not timm.is_model(family):
+        raise ModelError(f"timm has no model {family}{_nearest(family, timm.list_models() + list(ALIASES))}")
+    known = [n for n in timm.list_pretrained(family) if n.partition(".")[0] == family]
     if tag and name not in known and not _has_tag(name):
-        raise ModelError(f"timm has no weights {tag} of {architecture}{_nearest(name, known)}")
+        raise ModelError(f"timm has no weights {tag} of {family}{_nearest(name, known)}")
     if hub and not tag:
         try:
             config = timm.get_pretrained_cfg(name)
@@ -158,9 +163,9 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
     hub = spec.checkpoint is None and spec.pretrained
     name = resolve(spec.model, hub=hub)
     weights, written = _read(Path(spec.checkpoint)) if spec.checkpoint else (None, {})
-    if written and _architecture(written["model"]) != _architecture(name):
+    if written and architecture(written["model"]) != architecture(name):
         raise ModelError(
-            f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {_architecture(written['model'])}={spec.checkpoint}"
+            f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {architecture(written['model'])}={spec.checkpoint}"
         )
     if written and "." not in spec.model:
         name = written["model"]  # with the tag that the weights started from, not timm's tag of today
@@ -251,20 +256,28 @@ def ensemble(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each teacher sees the crop at its own size, in its own normalisation.
 
-    pixels: uint8 [n, size, size, 3] by size. batch_size: of a forward pass; otherwise all at once. Returns the mean of the teachers' softmax
+    pixels: uint8 [n, size, size, 3] by size. batch_size: of a forward pass; otherwise all at once. A smaller rest is filled up with its last row, since the size
+    of a batch decides the last bits of its outputs. Returns the mean of the teachers' softmax
     (Eq. 1) and of their logits, float32 [n, classes] each.
     """
     n = len(next(iter(pixels.values())))
+    batch_size = batch_size or n
     parts = []
-    for start in range(0, n, batch_size or n):
-        cut = slice(start, start + (batch_size or n))
-        logits = [teacher(pixels[teacher.image_size][cut], precision) for teacher in teachers]
+    for start in range(0, n, batch_size):
+        rows = min(batch_size, n - start)
+        logits = []
+        for teacher in teachers:
+            x = pixels[teacher.image_size][start : start + rows]
+            if rows < batch_size:
+                x = torch.cat([x, x[-1:].expand(batch_size - rows, -1, -1, -1)])
+            logits.append(teacher(x, precision)[:rows])
         parts.append((mean_softmax(logits), torch.stack(logits).mean(dim=0)))
     means, mean_logits = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(mean_logits)
 
 
-def _architecture(name: str) -> str:
+def architecture(name: str) -> str:
+    """A timm name without its tag."""
     return name.partition(".")[0] if ":" not in name else name
 
 
@@ -289,7 +302,7 @@ def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
         text = shorten(str(error), 160, placeholder=" …")
         if pretrained:
             raise ModelError(
-                f"the weights of {name} can't be fetched ({text}); check the network, pass {_architecture(name)}=CHECKPOINT, or start a student with pretrained: false"
+                f"the weights of {name} can't be fetched ({text}); check the network, pass {architecture(name)}=CHECKPOINT, or start a student with pretrained: false"
             ) from None
         raise ModelError(f"timm can't build {name} with {options} ({text}); choose another image size or model") from None
 
@@ -303,7 +316,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as f:
                 written = json.loads((f.metadata() or {}).get(METADATA, "{}"))
-        return timm.models.load_state_dict(str(path), weights_only=True), written
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
+        if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+            raise ValueError("it holds something else than named tensors")
+        return weights, written
     except Exception as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
         raise ModelError(
             f"{path} holds no weights that can be read ({shorten(str(error), 160, placeholder=' …')}); pass a .safetensors, .pth or .pt file"
@@ -321,13 +337,14 @@ def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int
 
 def _repair(weights: dict[str, torch.Tensor], path: str | None) -> str:
     """What to do with weights that don't fit: name their model, if it is one of the paper's."""
-    for architecture in dict.fromkeys(name.partition(".")[0] for name in ALIASES.values()):
+    fitting = []
+    for candidate in dict.fromkeys(architecture(name) for name in ALIASES.values()):
         with torch.device("meta"):
-            own = timm.create_model(architecture).state_dict()
+            own = timm.create_model(candidate).state_dict()
         counters = {k for k in own if k.endswith("num_batches_tracked")}
         if own.keys() - counters == weights.keys() - counters and all(own[k].shape[1:] == w.shape[1:] for k, w in weights.items()):
-            return f"its tensors are those of {architecture}: pass {architecture}={path}"
-    return "name its model before the ="
+            fitting.append(f"{candidate}={path}")
+    return f"its tensors are those of a model of the paper: pass {' or '.join(fitting)}" if fitting else "name its model before the ="
 
 
 def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, name: str) -> None:

@@ -14,7 +14,7 @@ from cache.codec import CODECS, Codec
 from cache.schema import Images, StoreError, shard_rows_for
 from pipeline import crops, images, render
 from pipeline.config import Config
-from pipeline.models import Model
+from pipeline.models import Model, architecture
 from pipeline.render import dali_version
 
 
@@ -53,7 +53,7 @@ def require_class_count(folder: Path, classes: list[str], teachers: list[Model])
 def made_with() -> dict:
     """Versions, for the record: whether they matter is what fingerprints and digests decide."""
     versions = {"python": platform.python_version(), "dali": dali_version}
-    for name in ("torch", "timm", "numpy", "zarr"):
+    for name in ("torch", "timm", "numpy", "scipy", "zarr"):
         versions[name] = version(name)
     return versions
 
@@ -70,14 +70,17 @@ _REPAIRS = {
 def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model], device: torch.device) -> None:
     """Raises StoreError with the first thing in which this command differs from the one that made the store."""
     now = recipe(config, CODECS[config.store.codec], teachers, device)
+    for theirs, ours in zip(store.provenance["teachers"], now["teachers"], strict=False):
+        if theirs["weights"] == ours["weights"] and architecture(theirs["model"]) == architecture(ours["model"]):
+            ours["model"] = theirs["model"]  # a tag that was not named, or named otherwise, is no difference where the weights are the same
     for section, wanted in now.items():
-        difference = _first_difference(section, store.provenance[section], wanted)
+        difference = first_difference(section, store.provenance[section], wanted)
         if difference:
             where, theirs, ours = difference
             raise StoreError(f"{store.path} was made with {where} {theirs}, this is {ours}; {_REPAIRS[section]}, or generate a new store")
 
 
-def _first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
+def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         pairs = [(f"{where}.{key}", theirs.get(key), ours.get(key)) for key in theirs | ours]
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
@@ -86,7 +89,7 @@ def _first_difference(where: str, theirs: object, ours: object) -> tuple[str, ob
         return where, [t["model"] for t in theirs], [t["model"] for t in ours]
     else:
         return None if theirs == ours else (where, _short(theirs), _short(ours))
-    return next((found for pair in pairs if (found := _first_difference(*pair))), None)
+    return next((found for pair in pairs if (found := first_difference(*pair))), None)
 
 
 def _short(value: object) -> object:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cache import LabelStore
+from cache.codec import Codec
 from cache.schema import Images, canonical_digest
 from pipeline import cutmix, philox, render
 from pipeline.background import ahead
@@ -19,7 +20,7 @@ from pipeline.config import Crops, CutMix, Render
 from pipeline.images import Reader, naming
 from pipeline.plan import Plan
 
-WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held in memory as codes
+WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held in memory as codes, the fewer the more views of it are
 FEWEST_BLOCKS = 4
 
 
@@ -34,6 +35,8 @@ class Source(Protocol):
     policy: Crops
     backend: str
     identity: str  # of images, classes and labels: what a run is bound to
+    codec: Codec | None  # of ``labels``
+    how: dict  # what live teachers' labels depend on, beside images and classes
     teachers: list[str]  # timm names with tags of who made the labels; empty if nobody did
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
@@ -57,6 +60,7 @@ class StoredLabels:
         self.block_rows, self.window_blocks = blocks_of(store.chunk_rows, store.shard_rows, self.policy)
         self.backend: str = store.provenance["renderer"]["backend"]
         self.identity = store.identity.hex()
+        self.codec, self.how = (None if hard else store.codec), {}
         self.teachers = [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +86,8 @@ class DrawnCrops:
         self.block_rows, self.window_blocks = blocks_of(*layout, policy)
         self.plan = Plan(policy, images, layout[1])
         self.crops, self.mixes = self.plan.crops, self.plan.mixes
-        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names} | how).hex()
+        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names}).hex()
+        self.codec, self.how = None, how
         self.teachers = [teacher["model"] for teacher in how.get("teachers", ())]
 
     def labels(self, view: int, rows: np.ndarray) -> None:
@@ -143,7 +148,7 @@ def epoch_windows(usable: np.ndarray, block_rows: int, seed: int, epoch: int, wi
 
 def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
     """Rows in a random order, and whose crop is pasted into each (CutMix; -1: none) → int64 [n] places that put the two of a pair next to each
-    other, pairs first and in the order of the rows else.
+    other, at the place of the first, and keep the order else.
 
     So a batch of an even number of rows holds both, and neither has to be decoded twice.
     """
@@ -157,7 +162,11 @@ def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
     mate[theirs[linked]] = own[linked]
     mate[linked] = theirs[linked]
     paired = (mate >= 0) & (mate[mate] == own)
-    return np.lexsort((own, np.where(paired, np.minimum(own, mate), own), ~paired))
+    key = np.where(paired, np.minimum(own, mate), len(rows))
+    single = np.flatnonzero(~paired)
+    whole = len(single) // 2 * 2
+    key[single[:whole]] = np.repeat(single[:whole:2], 2)  # singles two by two too, at the first one's place
+    return np.lexsort((own, key))
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:
@@ -194,6 +203,7 @@ class Replay:
     ) -> None:
         self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
         self.views = crops_per_image
+        self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // crops_per_image)
         self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
         self.class_index = source.images.class_index.astype(np.int64)
         self.read = Reader(folder, source.images, rendering.threads)
@@ -218,7 +228,7 @@ class Replay:
         sizes = iter(self.sizes)
         size = next(sizes, 0)
         waiting: list[np.ndarray | None] | None = None
-        for window in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.source.window_blocks):
+        for window in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.window_blocks):
             fresh = self._columns(epoch, window)
             waiting = fresh if waiting is None else [_join(pair) for pair in zip(waiting, fresh, strict=True)]
             while size and len(waiting[0]) >= size:

@@ -14,10 +14,10 @@ from cache.codec import CODECS
 from cache.schema import USABLE, Images, StoreError
 from pipeline import images
 from pipeline.checkpoint import RunError
-from pipeline.config import Config, ConfigError, validate
+from pipeline.config import Config, ConfigError, CutMix, validate
 from pipeline.models import Model, load_teachers
 from pipeline.progress import say
-from pipeline.provenance import layout_of, recipe, require_class_count, require_same_pixels
+from pipeline.provenance import first_difference, layout_of, recipe, require_class_count, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
 
 FREE_KEYS = ("train.epochs", "render.threads", "teachers", "store", "crops.views")  # may change when a run is gone on with
@@ -71,13 +71,13 @@ def choose_source(
     how: dict = {}  # what labels depend on, beside the images
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
     if teachers:
-        layout, views = layout_of(config, len(found), len(names)), config.train.views or config.crops.views
-        how = recipe(config, CODECS[config.store.codec], teachers, device) | {"views": views, "layout": layout}
+        layout = layout_of(config, len(found), len(names))
+        how = recipe(config, CODECS[config.store.codec], teachers, device) | {"layout": list(layout)}
     if config.train.crops_per_image > views:
         raise ConfigError(
-            f"train.crops_per_image is {config.train.crops_per_image}, but only {views} views are drawn; raise "
-            f"{'train.views' if config.train.views else 'crops.views'}, or lower train.crops_per_image"
+            f"train.crops_per_image is {config.train.crops_per_image} and train.views {views}; raise train.views, or lower train.crops_per_image"
         )
+    _say_repeats(config, views)
     return config, DrawnCrops(found, names, config.crops, config.render.backend, views, layout, how), teachers
 
 
@@ -102,9 +102,10 @@ def _from_store(
             f"train.views is {views} but {path} has {store.views}; extend it with generate-labels --views {views}, or lower train.views"
         )
     if config.train.crops_per_image > views:
+        repair = "raise train.views" if views < store.views else f"extend it with generate-labels --views {config.train.crops_per_image}"
         raise StoreError(
-            f"train.crops_per_image is {config.train.crops_per_image}, but {views} views of {path} are replayed; extend it with "
-            f"generate-labels --views {config.train.crops_per_image}, or lower train.crops_per_image"
+            f"train.crops_per_image is {config.train.crops_per_image}, but the run replays {views} of {path}'s views; {repair}, or lower "
+            "train.crops_per_image"
         )
     for view in range(min(views, config.train.epochs)):
         store.require_finished(view)
@@ -117,8 +118,7 @@ def _from_store(
     seen = sorted({t["image_size"] for t in store.provenance["teachers"]})
     if config.train.image_size not in seen:
         say(f"the student trains at {config.train.image_size} px, a size that no teacher of {path} saw ({', '.join(map(str, seen))} px)")
-    if config.train.epochs > views:
-        say(f"{config.train.epochs} epochs replay {views} views: each comes up to {math.ceil(config.train.epochs / views)} times")
+    _say_repeats(config, views)
     filled = config.model_copy(
         update={
             "crops": policy_of(store),
@@ -129,14 +129,21 @@ def _from_store(
     return filled, StoredLabels(store, views, hard=config.train.labels == "hard")
 
 
+def _say_repeats(config: Config, views: int) -> None:
+    if config.train.epochs > views:
+        say(f"{config.train.epochs} epochs replay {views} views: each comes up to {math.ceil(config.train.epochs / views)} times")
+
+
 def _require_same_policy(config: Config, store: LabelStore) -> None:
     """A config that asks for other crops than the store holds can't have them."""
     kept = policy_of(store)
     for name in config.crops.model_fields_set - {"views"}:
         ours, theirs = getattr(config.crops, name), getattr(kept, name)
         if ours != theirs:
+            cheaper = "; or mix by area with this one: train.cutmix" if name == "cutmix" and ours else ""
             raise ConfigError(
-                f"crops.{name} is {ours}, {store.path} was made with {theirs}; set it so, leave it out, or generate another store"
+                f"crops.{name} is {_plain(ours)}, {store.path} was made with {_plain(theirs)}; set it so, leave it out, or generate another "
+                f"store{cheaper}"
             )
     if config.train.cutmix and store.mixed:
         raise ConfigError(f"train.cutmix would mix the pictures of {store.path} again, which its teachers saw mixed; set train.cutmix=null")
@@ -144,6 +151,11 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
         raise ConfigError(
             f"render.backend is {config.render.backend}, {store.path} was made with {store.provenance['renderer']['backend']}; leave it out"
         )
+
+
+def _plain(value: object) -> object:
+    """As a config says it."""
+    return "null" if value is None else value.model_dump() if isinstance(value, CutMix) else value
 
 
 def require_same_run(out: Path, config: Config, state: dict | None, source: Source) -> None:
@@ -161,9 +173,16 @@ def require_same_run(out: Path, config: Config, state: dict | None, source: Sour
                 raise RunError(
                     f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass the same to go on, or choose another --out"
                 )
+        _require_same_teachers(out, state.get("how", {}), source.how)
         if state["source"] != source.identity:
             what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
             raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
+
+
+def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
+    if difference := next((found for key in now if (found := first_difference(key, before.get(key), now[key]))), None):
+        where, theirs, ours = difference
+        raise RunError(f"{out} was started with {where} {theirs}, this is {ours}; pass the same to go on, or choose another --out")
 
 
 def _started_config(out: Path) -> Config:

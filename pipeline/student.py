@@ -87,6 +87,10 @@ def _unusual(config: Config, source: Source) -> list[str]:
         lines.append(f"CutMix of neighbours in a batch, labelled {'by live teachers' if config.train.online else 'by area'}")
     if config.train.crops_per_image > 1:
         lines.append(f"{config.train.crops_per_image} crops of each decoded image: a pass over the images counts as that many epochs")
+        if source.policy.cutmix:
+            lines.append(
+                "every crop's CutMix partner is another image, which is decoded too: crops_per_image saves nothing with this store"
+            )
     return lines
 
 
@@ -148,7 +152,8 @@ class Run:
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
             for batch in batches:
-                decay = schedule.factor(recipe, first + recipe.crops_per_image * seen / crops)
+                begins, finishes = (first + recipe.crops_per_image * part / crops for part in (seen, seen + len(batch)))
+                decay = schedule.factor(recipe, begins, finishes)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["base_lr"] * decay
                 rate = recipe.lr * decay
@@ -252,6 +257,7 @@ class Run:
             "epoch": self.epoch,
             "metrics": self.metrics,
             "source": self.source.identity,
+            "how": self.source.how,
         }
         checkpoint.save_state(self.out / "state.pt", state)
 

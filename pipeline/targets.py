@@ -11,7 +11,7 @@ from cache.codec import CODECS, Codec
 from pipeline import losses
 from pipeline.config import Config
 from pipeline.models import Model, ensemble
-from pipeline.replay import Batch, Source, StoredLabels
+from pipeline.replay import Batch, Source
 
 
 class Decoder:
@@ -42,9 +42,7 @@ class Targets:
     def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model]) -> None:
         self.recipe, self.classes, self.device, self.teachers = config.train, classes, device, teachers
         self.pieces, self.precision = config.store.batch_size, config.store.precision  # of a live teacher's forward pass
-        codec = CODECS[config.store.codec]
-        if isinstance(source, StoredLabels):
-            codec = source.store.codec
+        codec = source.codec or CODECS[config.store.codec]
         self.floor = codec.floor
         self.soft = self.recipe.labels == "soft"
         self.decode = Decoder(CODECS["float32"] if teachers else codec, device)

@@ -230,19 +230,19 @@ def recipe_of(**values: object) -> configs.Train:
 def test_the_step_schedule_by_hand():
     step = recipe_of(milestones=[3, 6], gamma=0.1)
     for epoch, factor in ((0, 1), (2.99, 1), (3, 0.1), (3.5, 0.1), (5.99, 0.1), (6, 0.01), (9.9, 0.01)):
-        assert schedule.factor(step, epoch) == pytest.approx(factor)
-    assert schedule.factor(recipe_of(milestones=[]), 9) == 1
+        assert schedule.factor(step, epoch, epoch) == pytest.approx(factor)
+    assert schedule.factor(recipe_of(milestones=[]), 9, 9) == 1
 
 
 def test_the_cosine_schedule_by_hand():
     cosine = recipe_of(schedule="cosine", milestones=[3])
     for epoch, factor in ((0, 1), (2.5, (1 + math.sqrt(0.5)) / 2), (5, 0.5), (7.5, (1 - math.sqrt(0.5)) / 2), (10, 0)):
-        assert schedule.factor(cosine, epoch) == pytest.approx(factor, abs=1e-12)
+        assert schedule.factor(cosine, epoch, epoch) == pytest.approx(factor, abs=1e-12)
 
 
 def test_warming_up_is_a_straight_line_from_zero_on_top_of_either_schedule():
     for epoch, rise in ((0, 0), (0.5, 0.25), (1.5, 0.75), (2, 1), (4, 1)):
         for name in ("step", "cosine"):
             plain, warm = (recipe_of(schedule=name, milestones=[1], gamma=0.5, warmup_epochs=w) for w in (0, 2))
-            assert schedule.factor(warm, epoch) == pytest.approx(rise * schedule.factor(plain, epoch))
-    assert schedule.factor(recipe_of(milestones=[1], gamma=0.5, warmup_epochs=2), 1.5) == pytest.approx(0.375)
+            assert schedule.factor(warm, epoch, epoch) == pytest.approx(rise * schedule.factor(plain, epoch, epoch))
+    assert schedule.factor(recipe_of(milestones=[1], gamma=0.5, warmup_epochs=2), 1.5, 1.5) == pytest.approx(0.375)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from conftest import CLASSES, CPU, changed
 from torch import nn
 
 from pipeline import models
-from pipeline.config import ModelSpec
+from pipeline.config import Config, ModelSpec
+from pipeline.generate import generate
 from pipeline.models import ALIASES, ModelError, load, load_teachers, resolve
 from pipeline.student import train
 
@@ -54,10 +56,45 @@ def test_timms_own_names_stay_what_they_are():
 
 
 def test_own_weights_keep_the_architecture_that_was_named():
-    assert resolve("efficientnet_b4", hub=False) == "efficientnet_b4"
+    assert resolve("efficientnet_b4", hub=False) == "tf_efficientnet_b4"  # the paper's, from the hub or from a file
+    assert resolve("efficientnet_b4.ra2_in1k", hub=False) == "efficientnet_b4.ra2_in1k"  # timm's of today
+    assert resolve("inception_v3.gluon_in1k", hub=False) == "inception_v3.gluon_in1k"  # a tag also names a normalisation
     assert resolve("resnet50", hub=False) == "resnet50"  # and no tag, which would name other weights
     assert resolve("resnet152_v1s", hub=False) == "resnet152s"
     assert resolve("gluon_senet154", hub=False) == "senet154"
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_b7_ns", "gluon_resnet50_v1b", "ig_resnext101_32x32d", "swsl_resnet50"])
+def test_a_name_that_timm_has_given_up_is_resolved_to_its_tag(name):
+    assert resolve(name) in timm.list_pretrained()
+    assert resolve("ig_resnext101_32x32d") == "resnext101_32x32d.fb_wsl_ig1b_ft_in1k"
+
+
+@pytest.mark.parametrize("name", ["resnext101_32x48d", "ig_resnext101_32x48d"])
+def test_the_papers_large_student_is_gone_and_the_nearest_is_named(name):
+    with pytest.raises(ModelError, match=r"timm has no .*32x48d any more; the nearest is resnext101_32x32d.fb_wsl_ig1b_ft_in1k"):
+        resolve(name)
+
+
+def test_weights_that_fit_several_models_of_the_paper_name_them_all(tmp_path):
+    authors_file(tmp_path / "b0.pth", "efficientnet_b0")
+    with pytest.raises(ModelError, match=r"pass tf_efficientnet_b0=.* or efficientnet_b0="):
+        load(ModelSpec(model="resnet18", checkpoint=str(tmp_path / "b0.pth")))
+
+
+@pytest.mark.parametrize("content", [{"fc.weight": 1}, [1, 2], {}, {"state_dict": 3}])
+def test_a_file_that_holds_no_named_tensors_is_refused_in_one_line(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(ModelError, match=r"odd.pth holds no weights that can be read .*; pass a .safetensors, .pth or .pt file"):
+        load(ModelSpec(model="resnet18", checkpoint=str(tmp_path / "odd.pth")))
+
+
+def test_a_tag_is_no_difference_where_the_weights_are_the_same(photos, recipe, store_path, tmp_path):
+    """Stores of version 0.1.0 named timm's default tag even for own weights."""
+    document = recipe.model_dump(mode="json")
+    document["teachers"][0]["model"] = "test_resnet.r160_in1k"
+    shutil.copytree(store_path, tmp_path / "s.zarr")
+    generate(Config.model_validate(document), photos, tmp_path / "s.zarr", device=CPU)
 
 
 def test_what_an_alias_stands_for_is_said(monkeypatch):
@@ -97,7 +134,7 @@ def test_a_student_starts_from_the_authors_checkpoint(photos, recipe, store_path
 @pytest.mark.parametrize("named", ["resnet50", "tf_efficientnet_b0", "test_resnet"])
 def test_a_checkpoint_of_another_architecture_is_refused_and_its_own_named(tmp_path, named):
     authors_file(tmp_path / "MEALV2.pth", "resnet18")
-    with pytest.raises(ModelError, match=rf"its tensors are those of resnet18: pass resnet18={tmp_path}/MEALV2.pth"):
+    with pytest.raises(ModelError, match=rf"its tensors are those of a model of the paper: pass resnet18={tmp_path}/MEALV2.pth$"):
         load(ModelSpec(model=named, checkpoint=str(tmp_path / "MEALV2.pth")))
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import CPU, changed, write_photos
+from conftest import CPU, changed
 from safetensors.torch import load_file
 
+from pipeline.checkpoint import RunError
 from pipeline.config import Config
 from pipeline.generate import generate
 from pipeline.student import train
 
-# The same batch cut: 96 photographs, in shards of 32, in batches of 16. (At odd sizes a row's last bit depends on its place in the batch.)
-CUT = {"store": {"codec": "float32", "shard_rows": 32, "batch_size": 16}, "train": {"batch_size": 16, "epochs": 4, "milestones": [3]}}
+# Teachers' batches of 16 in both; the last ones of a shard, and of an epoch, are filled up. (At odd sizes a row's last bit depends on its place.)
+CUT = {
+    "store": {"codec": "float32", "shard_rows": 32, "batch_size": 16},
+    "train": {"batch_size": 16, "epochs": 4, "milestones": [3], "views": 2},
+}
 VARIANTS = {
     "plain": {},
     "discriminator": {"train": {"discriminator": {"lr": 0.01}}},
@@ -26,14 +28,6 @@ VARIANTS = {
         "train": {"schedule": "cosine", "warmup_epochs": 1, "label_temperature": 2.0, "student_temperature": 1.5, "hard_weight": 0.25}
     },
 }
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = tmp_path_factory.mktemp("even")
-    write_photos(data / "train", 32)
-    write_photos(data / "val", 7, seed=1)
-    return data
 
 
 def merged(recipe: Config, *layers: dict) -> Config:
@@ -52,3 +46,29 @@ def test_with_a_float32_store_the_offline_student_is_the_online_student_bit_for_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
     timing = ("seconds", "images_per_second")
     assert {k: v for k, v in from_store.items() if k not in timing} == {k: v for k, v in live.items() if k not in timing}
+
+
+def test_online_training_sees_a_fresh_crop_in_every_epoch_unless_told_otherwise(photos, recipe, tmp_path, capsys):
+    assert train(changed(recipe, train={"online": True, "epochs": 3}), photos, tmp_path / "fresh", device=CPU)["view"] == 2
+    assert "replay" not in capsys.readouterr().err
+    assert train(changed(recipe, train={"online": True, "epochs": 3, "views": 1}), photos, tmp_path / "one", device=CPU)["view"] == 0
+    assert "3 epochs replay 1 views: each comes up to 3 times" in capsys.readouterr().err
+
+
+def test_online_training_goes_on_with_the_same_teachers_alone(photos, recipe, tmp_path):
+    online = changed(recipe, train={"online": True, "epochs": 1})
+    train(changed(online, train={"epochs": 2}), photos, tmp_path / "whole", device=CPU)
+    train(online, photos, tmp_path / "run", device=CPU)
+    for other, says in (
+        ({"store": {"batch_size": 8}}, r"was started with compute.batch_size 16, this is 8; pass the same to go on"),
+        ({"store": {"codec": "float16"}}, r"was started with codec.name pow8, this is float16"),
+        ({"crops": {"scale": [0.2, 1.0]}}, r"was started with crops.scale"),
+    ):
+        with pytest.raises(RunError, match=says):
+            train(changed(online, **other), photos, tmp_path / "run", device=CPU)
+    fewer = changed(online, train={"epochs": 2}).model_copy(update={"teachers": online.teachers[:1]})
+    with pytest.raises(RunError, match=r"was started with teachers \['test_resnet', 'test_efficientnet'\], this is \['test_resnet'\]"):
+        train(fewer, photos, tmp_path / "run", device=CPU)
+    train(changed(online, train={"epochs": 2}), photos, tmp_path / "run", device=CPU)
+    ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
