@@ -148,7 +148,7 @@ def epoch_windows(usable: np.ndarray, block_rows: int, seed: int, epoch: int, wi
 
 def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
     """Rows in a random order, and whose crop is pasted into each (CutMix; -1: none) → int64 [n] places that put the two of a pair next to each
-    other, at the place of the first, and keep the order else.
+    other, at the place of the one with the lower row number (the earlier place of two would bring pairs before singles), and keep the order else.
 
     So a batch of an even number of rows holds both, and neither has to be decoded twice.
     """
@@ -162,7 +162,7 @@ def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
     mate[theirs[linked]] = own[linked]
     mate[linked] = theirs[linked]
     paired = (mate >= 0) & (mate[mate] == own)
-    key = np.where(paired, np.minimum(own, mate), len(rows))
+    key = np.where(paired, np.where(rows <= rows[mate], own, mate), len(rows))
     single = np.flatnonzero(~paired)
     whole = len(single) // 2 * 2
     key[single[:whole]] = np.repeat(single[:whole:2], 2)  # singles two by two too, at the first one's place

@@ -191,8 +191,11 @@ def test_a_run_resumed_between_passes_ends_with_the_same_bytes(photos, recipe, p
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"batch_size": 15}, r"train.batch_size counts crops and must be two or more times train.crops_per_image \(2\), got 15"),
-        ({"batch_size": 2}, r"train.batch_size .* two or more times train.crops_per_image \(2\), got 2"),
+        (
+            {"batch_size": 15},
+            r"train.batch_size counts crops and must be a multiple of train.crops_per_image \(2\), twice it at least, got 15",
+        ),
+        ({"batch_size": 2}, r"train.batch_size .* a multiple of train.crops_per_image \(2\), twice it at least, got 2"),
         ({"epochs": 3}, r"train.epochs must be a multiple of train.crops_per_image \(2\), .*, got 3"),
         ({"crops_per_image": 0}, "train.crops_per_image must be at least 1, got 0"),
     ],
@@ -206,7 +209,8 @@ def test_batches_and_epochs_that_crops_per_image_does_not_divide_are_refused(val
 @pytest.mark.parametrize(("views", "there"), [(None, 3), (2, 2)])
 def test_more_crops_of_an_image_than_views_are_refused(photos, recipe, path, tmp_path, views, there):
     asks = changed(recipe, train={"crops_per_image": 4 if views is None else 3, "batch_size": 12, "epochs": 12, "views": views})
-    says = rf"crops_per_image is {there + 1}, but {there} views of .* are replayed; extend it with generate-labels --views {there + 1}, or lower"
+    repair = f"extend it with generate-labels --views {there + 1}" if views is None else "raise train.views"
+    says = rf"crops_per_image is {there + 1}, but the run replays {there} of .*'s views; {repair}, or lower train.crops_per_image$"
     with pytest.raises(StoreError, match=says) as refusal:
         train(asks, photos, tmp_path / "run", store=path, device=CPU)
     assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()

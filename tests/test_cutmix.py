@@ -21,7 +21,7 @@ from pipeline import crops, cutmix, images, philox, render
 from pipeline.config import Config, ConfigError, Crops, CutMix, Render
 from pipeline.generate import generate
 from pipeline.plan import Plan
-from pipeline.replay import Batch, DrawnCrops, Replay, StoredLabels, blocks_of, policy_of
+from pipeline.replay import Batch, DrawnCrops, Replay, StoredLabels, blocks_of, policy_of, side_by_side
 from pipeline.start import choose_source
 from pipeline.student import train
 from pipeline.targets import Targets
@@ -549,14 +549,14 @@ def refused(kind: type[Exception], says: str, function: object, *arguments: obje
 def test_training_with_a_mix_that_the_store_has_not_is_refused(photos, data, recipe, mixing, stores, store_path, tmp_path):
     out = tmp_path / "run"
     asks = changed(recipe, crops={"cutmix": {}})
-    says = r"crops.cutmix is .*, .* was made with None; set it so, leave it out, or generate another store"
+    says = r"crops.cutmix is .*, .* was made with null; set it so, leave it out, or generate another store"
     refused(ConfigError, says, train, asks, photos, out, store=store_path, device=CPU)
     other = changed(mixing, crops={"cutmix": {"beta": 0.3}})
     refused(
-        ConfigError, r"crops.cutmix is .*0.3, .* was made with .*1.0; set it so", train, other, data, out, store=stores[1.0], device=CPU
+        ConfigError, r"crops.cutmix is .*0.3}, .* was made with .*1.0}; set it so", train, other, data, out, store=stores[1.0], device=CPU
     )
     none = changed(mixing, crops={"cutmix": None})
-    refused(ConfigError, r"crops.cutmix is None, .* was made with .*beta", train, none, data, out, store=stores[1.0], device=CPU)
+    refused(ConfigError, r"crops.cutmix is null, .* was made with .*beta", train, none, data, out, store=stores[1.0], device=CPU)
     assert not out.exists()
 
 
@@ -585,3 +585,27 @@ def test_labels_with_and_without_cutmix_do_not_go_into_one_store(photos, data, r
 @pytest.mark.parametrize("values", [{"prob": 0}, {"prob": 1.5}, {"beta": 0}, {"alpha": 1}])
 def test_a_mix_that_makes_no_sense_is_refused(values):
     refused(ConfigError, rf"crops.cutmix.{next(iter(values))} ", configs.validate, {"crops": {"cutmix": values}}, "test")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.2])
+def test_the_order_stays_random_with_unmixed_crops_among_the_mixed(share):
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(4096)
+    partner = np.full(4096, -1)
+    pairs = rng.permutation(4096).reshape(-1, 2)
+    partner[pairs[:, 0]], partner[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+    partner[rng.random(4096) >= share] = -1
+    order = side_by_side(rows, partner[rows])
+    assert np.array_equal(np.sort(order), np.arange(4096))
+    mixed = (partner[rows][order] >= 0).reshape(16, -1).mean(axis=1)
+    assert np.abs(mixed - share).max() < 0.15  # in every sixteenth of the window
+    two = rows[order].reshape(-1, 2)
+    asked = (partner[two] >= 0).any(axis=1)
+    assert (np.sort(two[asked], axis=1)[:, None] == np.sort(pairs, axis=1)[None]).all(axis=2).any(axis=1).all()
+
+
+def test_a_shard_of_one_row_can_not_be_mixed(photos, mixing, tmp_path):
+    alone = changed(mixing, store={"shard_rows": 1})
+    refused(
+        ConfigError, "store.shard_rows is 1; leave it out, or set it to 2 or more", generate, alone, photos, tmp_path / "s.zarr", device=CPU
+    )
