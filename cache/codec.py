@@ -36,7 +36,7 @@ class Codec:
     def floor(self) -> float:
         """The probability below which labels carry nothing that a student's output could be compared with: the least that isn't coded
         as zero; with few levels the edge between codes 1 and 2, since code 1 alone stands for too much."""
-        return ((0.5 if self.levels >= 64 else 1.5) / self.levels) ** (1 / self.exponent)
+        return max(self.zero, ((0.5 if self.levels >= 64 else 1.5) / self.levels) ** (1 / self.exponent))
 
     @cached_property
     def table(self) -> np.ndarray | None:
