@@ -161,9 +161,9 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
         "few": (1.5 / 31) ** 2,
     }
     for name, codec in ALL.items():
-        assert stored(tmp_path / name, codec, torch.zeros(2, 3)).targets.floor == pytest.approx(by_hand[name], rel=1e-9)
+        assert stored(tmp_path / name, codec, torch.zeros(2, 3)).targets.floor == pytest.approx(by_hand[name], rel=1e-9, abs=0)
     for levels, edge in ((63, 1.5), (64, 0.5)):
-        assert Codec("", "uint8", 0.4, levels, 0.0).floor == pytest.approx((edge / levels) ** 2.5, rel=1e-9)
+        assert Codec("", "uint8", 0.4, levels, 0.0).floor == pytest.approx((edge / levels) ** 2.5, rel=1e-9, abs=0)
 
 
 def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp_path):
