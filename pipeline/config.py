@@ -143,7 +143,7 @@ class Train(Section):
     schedule: Literal["step", "cosine"] = Field(
         "step", description="gamma at the milestones, or half a cosine down to zero over all epochs"
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the learning rate rises linearly from zero")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the learning rate rises linearly to its full value")
     milestones: Annotated[tuple[int, ...], Strict(False)] = Field(
         (100,), description="epochs, counted from 0, from which gamma applies once more"
     )
@@ -154,7 +154,9 @@ class Train(Section):
         "float32", description="of forward and backward pass; weights and loss are float32 always"
     )
     views: int | None = Field(
-        None, ge=1, description="use the first so many views of the store; otherwise all. Epoch e replays view e mod views"
+        None,
+        ge=1,
+        description="use the first so many views; otherwise all of the store, or a fresh one in every epoch without a store. Epoch e replays view e mod views",
     )
     label_temperature: float = Field(1.0, gt=0, le=100, description="t: soft labels p become p^(1/t) / Σ p^(1/t); above 1 they are softer")
     student_temperature: float = Field(1.0, gt=0, le=100, description="t: the student's logits are divided by t in the soft cross-entropy")

@@ -204,9 +204,8 @@ def _label(
     store, batch_size = writer.store, config.store.batch_size
     rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
     usable = store.images.status[rows] == USABLE
-    kept = [
-        plan.crops(view, rows) + (plan.mixes(view, rows) if store.mixed else ()) for view in unit.views
-    ]  # per view, as store.crop_arrays
+    # Per view, in the order of store.crop_arrays.
+    kept = [plan.crops(view, rows) + (plan.mixes(view, rows) if store.mixed else ()) for view in unit.views]
     boxes, flips = np.stack([k[0] for k in kept]), np.stack([k[1] for k in kept])
     codes = np.zeros((len(unit.views), len(rows), store.classes), dtype=store.codec.dtype)
     renderer = render.Crops(

@@ -170,9 +170,8 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
     if written and "." not in spec.model:
         name = written["model"]  # with the tag that the weights started from, not timm's tag of today
     config = _config(name)
-    default_size = config["input_size"][-1]
-    size = image_size or spec.image_size or written.get("image_size") or default_size
-    options = {"img_size": size} if size != default_size and config.get("fixed_input_size") else {}
+    size = image_size or spec.image_size or written.get("image_size") or config["input_size"][-1]
+    options = _size_option(config, size)
     notes = []
     if hub and spec.model in ALIASES:
         notes.append(f"{spec.model} stands for {name}, as in the paper and in the timm of 2020")
@@ -239,9 +238,8 @@ def forward_flops(spec: ModelSpec) -> tuple[float, int]:
     name = resolve(spec.model)
     config = _config(name)
     size = spec.image_size or config["input_size"][-1]
-    options = {"img_size": size} if size != config["input_size"][-1] and config.get("fixed_input_size") else {}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        _create(name, pretrained=False, **options).eval()(torch.zeros(1, 3, size, size))
+        _create(name, pretrained=False, **_size_option(config, size)).eval()(torch.zeros(1, 3, size, size))
     return float(counter.get_total_flops()), size
 
 
@@ -256,9 +254,9 @@ def ensemble(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each teacher sees the crop at its own size, in its own normalisation.
 
-    pixels: uint8 [n, size, size, 3] by size. batch_size: of a forward pass; otherwise all at once. A smaller rest is filled up with its last row, since the size
-    of a batch decides the last bits of its outputs. Returns the mean of the teachers' softmax
-    (Eq. 1) and of their logits, float32 [n, classes] each.
+    pixels: uint8 [n, size, size, 3] by size. batch_size: of a forward pass; otherwise all at once. A smaller rest is filled up with its last row,
+    since the size of a batch decides the last bits of its outputs. Returns the mean of the teachers' softmax (Eq. 1) and of their logits,
+    float32 [n, classes] each.
     """
     n = len(next(iter(pixels.values())))
     batch_size = batch_size or n
@@ -291,6 +289,11 @@ def _config(name: str) -> dict:
     if config is None:
         return _create(name, pretrained=False).pretrained_cfg
     return config.to_dict() | {"architecture": config.architecture}
+
+
+def _size_option(config: dict, size: int) -> dict[str, int]:
+    """What timm must be told to build a model for another input size than its own."""
+    return {"img_size": size} if size != config["input_size"][-1] and config.get("fixed_input_size") else {}
 
 
 def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:

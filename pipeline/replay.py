@@ -114,9 +114,7 @@ class Mixed:
 
     area: torch.Tensor  # float32 [n], the share of each picture that is pasted
     class_index: torch.Tensor  # int64 [n], of the partners
-    labels: (
-        torch.Tensor | None
-    )  # codes [n, classes] of the partners, where each label is of its own picture alone; None where it is of the mixed one
+    labels: torch.Tensor | None  # codes [n, classes] of the partners, to be mixed by area; None where a label is of the mixed picture
 
 
 @dataclass
@@ -242,14 +240,15 @@ class Replay:
         mix_box [n, views, 4]."""
         source = self.source
         views = [(epoch + j) % source.views for j in range(self.views)]
-        if source.policy.cutmix and self.views == 1:
-            partner, _ = source.mixes(views[0], rows)
-            rows = rows[side_by_side(rows, partner)]
+        mixes = [source.mixes(view, rows) for view in views] if source.policy.cutmix else []
+        if mixes and self.views == 1:
+            order = side_by_side(rows, mixes[0][0])
+            rows, mixes = rows[order], [tuple(column[order] for column in mixes[0])]
         columns: list[list] = []
-        for view in views:
+        for j, view in enumerate(views):
             column = [source.labels(view, rows), *source.crops(view, rows)]
-            if source.policy.cutmix:
-                partner, mix_box = source.mixes(view, rows)
+            if mixes:
+                partner, mix_box = mixes[j]
                 partner = np.where(partner < 0, rows, partner)
                 column += [partner, *source.crops(view, partner), mix_box]
             columns.append(column)

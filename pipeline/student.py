@@ -54,8 +54,6 @@ def train(
         )
         if len(source.images.usable) < 2:
             raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
-        if config.train.hard_weight and (source.images.class_index[source.images.usable] < 0).any():
-            raise ConfigError("train.hard_weight needs the class of every image, which this store doesn't know; set it to 0")
         state = checkpoint.load_state(out / "state.pt")
         start.require_same_run(out, config, state, source)
         validated = start.find_validation(data, validation, source, config)

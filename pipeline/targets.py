@@ -41,7 +41,8 @@ class Targets:
 
     def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model]) -> None:
         self.recipe, self.classes, self.device, self.teachers = config.train, classes, device, teachers
-        self.pieces, self.precision = config.store.batch_size, config.store.precision  # of a live teacher's forward pass
+        # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be larger than a batch.
+        self.pieces, self.precision = min(config.store.batch_size, config.train.batch_size), config.store.precision
         codec = source.codec or CODECS[config.store.codec]
         self.floor = codec.floor
         self.soft = self.recipe.labels == "soft"

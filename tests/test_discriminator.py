@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +30,7 @@ FEW = Codec("few", "uint8", 0.5, 31, 0.35 * (0.5 / 31) ** 2)
 ALL = {**CODECS, "few": FEW}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def real_logits(low: float, high: float, seed: int = 0) -> torch.Tensor:

@@ -4,7 +4,7 @@ A float32 store costs nothing at all: tests/test_online.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,7 @@ WITHOUT_BATCHNORM = ModelSpec(model="test_vit", pretrained=False)  # so that row
 every_lossy_codec = pytest.mark.parametrize("codec", LOSSY)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class World:

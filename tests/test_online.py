@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from pipeline.checkpoint import RunError
 from pipeline.config import Config
 from pipeline.generate import generate
+from pipeline.models import Model
 from pipeline.student import train
 
 # Teachers' batches of 16 in both; the last ones of a shard, and of an epoch, are filled up. (At odd sizes a row's last bit depends on its place.)
@@ -72,3 +73,13 @@ def test_online_training_goes_on_with_the_same_teachers_alone(photos, recipe, tm
     train(changed(online, train={"epochs": 2}), photos, tmp_path / "run", device=CPU)
     ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_teacher_is_given_no_more_than_a_small_batch_of_the_students(photos, recipe, tmp_path, monkeypatch):
+    """Only an epoch's last batch is filled up, whatever the store's batch size."""
+    seen = []
+    forward = Model.__call__
+    monkeypatch.setattr(Model, "__call__", lambda self, x, *how: (seen.append((self.name, len(x))), forward(self, x, *how))[1])
+    large = changed(recipe, store={"batch_size": 64}, train={"online": True, "epochs": 1})
+    train(large, photos, tmp_path / "run", device=CPU)
+    assert [n for name, n in seen if name == "test_efficientnet"] == [16] * 6  # 90 = 5 × 16 + 10
