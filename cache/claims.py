@@ -1,7 +1,10 @@
 """One writer per shard: claims, which are exclusively created (linked) files beside the store, with host, process and a heartbeat.
 
 A claim's heartbeat is its modification time, renewed by a thread while it is held. A claim is dead if its process is gone from
-this host, or, from another host, if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken over.
+this machine, or, from another one, if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken over.
+
+Process numbers mean something only where they were given: in one boot of one kernel, in one namespace of process numbers. Containers on a cluster
+may share a host name and all be process 7, so a claim names all three, and anything else is another machine.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 BEAT = 10.0  # seconds between heartbeats
@@ -38,7 +42,7 @@ def claim(folder: Path, *names: str) -> Iterator[set[str]]:
         stop.set()
         heart.join()
         for name in mine:
-            if (owner := _owner(folder / name)) and owner["process"] == os.getpid() and owner["host"] == socket.gethostname():
+            if _owner(folder / name) == _me():
                 (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
         with suppress(OSError):  # not empty: others still hold claims
             folder.rmdir()
@@ -66,7 +70,7 @@ def _take(path: Path) -> bool:
         fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # another worker may just have removed the empty folder
-            fresh.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": _started(os.getpid())}))
+            fresh.write_text(json.dumps(_me()))
             os.link(fresh, path)
             return True
         except FileExistsError:
@@ -89,7 +93,7 @@ def _take(path: Path) -> bool:
 
 def _dead(path: Path) -> bool:
     owner = _owner(path)
-    if owner and owner["host"] == socket.gethostname():
+    if owner and {key: owner.get(key) for key in _place()} == _place():
         return _started(owner["process"]) != owner["started"]
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
     try:
@@ -100,6 +104,21 @@ def _dead(path: Path) -> bool:
     finally:
         probe.unlink(missing_ok=True)
     return age > STALE
+
+
+def _me() -> dict:
+    return {**_place(), "process": os.getpid(), "started": _started(os.getpid())}
+
+
+@cache
+def _place() -> dict:
+    """Where a process number means something."""
+    boot = namespace = None
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
 
 
 def _owner(path: Path) -> dict | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -11,72 +12,73 @@ import zarr
 
 from cache import codec as codecs
 from cache import schema
-from cache.schema import Images, StoreError
+from cache.schema import DamagedStore, Images, StoreError
 
 
 class LabelStore:
     """An open label store. Everything is read lazily; reading labels of a shard without a completion record raises StoreError."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Path, attributes: dict) -> None:
         self.path = path
-        self.group = group
-        self.attributes = dict(group.attrs)
+        self.attributes = attributes
         self.provenance: dict = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
         self.class_names: list[str] = self.attributes["class_names"]
         self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what is kept per crop beside its label
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
+        self.group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
         self._arrays: dict[str, zarr.Array] = {}
         self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
+        shape = self.array("labels").shape
+        if any(self.array(name).shape[1] != shape[1] for name in self.crop_arrays) or self.array("records").shape[1] != -(
+            -shape[1] // self.shard_rows
+        ):
+            raise KeyError("arrays of one size")
+        self.views: int = attributes.get("views", self.array("records").shape[0])  # the second: before there was a seal
+        self.shards: int = self.array("records").shape[1]
+        self.classes: int = shape[2]
+        for name in ("labels", *self.crop_arrays, "records"):
+            if self.array(name).shape[0] < self.views:
+                raise schema.damaged(path, f"{name}/zarr.json", f"it has {self.array(name).shape[0]} views, the store {self.views}")
 
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
-        """Open for reading. Raises StoreError if there is no store, or one that this version can't read."""
+        """Open for reading. Raises StoreError if there is no store, or one that this version can't read; DamagedStore if what describes it is not
+        what was written."""
         path = Path(path)
         if not path.exists():
             raise StoreError(f"there is no label store at {path}; make one with generate-labels, or check the path")
+        ours = (path / "records").is_dir() and (path / "labels").is_dir()
         try:
-            group = zarr.open_group(str(path), mode="r", zarr_format=3)
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = json.loads((path / "zarr.json").read_bytes())
+            attributes = whole["attributes"] if "attributes" in whole or ours else {}
+            found, version = attributes.get("format"), attributes.get("format_version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if ours:
+                raise schema.damaged(path, "zarr.json", _one_line(error)) from None
             raise StoreError(f"{path} is not a label store (it holds no Zarr v3 group); check the path, or choose a new one") from None
-        found, version = group.attrs.get("format"), group.attrs.get("format_version")
-        if found != schema.FORMAT:
+        if found != schema.FORMAT and not (ours and "seal" in attributes):
             raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
-        if version not in schema.VERSIONS:
+        if version not in schema.VERSIONS and not _only_its_version_is_wrong(attributes, whole):
+            newer = isinstance(version, int) and version > schema.VERSION
             raise StoreError(
-                f"{path} has label store format {version}, this program reads {' and '.join(map(str, schema.VERSIONS))}; "
-                "use the version of this program that made it"
+                f"{path} has label store format {version}, this program reads {schema.VERSIONS[0]} to {schema.VERSIONS[-1]}; "
+                + ("it was made by a newer version: update this program" if newer else "use the version of this program that made it")
             )
+        if version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes:
+            _require_seal(path, whole)
         try:
-            store = cls(path, group)
-            shape = store.array("labels").shape
-            if any(store.array(name).shape[1] != shape[1] for name in store.crop_arrays) or store.array("records").shape[1] != -(
-                -shape[1] // store.shard_rows
-            ):
-                raise KeyError("arrays of one size")
+            return cls(path, attributes)
         except KeyError as missing:
-            raise StoreError(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
+            raise DamagedStore(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
         except (ValueError, TypeError, OSError) as error:  # metadata cut short
-            raise StoreError(f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new store") from None
-        return store
+            raise DamagedStore(f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new store") from None
 
     def array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
             self._arrays[name] = schema.array(self.group, name)
         return self._arrays[name]
-
-    @property
-    def views(self) -> int:
-        return self.array("records").shape[0]
-
-    @property
-    def shards(self) -> int:
-        return self.array("records").shape[1]
-
-    @property
-    def classes(self) -> int:
-        return self.array("labels").shape[2]
 
     @cached_property
     def identity(self) -> bytes:
@@ -86,11 +88,17 @@ class LabelStore:
     @cached_property
     def images(self) -> Images:
         """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
-        columns = {name: self._read(f"images/{name}", np.s_[:]) for name in Images.__dataclass_fields__}
+        try:
+            columns = {name: self._read(f"images/{name}", np.s_[:]) for name in Images.__dataclass_fields__}
+        except StoreError as error:
+            raise schema.damaged(self.path, "images/", str(error)) from None
         images = Images(**{name: c.astype(object) if c.dtype.kind in "OUT" else c for name, c in columns.items()})
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
-            raise StoreError(f"the manifest (images/) of {self.path} is damaged; restore the store from a copy or generate a new one")
+            raise schema.damaged(self.path, "images/", "the manifest has another digest")
+        for path in images.path:
+            if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+                raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
         return images
 
     @cached_property
@@ -101,7 +109,7 @@ class LabelStore:
     def records(self, shard: int | None = None) -> np.ndarray:
         """RECORD [views, shards] or, of one shard, [views], read anew; where a record is missing, damaged or of another place, all zeros."""
         shards = np.arange(self.shards) if shard is None else np.array([shard])
-        selection = np.s_[:] if shard is None else np.s_[:, shard : shard + 1]
+        selection = np.s_[: self.views, shards[0] : shards[-1] + 1]
         try:
             raw = self._read("records", selection)
         except StoreError:  # a torn record among them: leave out that one alone
@@ -109,11 +117,15 @@ class LabelStore:
             for view, i in np.ndindex(raw.shape[:2]):
                 with suppress(ValueError):  # its checksum
                     raw[view, i] = self.array("records")[view, shards[i]]
-        records = np.ascontiguousarray(raw).view(schema.RECORD)[..., 0].copy()
-        view = np.arange(len(records))[:, None]
-        elsewhere = (records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shards)
-        records[elsewhere] = np.zeros((), schema.RECORD)
+        records = _records(raw, np.arange(self.views)[:, None], shards)
         return records if shard is None else records[:, 0]
+
+    def record(self, view: int, shard: int) -> np.void:
+        """One of ``records``."""
+        raw = np.zeros(schema.RECORD.itemsize, "u1")
+        with suppress(ValueError, OSError):
+            raw = self.array("records")[view, shard]
+        return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
 
     def finished(self, shard: int | None = None) -> np.ndarray:
         """bool [views, shards] or, of one shard, [views], read anew: the record is there, and so are the files, of the recorded size."""
@@ -156,25 +168,38 @@ class LabelStore:
             )
 
     def require_sound(self, view: int, shard: int) -> None:
-        """Read a finished shard whole, once per process, and raise StoreError unless it has the digest in its record.
+        """Read a finished shard whole, once per process, and raise StoreError unless it is what was written there."""
+        if (view, shard) in self._sound:
+            return
+        if fault := self.fault(view, shard):
+            rows = self.shard_slice(shard)
+            raise StoreError(
+                f"view {view}, rows {rows.start} to {rows.stop - 1} of {self.path} are not what was written there: {fault}; "
+                "run the same generate-labels command again to make them anew"
+            )
+        self._sound.add((view, shard))
+
+    def fault(self, view: int, shard: int) -> str | None:
+        """What is wrong with a finished shard, or None: it is read whole and compared with the digest in its record.
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
         """
-        if (view, shard) in self._sound:
-            return
-        rows = self.shard_slice(shard)
-        for name in ("labels", *self.crop_arrays):
+        names = ("labels", *self.crop_arrays)
+        for name in names:
             if not self._size(name, view, shard):
-                file = self.file(name, view, shard).relative_to(self.path)
-                raise StoreError(f"{name} of {self.path} lacks {file}; run the same generate-labels command again to make it anew")
-        content = (self._read(name, np.s_[view, rows]) for name in ("labels", *self.crop_arrays))
-        digest = schema.shard_digest(self.identity, view, shard, *content)
-        if digest != self.records(shard)["digest"][view].tobytes():
-            raise StoreError(
-                f"view {view}, rows {rows.start} to {rows.stop - 1} of {self.path} are not what was written there (another digest); "
-                "restore the store from a copy or generate a new one"
-            )
-        self._sound.add((view, shard))
+                return f"{self.file(name, view, shard).relative_to(self.path)} is missing or empty"
+        content = []
+        for name in names:
+            try:
+                content.append(self.array(name)[view, self.shard_slice(shard)])
+            except (KeyError, ValueError, RuntimeError, OSError) as error:  # a checksum, a file cut short, one that can't be read
+                return f"{self.file(name, view, shard).relative_to(self.path)} can't be read ({_one_line(error)})"
+        record = self.record(view, shard)
+        if record["magic"] != schema.RECORD_MAGIC:
+            return "its completion record is missing or damaged"
+        if schema.shard_digest(self.identity, view, shard, *content) != record["digest"].tobytes():
+            return "another digest than in the completion record (another shard's files, or changed by other hands)"
+        return None
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
         """Stored codes [n, classes] of the rows, in their order. Whole inner chunks are read: ask for neighbours together."""
@@ -250,6 +275,32 @@ class LabelStore:
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
             ) from None
+
+
+def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray:
+    """uint8 [views, shards, bytes] → RECORD [views, shards], all zeros where it isn't one of this view [views, 1] and shard [shards]."""
+    records = np.ascontiguousarray(raw).view(schema.RECORD)[..., 0].copy()
+    elsewhere = (records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)
+    records[elsewhere] = np.zeros((), schema.RECORD)
+    return records
+
+
+def _require_seal(path: Path, whole: dict) -> None:
+    """Raises DamagedStore unless every zarr.json is what was written. Its own comes first, since it says which others there are."""
+    seal = whole["attributes"].get("seal")
+    if not isinstance(seal, dict) or seal.get("zarr.json") != schema.seals({"zarr.json": whole})["zarr.json"]:
+        raise schema.damaged(path, "zarr.json", "its digest is another one than in its seal")
+    kept = schema.crop_arrays(whole["attributes"]["provenance"])
+    for file, digest in schema.seals(schema.read_metadata(path, kept)).items():
+        if seal.get(file) != digest:
+            raise schema.damaged(path, file, "its digest is another one than in the seal of zarr.json")
+
+
+def _only_its_version_is_wrong(attributes: dict, whole: dict) -> bool:
+    """Whether it is a store of this version, in whose version number something flipped."""
+    mended = {**whole, "attributes": {**attributes, "format_version": schema.VERSION}}
+    seal = attributes.get("seal")
+    return isinstance(seal, dict) and seal.get("zarr.json") == schema.seals({"zarr.json": mended})["zarr.json"]
 
 
 def _one_line(error: Exception) -> str:

@@ -11,6 +11,10 @@ A store is a Zarr v3 group. Arrays, with their dimensions:
 
 Zarr reads what was never written as zeros. So a shard (all rows of one shard, in one view) counts only once its record is there, and the
 record is written after the shard's data has reached the disk.
+
+Nothing in a store is believed unseen. Shards are bound to their place by the digests in their records, the manifest (images/) by its digest in the
+provenance, and every zarr.json by the attribute ``seal``. What has no digest of its own is the number of views, the attribute ``views``: it is sealed too,
+and counts where an array's own length says otherwise (after a growth that was stopped half way).
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from cache.claims import alive
 
 FORMAT = "meal-v2-label-store"
-VERSIONS = (1, 2)  # 2: with CutMix, which a program that knows version 1 alone would leave out of the pictures without a word
+VERSION = 3  # what is made now
+VERSIONS = (1, 2, 3)  # what can be read: 2 brought CutMix, 3 the seal
+SEALED = 3
 
 # What is kept per crop beside its label: dtype, and the names of an entry's own dimensions (edge: 4).
 CROP_ARRAYS = {
@@ -69,6 +75,10 @@ class MealError(Exception):
 
 class StoreError(MealError):
     """A label store that is missing, damaged, unfinished, or made from something else than what it is used with."""
+
+
+class DamagedStore(StoreError):
+    """A store whose own description (a zarr.json, the manifest) is not what was written. ``generate-labels`` can make that anew."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
 
     ``attributes`` holds ``codec``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     host = socket.gethostname()
     for left in path.parent.glob(f".{path.name}.{host}.*.creating"):  # by a process that was killed here
         process = int(left.name.split(".")[-2])
@@ -166,7 +176,8 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
         zarr_format=3,
         attributes={
             "format": FORMAT,
-            "format_version": VERSIONS[mixed],
+            "format_version": VERSION,
+            "views": views,
             "how_to_read": how_to_read(attributes["codec"], mixed),
             "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
             **attributes,
@@ -219,6 +230,7 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
             config=always,
         )
         stored[:] = column.astype(object) if text else column
+    write_seal(scratch, read_metadata(scratch, crop_arrays(attributes["provenance"])))
     sync_tree(scratch)
     try:
         os.rename(scratch, path)
@@ -249,6 +261,65 @@ MIXING = (
     "(same view, resized and mirrored as its own entries say) pasted over it at the same place: rows floor(top*size + 0.5) up to, without, floor(bottom*size + 0.5) "
     "and columns likewise from left to right, where top, left, bottom, right = mix_box[view, image]; nothing where mix_partner is -1. "
 )
+
+
+def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
+    """Every zarr.json of a store as a document, by its path in the store; ``kept``: ``crop_arrays``. Raises DamagedStore."""
+    names = ("", "labels", *kept, "records", "images", *(f"images/{field.name}" for field in fields(Images)))
+    documents = {}
+    for file in (f"{name}/zarr.json".lstrip("/") for name in names):
+        try:
+            documents[file] = json.loads((path / file).read_bytes())
+        except (OSError, ValueError) as error:
+            raise damaged(path, file, "it is missing" if isinstance(error, FileNotFoundError) else f"it can't be read: {error}") from None
+        if not isinstance(documents[file], dict):
+            raise damaged(path, file, "it holds no description of an array or group")
+    return documents
+
+
+def damaged(path: Path, file: str, why: str) -> DamagedStore:
+    return DamagedStore(
+        f"{path} is damaged: {file} is not what was written there ({' '.join(why.split())[:160]}); "
+        "run the generate-labels command that made the store again, which makes the file anew, or restore it from a copy"
+    )
+
+
+def seals(documents: dict[str, dict]) -> dict[str, str]:
+    """Hex sha256 of each zarr.json as a document, without what may change: the length of the view axis, the seal itself, and consolidated metadata,
+    which a user may add for other tools and which is not read here."""
+    digests = {}
+    for file, document in documents.items():
+        document = {key: value for key, value in document.items() if key != "consolidated_metadata"}
+        if file == "zarr.json":
+            document["attributes"] = {key: value for key, value in document.get("attributes", {}).items() if key != "seal"}
+        elif "/" in file and not file.startswith("images/") and isinstance(document.get("shape"), list):
+            document["shape"] = [None, *document["shape"][1:]]
+        digests[file] = canonical_digest(document).hex()
+    return digests
+
+
+def write_seal(path: Path, documents: dict[str, dict]) -> None:
+    """Put the seal of these documents into the store's own zarr.json, and that file on the disk."""
+    whole = documents["zarr.json"]
+    whole["attributes"]["seal"] = seals(documents)
+    replace_file(path / "zarr.json", json.dumps(whole, indent=2).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file so that, whatever happens, it has its old content or the new one."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    fresh.write_bytes(content)
+    sync_file(fresh)
+    os.replace(fresh, path)
+    sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it that are missing, forced to the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,21 +24,37 @@ class StoreWriter:
     def __init__(self, path: Path) -> None:
         self.store = LabelStore.open(path)
         self.path = path
-        self.group = zarr.open_group(str(path), mode="r+", zarr_format=3)
+        self.group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
         self.claims = claims_of(path)
 
     def grow(self, views: int) -> None:
-        """Lengthen the view axis to ``views``; never shortens it. ``records`` grows last, and its length is what counts."""
+        """Lengthen the view axis to ``views``; never shortens it. What was stopped half way before is put right too.
+
+        The number of views that counts is an attribute, and changes last (in stores before format 3: the length of ``records``).
+        """
         with claim(self.claims, "grow") as mine:
             if not mine:
                 raise StoreError(f"{self.path} is being extended by another process right now; run this command again in a minute")
+            views = max(views, LabelStore.open(self.path).views)
+            documents = schema.read_metadata(self.path, self.store.crop_arrays)
+            for left in (file for document in documents for file in self.path.glob(f"{document}.*.partial")):
+                left.unlink()
             for name in ("labels", *self.store.crop_arrays, "records"):
-                array = schema.array(self.group, name)
-                if array.shape[0] < views:
-                    array.resize((views, *array.shape[1:]))
-                    schema.sync_file(self.path / name / "zarr.json")
-                    schema.sync_folder(self.path / name)
+                file = f"{name}/zarr.json"
+                if documents[file]["shape"][0] != views:
+                    documents[file]["shape"][0] = views
+                    schema.replace_file(self.path / file, json.dumps(documents[file], indent=2).encode())
+            attributes = documents["zarr.json"]["attributes"]
+            if attributes.get("views", views) != views:
+                attributes["views"] = views
+                schema.write_seal(self.path, documents)
         self.store = LabelStore.open(self.path)
+        self.group = zarr.open_group(str(self.path), mode="r+", zarr_format=3, use_consolidated=False)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether an array has another length than the store's number of views: a growth was stopped half way, or a number flipped."""
+        return any(self.store.array(name).shape[0] != self.store.views for name in ("labels", *self.store.crop_arrays, "records"))
 
     @contextmanager
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
@@ -45,6 +62,15 @@ class StoreWriter:
         with claim(self.claims, *(f"{view}-{shard}" for view in views)) as mine:
             finished = self.store.finished(shard) if mine else ()
             yield [view for view in views if f"{view}-{shard}" in mine and not finished[view]]
+
+    def discard(self, view: int, shard: int) -> bool:
+        """Take the record of a shard away that is not what was written, so that it is written again. False if another process is at it already,
+        or has made it anew."""
+        with claim(self.claims, f"{view}-{shard}") as mine:
+            if not mine or not self.store.fault(view, shard):
+                return False
+            self._clear("records", view, shard)
+            return True
 
     def write(self, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> None:
         """Store one whole shard of one view: codes [rows, classes], zeros where unusable, and the arrays of ``store.crop_arrays`` in their

@@ -20,7 +20,7 @@ from conftest import tree
 from cache import LabelStore, StoreError, claims, schema
 from cache.claims import claim
 from cache.codec import CODECS
-from cache.schema import Images
+from cache.schema import DamagedStore, Images
 from cache.writer import StoreWriter, stored_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -360,7 +360,7 @@ def test_a_flipped_bit_is_an_error_and_never_a_label(full):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
-        with pytest.raises(StoreError, match=r"labels of .* can't be read .*; restore") as error:
+        with pytest.raises(StoreError, match=r"view 1, rows 0 to 15 of .* labels/c/1/0/0 can't be read .*; run the same") as error:
             store.codes(1, slice(0, 16))
         assert one_line(error)
     assert len(store.codes(0, slice(0, 16))) == 16
@@ -416,7 +416,7 @@ def test_a_file_that_is_lost_while_the_store_is_open_is_an_error(full, name):
     store.codes(0, slice(0, 2))  # what is finished has been looked up
     file = store.file(name, 1, 0)
     file.unlink()
-    with pytest.raises(StoreError, match=f"{name} of .* lacks {name}/c/1/0"):
+    with pytest.raises(StoreError, match=f"view 1, rows 0 to 15 of .* {name}/c/1/0.* is missing or empty; run the same"):
         store.codes(1, slice(0, 2))
 
 
@@ -466,12 +466,16 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     document = json.loads((full / "zarr.json").read_text())
 
     def variant(name: str, **changes: object) -> Path:
+        """As another program would have made it: sealed."""
         place = Path(shutil.copytree(full, tmp_path / name))
         (place / "zarr.json").write_text(json.dumps(document | {"attributes": document["attributes"] | changes}))
+        schema.write_seal(place, schema.read_metadata(place, schema.UNMIXED))
         return place
 
-    newer = variant("newer.zarr", format_version=3)
+    newer = variant("newer.zarr", format_version=4)
+    older = variant("older.zarr", format_version=0)
     other = variant("other.zarr", format="something")
+    (other / "records").rename(other / "somethings")
     zarr.create_group(str(tmp_path / "plain.zarr"))
     zarr.create_array(str(tmp_path / "array.zarr"), shape=(3,), dtype="uint8")
     zarr.create_group(str(tmp_path / "old.zarr"), zarr_format=2)
@@ -482,15 +486,16 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     headless = variant("headless.zarr")
     (headless / "labels/zarr.json").unlink()
     for place, says in (
-        (newer, "has label store format 3, this program reads 1 and 2; use the version"),
+        (newer, "has label store format 4, this program reads 1 to 3; it was made by a newer version: update this program"),
+        (older, "has label store format 0, this program reads 1 to 3; use the version of this program that made it"),
         (other, "not a label store .*'something'"),
         (tmp_path / "plain.zarr", "not a label store .*None"),
         (tmp_path / "array.zarr", "not a label store"),
         (tmp_path / "old.zarr", "not a label store"),
         (tmp_path / "folder", "not a label store"),
         (tmp_path / "file", "not a label store"),
-        (torn, "not a label store"),
-        (headless, "is damaged"),
+        (torn, "is damaged: zarr.json"),
+        (headless, "is damaged: labels/zarr.json is not what was written there .it is missing"),
         (tmp_path / "nothing", "there is no label store at .*; make one with generate-labels"),
     ):
         with pytest.raises(StoreError, match=says) as error:
@@ -499,7 +504,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     for key in ("codec", "provenance", "class_names"):
         attributes = {name: value for name, value in document["attributes"].items() if name != key}
         (full / "zarr.json").write_text(json.dumps(document | {"attributes": attributes}))
-        with pytest.raises(StoreError, match=f"is damaged: it has no '{key}'"):
+        with pytest.raises(DamagedStore, match="is damaged: zarr.json is not what was written there"):
             LabelStore.open(full)
 
 
@@ -557,22 +562,22 @@ def test_growing_keeps_what_is_finished_and_never_shrinks(full):
 
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_next(full, monkeypatch, name):
-    def failing(file: Path) -> None:
-        if file.parent.name == name:
+    def failing(folder: Path) -> None:
+        if folder.name == name:
             raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(schema, "sync_file", failing)
+        patch.setattr(schema, "sync_folder", failing)
         StoreWriter(full).grow(4)
     assert zarr.open_group(str(full), mode="r")[name].shape[0] == 4
     store = LabelStore.open(full)
-    assert store.views == 2 and store.progress() == (10, 10)
+    assert store.views == 2 and store.progress() == (10, 10) and StoreWriter(full).uneven
     assert len(store.probabilities(1, USABLE)) == len(USABLE)
     with pytest.raises(StoreError, match="has views 0 to 1, not 2"):
         store.codes(2, slice(0, 2))
     StoreWriter(full).grow(3)
     store = fill(full, (2, 0))
-    assert store.views == 3 and store.progress() == (11, 15)
+    assert store.views == 3 and store.progress() == (11, 15) and not StoreWriter(full).uneven
     assert len(store.crops(2, slice(0, 3))[0]) == 3
 
 
@@ -665,7 +670,7 @@ def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, holder, reaped):
 
 def leave_claim(folder: Path, **owner: object) -> Path:
     folder.mkdir()
-    (folder / "a").write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": "1"} | owner))
+    (folder / "a").write_text(json.dumps(claims._me() | {"started": "1"} | owner))
     return folder / "a"
 
 
@@ -677,8 +682,10 @@ def test_a_process_number_used_again_does_not_keep_a_claim_alive(tmp_path):
 
 @pytest.mark.parametrize(("age", "taken"), [(0, False), (claims.STALE - 5, False), (claims.STALE + 5, True)])
 @pytest.mark.parametrize("content", ["claim", "empty"])
-def test_the_claim_of_another_host_is_taken_over_only_when_stale(tmp_path, age, taken, content):
-    file = leave_claim(tmp_path / "claims", host="elsewhere")
+@pytest.mark.parametrize("place", ["host", "boot", "namespace"])
+def test_the_claim_of_another_machine_is_taken_over_only_when_stale(tmp_path, age, taken, content, place):
+    """A container of the same host name on another node, or beside this one, has a process of this number too."""
+    file = leave_claim(tmp_path / "claims", **{place: "elsewhere"})
     if content == "empty":  # its owner has just created it, or died before it wrote its name
         file.write_text("")
     then = time.time() - age
