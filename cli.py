@@ -27,13 +27,16 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from cache.schema import MealError
+        from pipeline.stopping import on_signals
 
         try:
-            return super().invoke(ctx)
+            with on_signals():
+                return super().invoke(ctx)
         except MealError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to go on from what is finished", err=True)
+        except KeyboardInterrupt as stop:
+            by = f" by {stop}" if str(stop) else ""
+            click.echo(f"stopped{by}; run the same command again to go on from what is finished", err=True)
         except BrokenPipeError:
             sys.stderr.close()
         except RuntimeError as error:

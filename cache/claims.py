@@ -9,6 +9,7 @@ may share a host name and all be process 7, so a claim names all three, and anyt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -58,7 +59,7 @@ def sweep(folder: Path) -> None:
     """Remove what dead processes left, once the work is done."""
     if folder.is_dir():
         for path in folder.iterdir():
-            if _dead(path):
+            if _is_litter(path) or _dead(path):
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: others still hold claims
             folder.rmdir()
@@ -67,7 +68,7 @@ def sweep(folder: Path) -> None:
 def _take(path: Path) -> bool:
     for _ in range(2):
         # Written elsewhere and then linked to its name, which fails if the name is taken: a claim is there with its owner, or not at all.
-        fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
+        fresh = _scratch(path, "new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # another worker may just have removed the empty folder
             fresh.write_text(json.dumps(_me()))
@@ -91,11 +92,26 @@ def _take(path: Path) -> bool:
     return False
 
 
+def _scratch(path: Path, kind: str) -> Path:
+    """A name for a file that this process needs for a moment; it tells whose it is, even while the file is empty."""
+    return path.with_name(f"{path.name}.{_place_key()}.{os.getpid()}.{uuid.uuid4().hex}.{kind}")
+
+
+def _is_litter(path: Path) -> bool:
+    """Whether it is a momentary file of a process of this machine that is gone."""
+    *_, place, process, _, kind = ["", "", "", "", *path.name.split(".")]
+    return kind in ("new", "clock") and place == _place_key() and process.isdecimal() and not alive(int(process))
+
+
+def _place_key() -> str:
+    return hashlib.sha256(json.dumps(_place()).encode()).hexdigest()[:12]
+
+
 def _dead(path: Path) -> bool:
     owner = _owner(path)
     if owner and {key: owner.get(key) for key in _place()} == _place():
         return _started(owner["process"]) != owner["started"]
-    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
+    probe = _scratch(path, "clock")
     try:
         probe.touch()
         age = probe.stat().st_mtime - path.stat().st_mtime

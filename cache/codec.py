@@ -81,6 +81,26 @@ class Codec:
             np.maximum(p, np.float32(self.zero), out=p)
         return p / p.sum(axis=1, keepdims=True, dtype=np.float32)
 
+    def plausible(self, codes: np.ndarray) -> np.ndarray:
+        """bool [n]: whether codes [n, classes] can be those of probabilities that sum to one (``sum_range``)."""
+        low, high = self.sum_range(codes.shape[1])
+        p = codes.astype(np.float64) if self.table is None else self.table[codes]
+        sums = np.maximum(p, self.zero).sum(axis=1, dtype=np.float64)
+        return (sums >= low) & (sums <= high) & np.isfinite(sums)
+
+    @lru_cache(maxsize=64)  # noqa: B019 - as max_error
+    def sum_range(self, classes: int) -> tuple[float, float]:
+        """Least and greatest sum of the decoded values, before renormalisation, of any row that sums to one.
+
+        By Lagrange duality, d being what the cell [low, high] decodes to: Σd ≤ λ + classes · max (d − λ·low) and Σd ≥ λ + classes · min (d − λ·high)
+        for any λ ≥ 0, over all cells. Both are widened by what a row's sum may miss one by (``SUM_TOLERANCE``).
+        """
+        low, high, decoded = self._cells()
+        multipliers = np.concatenate([np.linspace(0, 4, 401), 1 + np.geomspace(1e-6, 1, 100), 1 - np.geomspace(1e-6, 1, 100)])[:, None]
+        most = (multipliers[:, 0] + classes * np.max(decoded - multipliers * low, axis=1)).min()
+        least = (multipliers[:, 0] + classes * np.min(decoded - multipliers * high, axis=1)).max()
+        return float(least) - 2 * SUM_TOLERANCE, float(most) + 2 * SUM_TOLERANCE
+
     def describe(self) -> dict:
         """What the store's attributes say of the codec: enough to decode without this project."""
         formula = (

@@ -180,26 +180,31 @@ class LabelStore:
         self._sound.add((view, shard))
 
     def fault(self, view: int, shard: int) -> str | None:
-        """What is wrong with a finished shard, or None: it is read whole and compared with the digest in its record.
+        """What is wrong with a finished shard, or None."""
+        return self.content(view, shard)[1]
+
+    def content(self, view: int, shard: int) -> tuple[list[np.ndarray], str | None]:
+        """A finished shard, read whole and compared with the digest in its record: codes, and the arrays of ``crop_arrays``; and what is wrong with
+        it, or None.
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
         """
         names = ("labels", *self.crop_arrays)
+        content: list[np.ndarray] = []
         for name in names:
+            file = self.file(name, view, shard).relative_to(self.path)
             if not self._size(name, view, shard):
-                return f"{self.file(name, view, shard).relative_to(self.path)} is missing or empty"
-        content = []
-        for name in names:
+                return [], f"{file} is missing or empty"
             try:
                 content.append(self.array(name)[view, self.shard_slice(shard)])
             except (KeyError, ValueError, RuntimeError, OSError) as error:  # a checksum, a file cut short, one that can't be read
-                return f"{self.file(name, view, shard).relative_to(self.path)} can't be read ({_one_line(error)})"
+                return [], f"{file} can't be read ({_one_line(error)})"
         record = self.record(view, shard)
         if record["magic"] != schema.RECORD_MAGIC:
-            return "its completion record is missing or damaged"
+            return content, "its completion record is missing or damaged"
         if schema.shard_digest(self.identity, view, shard, *content) != record["digest"].tobytes():
-            return "another digest than in the completion record (another shard's files, or changed by other hands)"
-        return None
+            return content, "another digest than in its completion record (files of another place, or changed by other hands)"
+        return content, None
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
         """Stored codes [n, classes] of the rows, in their order. Whole inner chunks are read: ask for neighbours together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
 from pipeline.plan import Plan
 from pipeline.progress import Progress, duration, say
+from pipeline.stopping import finishing
 
 PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
+CHECK_THREADS = 4  # each holds a shard, some 32 MiB of codes
 
 
 @dataclass
@@ -45,11 +48,13 @@ def generate(
     device: torch.device,
     worker: tuple[int, int] = (0, 1),
     strict: bool = False,
+    check: bool = True,
 ) -> LabelStore:
     """Make a label store, or finish or extend the one that is there.
 
     classes: class folders in the order of the teachers' outputs (a class map); None: the folders' names, sorted.
     worker: (i, n), this process does every n-th unit of work from the i-th on. strict: an unusable file is an error.
+    check: read the finished shards of this worker's share again, and make anew what isn't what was written; False: believe them.
     Raises MealError for whatever the user can mend.
     """
     folder = images.split_folder(data, split)
@@ -72,15 +77,18 @@ def generate(
         raise StoreError(f"{path} was made with another --class-map; pass that one again, or generate a new store")
     images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
     provenance.require_same_pixels(writer.store, folder, config.render.threads)
-    if config.crops.views > writer.store.views:
+    if config.crops.views > writer.store.views or writer.uneven:
         if worker[0] == 0:
-            say(f"extending {path} from {writer.store.views} to {config.crops.views} views")
+            if config.crops.views > writer.store.views:
+                say(f"extending {path} from {writer.store.views} to {config.crops.views} views")
             writer.grow(config.crops.views)
         else:
             _wait(path, "grow", lambda: LabelStore.open(path).views >= config.crops.views)
             writer = StoreWriter(path)
     elif config.crops.views < writer.store.views:
         say(f"{path} has {writer.store.views} views already; none is taken away")
+    if check:
+        _discard_damaged(config, writer, worker)
     _fill(config, writer, folder, teachers, device, worker)
     return LabelStore.open(path)
 
@@ -151,6 +159,21 @@ def _wait(path: Path, claimed: str, done: Callable[[], bool]) -> None:
             raise StoreError(f"nobody has begun to {claimed} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
 
 
+def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int]) -> None:
+    """Read what is finished of this worker's share, and take the records of shards away that aren't what was written: they will be made anew."""
+    store = writer.store
+    places = _share(store.finished(), config.store.views_per_decode, worker)
+    threads = min(render.threads_for(config.render.threads), CHECK_THREADS)
+    with Progress("checking", len(places), "shards") as progress, ThreadPoolExecutor(threads) as pool:
+        try:
+            for (view, shard), fault in zip(places, pool.map(lambda place: store.fault(*place), places), strict=True):
+                if fault and writer.discard(view, shard):
+                    say(f"{_place(store, [view], shard)}: damaged, and will be made anew: {fault}")
+                progress.advance(1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int]) -> None:
     """Label whatever this worker's share is missing."""
     store = writer.store
@@ -164,7 +187,12 @@ def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Mode
             with writer.claimed(unit.views, unit.shard) as views:
                 left_to_others += len(unit.views) - len(views)
                 if views:
-                    _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
+                    try:
+                        _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
+                    except KeyboardInterrupt:
+                        done, of = store.progress()
+                        say(f"{done} of {of} shards are done; what was in flight is dropped ({_place(store, views, unit.shard)})")
+                        raise
     if progress.done:
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
     done, of = store.progress()
@@ -177,16 +205,31 @@ def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Mode
         say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
 
 
+def _place(store: LabelStore, views: list[int], shard: int) -> str:
+    rows = store.shard_slice(shard)
+    return f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to {rows.stop - 1}"
+
+
 def _units(finished: np.ndarray, views_per_decode: int, worker: tuple[int, int]) -> list[Unit]:
     """This worker's share of the unfinished shards, the views that share its decodes together; early views first, so that they become
     trainable first. Whose share a unit is depends on its place alone, not on what is done already."""
-    views, shards = finished.shape
-    units = []
-    for place, (first, shard) in enumerate(itertools.product(range(0, views, views_per_decode), range(shards))):
-        missing = [v for v in range(first, min(first + views_per_decode, views)) if not finished[v, shard]]
-        if missing and place % worker[1] == worker[0]:
-            units.append(Unit(missing, shard))
-    return units
+    units: dict[tuple[int, int], Unit] = {}
+    for view, shard in _share(~finished, views_per_decode, worker):
+        units.setdefault((view // views_per_decode, shard), Unit([], shard)).views.append(view)
+    return list(units.values())
+
+
+def _share(wanted: np.ndarray, views_per_decode: int, worker: tuple[int, int]) -> list[tuple[int, int]]:
+    """(view, shard) of those places of ``wanted``, bool [views, shards], that are this worker's, in the order of the work."""
+    views, shards = wanted.shape
+    blocks = itertools.product(range(0, views, views_per_decode), range(shards))
+    return [
+        (view, shard)
+        for place, (first, shard) in enumerate(blocks)
+        if place % worker[1] == worker[0]
+        for view in range(first, min(first + views_per_decode, views))
+        if wanted[view, shard]
+    ]
 
 
 def _label(
@@ -255,14 +298,15 @@ def _label(
         for cut, views in batches:
             for i, pixels in enumerate(views):
                 pixels = {size: p.to(device) for size, p in pixels.items()}
-                p, _ = ensemble(teachers, pixels, config.store.precision, batch_size=batch_size)
+                p, logits = ensemble(teachers, pixels, config.store.precision, batch_size=batch_size)
                 good = usable[cut]
-                if not torch.isfinite(p[torch.from_numpy(good).to(device)]).all():
+                if not torch.isfinite(logits[torch.from_numpy(good).to(device)]).all():
                     _blame(teachers, pixels, good, store.images.path[rows[cut]], config.store.precision)
                 codes[i, cut][good] = store.codec.encode(p.cpu().numpy()[good])
                 progress.advance(int(good.sum()))
     for i, view in enumerate(unit.views):
-        writer.write(view, unit.shard, codes[i], *kept[i])
+        with finishing():
+            writer.write(view, unit.shard, codes[i], *kept[i])
 
 
 def _blame(teachers: list[Model], pixels: dict[int, torch.Tensor], usable: np.ndarray, paths: np.ndarray, precision: str) -> None:

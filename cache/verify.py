@@ -1,0 +1,187 @@
+"""Whether a store is, whole, what was written: every digest compared, coverage, labels that sum to one, boxes inside their images, nothing foreign."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from cache import codec as codecs
+from cache import schema
+from cache.reader import LabelStore
+from cache.schema import DamagedStore, Images
+
+STATISTICS = 1e-6  # relative: what a record's entropy may be off from one computed on another machine
+
+
+@dataclass
+class Finding:
+    """Something that is wrong. Of a shard: its place; of another file: its path in the store."""
+
+    what: str
+    view: int | None = None
+    shard: int | None = None
+    first_row: int | None = None
+    last_row: int | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file if self.view is None else f"view {self.view}, rows {self.first_row} to {self.last_row}"
+        return f"{place}: {self.what}"
+
+
+@dataclass
+class Verdict:
+    """What ``verify`` found. ``missing``: places without a label yet, which nobody promised; ``damaged``: what was promised and isn't so."""
+
+    shards: int = 0
+    checked: int = 0
+    labelled: int = 0
+    damaged: list[Finding] = field(default_factory=list)
+    missing: list[Finding] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # files that are no part of a store
+    left: list[str] = field(default_factory=list)  # unfinished files of a process that was killed, or is writing now
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is damaged and nothing foreign; shards may be missing."""
+        return not (self.damaged or self.foreign)
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+    def document(self) -> dict:
+        return {"sound": self.sound, "complete": self.complete, **asdict(self)}
+
+
+def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = lambda shards: None) -> Verdict:
+    """Read every file of a store and compare. progress: is told how many shards were read.
+
+    Memory: a shard (some 32 MiB of codes) a thread. Raises StoreError if there is no store at ``path``, or one of another version.
+    """
+    verdict = Verdict()
+    try:
+        store = LabelStore.open(path)
+        images = store.images
+    except DamagedStore as error:  # nothing else can be told without it
+        verdict.damaged.append(Finding(str(error), file="zarr.json"))
+        return verdict
+    for name in ("labels", *store.crop_arrays, "records"):
+        if (views := store.array(name).shape[0]) != store.views:
+            verdict.damaged.append(Finding(f"it says {views} views, the store has {store.views}", file=f"{name}/zarr.json"))
+    finished = store.finished()
+    verdict.shards = finished.size
+    verdict.foreign, verdict.left = _others(store)
+
+    def look(place: tuple[int, int]) -> tuple[Finding | None, int]:
+        view, shard = place
+        fault, labelled = _shard(store, images, view, shard) if finished[place] else (_unfinished(store, view, shard), 0)
+        return fault and _at(store, view, shard, fault), labelled
+
+    with ThreadPoolExecutor(threads) as pool:
+        for place, (finding, labelled) in zip(np.ndindex(finished.shape), pool.map(look, np.ndindex(finished.shape)), strict=True):
+            if finding is not None:
+                verdict.damaged.append(finding)
+            elif not finished[place]:
+                verdict.missing.append(_at(store, *place, "not labelled yet"))
+            verdict.checked += bool(finished[place])
+            verdict.labelled += labelled
+            progress(1)
+    return verdict
+
+
+def _at(store: LabelStore, view: int, shard: int, what: str) -> Finding:
+    rows = store.shard_slice(shard)
+    return Finding(what, view, shard, rows.start, rows.stop - 1)
+
+
+def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
+    """Why a shard without a good record, or without the files it speaks of, is more than missing; None if it was just never finished."""
+    record = store.record(view, shard)
+    if record["magic"] == schema.RECORD_MAGIC:
+        return "files that its completion record speaks of are missing, empty or of another size"
+    file = store.file("records", view, shard)
+    if file.exists() and file.stat().st_size:
+        return f"its completion record ({file.relative_to(store.path)}) is damaged, or of another place"
+    return None
+
+
+def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[str | None, int]:
+    """(what is wrong with a finished shard or None, its labelled rows)."""
+    content, fault = store.content(view, shard)
+    if fault:
+        return fault, 0
+    rows = store.shard_slice(shard)
+    here = images.take(np.arange(rows.start, rows.stop))
+    usable = here.status == schema.USABLE
+    codes, kept = content[0], dict(zip(store.crop_arrays, content[1:], strict=True))
+    labelled, entropy, agreeing = 0, 0.0, 0
+    for first in range(0, len(codes), store.chunk_rows):  # by chunks: a decoded shard takes gigabytes
+        part = slice(first, first + store.chunk_rows)
+        given = codes[part].any(axis=1)
+        if not np.array_equal(given, usable[part]):
+            row = int(np.argmax(given != usable[part]))
+            return f"row {rows.start + first + row} {'has a label and no usable image' if given[row] else 'has no label'}", 0
+        plausible = store.codec.plausible(codes[part][given])
+        if not plausible.all():
+            row = np.flatnonzero(given)[np.argmin(plausible)]
+            return f"the label of row {rows.start + first + row} does not sum to one", 0
+        probabilities = store.codec.decode(codes[part][given])
+        labelled += int(given.sum())
+        entropy += codecs.entropy(probabilities).sum()
+        agreeing += int((probabilities.argmax(axis=1) == here.class_index[part][given]).sum())
+    record = store.record(view, shard)
+    if (labelled, agreeing) != (record["labelled"], record["agreeing"]) or abs(entropy - record["entropy"]) > STATISTICS * max(1, entropy):
+        return "its completion record counts other labels than there are", 0
+    return _crops(kept, here, rows, images), labelled
+
+
+def _crops(kept: dict[str, np.ndarray], here: Images, rows: slice, images: Images) -> str | None:
+    """What is wrong with the crops of a shard's rows, or None."""
+    usable = here.status == schema.USABLE
+    top, left, height, width = kept["boxes"].astype(np.int64).T
+    inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0) & (top + height <= here.height) & (left + width <= here.width)
+    if not inside[usable].all():
+        row = np.flatnonzero(usable)[np.argmin(inside[usable])]
+        box = kept["boxes"][row].tolist()
+        return f"the crop {box} of row {rows.start + row} is not inside its image of {here.height[row]} × {here.width[row]} pixels"
+    if "mix_partner" in kept:
+        partner, (low, first, high, last) = kept["mix_partner"], kept["mix_box"].T
+        mixed = partner >= 0
+        good = (partner < len(images)) & (low >= 0) & (first >= 0) & (low < high) & (first < last) & (high <= 1) & (last <= 1)
+        good &= images.status[partner.clip(0, len(images) - 1)] == schema.USABLE
+        if not good[mixed].all():
+            row = np.flatnonzero(mixed)[np.argmin(good[mixed])]
+            return f"what is pasted into row {rows.start + row} (row {partner[row]}, box {kept['mix_box'][row].tolist()}) is not there"
+    return None
+
+
+def _others(store: LabelStore) -> tuple[list[str], list[str]]:
+    """(files that are no part of the store, unfinished files), as paths in the store."""
+    names = ("labels", *store.crop_arrays, "records")
+    fixed = {"zarr.json", "images/zarr.json", *(f"{name}/zarr.json" for name in names)}
+    for column in fields(Images):
+        array = store.array(f"images/{column.name}")
+        chunks = (-(-length // size) for length, size in zip(array.shape, array.chunks, strict=True))
+        fixed |= {f"images/{column.name}/zarr.json"}
+        fixed |= {"/".join([f"images/{column.name}/c", *map(str, place)]) for place in np.ndindex(*chunks)}
+    foreign, left = [], []
+    for folder, _, files in os.walk(store.path):
+        for file in files:
+            path = Path(folder, file).relative_to(store.path).as_posix()
+            if path not in fixed and not _is_shard(store, path, names):
+                (left if file.endswith(".partial") else foreign).append(path)
+    return sorted(foreign), sorted(left)
+
+
+def _is_shard(store: LabelStore, path: str, names: tuple[str, ...]) -> bool:
+    name, *place = path.split("/")
+    if name not in names or len(place) < 3 or not all(part.isdecimal() for part in place[1:3]):
+        return False
+    view, shard = int(place[1]), int(place[2])
+    return view < store.views and shard < store.shards and store.file(name, view, shard) == store.path / path
