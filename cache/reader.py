@@ -88,6 +88,9 @@ class LabelStore:
     @cached_property
     def images(self) -> Images:
         """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
+        for file in self.manifest_files():  # what Zarr would read as zeros and empty names
+            if not (self.path / file).exists():
+                raise schema.damaged(self.path, file, "it is missing")
         try:
             columns = {name: self._read(f"images/{name}", np.s_[:]) for name in Images.__dataclass_fields__}
         except StoreError as error:
@@ -100,6 +103,15 @@ class LabelStore:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
                 raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
         return images
+
+    def manifest_files(self) -> list[str]:
+        """Paths in the store of the manifest's chunks."""
+        files = []
+        for name in Images.__dataclass_fields__:
+            array = self.array(f"images/{name}")
+            chunks = (-(-length // size) for length, size in zip(array.shape, array.chunks, strict=True))
+            files += ["/".join([f"images/{name}/c", *map(str, place)]) for place in np.ndindex(*chunks)]
+        return files
 
     @cached_property
     def usable(self) -> np.ndarray:

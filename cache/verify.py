@@ -164,12 +164,8 @@ def _crops(kept: dict[str, np.ndarray], here: Images, rows: slice, images: Image
 def _others(store: LabelStore) -> tuple[list[str], list[str]]:
     """(files that are no part of the store, unfinished files), as paths in the store."""
     names = ("labels", *store.crop_arrays, "records")
-    fixed = {"zarr.json", "images/zarr.json", *(f"{name}/zarr.json" for name in names)}
-    for column in fields(Images):
-        array = store.array(f"images/{column.name}")
-        chunks = (-(-length // size) for length, size in zip(array.shape, array.chunks, strict=True))
-        fixed |= {f"images/{column.name}/zarr.json"}
-        fixed |= {"/".join([f"images/{column.name}/c", *map(str, place)]) for place in np.ndindex(*chunks)}
+    fixed = {"zarr.json", "images/zarr.json", *(f"{name}/zarr.json" for name in names), *store.manifest_files()}
+    fixed |= {f"images/{column.name}/zarr.json" for column in fields(Images)}
     foreign, left = [], []
     for folder, _, files in os.walk(store.path):
         for file in files:

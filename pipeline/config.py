@@ -113,6 +113,11 @@ class Render(Section):
         "cpu", description="where images are decoded and resized; a store is replayed on the one it was made on"
     )
     threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
+    max_megapixels: float = Field(
+        179.0,
+        gt=0,
+        description="an image of more is left out: each takes 3 bytes a pixel in every decoder thread, and may be a decompression bomb",
+    )
 
 
 class Discriminator(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import LabelStore, schema
+from cache import LabelStore, mend, schema
 from cache.claims import claim, claims_of, held, holders, sweep
 from cache.codec import CODECS
-from cache.schema import USABLE, StoreError, canonical_digest
+from cache.schema import USABLE, DamagedStore, StoreError, canonical_digest
 from cache.writer import StoreWriter
 from pipeline import cutmix, images, provenance, render
 from pipeline.background import ahead
@@ -71,6 +72,13 @@ def generate(
             if mine and not path.exists():
                 _create(config, folder, path, names, teachers, device, strict)
     _wait(path, "create", path.exists)
+    if damage := _damage(path):
+        if worker[0] == 0:
+            with claim(claims_of(path), "create") as mine:
+                if mine and _damage(path):
+                    say(damage)
+                    _mend(config, folder, path, names, teachers, device)
+        _wait(path, "create", lambda: not _damage(path))
     writer = StoreWriter(path)
     provenance.require_same_recipe(writer.store, config, teachers, device)
     if classes is not None and classes != writer.store.class_names:
@@ -93,11 +101,40 @@ def generate(
     return LabelStore.open(path)
 
 
+def _damage(path: Path) -> str | None:
+    """What is wrong with the description of a store, which has nothing to do with its labels."""
+    try:
+        _ = LabelStore.open(path).images
+    except DamagedStore as error:
+        return str(error)
+    return None
+
+
+def _mend(config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device) -> None:
+    """Make the description of a damaged store anew: an empty store, from the same images and command, lends its files."""
+    views = max(config.crops.views, mend.views_of(path))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.mending.") as scratch:
+        fresh = Path(scratch, path.name)
+        _create(
+            config.model_copy(update={"crops": config.crops.model_copy(update={"views": views})}), folder, fresh, classes, teachers, device
+        )
+        for file in mend.mend(path, fresh):
+            say(f"made {file} of {path} anew")
+
+
 def _create(
-    config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool
+    config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool = False
 ) -> None:
+    """Make an empty store, from a look at every image."""
     provenance.require_class_count(folder, classes, teachers)
-    found = images.scan(folder, classes, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
+    found = images.scan(
+        folder,
+        classes,
+        exif=config.crops.exif,
+        threads=config.render.threads,
+        order_seed=config.crops.seed,
+        max_megapixels=config.render.max_megapixels,
+    )
     bad = images.unusable_summary(found)
     for line in bad:
         say(line)

@@ -19,8 +19,9 @@ from PIL import Image
 from cache.schema import UNUSABLE, USABLE, Images, MealError
 from pipeline import philox
 from pipeline.progress import Progress
-from pipeline.render import RenderError, WholeDecode, quiet_decoders, threads_for
+from pipeline.render import Header, RenderError, WholeDecode, quiet_decoders, threads_for
 
+MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
 
@@ -114,11 +115,20 @@ def _walk(folder: Path, relative: str, above: frozenset[str]) -> Iterator[tuple[
             yield path, size
 
 
-def scan(folder: Path, classes: Sequence[str], *, exif: str, threads: int | None = None, order_seed: int | None = None) -> Images:
+def scan(
+    folder: Path,
+    classes: Sequence[str],
+    *,
+    exif: str,
+    threads: int | None = None,
+    order_seed: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> Images:
     """Read and decode every file whole, and note size, digest, dimensions, and why a file is unusable.
 
     exif: "ignore" or "apply", as the renderer will decode. order_seed: rows in a random order that depends on the seed and the paths
-    (so that a run of rows is a fair sample of the classes); None: sorted by path.
+    (so that a run of rows is a fair sample of the classes); None: sorted by path. max_megapixels: a larger image is unusable, and never decoded: what
+    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes.
     """
     paths, class_index, sizes = list_files(folder, classes)
     n = len(paths)
@@ -141,17 +151,24 @@ def scan(folder: Path, classes: Sequence[str], *, exif: str, threads: int | None
         sizes[row] = len(blob)
         digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
         if not hasattr(decoders, "whole"):
-            decoders.whole = WholeDecode(exif)
-        shape = decoders.whole(blob)
+            decoders.header, decoders.whole = Header(exif), WholeDecode(exif)
+        shape = decoders.header(blob)
+        if shape is not None and (megapixels := shape[0] * shape[1] / 1e6) > max_megapixels:
+            reason[row] = f"too large: {megapixels:,.1f} megapixels, the limit is {max_megapixels:g} (render.max_megapixels)"
+            return
+        shape = shape and decoders.whole(blob)
         if shape is None:
             reason[row] = why_undecodable(blob)
         else:
             height[row], width[row] = shape
 
     with quiet_decoders(), Progress("reading images", n, "images") as progress, ThreadPoolExecutor(threads) as pool:
-        for start in range(0, n, SCAN_WINDOW):
-            for _ in pool.map(examine, range(start, min(start + SCAN_WINDOW, n))):
-                progress.advance(1)
+        try:
+            for start in range(0, n, SCAN_WINDOW):
+                for _ in pool.map(examine, range(start, min(start + SCAN_WINDOW, n))):
+                    progress.advance(1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # when it is stopped, thousands are still waiting
     status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
     return Images(np.array([_printable(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
 
@@ -193,6 +210,8 @@ def why_undecodable(blob: bytes) -> str:
                 image.load()
     except Image.UnidentifiedImageError:
         return "not an image"
+    except Image.DecompressionBombError as error:
+        return f"too large: {error}"
     except Exception as error:  # a damaged file can raise anything in Pillow's plugins; the file is unusable in any case
         return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
     return f"DALI can't decode this {kind} file"

@@ -179,16 +179,32 @@ class Centre(_Graph):
         return {look: _tensor(out) for look, out in zip(self.looks, outputs, strict=True)}
 
 
-class WholeDecode(_Graph):
-    """Decodes one image whole, for what that tells: height and width, or that the bytes are no image.
-
-    One image a pipeline, and a pipeline a thread: destroying a pipeline in which one image of several has failed crashes DALI 2.4
-    (a segmentation fault within a few dozen failures, measured), while its other images are still being decoded.
-    """
+class _OneImage(_Graph):
+    """Looks at one image. One a pipeline, and a pipeline a thread: destroying a pipeline in which one image of several has failed crashes DALI 2.4
+    (a segmentation fault within a few dozen failures, measured), while its other images are still being decoded."""
 
     def __init__(self, exif: str) -> None:
         super().__init__(1, 1, "cpu")
         self.exif = exif
+
+
+class Header(_OneImage):
+    """What the decoder will take an image's size to be, from its header alone."""
+
+    def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
+        return [fn.peek_image_shape(encoded, adjust_orientation=self.exif == "apply")]
+
+    def __call__(self, blob: bytes) -> tuple[int, int] | None:
+        """(height, width) in pixels; None if DALI knows no such image."""
+        try:
+            (shape,) = self.run([blob])
+        except RenderError:
+            return None
+        return tuple(int(length) for length in np.array(shape.at(0))[:2])
+
+
+class WholeDecode(_OneImage):
+    """Decodes an image whole, for what that tells: height and width, or that the bytes are no image."""
 
     def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
         return [self.decode(encoded, self.exif)]

@@ -20,7 +20,14 @@ from pipeline.progress import say
 from pipeline.provenance import first_difference, layout_of, recipe, require_class_count, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
 
-FREE_KEYS = ("train.epochs", "render.threads", "teachers", "store", "crops.views")  # may change when a run is gone on with
+FREE_KEYS = (
+    "train.epochs",
+    "render.threads",
+    "render.max_megapixels",
+    "teachers",
+    "store",
+    "crops.views",
+)  # may change when a run is gone on with
 
 
 @dataclass
@@ -65,7 +72,14 @@ def choose_source(
             say(line)
     if teachers:
         require_class_count(folder, names, teachers)
-    found = images.scan(folder, names, exif=config.crops.exif, threads=config.render.threads, order_seed=config.crops.seed)
+    found = images.scan(
+        folder,
+        names,
+        exif=config.crops.exif,
+        threads=config.render.threads,
+        order_seed=config.crops.seed,
+        max_megapixels=config.render.max_megapixels,
+    )
     for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
         say(line)
     how: dict = {}  # what labels depend on, beside the images
@@ -221,7 +235,9 @@ def find_validation(data: Path, other: Path | None, source: Source, config: Conf
     else:
         say("no validation: the data has no val/, and no --val-data was given")
         return None
-    found = images.scan(folder, source.class_names, exif=source.policy.exif, threads=config.render.threads)
+    found = images.scan(
+        folder, source.class_names, exif=source.policy.exif, threads=config.render.threads, max_megapixels=config.render.max_megapixels
+    )
     for line in [*images.unusable_summary(found), *images.empty_classes(found, source.class_names, folder)]:
         say(line)
     if not (found.status == USABLE).any():
