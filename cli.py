@@ -275,6 +275,56 @@ def inspect(store, as_json):
     click.echo(_json(facts)) if as_json else store_page(facts)
 
 
+@main.command("verify", short_help="Whether a label store is, to the last bit, what was written.")
+@options(
+    click.argument("store", type=folder),
+    click.option("--data", type=folder, help="Compare every image with the manifest, byte for byte."),
+    click.option("--sample", type=click.IntRange(1), help="With --data: render so many random crops again and run the teachers on them."),
+    click.option(
+        "--teacher",
+        "teachers",
+        multiple=True,
+        type=MODEL,
+        help="The store's teachers in its order, where their weights are files of yours.",
+    ),
+    click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of --sample."),
+    click.option("--threads", type=click.IntRange(1), help="That read the store, some 200 MB each.  [default: one a core, at most 8]"),
+    device_option,
+    json_option,
+)
+def verify_store(store, data, sample, teachers, split, seed, threads, device, as_json):
+    """Read a label store whole: every digest, every label's sum, every crop inside its image, nothing missing, nothing foreign.
+
+    With --data the images are compared too, or, with --sample, that many labels are made again and compared with what the codec may lose.
+    Status 0: sound and complete. Status 1: something is damaged, foreign or missing; run generate-labels again, which makes exactly that anew.
+
+    \b
+    Example:
+      python cli.py verify labels.zarr
+      python cli.py verify labels.zarr --data imagenet --sample 1000
+    """
+    from pipeline import images
+    from pipeline.config import ModelSpec, validate
+    from pipeline.recheck import recheck
+    from pipeline.report import verdict_page
+
+    if (sample or teachers) and not (data and sample):
+        raise click.UsageError("--sample renders images again and needs --data; --teacher needs both")
+    result = recheck(
+        store,
+        data and images.split_folder(data, split),
+        [validate(teacher, "command line", ModelSpec) for teacher in teachers],
+        sample,
+        device=_device(device) if sample else None,
+        seed=seed,
+        threads=threads,
+    )
+    click.echo(_json(result)) if as_json else verdict_page(result)
+    if not result["trusted"]:
+        raise SystemExit(1)
+
+
 @main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")
 @options(
     click.option("--out", type=folder, default="demo", show_default=True, help="Folder for data, runs and store."),

@@ -88,7 +88,10 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
             if finding is not None:
                 verdict.damaged.append(finding)
             elif not finished[place]:
-                verdict.missing.append(_at(store, *place, "not labelled yet"))
+                lost = store.file("labels", *place).exists()
+                verdict.missing.append(
+                    _at(store, *place, "without a completion record, so what is there doesn't count" if lost else "not labelled yet")
+                )
             verdict.checked += bool(finished[place])
             verdict.labelled += labelled
             progress(1)

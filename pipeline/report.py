@@ -12,7 +12,10 @@ from rich.table import Table
 
 from cache import LabelStore
 from cache.schema import USABLE
+from cache.verify import Finding
 from cache.writer import stored_bytes
+
+FINDINGS = 20  # lines of a kind on a page
 
 
 def results() -> Console:
@@ -110,6 +113,51 @@ def store_page(facts: dict) -> None:
     row("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()))
     row("identity", facts["identity"])
     results().print(table)
+
+
+def verdict_page(result: dict) -> None:
+    """What ``verify`` found, a line a finding, the most at once ``FINDINGS`` of a kind."""
+    console = results()
+
+    def lines(kind: str, texts: list[str]) -> None:
+        for text in texts[:FINDINGS]:
+            console.print(f"{kind:9}{text}", markup=False, soft_wrap=True)
+        if len(texts) > FINDINGS:
+            console.print(f"{kind:9}… and {len(texts) - FINDINGS:,} more (--json lists all)", markup=False)
+
+    def places(findings: list[dict]) -> list[str]:
+        return [str(Finding(**finding)) for finding in findings]
+
+    lines("damaged", places(result["damaged"]))
+    lines("missing", places(result["missing"]))
+    lines("foreign", result["foreign"])
+    lines("left", [f"{file} (unfinished, of a process that was stopped, or is at work now)" for file in result["left"]])
+    lines("problem", result["problems"])
+    if result["images"] is not None:
+        lines("images", [f"all {result['images']:,} are, byte for byte, those that were labelled"])
+    if sample := result["sample"]:
+        for name, key in (("KL", "kl"), ("TV", "tv")):
+            mean, largest, stated = (sample[f"{key}_{what}"] for what in ("mean", "largest", "stated"))
+            lines(
+                "sample",
+                [
+                    f"{sample['crops']:,} crops labelled again: {name} {mean:.3g} on average, {largest:.3g} at most; the codec states {stated:.3g}"
+                ],
+            )
+        lines("sample", [f"{100 * sample['equal_codes']:.3f} % of the codes are the same"])
+    if result["trusted"]:
+        summary = "every digest is right"
+    elif result["sound"] and not result["problems"]:
+        summary = "NOT COMPLETE, and sound as far as it goes: run the same generate-labels command again to finish it"
+    elif result["sound"]:
+        summary = "the files are sound, and the labels are NOT TO BE TRUSTED with these images and teachers"
+    else:
+        summary = "NOT SOUND: run the same generate-labels command again, which makes anew what is damaged; remove what is foreign"
+    console.print(
+        f"{result['store']}: {result['checked']:,} of {result['shards']:,} shards read, {result['labelled']:,} labels; {summary}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def evaluation_table(result: dict) -> None:

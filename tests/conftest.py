@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from cache import schema
 from pipeline import config as configs
 from pipeline.config import Config
 
@@ -128,3 +130,11 @@ def tree(folder: Path) -> dict[str, bytes]:
         for place, _, names in os.walk(folder)
         for name in names
     }
+
+
+def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
+    """Change a store's attributes as the program that made it would have written them: sealed."""
+    document = json.loads((path / "zarr.json").read_text())
+    edit(document["attributes"])
+    (path / "zarr.json").write_text(json.dumps(document))
+    schema.write_seal(path, schema.read_metadata(path, schema.crop_arrays(document["attributes"]["provenance"])))

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import CPU, changed, write_photos, write_teacher
+from conftest import CPU, changed, edit_store, write_photos, write_teacher
 from safetensors.torch import load_file
 
 from cache import LabelStore, StoreError
@@ -233,9 +233,7 @@ def test_an_unfinished_view_is_refused(photos, recipe, tmp_path):
 
 def test_other_pixels_than_the_teachers_saw_are_refused_unless_allowed(photos, recipe, store_path, tmp_path, capsys):
     shutil.copytree(store_path, tmp_path / "s.zarr")
-    meta = json.loads((tmp_path / "s.zarr" / "zarr.json").read_text())
-    meta["attributes"]["fingerprint"]["digests"]["64"] = "0" * 64
-    (tmp_path / "s.zarr" / "zarr.json").write_text(json.dumps(meta))
+    edit_store(tmp_path / "s.zarr", lambda attributes: attributes["fingerprint"]["digests"].update({"64": "0" * 64}))
     one = changed(recipe, train={"epochs": 1})
     with pytest.raises(StoreError, match=r"renders other pixels than the teachers saw \(at 64 px"):
         train(one, photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU)
