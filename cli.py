@@ -103,10 +103,16 @@ MODEL = TeacherType()
     device_option,
     click.option("--batch-size", type=int, help="Crops per forward pass of a teacher; belongs to the store."),
     click.option("--worker", metavar="I/N", help="Do the I-th of N shares, I from 0. Combines with torchrun."),
+    click.option(
+        "--first-view", type=click.IntRange(0), default=0, help="Label the views from this one on; for stores that are joined by merge."
+    ),
     click.option("--strict", is_flag=True, help="Stop at an unusable file instead of leaving it out."),
+    click.option("--no-check", is_flag=True, help="Believe finished shards, instead of reading this worker's share of them again first."),
     set_option,
 )
-def generate_labels(config, data, store, teachers, views, split, class_map, device, batch_size, worker, strict, settings):
+def generate_labels(
+    config, data, store, teachers, views, split, class_map, device, batch_size, worker, first_view, strict, no_check, settings
+):
     """Label every crop of every image once, with the mean softmax of the teachers, into a Zarr store.
 
     Run again, it finishes what is missing and touches nothing that is done. With more --views it extends the store.
@@ -128,7 +134,9 @@ def generate_labels(config, data, store, teachers, views, split, class_map, devi
         classes=_class_map(class_map),
         device=_device(device),
         worker=_worker(worker),
+        first_view=first_view,
         strict=strict,
+        check=not no_check,
     )
 
 
@@ -323,6 +331,42 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
     click.echo(_json(result)) if as_json else verdict_page(result)
     if not result["trusted"]:
         raise SystemExit(1)
+
+
+@main.command("merge", short_help="Several label stores of the same crops as one.")
+@options(
+    click.argument("stores", type=folder, nargs=-1, required=True),
+    click.option("--out", required=True, type=folder, help="Label store: made, or gone on with."),
+    click.option("--codec", help="Of averaged labels.  [default: the first store's]"),
+)
+def merge_stores(stores, out, codec):
+    """Join stores of one recipe that were filled apart, or average stores of different teachers.
+
+    Joined are shards and views: of two clusters without a common disk, one labels with --worker 0/2, the other with --worker 1/2; or one --views 90, and
+    the other --views 180 --first-view 90. Averaged are labels of the same crops by different teachers, each teacher counting once: for teachers that
+    don't fit on a GPU together, or are added later. Refused when the crops differ. Run again, it goes on where it was stopped.
+
+    \b
+    Example:
+      python cli.py merge here.zarr there.zarr --out labels.zarr
+      python cli.py merge senet.zarr resnet.zarr --out both.zarr
+    """
+    from cache import LabelStore
+    from cache.codec import CODECS
+    from cache.merge import merge
+    from pipeline.progress import Progress, say
+
+    if codec is not None and codec not in CODECS:
+        raise click.BadParameter(f"{codec!r} must be one of {', '.join(CODECS)}", param_hint="--codec")
+    total = max(LabelStore.open(store).finished().size for store in stores)
+    with Progress("merging", total, "shards") as progress:
+        made = merge(stores, out, codec=codec and CODECS[codec], say=say, progress=progress.advance)
+    done, of = made.progress()
+    say(
+        f"{out} is complete: {of} of {of} shards"
+        if done == of
+        else f"{done} of {of} shards of {out}; the others are in none, or not in all, of the stores"
+    )
 
 
 @main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")

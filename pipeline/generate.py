@@ -48,16 +48,20 @@ def generate(
     classes: list[str] | None = None,
     device: torch.device,
     worker: tuple[int, int] = (0, 1),
+    first_view: int = 0,
     strict: bool = False,
     check: bool = True,
 ) -> LabelStore:
     """Make a label store, or finish or extend the one that is there.
 
     classes: class folders in the order of the teachers' outputs (a class map); None: the folders' names, sorted.
-    worker: (i, n), this process does every n-th unit of work from the i-th on. strict: an unusable file is an error.
+    worker: (i, n), this process does every n-th unit of work from the i-th on. first_view: earlier views
+    are left as they are. strict: an unusable file is an error.
     check: read the finished shards of this worker's share again, and make anew what isn't what was written; False: believe them.
     Raises MealError for whatever the user can mend.
     """
+    if first_view >= config.crops.views:
+        raise ConfigError(f"--first-view {first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
     folder = images.split_folder(data, split)
     names = classes or images.class_names(folder)
     teachers = load_teachers(config.teachers, device)
@@ -96,8 +100,8 @@ def generate(
     elif config.crops.views < writer.store.views:
         say(f"{path} has {writer.store.views} views already; none is taken away")
     if check:
-        _discard_damaged(config, writer, worker)
-    _fill(config, writer, folder, teachers, device, worker)
+        _discard_damaged(config, writer, worker, first_view)
+    _fill(config, writer, folder, teachers, device, worker, first_view)
     return LabelStore.open(path)
 
 
@@ -196,10 +200,10 @@ def _wait(path: Path, claimed: str, done: Callable[[], bool]) -> None:
             raise StoreError(f"nobody has begun to {claimed} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
 
 
-def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int]) -> None:
+def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int], first_view: int) -> None:
     """Read what is finished of this worker's share, and take the records of shards away that aren't what was written: they will be made anew."""
     store = writer.store
-    places = _share(store.finished(), config.store.views_per_decode, worker)
+    places = _share(store.finished(), config.store.views_per_decode, worker, first_view)
     threads = min(render.threads_for(config.render.threads), CHECK_THREADS)
     with Progress("checking", len(places), "shards") as progress, ThreadPoolExecutor(threads) as pool:
         try:
@@ -211,10 +215,12 @@ def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int]) -> None:
+def _fill(
+    config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int], first_view: int
+) -> None:
     """Label whatever this worker's share is missing."""
     store = writer.store
-    units = _units(store.finished(), config.store.views_per_decode, worker)
+    units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
     size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     left_to_others = 0
@@ -238,8 +244,10 @@ def _fill(config: Config, writer: StoreWriter, folder: Path, teachers: list[Mode
         say(f"{store.path} is complete: {of} of {of} shards")
     elif left_to_others and (busy := holders(writer.claims)):
         say(f"{done} of {of} shards are done; others are at work on {store.path} ({', '.join(sorted(set(busy)))})")
-    else:
+    elif worker[1] > 1:
         say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
+    else:
+        say(f"views {first_view} to {store.views - 1} are done; {of - done} of {of} shards of {store.path} are left")
 
 
 def _place(store: LabelStore, views: list[int], shard: int) -> str:
@@ -247,16 +255,16 @@ def _place(store: LabelStore, views: list[int], shard: int) -> str:
     return f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to {rows.stop - 1}"
 
 
-def _units(finished: np.ndarray, views_per_decode: int, worker: tuple[int, int]) -> list[Unit]:
+def _units(finished: np.ndarray, views_per_decode: int, worker: tuple[int, int], first_view: int) -> list[Unit]:
     """This worker's share of the unfinished shards, the views that share its decodes together; early views first, so that they become
     trainable first. Whose share a unit is depends on its place alone, not on what is done already."""
     units: dict[tuple[int, int], Unit] = {}
-    for view, shard in _share(~finished, views_per_decode, worker):
+    for view, shard in _share(~finished, views_per_decode, worker, first_view):
         units.setdefault((view // views_per_decode, shard), Unit([], shard)).views.append(view)
     return list(units.values())
 
 
-def _share(wanted: np.ndarray, views_per_decode: int, worker: tuple[int, int]) -> list[tuple[int, int]]:
+def _share(wanted: np.ndarray, views_per_decode: int, worker: tuple[int, int], first_view: int) -> list[tuple[int, int]]:
     """(view, shard) of those places of ``wanted``, bool [views, shards], that are this worker's, in the order of the work."""
     views, shards = wanted.shape
     blocks = itertools.product(range(0, views, views_per_decode), range(shards))
@@ -265,7 +273,7 @@ def _share(wanted: np.ndarray, views_per_decode: int, worker: tuple[int, int]) -
         for place, (first, shard) in enumerate(blocks)
         if place % worker[1] == worker[0]
         for view in range(first, min(first + views_per_decode, views))
-        if wanted[view, shard]
+        if wanted[view, shard] and view >= first_view
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cache import LabelStore
-from cache.codec import divergence
+from cache.codec import divergence, from_description
 from cache.schema import DamagedStore, MealError, StoreError
 from cache.verify import verify
 from pipeline import cutmix, images, provenance, render
@@ -104,7 +104,7 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
             kl[here], tv[here] = divergence(p, store.codec.decode(codes))
             equal[here] = (store.codec.encode(p) == codes).mean(axis=1)
             progress.advance(len(part))
-    most_kl, most_tv = store.codec.max_error(store.classes)
+    most_kl, most_tv = _stated(store)
     slack = HALF if compute["precision"] != "float32" else SAME if compute["device"] == device.type else OTHER_DEVICE
     worst = np.argsort(-tv)[:WORST]
     return {
@@ -123,6 +123,16 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
             for i in worst
         ],
     }
+
+
+def _stated(store: LabelStore) -> tuple[float | None, float]:
+    """Largest KL and total variation of a stored label by its codec. An average of stores adds up what theirs lost, for which there is no bound of KL."""
+    kl, tv = store.codec.max_error(store.classes)
+    parts = store.provenance.get("merged", [])
+    teachers = sum(part["teachers"] for part in parts)
+    for part in parts:
+        tv += part["teachers"] / teachers * from_description(part["codec"]).max_error(store.classes)[1]
+    return (None if parts else kl), tv
 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:

@@ -138,12 +138,8 @@ def verdict_page(result: dict) -> None:
     if sample := result["sample"]:
         for name, key in (("KL", "kl"), ("TV", "tv")):
             mean, largest, stated = (sample[f"{key}_{what}"] for what in ("mean", "largest", "stated"))
-            lines(
-                "sample",
-                [
-                    f"{sample['crops']:,} crops labelled again: {name} {mean:.3g} on average, {largest:.3g} at most; the codec states {stated:.3g}"
-                ],
-            )
+            limit = "" if stated is None else f"; the codec states {stated:.3g}"
+            lines("sample", [f"{sample['crops']:,} crops labelled again: {name} {mean:.3g} on average, {largest:.3g} at most{limit}"])
         lines("sample", [f"{100 * sample['equal_codes']:.3f} % of the codes are the same"])
     if result["trusted"]:
         summary = "every digest is right"
