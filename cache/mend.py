@@ -31,7 +31,7 @@ def mend(path: Path, fresh: Path) -> list[str]:
     whole = _document(path / "zarr.json")
     sound = bool(whole) and whole["attributes"].get("seal", {}).get("zarr.json") == schema.seals({"zarr.json": whole})["zarr.json"]
     _require_same_labels(path, made)
-    kept = made.crop_arrays
+    kept = made.shard_arrays[1:]
     wanted = schema.read_metadata(fresh, kept)
     replaced = []
     for file, digest in schema.seals(wanted).items():
@@ -54,7 +54,7 @@ def mend(path: Path, fresh: Path) -> list[str]:
 
 def _require_same_labels(path: Path, made: LabelStore) -> None:
     """Raises StoreError unless a shard of ``path``, seen through the description ``made``, has the digest in its record; or there is none."""
-    links = [(made.path / name / "c", path / name / "c") for name in ("labels", *made.crop_arrays, "records")]
+    links = [(made.path / name / "c", path / name / "c") for name in (*made.shard_arrays, "records")]
     for link, target in links:
         if target.is_dir():
             link.symlink_to(target.resolve())

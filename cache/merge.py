@@ -147,7 +147,7 @@ def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int)
     """Averaged codes of a shard and its crops; None where a store has no label yet."""
     rows = made.shard_slice(shard)
     usable = made.images.status[rows] == schema.USABLE
-    codes = np.zeros((len(usable), *made.array("labels").shape[2:]), made.codec.dtype)
+    codes = np.zeros((len(usable), made.codec.columns(made.classes)), made.codec.dtype)
     crops = [_kept(store, view, rows) for store in stores]
     if any(kept is None for kept in crops):
         return None

@@ -24,21 +24,22 @@ class LabelStore:
         self.provenance: dict = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
         self.class_names: list[str] = self.attributes["class_names"]
-        self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what is kept per crop beside its label
+        self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what says what a crop is
+        self.shard_arrays = schema.shard_arrays(attributes)  # names of all that has a file per shard, but for its record
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
         self.group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
         self._arrays: dict[str, zarr.Array] = {}
         self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
         shape = self.array("labels").shape
-        if any(self.array(name).shape[1] != shape[1] for name in self.crop_arrays) or self.array("records").shape[1] != -(
+        if any(self.array(name).shape[1] != shape[1] for name in self.shard_arrays) or self.array("records").shape[1] != -(
             -shape[1] // self.shard_rows
         ):
             raise KeyError("arrays of one size")
         self.views: int = attributes.get("views", self.array("records").shape[0])  # the second: before there was a seal
         self.shards: int = self.array("records").shape[1]
         self.classes: int = shape[2]
-        for name in ("labels", *self.crop_arrays, "records"):
+        for name in (*self.shard_arrays, "records"):
             if self.array(name).shape[0] < self.views:
                 raise schema.damaged(path, f"{name}/zarr.json", f"it has {self.array(name).shape[0]} views, the store {self.views}")
 
@@ -145,7 +146,7 @@ class LabelStore:
         finished = records["magic"] == schema.RECORD_MAGIC
         for view, i in zip(*np.nonzero(finished), strict=True):
             place = int(i if shard is None else shard)
-            sizes = [self._size(name, int(view), place) for name in ("labels", *self.crop_arrays)]
+            sizes = [self._size(name, int(view), place) for name in self.shard_arrays]
             finished[view, i] = sizes[0] == records["stored_bytes"][view, i] and all(sizes)
         return finished if shard is None else finished[:, 0]
 
@@ -196,14 +197,13 @@ class LabelStore:
         return self.content(view, shard)[1]
 
     def content(self, view: int, shard: int) -> tuple[list[np.ndarray], str | None]:
-        """A finished shard, read whole and compared with the digest in its record: codes, and the arrays of ``crop_arrays``; and what is wrong with
-        it, or None.
+        """A finished shard, read whole and compared with the digest in its record: codes (as ``codes`` gives them), and the arrays of
+        ``crop_arrays``; and what is wrong with it, or None.
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
         """
-        names = ("labels", *self.crop_arrays)
         content: list[np.ndarray] = []
-        for name in names:
+        for name in self.shard_arrays:
             file = self.file(name, view, shard).relative_to(self.path)
             if not self._size(name, view, shard):
                 return [], f"{file} is missing or empty"
@@ -212,15 +212,21 @@ class LabelStore:
             except (KeyError, ValueError, RuntimeError, OSError) as error:  # a checksum, a file cut short, one that can't be read
                 return [], f"{file} can't be read ({_one_line(error)})"
         record = self.record(view, shard)
+        digest = schema.shard_digest(self.identity, view, shard, *content)
+        if "tail" in self.shard_arrays:
+            tail = content.pop()
+            content[0] = codecs.pack(content[0], tail)
         if record["magic"] != schema.RECORD_MAGIC:
             return content, "its completion record is missing or damaged"
-        if schema.shard_digest(self.identity, view, shard, *content) != record["digest"].tobytes():
+        if digest != record["digest"].tobytes():
             return content, "another digest than in its completion record (files of another place, or changed by other hands)"
         return content, None
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
-        """Stored codes [n, classes] of the rows, in their order. Whole inner chunks are read: ask for neighbours together."""
-        return self._rows("labels", view, rows)
+        """Stored codes of the rows, in their order, as ``codec.decode`` takes them: [n, classes], and with a codec that keeps the tail's mass that in one
+        more column. Whole inner chunks are read: ask for neighbours together."""
+        codes = self._rows("labels", view, rows)
+        return codecs.pack(codes, self._rows("tail", view, rows)) if "tail" in self.shard_arrays else codes
 
     def probabilities(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
         """float32 [n, classes]: decoded labels, every value above zero, rows summing to one. StoreError for a row that has no label."""
@@ -307,7 +313,7 @@ def _require_seal(path: Path, whole: dict) -> None:
     seal = whole["attributes"].get("seal")
     if not isinstance(seal, dict) or seal.get("zarr.json") != schema.seals({"zarr.json": whole})["zarr.json"]:
         raise schema.damaged(path, "zarr.json", "its digest is another one than in its seal")
-    kept = schema.crop_arrays(whole["attributes"]["provenance"])
+    kept = schema.shard_arrays(whole["attributes"])[1:]
     for file, digest in schema.seals(schema.read_metadata(path, kept)).items():
         if seal.get(file) != digest:
             raise schema.damaged(path, file, "its digest is another one than in the seal of zarr.json")

@@ -6,6 +6,7 @@ A store is a Zarr v3 group. Arrays, with their dimensions:
     boxes    view, image, 4       int32 top, left, height, width of the crop, in pixels of the decoded image
     flips    view, image          bool, mirrored left-right after the crop
     mix_partner, mix_box          with CutMix only, see CROP_ARRAYS
+    tail     view, image          with some codecs only: the mass of the classes that are coded as zero
     images/… image                path, bytes, digest, height, width, class_index, status, reason
     records  view, shard, byte    completion records, one file each; a shard without one does not exist for a reader
 
@@ -44,6 +45,7 @@ CROP_ARRAYS = {
     "flips": ("bool", ()),
     "mix_partner": ("int32", ()),  # row whose crop of the same view is pasted in; -1: none is
     "mix_box": ("float32", ("edge",)),  # top, left, bottom, right of the pasted rectangle, as fractions of the output's height and width
+    "tail": ("uint8", ()),  # belongs to the label: cache.codec
 }
 UNMIXED = ("boxes", "flips")
 
@@ -122,16 +124,21 @@ def canonical_digest(document: dict) -> bytes:
 
 
 def crop_arrays(provenance: dict) -> tuple[str, ...]:
-    """Names of the arrays that a store of this provenance keeps per crop, in the order of CROP_ARRAYS."""
-    return tuple(CROP_ARRAYS) if provenance.get("crops", {}).get("cutmix") else UNMIXED
+    """Names of the arrays that say what a crop of a store of this provenance is, in the order of CROP_ARRAYS."""
+    return (*UNMIXED, "mix_partner", "mix_box") if provenance.get("crops", {}).get("cutmix") else UNMIXED
 
 
-def shard_digest(store_id: bytes, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> bytes:
-    """sha256 over the store's provenance digest, view and shard as little-endian uint32, then codes and what is kept per crop
-    (``crop_arrays``) as little-endian bytes in C order: a shard of another store or of another place does not pass for this one."""
+def shard_arrays(attributes: dict) -> tuple[str, ...]:
+    """Names of all arrays that have a file per shard, but for its record, in a store of these attributes."""
+    return ("labels", *crop_arrays(attributes["provenance"]), *(["tail"] if attributes["codec"].get("tail") else []))
+
+
+def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -> bytes:
+    """sha256 over the store's provenance digest, view and shard as little-endian uint32, then the shard's rows of
+    ``shard_arrays`` as little-endian bytes in C order: a shard of another store or of another place does not pass for this one."""
     h = hashlib.sha256(store_id)
     h.update(np.array([view, shard], "<u4").tobytes())
-    for array in (codes, *kept):
+    for array in content:
         h.update(np.ascontiguousarray(array).data)
     return h.digest()
 
@@ -168,9 +175,10 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     n = len(images)
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
+    packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]
     always = {"write_empty_chunks": True}
-    kept = crop_arrays(attributes["provenance"])
-    mixed = kept != UNMIXED
+    kept = shard_arrays(attributes)[1:]
+    mixed = "mix_box" in kept
     group = zarr.create_group(
         str(scratch),
         zarr_format=3,
@@ -189,7 +197,7 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
         chunks=(1, chunk_rows, classes),
         shards=(1, shard_rows, classes),
         dtype=attributes["codec"]["dtype"],
-        compressors=chain,
+        compressors=packing,
         dimension_names=["view", "image", "class"],
         fill_value=0,
         config=always,
@@ -230,7 +238,7 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
             config=always,
         )
         stored[:] = column.astype(object) if text else column
-    write_seal(scratch, read_metadata(scratch, crop_arrays(attributes["provenance"])))
+    write_seal(scratch, read_metadata(scratch, kept))
     sync_tree(scratch)
     try:
         os.rename(scratch, path)
@@ -264,7 +272,7 @@ MIXING = (
 
 
 def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
-    """Every zarr.json of a store as a document, by its path in the store; ``kept``: ``crop_arrays``. Raises DamagedStore."""
+    """Every zarr.json of a store as a document, by its path in the store; ``kept``: ``shard_arrays`` without labels. Raises DamagedStore."""
     names = ("", "labels", *kept, "records", "images", *(f"images/{field.name}" for field in fields(Images)))
     documents = {}
     for file in (f"{name}/zarr.json".lstrip("/") for name in names):

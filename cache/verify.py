@@ -71,7 +71,7 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
     except DamagedStore as error:  # nothing else can be told without it
         verdict.damaged.append(Finding(str(error), file="zarr.json"))
         return verdict
-    for name in ("labels", *store.crop_arrays, "records"):
+    for name in (*store.shard_arrays, "records"):
         if (views := store.array(name).shape[0]) != store.views:
             verdict.damaged.append(Finding(f"it says {views} views, the store has {store.views}", file=f"{name}/zarr.json"))
     finished = store.finished()
@@ -166,7 +166,7 @@ def _crops(kept: dict[str, np.ndarray], here: Images, rows: slice, images: Image
 
 def _others(store: LabelStore) -> tuple[list[str], list[str]]:
     """(files that are no part of the store, unfinished files), as paths in the store."""
-    names = ("labels", *store.crop_arrays, "records")
+    names = (*store.shard_arrays, "records")
     fixed = {"zarr.json", "images/zarr.json", *(f"{name}/zarr.json" for name in names), *store.manifest_files()}
     fixed |= {f"images/{column.name}/zarr.json" for column in fields(Images)}
     foreign, left = [], []

@@ -36,10 +36,10 @@ class StoreWriter:
             if not mine:
                 raise StoreError(f"{self.path} is being extended by another process right now; run this command again in a minute")
             views = max(views, LabelStore.open(self.path).views)
-            documents = schema.read_metadata(self.path, self.store.crop_arrays)
+            documents = schema.read_metadata(self.path, self.store.shard_arrays[1:])
             for left in (file for document in documents for file in self.path.glob(f"{document}.*.partial")):
                 left.unlink()
-            for name in ("labels", *self.store.crop_arrays, "records"):
+            for name in (*self.store.shard_arrays, "records"):
                 file = f"{name}/zarr.json"
                 if documents[file]["shape"][0] != views:
                     documents[file]["shape"][0] = views
@@ -54,7 +54,7 @@ class StoreWriter:
     @property
     def uneven(self) -> bool:
         """Whether an array has another length than the store's number of views: a growth was stopped half way, or a number flipped."""
-        return any(self.store.array(name).shape[0] != self.store.views for name in ("labels", *self.store.crop_arrays, "records"))
+        return any(self.store.array(name).shape[0] != self.store.views for name in (*self.store.shard_arrays, "records"))
 
     @contextmanager
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
@@ -73,7 +73,7 @@ class StoreWriter:
             return True
 
     def write(self, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> None:
-        """Store one whole shard of one view: codes [rows, classes], zeros where unusable, and the arrays of ``store.crop_arrays`` in their
+        """Store one whole shard of one view: codes as ``codec.encode`` gives them, zeros where unusable, and the arrays of ``store.crop_arrays`` in their
         order: boxes int32 [rows, 4], flips bool [rows]; with CutMix also mix_partner int32 [rows] and mix_box float32 [rows, 4].
 
         The files are written, renamed and forced to the disk before the record is, so that a record never speaks of lost data.
@@ -88,11 +88,12 @@ class StoreWriter:
             raise StoreError(
                 f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image"
             )
-        names = ("labels", *self.store.crop_arrays)
-        dtypes = (self.store.codec.dtype, *(schema.CROP_ARRAYS[name][0] for name in self.store.crop_arrays))
-        codes, *kept = (block.astype(dtype, copy=False) for block, dtype in zip((codes, *kept), dtypes, strict=True))
+        names = self.store.shard_arrays
+        dtypes = (self.store.codec.dtype, *(schema.CROP_ARRAYS[name][0] for name in names[1:]))
+        parts = [codes[:, : self.store.classes], *kept, *([codes[:, -1]] if "tail" in names else [])]
+        content = [np.ascontiguousarray(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._clear("records", view, shard)  # first: a record of what was there must not vouch for what is being written
-        for name, block in zip(names, (codes, *kept), strict=True):
+        for name, block in zip(names, content, strict=True):
             self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
             self._sync(name, view, shard)
@@ -105,7 +106,7 @@ class StoreWriter:
             record["entropy"] += codecs.entropy(probabilities).sum()
             record["agreeing"] += (probabilities.argmax(axis=1) == images.class_index[rows][part][usable[part]]).sum().astype("u4")
         record["stored_bytes"] = self.store.file("labels", view, shard).stat().st_size
-        record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, codes, *kept), "u1")
+        record["digest"] = np.frombuffer(schema.shard_digest(self.store.identity, view, shard, *content), "u1")
         schema.array(self.group, "records")[view, shard] = record.view("u1")
         self._sync("records", view, shard)
 

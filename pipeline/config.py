@@ -92,7 +92,9 @@ class Crops(Section):
 class Store(Section):
     """How labels are made and kept. All of it belongs to a store: other values need another store."""
 
-    codec: str = Field(DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), float16 or float32")
+    codec: str = Field(
+        DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), tail255, tail80 or tail40 (few bytes), float16 or float32"
+    )
     batch_size: int = Field(64, ge=1, le=65_536, description="crops per forward pass of a teacher")
     precision: Precision = Field("float32", description="of the teachers' forward pass; their softmax and mean are float32 always")
     shard_rows: int | None = Field(

@@ -295,7 +295,7 @@ def _label(
     # Per view, in the order of store.crop_arrays.
     kept = [plan.crops(view, rows) + (plan.mixes(view, rows) if store.mixed else ()) for view in unit.views]
     boxes, flips = np.stack([k[0] for k in kept]), np.stack([k[1] for k in kept])
-    codes = np.zeros((len(unit.views), len(rows), store.classes), dtype=store.codec.dtype)
+    codes = np.zeros((len(unit.views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype)
     renderer = render.Crops(
         [t.image_size for t in teachers],
         len(unit.views),

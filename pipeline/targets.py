@@ -18,11 +18,17 @@ class Decoder:
     """Codes → probabilities on the training device: what travels there is a byte a class."""
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.zero = codec.zero
+        self.zero, self.tail = codec.zero, codec.tail
         self.table = None if codec.table is None else torch.from_numpy(codec.table).to(device)
 
     def __call__(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes [n, classes] → float32 [n, classes], as ``Codec.decode``: above zero, rows summing to one."""
+        """codes [n, ``codec.columns``] → float32 [n, classes], as ``Codec.decode``: above zero, rows summing to one."""
+        if self.tail:
+            p, zero = self.table[codes[:, :-1].int()], codes[:, :-1] == 0
+            zeros = zero.sum(dim=1)
+            mass = torch.where(zeros > 0, (codes[:, -1].float() / self.tail) ** 2, 0)
+            p = p * ((1 - mass) / p.sum(dim=1).clamp_min(torch.finfo(p.dtype).tiny))[:, None]
+            return torch.where(zero, (mass / zeros.clamp_min(1))[:, None], p)
         p = codes.float().clamp_min(self.zero) if self.table is None else self.table[codes.int()]
         return p / p.sum(dim=1, keepdim=True)
 

@@ -141,7 +141,11 @@ def test_below_the_floor_both_sides_look_exactly_alike(sharp):
     student, teachers = sharp.judged()
     below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
     assert below.double().mean() > 0.4
-    assert torch.equal(student[below], teachers[below])
+    different = student[below] != teachers[below]
+    if sharp.store.codec.tail:  # few zeros whose mass was rounded up may share a little more than the floor
+        assert different.double().mean() < 0.01 and (student - teachers)[below].abs().max() < 0.5
+    else:
+        assert not different.any()
 
 
 def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
@@ -149,6 +153,9 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
         "cbrt8": (0.5 / 255) ** 3,
         "pow8": (0.5 / 255) ** 2.5,
         "sqrt8": (0.5 / 255) ** 2,
+        "tail255": (0.75 / 255) ** 1.5,  # the edge of the dead zone
+        "tail80": (0.75 / 80) ** 1.5,
+        "tail40": (1.5 / 40) ** 1.5,
         "float16": 2.0**-25,  # half the smallest float16
         "float32": 2.0**-126,  # what smaller ones decode to
         "few": (1.5 / 31) ** 2,
