@@ -142,7 +142,7 @@ def test_below_the_floor_both_sides_look_exactly_alike(sharp):
     below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
     assert below.double().mean() > 0.4
     different = student[below] != teachers[below]
-    if sharp.store.codec.tail:  # few zeros whose mass was rounded up may share a little more than the floor
+    if sharp.targets.decode.tail:  # few zeros whose mass was rounded up may share a little more than the floor
         assert different.double().mean() < 0.01 and (student - teachers)[below].abs().max() < 0.5
     else:
         assert not different.any()

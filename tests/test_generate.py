@@ -20,6 +20,7 @@ from cache import LabelStore, StoreError
 from cache.claims import claims_of
 from cache.codec import divergence
 from cache.schema import MealError
+from cache.verify import verify
 from pipeline import images, render
 from pipeline.config import Config, ModelSpec
 from pipeline.generate import generate
@@ -260,6 +261,25 @@ def test_a_lost_file_is_made_again_to_the_same_bytes_and_only_that_shard(photos,
     generate(recipe, photos, path, device=CPU)
     assert tree(path) == tree(store_path)
     assert {name: os.stat(path / name).st_mtime_ns for name in untouched} == untouched
+
+
+@pytest.mark.parametrize(("version", "cutmix"), [(1, None), (2, {"prob": 1.0})])
+def test_a_store_of_an_earlier_version_is_finished_and_extended(photos, recipe, tmp_path, version, cutmix):
+    """Before version 3 there was no seal, and the length of ``records`` was the number of views."""
+    path, mixed = tmp_path / "s.zarr", changed(recipe, crops={"cutmix": cutmix})
+    generate(mixed, photos, path, device=CPU, worker=(0, 2))
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"]["format_version"] = version
+    for later in ("seal", "views"):
+        del document["attributes"][later]
+    (path / "zarr.json").write_text(json.dumps(document))
+    generate(mixed, photos, path, device=CPU)
+    assert LabelStore.open(path).progress() == (6, 6)
+    generate(changed(mixed, crops={"views": 3}), photos, path, device=CPU)
+    store = generate(changed(mixed, crops={"views": 3}), photos, tmp_path / "new.zarr", device=CPU)
+    old = LabelStore.open(path)
+    assert old.progress() == (9, 9) and old.attributes["format_version"] == version and verify(path).sound
+    assert np.array_equal(old.codes(2, slice(None)), store.codes(2, slice(None)))
 
 
 def test_a_store_without_a_fingerprint_is_refused(photos, recipe, store_path, tmp_path):
