@@ -76,14 +76,14 @@ def generate(
             if mine and not path.exists():
                 _create(config, folder, path, names, teachers, device, strict)
     _wait(path, "create", path.exists)
-    if damage := _damage(path):
+    writer = _opened(path)
+    if writer is None:
         if worker[0] == 0:
             with claim(claims_of(path), "create") as mine:
-                if mine and _damage(path):
-                    say(damage)
+                if mine and _opened(path) is None:
                     _mend(config, folder, path, names, teachers, device)
-        _wait(path, "create", lambda: not _damage(path))
-    writer = StoreWriter(path)
+        _wait(path, "mend", lambda: _opened(path, quiet=True) is not None, claimed="create")
+        writer = StoreWriter(path)
     provenance.require_same_recipe(writer.store, config, teachers, device)
     if classes is not None and classes != writer.store.class_names:
         raise StoreError(f"{path} was made with another --class-map; pass that one again, or generate a new store")
@@ -105,13 +105,16 @@ def generate(
     return LabelStore.open(path)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with the description of a store, which has nothing to do with its labels."""
+def _opened(path: Path, quiet: bool = False) -> StoreWriter | None:
+    """The store, or None if its description is damaged, which says nothing of its labels."""
     try:
-        _ = LabelStore.open(path).images
-    except DamagedStore as error:
-        return str(error)
-    return None
+        writer = StoreWriter(path)
+        _ = writer.store.images
+    except DamagedStore as damage:
+        if not quiet:
+            say(str(damage))
+        return None
+    return writer
 
 
 def _mend(config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device) -> None:
@@ -187,17 +190,17 @@ def _create(
         say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
 
 
-def _wait(path: Path, claimed: str, done: Callable[[], bool]) -> None:
-    """Wait until another worker has done what only one does, while it is alive; and some time for it to start."""
+def _wait(path: Path, what: str, done: Callable[[], bool], claimed: str | None = None) -> None:
+    """Wait until another worker has done what only one does, and claims meanwhile, while it is alive; and some time for it to start."""
     patience = time.monotonic() + PATIENCE
     if not done():
-        say(f"waiting for worker 0 to {claimed} {path}")
+        say(f"waiting for worker 0 to {what} {path}")
     while not done():
         time.sleep(0.5)
-        if held(claims_of(path), claimed):
+        if held(claims_of(path), claimed or what):
             patience = time.monotonic() + PATIENCE
         elif time.monotonic() > patience:
-            raise StoreError(f"nobody has begun to {claimed} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
+            raise StoreError(f"nobody has begun to {what} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
 
 
 def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int], first_view: int) -> None:
