@@ -146,11 +146,11 @@ class LabelStore:
         finished = records["magic"] == schema.RECORD_MAGIC
         for view, i in zip(*np.nonzero(finished), strict=True):
             place = int(i if shard is None else shard)
-            sizes = [self._size(name, int(view), place) for name in self.shard_arrays]
+            sizes = [self.size(name, int(view), place) for name in self.shard_arrays]
             finished[view, i] = sizes[0] == records["stored_bytes"][view, i] and all(sizes)
         return finished if shard is None else finished[:, 0]
 
-    def _size(self, name: str, view: int, shard: int) -> int:
+    def size(self, name: str, view: int, shard: int) -> int:
         """Bytes of a shard's file, 0 if there is none."""
         try:
             return self.file(name, view, shard).stat().st_size
@@ -205,7 +205,7 @@ class LabelStore:
         content: list[np.ndarray] = []
         for name in self.shard_arrays:
             file = self.file(name, view, shard).relative_to(self.path)
-            if not self._size(name, view, shard):
+            if not self.size(name, view, shard):
                 return [], f"{file} is missing or empty"
             try:
                 content.append(self.array(name)[view, self.shard_slice(shard)])

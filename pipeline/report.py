@@ -34,6 +34,9 @@ def store_facts(path: Path) -> dict:
     labelled = int(records["labelled"].sum())
     classified = bool((store.images.class_index >= 0).all())
     kl, tv = store.codec.max_error(store.classes)
+    label_bytes = int(records["stored_bytes"].sum())
+    if "tail" in store.shard_arrays:
+        label_bytes += sum(store.size("tail", int(view), int(shard)) for view, shard in np.argwhere(finished))
     return {
         "store": str(path),
         "format_version": store.attributes["format_version"],
@@ -47,7 +50,7 @@ def store_facts(path: Path) -> dict:
         "shards": finished.size,
         "complete": bool(finished.all()),
         "labelled_crops": labelled,
-        "label_bytes_per_crop": float(records["stored_bytes"].sum() / labelled) if labelled else None,
+        "label_bytes_per_crop": label_bytes / labelled if labelled else None,
         "store_bytes": stored_bytes(path),
         "entropy": float(records["entropy"].sum() / labelled) if labelled else None,
         "agreement": float(100 * records["agreeing"].sum() / labelled) if labelled and classified else None,
