@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -119,19 +120,16 @@ class LabelStore:
         """int64 [usable images]: the rows that have labels."""
         return self.images.usable
 
-    def records(self, shard: int | None = None) -> np.ndarray:
-        """RECORD [views, shards] or, of one shard, [views], read anew; where a record is missing, damaged or of another place, all zeros."""
-        shards = np.arange(self.shards) if shard is None else np.array([shard])
-        selection = np.s_[: self.views, shards[0] : shards[-1] + 1]
+    def records(self) -> np.ndarray:
+        """RECORD [views, shards], read anew; where a record is missing, damaged or of another place, all zeros."""
         try:
-            raw = self._read("records", selection)
+            raw = self._read("records", np.s_[: self.views])
         except StoreError:  # a torn record among them: leave out that one alone
-            raw = np.zeros((self.views, len(shards), schema.RECORD.itemsize), "u1")
-            for view, i in np.ndindex(raw.shape[:2]):
+            raw = np.zeros((self.views, self.shards, schema.RECORD.itemsize), "u1")
+            for view, shard in np.ndindex(raw.shape[:2]):
                 with suppress(ValueError):  # its checksum
-                    raw[view, i] = self.array("records")[view, shards[i]]
-        records = _records(raw, np.arange(self.views)[:, None], shards)
-        return records if shard is None else records[:, 0]
+                    raw[view, shard] = self.array("records")[view, shard]
+        return _records(raw, np.arange(self.views)[:, None], np.arange(self.shards))
 
     def record(self, view: int, shard: int) -> np.void:
         """One of ``records``."""
@@ -140,15 +138,31 @@ class LabelStore:
             raw = self.array("records")[view, shard]
         return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
 
-    def finished(self, shard: int | None = None) -> np.ndarray:
-        """bool [views, shards] or, of one shard, [views], read anew: the record is there, and so are the files, of the recorded size."""
-        records = self.records(shard).reshape(self.views, -1)
-        finished = records["magic"] == schema.RECORD_MAGIC
-        for view, i in zip(*np.nonzero(finished), strict=True):
-            place = int(i if shard is None else shard)
-            sizes = [self.size(name, int(view), place) for name in self.shard_arrays]
-            finished[view, i] = sizes[0] == records["stored_bytes"][view, i] and all(sizes)
-        return finished if shard is None else finished[:, 0]
+    def finished_records(self) -> np.ndarray:
+        """RECORD [views, shards], read anew: ``records``, all zeros where the files are not there in the recorded size."""
+        records = self.records()
+
+        def look(view: int) -> None:
+            for shard in np.flatnonzero(records["magic"][view] == schema.RECORD_MAGIC).tolist():
+                if not self._whole(view, shard, records[view, shard]):
+                    records[view, shard] = np.zeros((), schema.RECORD)
+
+        with ThreadPoolExecutor(schema.LOOKS) as pool:
+            list(pool.map(look, range(self.views)))
+        return records
+
+    def finished(self) -> np.ndarray:
+        """bool [views, shards], read anew: the record is there, and so are the files, of the recorded size."""
+        return self.finished_records()["magic"] == schema.RECORD_MAGIC
+
+    def is_finished(self, view: int, shard: int) -> bool:
+        """One of ``finished``."""
+        record = self.record(view, shard)
+        return record["magic"] == schema.RECORD_MAGIC and self._whole(view, shard, record)
+
+    def _whole(self, view: int, shard: int, record: np.void) -> bool:
+        sizes = [self.size(name, view, shard) for name in self.shard_arrays]
+        return sizes[0] == record["stored_bytes"] and all(sizes)
 
     def size(self, name: str, view: int, shard: int) -> int:
         """Bytes of a shard's file, 0 if there is none."""

@@ -69,6 +69,7 @@ CHUNK_BYTES = 1 << 20  # an inner chunk is the power of two of rows nearest belo
 SHARD_CHUNKS = 32
 SMALLEST_SHARD = 256  # rows
 SHARDS_OF_A_SMALL_SET = 16
+LOOKS = 16  # looks for a file at a time: on a network's file system each may take a millisecond
 
 
 class MealError(Exception):
@@ -104,17 +105,22 @@ class Images:
         """int64 [usable images]: the rows that have labels."""
         return np.flatnonzero(self.status == USABLE)
 
+    @property
+    def by_path(self) -> np.ndarray:
+        """int64 [images]: the rows in the order of their paths. Python sorts strings twice as fast as numpy does."""
+        return np.array(sorted(range(len(self)), key=self.path.tolist().__getitem__), np.int64)
+
     def take(self, rows: np.ndarray) -> Images:
         return Images(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def manifest_digest(self) -> str:
         """Hex sha256 over every field, independent of the row order."""
-        order = np.argsort(self.path)
+        order = self.by_path
         h = hashlib.sha256()
         for field in fields(self):
             column = getattr(self, field.name)[order]
             h.update(field.name.encode())
-            h.update("\0".join(column).encode() if column.dtype.kind in "OUT" else np.ascontiguousarray(column).tobytes())
+            h.update("\0".join(column.tolist()).encode() if column.dtype.kind in "OUT" else np.ascontiguousarray(column).tobytes())
         return h.hexdigest()
 
 

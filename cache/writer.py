@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,7 @@ class StoreWriter:
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
         """Hold the shard in those of the views that nobody else holds and that are still unfinished; gives that list."""
         with claim(self.claims, *(f"{view}-{shard}" for view in views)) as mine:
-            finished = self.store.finished(shard) if mine else ()
-            yield [view for view in views if f"{view}-{shard}" in mine and not finished[view]]
+            yield [view for view in views if f"{view}-{shard}" in mine and not self.store.is_finished(view, shard)]
 
     def discard(self, view: int, shard: int) -> bool:
         """Take the record of a shard away that is not what was written, so that it is written again. False if another process is at it already,
@@ -129,4 +129,24 @@ class StoreWriter:
 
 def stored_bytes(path: Path) -> int:
     """Bytes of all files of a store."""
-    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
+    total, folders = 0, [str(path)]
+    with ThreadPoolExecutor(schema.LOOKS) as pool:
+        while folders:  # level by level
+            found = list(pool.map(_look, (folders[i :: schema.LOOKS] for i in range(schema.LOOKS))))
+            total += sum(size for size, _ in found)
+            folders = [folder for _, below in found for folder in below]
+    return total
+
+
+def _look(folders: list[str]) -> tuple[int, list[str]]:
+    """(bytes of the files in these folders, the folders in them)."""
+    size, below = 0, []
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(entry.path)
+                else:
+                    with suppress(FileNotFoundError):  # another process is writing: it was renamed
+                        size += entry.stat().st_size
+    return size, below

@@ -268,7 +268,7 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
     paths = np.array([_printable(p) for p in paths], object)
     here = np.argsort(paths, kind="stable")  # a name that isn't UTF-8 sorts elsewhere when it is printed
     paths, class_index, sizes = paths[here], class_index[here], sizes[here]
-    order = np.argsort(images.path, kind="stable")
+    order = images.by_path
     if np.array_equal(paths, images.path[order]):
         changed = np.flatnonzero(
             (sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache import LabelStore
-from cache.schema import USABLE
+from cache.schema import RECORD_MAGIC, USABLE
 from cache.verify import Finding
 from cache.writer import stored_bytes
 
@@ -26,9 +26,8 @@ def results() -> Console:
 def store_facts(path: Path) -> dict:
     """Everything ``inspect`` tells, from attributes, manifest and completion records: no label is read, however large the store is."""
     store = LabelStore.open(path)
-    records = store.records()
-    finished = store.finished()
-    records[~finished] = np.zeros((), records.dtype)  # a shard whose files are gone counts for nothing
+    records = store.finished_records()
+    finished = records["magic"] == RECORD_MAGIC
     status = store.images.status
     unusable = np.flatnonzero(status != USABLE)
     labelled = int(records["labelled"].sum())
