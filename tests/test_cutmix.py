@@ -404,7 +404,7 @@ def test_a_lost_mix_makes_its_shard_unfinished_until_it_is_made_again(stores, da
     assert tree(path) == tree(stores[1.0])
 
 
-@pytest.mark.parametrize(("damage", "says"), [("a flipped bit", "mix_box of .* can't be read"), ("another shard's", "another digest")])
+@pytest.mark.parametrize(("damage", "says"), [("a flipped bit", "mix_box/c/0/1/0 can't be read"), ("another shard's", "another digest")])
 def test_a_damaged_mix_is_never_believed(stores, tmp_path, damage, says):
     path = tmp_path / "s.zarr"
     shutil.copytree(stores[1.0], path)
