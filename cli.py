@@ -27,7 +27,7 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from cache.schema import MealError
-        from pipeline.stopping import on_signals
+        from cache.stopping import on_signals
 
         try:
             with on_signals():

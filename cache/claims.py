@@ -20,6 +20,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from cache.disk import make_folder
+from cache.stopping import finishing
+
 BEAT = 10.0  # seconds between heartbeats
 STALE = 300.0  # seconds without one after which a claim of another host is dead
 
@@ -32,21 +35,26 @@ def claims_of(path: Path) -> Path:
 @contextmanager
 def claim(folder: Path, *names: str) -> Iterator[set[str]]:
     """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = {name for name in names if _take(folder / name)}
+    me = _me() | {"claim": uuid.uuid4().hex}
+    mine: set[str] = set()
     stop = threading.Event()
     heart = threading.Thread(target=_beat, args=(folder, mine, stop), daemon=True)
-    heart.start()
     try:
+        with finishing():
+            make_folder(folder)
+            mine.update(name for name in names if _take(folder / name, me))
+            heart.start()
         yield mine
     finally:
-        stop.set()
-        heart.join()
-        for name in mine:
-            if _owner(folder / name) == _me():
-                (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
-        with suppress(OSError):  # not empty: others still hold claims
-            folder.rmdir()
+        with finishing():
+            stop.set()
+            if heart.ident is not None:
+                heart.join()
+            for name in names:  # all: a full disk, or a signal, may have come between taking one and knowing it
+                if _owner(folder / name) == me:
+                    (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
+            with suppress(OSError):  # not empty: others still hold claims
+                folder.rmdir()
 
 
 def holders(folder: Path) -> list[str]:
@@ -65,20 +73,20 @@ def sweep(folder: Path) -> None:
             folder.rmdir()
 
 
-def _take(path: Path) -> bool:
+def _take(path: Path, me: dict) -> bool:
     for _ in range(2):
         # Written elsewhere and then linked to its name, which fails if the name is taken: a claim is there with its owner, or not at all.
         fresh = _scratch(path, "new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # another worker may just have removed the empty folder
-            fresh.write_text(json.dumps(_me()))
+            fresh.write_text(json.dumps(me))
             os.link(fresh, path)
             return True
         except FileExistsError:
             if not _dead(path):
                 return False
             heir = path.with_name(f"{path.name}.heir")  # itself a claim: only its holder removes a dead one, and looks once more before
-            if not _take(heir):
+            if not _take(heir, me):
                 return False
             try:
                 if _dead(path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import schema
+from cache import disk, schema
 from cache.reader import LabelStore
 from cache.schema import StoreError
 
@@ -39,14 +39,14 @@ def mend(path: Path, fresh: Path) -> list[str]:
             continue
         now = _document(path / file)
         if not now or schema.seals({file: now})[file] != digest or _views(now) < _views(wanted[file]):
-            schema.make_folder((path / file).parent)
-            schema.replace_file(path / file, json.dumps(wanted[file], indent=2).encode())
+            disk.make_folder((path / file).parent)
+            disk.replace_file(path / file, json.dumps(wanted[file], indent=2).encode())
             replaced.append(file)
     for column in sorted((fresh / "images").glob("*/c/**/*")):
         file = column.relative_to(fresh).as_posix()
         if column.is_file() and (not (path / file).exists() or (path / file).read_bytes() != column.read_bytes()):
-            schema.make_folder((path / file).parent)
-            schema.replace_file(path / file, column.read_bytes())
+            disk.make_folder((path / file).parent)
+            disk.replace_file(path / file, column.read_bytes())
             replaced.append(file)
     schema.write_seal(path, schema.read_metadata(path, kept))
     return replaced

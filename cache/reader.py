@@ -24,6 +24,8 @@ class LabelStore:
         self.attributes = attributes
         self.provenance: dict = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
+        if self.provenance.get("codec", self.attributes["codec"]) != self.attributes["codec"]:
+            raise schema.damaged(path, "zarr.json", "its codec is not the one of its provenance, which the labels were made with")
         self.class_names: list[str] = self.attributes["class_names"]
         self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what says what a crop is
         self.shard_arrays = schema.shard_arrays(attributes)  # names of all that has a file per shard, but for its record

@@ -33,6 +33,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cache.claims import alive
+from cache.disk import make_folder, replace_file, sync_folder, sync_tree
 
 FORMAT = "meal-v2-label-store"
 VERSION = 3  # what is made now
@@ -178,6 +179,21 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
         if process == os.getpid() or not alive(process):  # in a container every run may have the same number
             shutil.rmtree(left, ignore_errors=True)
     scratch = path.with_name(f".{path.name}.{host}.{os.getpid()}.creating")
+    try:
+        _fill(scratch, images, views, classes, chunk_rows, shard_rows, attributes)
+        sync_tree(scratch)
+        os.rename(scratch, path)
+    except BaseException as error:  # a full disk, a signal
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and path.exists():
+            return False
+        raise
+    sync_folder(path.parent)
+    return True
+
+
+def _fill(scratch: Path, images: Images, views: int, classes: int, chunk_rows: int, shard_rows: int, attributes: dict) -> None:
+    """Write an empty store."""
     n = len(images)
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
@@ -245,16 +261,6 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
         )
         stored[:] = column.astype(object) if text else column
     write_seal(scratch, read_metadata(scratch, kept))
-    sync_tree(scratch)
-    try:
-        os.rename(scratch, path)
-    except OSError:
-        shutil.rmtree(scratch)
-        if not path.exists():
-            raise
-        return False
-    sync_folder(path.parent)
-    return True
 
 
 def how_to_read(codec: dict, mixed: bool) -> str:
@@ -317,42 +323,3 @@ def write_seal(path: Path, documents: dict[str, dict]) -> None:
     whole = documents["zarr.json"]
     whole["attributes"]["seal"] = seals(documents)
     replace_file(path / "zarr.json", json.dumps(whole, indent=2).encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file so that, whatever happens, it has its old content or the new one."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    fresh.write_bytes(content)
-    sync_file(fresh)
-    os.replace(fresh, path)
-    sync_folder(path.parent)
-
-
-def make_folder(path: Path) -> None:
-    """A folder and those above it that are missing, forced to the disk."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        sync_folder(folder.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's content to the disk."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries (names, renames) to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            sync_file(Path(folder, name))
-        sync_folder(Path(folder))

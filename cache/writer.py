@@ -13,10 +13,14 @@ import numpy as np
 import zarr
 
 from cache import codec as codecs
-from cache import schema
+from cache import disk, schema
 from cache.claims import claim, claims_of
 from cache.reader import LabelStore
 from cache.schema import StoreError
+
+
+class BusyStore(StoreError):
+    """Another process is doing what only one can do at a time."""
 
 
 class StoreWriter:
@@ -35,7 +39,7 @@ class StoreWriter:
         """
         with claim(self.claims, "grow") as mine:
             if not mine:
-                raise StoreError(f"{self.path} is being extended by another process right now; run this command again in a minute")
+                raise BusyStore(f"{self.path} is being extended by another process right now; run this command again in a minute")
             views = max(views, LabelStore.open(self.path).views)
             documents = schema.read_metadata(self.path, self.store.shard_arrays[1:])
             for left in (file for document in documents for file in self.path.glob(f"{document}.*.partial")):
@@ -44,7 +48,7 @@ class StoreWriter:
                 file = f"{name}/zarr.json"
                 if documents[file]["shape"][0] != views:
                     documents[file]["shape"][0] = views
-                    schema.replace_file(self.path / file, json.dumps(documents[file], indent=2).encode())
+                    disk.replace_file(self.path / file, json.dumps(documents[file], indent=2).encode())
             attributes = documents["zarr.json"]["attributes"]
             if attributes.get("views", views) != views:
                 attributes["views"] = views
@@ -116,13 +120,13 @@ class StoreWriter:
         for left in (file, *file.parent.glob(f"{file.name}.*.partial")):
             left.unlink(missing_ok=True)
         if file.parent.exists():
-            schema.sync_folder(file.parent)
+            disk.sync_folder(file.parent)
 
     def _sync(self, name: str, view: int, shard: int) -> None:
         file = self.store.file(name, view, shard)
-        schema.sync_file(file)
+        disk.sync_file(file)
         for folder in file.parents:  # up to the array's own folder, which exists since creation
-            schema.sync_folder(folder)
+            disk.sync_folder(folder)
             if folder == self.path / name:
                 break
 

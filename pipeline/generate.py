@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from cache import LabelStore, mend, schema
 from cache.claims import claim, claims_of, held, holders, sweep
 from cache.codec import CODECS
 from cache.schema import USABLE, DamagedStore, StoreError, canonical_digest
-from cache.writer import StoreWriter
+from cache.stopping import check as check_signals
+from cache.stopping import finishing
+from cache.writer import BusyStore, StoreWriter
 from pipeline import cutmix, images, provenance, render
 from pipeline.background import ahead
 from pipeline.config import Config, ConfigError
@@ -25,7 +29,6 @@ from pipeline.images import DataError
 from pipeline.models import Model, ModelError, ensemble, load_teachers
 from pipeline.plan import Plan
 from pipeline.progress import Progress, duration, say
-from pipeline.stopping import finishing
 
 PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
 CHECK_THREADS = 4  # each holds a shard, some 32 MiB of codes
@@ -69,64 +72,91 @@ def generate(
         for line in teacher.introduction("teacher"):
             say(line)
     path = path.absolute()
-    if any(part.is_file() for part in path.parents):
-        raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
-    if not path.exists() and worker[0] == 0:
-        with claim(claims_of(path), "create") as mine:
-            if mine and not path.exists():
-                _create(config, folder, path, names, teachers, device, strict)
-    _wait(path, "create", path.exists)
-    writer = _opened(path)
-    if writer is None:
-        if worker[0] == 0:
+    with _naming(path):
+        if any(part.is_file() for part in path.parents):
+            raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
+        leads = worker[0] == 0
+        _once(path, "create", path.exists, lambda: _create(config, folder, path, names, teachers, device, strict), leads)
+        if _mending(path).exists():  # left by a process that was killed, or in use now
             with claim(claims_of(path), "create") as mine:
-                if mine and _opened(path) is None:
-                    _mend(config, folder, path, names, teachers, device)
-        _wait(path, "mend", lambda: _opened(path, quiet=True) is not None, claimed="create")
-        writer = StoreWriter(path)
-    provenance.require_same_recipe(writer.store, config, teachers, device)
-    if classes is not None and classes != writer.store.class_names:
-        raise StoreError(f"{path} was made with another --class-map; pass that one again, or generate a new store")
-    images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
-    provenance.require_same_pixels(writer.store, folder, config.render.threads)
-    if config.crops.views > writer.store.views or writer.uneven:
-        if worker[0] == 0:
-            if config.crops.views > writer.store.views:
-                say(f"extending {path} from {writer.store.views} to {config.crops.views} views")
-            writer.grow(config.crops.views)
-        else:
-            _wait(path, "grow", lambda: LabelStore.open(path).views >= config.crops.views)
+                if mine:
+                    shutil.rmtree(_mending(path), ignore_errors=True)
+        writer, damage = _opened(path)
+        if damage:
+            say(damage)
+            _once(path, "create", lambda: not _opened(path)[1], lambda: _mend(config, folder, path, names, teachers, device), leads)
             writer = StoreWriter(path)
-    elif config.crops.views < writer.store.views:
-        say(f"{path} has {writer.store.views} views already; none is taken away")
-    if check:
-        _discard_damaged(config, writer, worker, first_view)
-    _fill(config, writer, folder, teachers, device, worker, first_view)
-    return LabelStore.open(path)
+        provenance.require_same_recipe(writer.store, config, teachers, device)
+        provenance.require_same_classes(writer.store, classes, "pass that one again, or generate a new store")
+        images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
+        provenance.require_same_pixels(writer.store, folder, config.render.threads)
+        if config.crops.views < writer.store.views:
+            say(f"{path} has {writer.store.views} views already; none is taken away")
+        writer = _grown(writer, config.crops.views, leads)
+        if check:
+            _discard_damaged(config, writer, worker, first_view)
+        _fill(config, writer, folder, teachers, device, worker, first_view)
+        return LabelStore.open(path)
 
 
-def _opened(path: Path, quiet: bool = False) -> StoreWriter | None:
-    """The store, or None if its description is damaged, which says nothing of its labels."""
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which store it was that could not be written: a failed write has no file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise StoreError(
+            f"{path} can't be written ({error.strerror or error}); make room, or mend that, and run the same command again: what is finished stays"
+        ) from None
+
+
+def _opened(path: Path) -> tuple[StoreWriter | None, str | None]:
+    """The store, or what is wrong with its description, which says nothing of its labels."""
     try:
         writer = StoreWriter(path)
         _ = writer.store.images
     except DamagedStore as damage:
-        if not quiet:
-            say(str(damage))
-        return None
+        return None, str(damage)
+    return writer, None
+
+
+def _grown(writer: StoreWriter, views: int, leads: bool) -> StoreWriter:
+    """The store with ``views`` views at least, and every array of that length."""
+
+    def grown(writer: StoreWriter) -> bool:
+        return views <= writer.store.views and not (leads and writer.uneven)
+
+    path = writer.path
+    while not grown(writer):
+        if leads:
+            if views > writer.store.views:
+                say(f"extending {path} from {writer.store.views} to {views} views")
+            with suppress(BusyStore), finishing():
+                writer.grow(views)
+        if not grown(writer):  # another process does it, or is to do it
+            _wait(path, "grow", lambda: grown(StoreWriter(path)), leads)
+            writer = StoreWriter(path)
     return writer
 
 
 def _mend(config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device) -> None:
     """Make the description of a damaged store anew: an empty store, from the same images and command, lends its files."""
     views = max(config.crops.views, mend.views_of(path))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.mending.") as scratch:
-        fresh = Path(scratch, path.name)
-        _create(
-            config.model_copy(update={"crops": config.crops.model_copy(update={"views": views})}), folder, fresh, classes, teachers, device
-        )
+    config = config.model_copy(update={"crops": config.crops.model_copy(update={"views": views})})
+    fresh = _mending(path) / path.name
+    try:
+        _create(config, folder, fresh, classes, teachers, device)
         for file in mend.mend(path, fresh):
             say(f"made {file} of {path} anew")
+    finally:
+        shutil.rmtree(_mending(path), ignore_errors=True)
+
+
+def _mending(path: Path) -> Path:
+    """The folder in which a description is made anew. Only the holder of the claim "create" touches it."""
+    return path.with_name(f".{path.name}.mending")
 
 
 def _create(
@@ -177,28 +207,43 @@ def _create(
         ),
         "made_with": provenance.made_with(),
     }
-    first = schema.create(
-        path,
-        images=found,
-        views=config.crops.views,
-        classes=len(classes),
-        chunk_rows=chunk_rows,
-        shard_rows=shard_rows,
-        attributes=attributes,
-    )
+    with finishing():
+        first = schema.create(
+            path,
+            images=found,
+            views=config.crops.views,
+            classes=len(classes),
+            chunk_rows=chunk_rows,
+            shard_rows=shard_rows,
+            attributes=attributes,
+        )
     if first:
         say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
 
 
-def _wait(path: Path, what: str, done: Callable[[], bool], claimed: str | None = None) -> None:
-    """Wait until another worker has done what only one does, and claims meanwhile, while it is alive; and some time for it to start."""
+def _once(path: Path, what: str, done: Callable[[], bool], do: Callable[[], None], leads: bool) -> None:
+    """Have one process do something that only one can do: this one, if it leads and nobody else is at it; otherwise wait for it."""
+    while not done():
+        if leads:
+            with claim(claims_of(path), what) as mine:
+                if mine and not done():
+                    do()
+        if not done():
+            _wait(path, what, done, leads)
+
+
+def _wait(path: Path, what: str, done: Callable[[], bool], leads: bool) -> None:
+    """Wait until another process has done what only one does, while it is alive. One that leads goes on when it is not, to do it itself; others give
+    worker 0 some time to start."""
     patience = time.monotonic() + PATIENCE
-    if not done():
-        say(f"waiting for worker 0 to {what} {path}")
+    say(f"waiting for {'another process' if leads else 'worker 0'} to {what} {path}")
     while not done():
         time.sleep(0.5)
-        if held(claims_of(path), claimed or what):
+        check_signals()
+        if held(claims_of(path), what):
             patience = time.monotonic() + PATIENCE
+        elif leads:
+            return
         elif time.monotonic() > patience:
             raise StoreError(f"nobody has begun to {what} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
 
@@ -223,34 +268,52 @@ def _fill(
 ) -> None:
     """Label whatever this worker's share is missing."""
     store = writer.store
-    units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
     size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
+    units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
+    if units and not os.access(store.path / "records", os.W_OK):
+        raise StoreError(
+            f"{store.path} is not finished and can't be written (no permission, or a read-only place); mend that, and run this again"
+        )
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
-    left_to_others = 0
     plan = Plan(config.crops, store.images, store.shard_rows)
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
-        for unit in units:
-            with writer.claimed(unit.views, unit.shard) as views:
-                left_to_others += len(unit.views) - len(views)
-                if views:
-                    try:
-                        _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
-                    except KeyboardInterrupt:
-                        done, of = store.progress()
-                        say(f"{done} of {of} shards are done; what was in flight is dropped ({_place(store, views, unit.shard)})")
-                        raise
+        labelled = True
+        while units and labelled:  # again: what others were at, and dropped
+            labelled = False
+            for unit in units:
+                with writer.claimed(unit.views, unit.shard) as views:
+                    if views:
+                        labelled = True
+                        with _telling_what_is_dropped(store, views, unit.shard):
+                            _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
+            units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
     if progress.done:
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
     done, of = store.progress()
     if done == of:
         sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
-    elif left_to_others and (busy := holders(writer.claims)):
-        say(f"{done} of {of} shards are done; others are at work on {store.path} ({', '.join(sorted(set(busy)))})")
+    elif units:
+        busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
+        say(f"{done} of {of} shards are done; others are at work on {store.path} ({busy}); should they stop, run the same command again")
     elif worker[1] > 1:
         say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
     else:
         say(f"views {first_view} to {store.views - 1} are done; {of - done} of {of} shards of {store.path} are left")
+
+
+@contextmanager
+def _telling_what_is_dropped(store: LabelStore, views: list[int], shard: int) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        done, of = store.progress()
+        dropped = [view for view in views if not store.is_finished(view, shard)]
+        say(
+            f"{done} of {of} shards are done; "
+            + (f"what was in flight is dropped ({_place(store, dropped, shard)})" if dropped else "nothing is dropped")
+        )
+        raise
 
 
 def _place(store: LabelStore, views: list[int], shard: int) -> str:

@@ -275,7 +275,10 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
         )
         if len(changed) == 0:
             return
-        first, count, what = paths[changed[0]], len(changed), "of another size or class"
+        one = changed[0]
+        first, count, what = paths[one], len(changed), "of another size or class"
+        if sizes[one] != images.bytes[order][one]:
+            first = f"{first} ({images.bytes[order][one]} bytes then, {sizes[one]} now)"
     else:
         now, then = set(paths), set(images.path)
         missing, added = sorted(then - now), sorted(now - then)

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,6 +315,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """(state dict, what this tool wrote of the model or {}). Tensors only: nothing in the file is executed."""
     if not path.is_file():
         raise ModelError(f"there is no checkpoint {path}; check the path after MODEL=")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"{path} may not be read (no permission); ask for it, or pass a copy")
     try:
         written = {}
         if path.suffix == ".safetensors":

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from cache.stopping import check
+
 LOG_SECONDS = 30.0
 
 
@@ -40,6 +42,7 @@ class Progress:
         return self
 
     def advance(self, n: int, note: str = "") -> None:
+        check()
         self.done += n
         self.note = note
         now = time.monotonic()

@@ -59,7 +59,7 @@ def made_with() -> dict:
 
 
 _REPAIRS = {
-    "teachers": "pass the same teachers and checkpoints",
+    "teachers": "pass the same teachers and checkpoints, in the same order",
     "crops": "use the same crops section",
     "renderer": "use the same render.backend",
     "codec": "use the same store.codec",
@@ -78,6 +78,22 @@ def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model]
         if difference:
             where, theirs, ours = difference
             raise StoreError(f"{store.path} was made with {where} {theirs}, this is {ours}; {_REPAIRS[section]}, or generate a new store")
+
+
+def require_same_classes(store: LabelStore, classes: list[str] | None, repair: str) -> None:
+    """Raises StoreError unless the class map, if one is given, is the store's."""
+    if classes is None or classes == store.class_names:
+        return
+    if len(classes) != len(store.class_names):
+        what = f"of {len(store.class_names)} classes, this one has {len(classes)}"
+        if more := [name for name in classes if name not in store.class_names] or [
+            name for name in store.class_names if name not in classes
+        ]:
+            what += f" ({more[0]} is in one only)"
+    else:
+        i = next(i for i, (a, b) in enumerate(zip(store.class_names, classes, strict=True)) if a != b)
+        what = f"whose class {i} is {store.class_names[i]}, in this one it is {classes[i]}"
+    raise StoreError(f"{store.path} was made with another --class-map, {what}; {repair}")
 
 
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:

@@ -46,6 +46,10 @@ class _Graph:
 
     def __init__(self, batch_size: int, threads: int, backend: str) -> None:
         self.batch_size, self.threads, self.gpu = batch_size, threads, backend == "gpu"
+        if self.gpu and not torch.cuda.is_available():
+            raise RenderError(
+                "pixels rendered on a GPU (render.backend: gpu) need one, and torch finds none here; use a machine that has one"
+            )
         self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
         self.pipe: dali.Pipeline | None = None
 

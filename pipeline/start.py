@@ -17,7 +17,7 @@ from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError, CutMix, validate
 from pipeline.models import Model, load_teachers
 from pipeline.progress import say
-from pipeline.provenance import first_difference, layout_of, recipe, require_class_count, require_same_pixels
+from pipeline.provenance import first_difference, layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
 
 FREE_KEYS = (
@@ -99,8 +99,7 @@ def _from_store(
     config: Config, folder: Path, path: Path, classes: list[str] | None, started_views: int | None, allow_renderer_difference: bool
 ) -> tuple[Config, Source]:
     store = LabelStore.open(path)
-    if classes is not None and classes != store.class_names:
-        raise StoreError(f"{path} was made with another --class-map; leave it out, the store knows its classes")
+    require_same_classes(store, classes, "leave it out, the store knows its classes")
     folders = images.class_names(folder)
     foreign = sorted(set(folders) - set(store.class_names))
     if foreign:

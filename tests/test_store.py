@@ -17,7 +17,7 @@ import pytest
 import zarr
 from conftest import tree
 
-from cache import LabelStore, StoreError, claims, schema
+from cache import LabelStore, StoreError, claims, disk, schema
 from cache.claims import claim
 from cache.codec import CODECS
 from cache.schema import DamagedStore, Images
@@ -289,8 +289,8 @@ def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
     record = path / "records/c/1/4/0"
     log: list[tuple[Path, bool]] = []
     for name in ("sync_file", "sync_folder"):
-        real = getattr(schema, name)
-        monkeypatch.setattr(schema, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p)))
+        real = getattr(disk, name)
+        monkeypatch.setattr(disk, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p)))
     fill(path, (1, 4))
     before = [synced for synced, recorded in log if not recorded]
     after = [synced for synced, recorded in log if recorded]
@@ -304,14 +304,14 @@ def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_shard_whose_data_can_not_be_forced_to_the_disk_is_not_finished(path, monkeypatch, name):
-    real = schema.sync_file
+    real = disk.sync_file
 
     def failing(file: Path) -> None:
         if path / name in file.parents:
             raise OSError(5, "Input/output error")
         real(file)
 
-    monkeypatch.setattr(schema, "sync_file", failing)
+    monkeypatch.setattr(disk, "sync_file", failing)
     with pytest.raises(OSError):
         fill(path, (0, 0))
     assert LabelStore.open(path).progress() == (0, 10)
@@ -572,7 +572,7 @@ def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_nex
             raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(schema, "sync_folder", failing)
+        patch.setattr(disk, "sync_folder", failing)
         StoreWriter(full).grow(4)
     assert zarr.open_group(str(full), mode="r")[name].shape[0] == 4
     store = LabelStore.open(full)
