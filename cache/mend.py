@@ -72,7 +72,7 @@ def _require_same_labels(path: Path, made: LabelStore) -> None:
 
 def _document(file: Path) -> dict | None:
     with suppress(OSError, ValueError):
-        document = json.loads(file.read_bytes())
+        document = schema.read_document(file)
         if isinstance(document, dict) and isinstance(document.get("attributes", {}), dict):
             return document
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 import zarr
 
 from cache import codec as codecs
-from cache import schema
+from cache import schema, sense
 from cache.schema import DamagedStore, Images, StoreError
 
 
@@ -24,8 +25,6 @@ class LabelStore:
         self.attributes = attributes
         self.provenance: dict = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
-        if self.provenance.get("codec", self.attributes["codec"]) != self.attributes["codec"]:
-            raise schema.damaged(path, "zarr.json", "its codec is not the one of its provenance, which the labels were made with")
         self.class_names: list[str] = self.attributes["class_names"]
         self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what says what a crop is
         self.shard_arrays = schema.shard_arrays(attributes)  # names of all that has a file per shard, but for its record
@@ -35,10 +34,6 @@ class LabelStore:
         self._arrays: dict[str, zarr.Array] = {}
         self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
         shape = self.array("labels").shape
-        if any(self.array(name).shape[1] != shape[1] for name in self.shard_arrays) or self.array("records").shape[1] != -(
-            -shape[1] // self.shard_rows
-        ):
-            raise KeyError("arrays of one size")
         self.views: int = attributes.get("views", self.array("records").shape[0])  # the second: before there was a seal
         self.shards: int = self.array("records").shape[1]
         self.classes: int = shape[2]
@@ -55,7 +50,7 @@ class LabelStore:
             raise StoreError(f"there is no label store at {path}; make one with generate-labels, or check the path")
         ours = (path / "records").is_dir() and (path / "labels").is_dir()
         try:
-            whole = json.loads((path / "zarr.json").read_bytes())
+            whole = schema.read_document(path / "zarr.json")
             attributes = whole["attributes"] if "attributes" in whole or ours else {}
             found, version = attributes.get("format"), attributes.get("format_version")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,6 +68,7 @@ class LabelStore:
         if version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes:
             _require_seal(path, whole)
         try:
+            sense.require_sense(path, attributes, schema.read_metadata(path, schema.shard_arrays(attributes)[1:]))
             return cls(path, attributes)
         except KeyError as missing:
             raise DamagedStore(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
@@ -93,7 +89,7 @@ class LabelStore:
     def images(self) -> Images:
         """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
         for file in self.manifest_files():  # what Zarr would read as zeros and empty names
-            if not (self.path / file).exists():
+            if not (self.path / file).is_file():
                 raise schema.damaged(self.path, file, "it is missing")
         try:
             columns = {name: self._read(f"images/{name}", np.s_[:]) for name in Images.__dataclass_fields__}
@@ -125,19 +121,31 @@ class LabelStore:
     def records(self) -> np.ndarray:
         """RECORD [views, shards], read anew; where a record is missing, damaged or of another place, all zeros."""
         try:
+            self._require_files(self.path / "records" / "c")
             raw = self._read("records", np.s_[: self.views])
         except StoreError:  # a torn record among them: leave out that one alone
             raw = np.zeros((self.views, self.shards, schema.RECORD.itemsize), "u1")
             for view, shard in np.ndindex(raw.shape[:2]):
+                if not self.size("records", view, shard):
+                    continue
                 with suppress(ValueError):  # its checksum
                     raw[view, shard] = self.array("records")[view, shard]
         return _records(raw, np.arange(self.views)[:, None], np.arange(self.shards))
+
+    def _require_files(self, folder: Path) -> None:
+        """Raises StoreError if something below is neither folder nor file: reading a pipe would wait for ever."""
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if entry.is_dir():
+                self._require_files(Path(entry.path))
+            elif not entry.is_file():
+                raise StoreError(f"{entry.path} is no file; remove it")
 
     def record(self, view: int, shard: int) -> np.void:
         """One of ``records``."""
         raw = np.zeros(schema.RECORD.itemsize, "u1")
         with suppress(ValueError, OSError):
-            raw = self.array("records")[view, shard]
+            if self.size("records", view, shard):
+                raw = self.array("records")[view, shard]
         return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
 
     def finished_records(self) -> np.ndarray:
@@ -169,9 +177,10 @@ class LabelStore:
     def size(self, name: str, view: int, shard: int) -> int:
         """Bytes of a shard's file, 0 if there is none."""
         try:
-            return self.file(name, view, shard).stat().st_size
-        except FileNotFoundError:
+            found = self.file(name, view, shard).stat()
+        except OSError:
             return 0
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     @cached_property
     def _finished(self) -> np.ndarray:
@@ -225,7 +234,15 @@ class LabelStore:
                 return [], f"{file} is missing or empty"
             try:
                 content.append(self.array(name)[view, self.shard_slice(shard)])
-            except (KeyError, ValueError, RuntimeError, OSError) as error:  # a checksum, a file cut short, one that can't be read
+            except (
+                KeyError,
+                ValueError,
+                RuntimeError,
+                OSError,
+                MemoryError,
+                TypeError,
+                OverflowError,
+            ) as error:  # a checksum, a file cut short, one that can't be read
                 return [], f"{file} can't be read ({_one_line(error)})"
         record = self.record(view, shard)
         digest = schema.shard_digest(self.identity, view, shard, *content)
@@ -236,6 +253,10 @@ class LabelStore:
             return content, "its completion record is missing or damaged"
         if digest != record["digest"].tobytes():
             return content, "another digest than in its completion record (files of another place, or changed by other hands)"
+        if fault := sense.fault_of_crops(dict(zip(self.crop_arrays, content[1:], strict=True)), self.shard_slice(shard), self.images):
+            return content, fault
+        if not self.codec.is_float and content[0][:, : self.classes].max() > self.codec.levels:
+            return content, f"codes beyond the {self.codec.levels:g} levels of the codec"
         return content, None
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
@@ -310,7 +331,15 @@ class LabelStore:
     def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
         try:
             return self.array(name)[selection]
-        except (KeyError, ValueError, RuntimeError, OSError) as error:  # no such array, checksum, truncated shard, unreadable file
+        except (
+            KeyError,
+            ValueError,
+            RuntimeError,
+            OSError,
+            MemoryError,
+            TypeError,
+            OverflowError,
+        ) as error:  # no such array, checksum, truncated shard, unreadable file
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
             ) from None

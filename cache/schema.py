@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -66,6 +67,7 @@ RECORD = np.dtype(
 )
 RECORD_MAGIC = b"MLR1"
 
+LARGEST_DOCUMENT, DEEPEST_DOCUMENT = 1 << 26, 50  # bytes and levels of a zarr.json
 CHUNK_BYTES = 1 << 20  # an inner chunk is the power of two of rows nearest below this size
 SHARD_CHUNKS = 32
 SMALLEST_SHARD = 256  # rows
@@ -132,12 +134,14 @@ def canonical_digest(document: dict) -> bytes:
 
 def crop_arrays(provenance: dict) -> tuple[str, ...]:
     """Names of the arrays that say what a crop of a store of this provenance is, in the order of CROP_ARRAYS."""
-    return (*UNMIXED, "mix_partner", "mix_box") if provenance.get("crops", {}).get("cutmix") else UNMIXED
+    crops = provenance.get("crops") if isinstance(provenance, dict) else None
+    return (*UNMIXED, "mix_partner", "mix_box") if isinstance(crops, dict) and crops.get("cutmix") else UNMIXED
 
 
 def shard_arrays(attributes: dict) -> tuple[str, ...]:
     """Names of all arrays that have a file per shard, but for its record, in a store of these attributes."""
-    return ("labels", *crop_arrays(attributes["provenance"]), *(["tail"] if attributes["codec"].get("tail") else []))
+    codec = attributes.get("codec")
+    return ("labels", *crop_arrays(attributes.get("provenance")), *(["tail"] if isinstance(codec, dict) and codec.get("tail") else []))
 
 
 def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -> bytes:
@@ -289,12 +293,29 @@ def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
     documents = {}
     for file in (f"{name}/zarr.json".lstrip("/") for name in names):
         try:
-            documents[file] = json.loads((path / file).read_bytes())
+            documents[file] = read_document(path / file)
         except (OSError, ValueError) as error:
             raise damaged(path, file, "it is missing" if isinstance(error, FileNotFoundError) else f"it can't be read: {error}") from None
         if not isinstance(documents[file], dict):
             raise damaged(path, file, "it holds no description of an array or group")
     return documents
+
+
+def read_document(file: Path) -> object:
+    """A zarr.json. Raises ValueError if it is no JSON, no file, too large, or nested deeper than any that is written here; OSError if it can't be read."""
+    about = os.stat(file)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_DOCUMENT:
+        raise ValueError("it is no ordinary file")
+    try:
+        document = json.loads(file.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [document]
+    for _ in range(DEEPEST_DOCUMENT):
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise ValueError("it is nested too deep")
+    return document
 
 
 def damaged(path: Path, file: str, why: str) -> DamagedStore:

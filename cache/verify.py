@@ -122,7 +122,7 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
     rows = store.shard_slice(shard)
     here = images.take(np.arange(rows.start, rows.stop))
     usable = here.status == schema.USABLE
-    codes, kept = content[0], dict(zip(store.crop_arrays, content[1:], strict=True))
+    codes = content[0]
     labelled, entropy, agreeing = 0, 0.0, 0
     for first in range(0, len(codes), store.chunk_rows):  # by chunks: a decoded shard takes gigabytes
         part = slice(first, first + store.chunk_rows)
@@ -141,27 +141,7 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
     record = store.record(view, shard)
     if (labelled, agreeing) != (record["labelled"], record["agreeing"]) or abs(entropy - record["entropy"]) > STATISTICS * max(1, entropy):
         return "its completion record counts other labels than there are", 0
-    return _crops(kept, here, rows, images), labelled
-
-
-def _crops(kept: dict[str, np.ndarray], here: Images, rows: slice, images: Images) -> str | None:
-    """What is wrong with the crops of a shard's rows, or None."""
-    usable = here.status == schema.USABLE
-    top, left, height, width = kept["boxes"].astype(np.int64).T
-    inside = (top >= 0) & (left >= 0) & (height > 0) & (width > 0) & (top + height <= here.height) & (left + width <= here.width)
-    if not inside[usable].all():
-        row = np.flatnonzero(usable)[np.argmin(inside[usable])]
-        box = kept["boxes"][row].tolist()
-        return f"the crop {box} of row {rows.start + row} is not inside its image of {here.height[row]} × {here.width[row]} pixels"
-    if "mix_partner" in kept:
-        partner, (low, first, high, last) = kept["mix_partner"], kept["mix_box"].T
-        mixed = partner >= 0
-        good = (partner < len(images)) & (low >= 0) & (first >= 0) & (low < high) & (first < last) & (high <= 1) & (last <= 1)
-        good &= images.status[partner.clip(0, len(images) - 1)] == schema.USABLE
-        if not good[mixed].all():
-            row = np.flatnonzero(mixed)[np.argmin(good[mixed])]
-            return f"what is pasted into row {rows.start + row} (row {partner[row]}, box {kept['mix_box'][row].tolist()}) is not there"
-    return None
+    return None, labelled
 
 
 def _others(store: LabelStore) -> tuple[list[str], list[str]]:

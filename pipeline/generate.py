@@ -150,6 +150,8 @@ def _mend(config: Config, folder: Path, path: Path, classes: list[str], teachers
         _create(config, folder, fresh, classes, teachers, device)
         for file in mend.mend(path, fresh):
             say(f"made {file} of {path} anew")
+        if left := _opened(path)[1]:
+            raise StoreError(left)
     finally:
         shutil.rmtree(_mending(path), ignore_errors=True)
 

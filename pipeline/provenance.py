@@ -12,6 +12,7 @@ import torch
 from cache import LabelStore
 from cache.codec import CODECS, Codec
 from cache.schema import Images, StoreError, shard_rows_for
+from cache.sense import misplaced
 from pipeline import crops, images, render
 from pipeline.config import Config
 from pipeline.models import Model, architecture
@@ -137,6 +138,15 @@ def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) ->
     if kept is None:
         raise StoreError(f"{store.path} is damaged: it has no fingerprint; restore it from a copy or generate a new store")
     rows, boxes, flips = np.array(kept["rows"]), np.array(kept["boxes"]), np.array(kept["flips"])
+    manifest = store.images
+    if (
+        not len(rows) == len(boxes) == len(flips)
+        or (len(rows) and rows.max() >= len(manifest))
+        or misplaced(boxes, manifest.height[rows], manifest.width[rows]).any()
+    ):
+        raise StoreError(
+            f"{store.path} has a fingerprint of crops that are not inside its images; don't use this store, or generate a new one"
+        )
     now = fingerprint(folder, store.images, rows, boxes, flips, {int(s) for s in kept["digests"]}, store.provenance, threads)
     differing = [size for size in kept["digests"] if kept["digests"][size] != now["digests"][size]]
     if differing:

@@ -52,7 +52,15 @@ def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
     layout = {"chunk_rows": CHUNK, "shard_rows": SHARD}
     attributes = {
         "codec": CODECS[codec].describe(),
-        "provenance": {"layout": layout, "seed": 0},
+        "provenance": {
+            "teachers": [{"model": "t", "weights": "0" * 64, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}],
+            "crops": {"scale": [0.08, 1], "ratio": [0.75, 1.33], "flip": 0.5, "seed": 0, "interpolation": "bilinear", "exif": "ignore"},
+            "renderer": {"backend": "cpu"},
+            "codec": CODECS[codec].describe(),
+            "compute": {"batch_size": 8, "precision": "float32", "device": "cpu"},
+            "data": {"manifest": manifest().manifest_digest()},
+            "layout": layout,
+        },
         "class_names": [f"c{i}" for i in range(CLASSES)],
     }
     return schema.create(path, images=manifest(), views=views, classes=CLASSES, attributes=attributes, **layout)
@@ -61,7 +69,11 @@ def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
 def truth(view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Made-up probabilities, boxes and flips of a whole view."""
     rng = np.random.default_rng(view)
-    return rng.dirichlet([0.3] * CLASSES, N).astype("float32"), rng.integers(0, 40, (N, 4)).astype("int32"), rng.random(N) < 0.5
+    return (
+        rng.dirichlet([0.3] * CLASSES, N).astype("float32"),
+        rng.integers((0, 0, 1, 1), (8, 24, 41, 41), (N, 4)).astype("int32"),
+        rng.random(N) < 0.5,
+    )
 
 
 def blocks(writer: StoreWriter, view: int, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
