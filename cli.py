@@ -28,12 +28,13 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from cache.schema import MealError
         from cache.stopping import on_signals
+        from pipeline.progress import printable
 
         try:
             with on_signals():
                 return super().invoke(ctx)
         except MealError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"error: {printable(str(error))}", err=True)
         except KeyboardInterrupt as stop:
             by = f" by {stop}" if str(stop) else ""
             click.echo(f"stopped{by}; run the same command again to go on from what is finished", err=True)
@@ -45,7 +46,7 @@ class Group(click.Group):
             click.echo(f"error: {' '.join(str(error).split())[:160]}; lower --batch-size", err=True)
         except OSError as error:  # a full disk, a folder without permission
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}; mend that and run the same command again", err=True)
+            click.echo(f"error: {printable(where)}{error.strerror or error}; mend that and run the same command again", err=True)
         ctx.exit(1)
 
 
@@ -244,6 +245,7 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     from pipeline.config import ModelSpec, validate
     from pipeline.evaluate import evaluate
     from pipeline.models import load
+    from pipeline.progress import say
     from pipeline.report import evaluation_table
 
     place = _device(device)
@@ -260,7 +262,7 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     classes = _class_map(class_map) or images.class_names(directory)
     found = images.scan(directory, classes, exif=exif)
     for line in images.unusable_summary(found):
-        click.echo(line, err=True)
+        say(line)
     result = evaluate(pupils, directory, found, len(classes), device=place, teachers=references, batch_size=batch_size, exif=exif)
     for entry, given in zip(result["models"], models, strict=True):
         entry["checkpoint"] = given["checkpoint"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import threading
 import warnings
@@ -88,7 +89,7 @@ def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.nda
                 f"class folder {name} of {folder} is not among the {len(classes)} classes ({classes[0]}, {classes[1 % len(classes)]}, …); "
                 "pass the --class-map that names it, or take the folder away"
             )
-        for path, size in _walk(folder / name, name, frozenset()):
+        for path, size in _walk(folder / name, name):
             found.append((path, index[name], size))
     if not found:
         raise DataError(f"the class folders of {folder} hold no files")
@@ -97,22 +98,27 @@ def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.nda
     return np.array(paths, dtype=object), np.array(indices, dtype=np.int32), np.array(sizes, dtype=np.int64)
 
 
-def _walk(folder: Path, relative: str, above: frozenset[str]) -> Iterator[tuple[str, int]]:
-    real = os.path.realpath(folder)
-    if real in above:  # a symbolic link to a folder that it lies in
-        return
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int]]:
+    """(path, size) of every file below; a folder that is reached through a link to one above it is left out."""
+    waiting: list[tuple[str, str, frozenset]] = [(str(folder), relative, frozenset())]
+    while waiting:
+        place, name, above = waiting.pop()
+        about = os.stat(place)
+        here = (about.st_dev, about.st_ino)
+        if here in above:
             continue
-        path = f"{relative}/{entry.name}"
-        if _is_folder(entry):
-            yield from _walk(Path(entry.path), path, above | {real})
-        else:
-            try:
-                size = entry.stat().st_size
-            except OSError:  # a symbolic link to nothing
-                size = -1
-            yield path, size
+        for entry in os.scandir(place):
+            if entry.name.startswith("."):
+                continue
+            path = f"{name}/{entry.name}"
+            if _is_folder(entry):
+                waiting.append((entry.path, path, above | {here}))
+            else:
+                try:
+                    size = entry.stat().st_size
+                except OSError:  # a symbolic link to nothing
+                    size = -1
+                yield path, size
 
 
 def scan(
@@ -153,12 +159,12 @@ def scan(
         if not hasattr(decoders, "whole"):
             decoders.header, decoders.whole = Header(exif), WholeDecode(exif)
         shape = decoders.header(blob)
-        if shape is not None and (megapixels := shape[0] * shape[1] / 1e6) > max_megapixels:
-            reason[row] = f"too large: {megapixels:,.1f} megapixels, the limit is {max_megapixels:g} (render.max_megapixels)"
+        if shape is not None and shape[0] * shape[1] > max_megapixels * 1e6:
+            reason[row] = _too_large(*shape, max_megapixels)
             return
         shape = shape and decoders.whole(blob)
         if shape is None:
-            reason[row] = why_undecodable(blob)
+            reason[row] = why_undecodable(blob, max_megapixels)
         else:
             height[row], width[row] = shape
 
@@ -200,18 +206,25 @@ def _read_any(folder: Path, path: str) -> bytes | str:
     return blob or "empty file"
 
 
-def why_undecodable(blob: bytes) -> str:
+def _too_large(height: int, width: int, limit: float) -> str:
+    return f"too large: {height * width / 1e6:,.1f} megapixels, the limit is {limit:g} (render.max_megapixels)"
+
+
+def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
     """A reason for people, for bytes that the renderer failed to decode."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(blob)) as image:
                 kind = image.format
+                if image.width * image.height > max_megapixels * 1e6:
+                    return _too_large(image.height, image.width, max_megapixels)
                 image.load()
     except Image.UnidentifiedImageError:
         return "not an image"
-    except Image.DecompressionBombError as error:
-        return f"too large: {error}"
+    except Image.DecompressionBombError as error:  # Pillow's own limit, before it tells the size
+        pixels = re.search(r"\((\d+) pixels\)", str(error))
+        return _too_large(1, int(pixels[1]), max_megapixels) if pixels else f"too large: {error}"
     except Exception as error:  # a damaged file can raise anything in Pillow's plugins; the file is unusable in any case
         return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
     return f"DALI can't decode this {kind} file"

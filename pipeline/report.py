@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cache import LabelStore
 from cache.schema import RECORD_MAGIC, USABLE
 from cache.verify import Finding
 from cache.writer import stored_bytes
+from pipeline.progress import printable
 
 FINDINGS = 20  # lines of a kind on a page
 
@@ -76,7 +78,7 @@ def store_page(facts: dict) -> None:
     table.add_column(overflow="fold")
 
     def row(name: str, text: object) -> None:
-        table.add_row(name, str(text))
+        table.add_row(name, Text(printable(str(text))))  # Text: a name may look like markup
 
     state = "complete" if facts["complete"] else "NOT COMPLETE: run the same generate-labels command again"
     row("store", facts["store"])
@@ -123,7 +125,7 @@ def verdict_page(result: dict) -> None:
 
     def lines(kind: str, texts: list[str]) -> None:
         for text in texts[:FINDINGS]:
-            console.print(f"{kind:9}{text}", markup=False, soft_wrap=True)
+            console.print(f"{kind:9}{printable(text)}", markup=False, soft_wrap=True)
         if len(texts) > FINDINGS:
             console.print(f"{kind:9}… and {len(texts) - FINDINGS:,} more (--json lists all)", markup=False)
 
@@ -152,7 +154,7 @@ def verdict_page(result: dict) -> None:
     else:
         summary = "NOT SOUND: run the same generate-labels command again, which makes anew what is damaged; remove what is foreign"
     console.print(
-        f"{result['store']}: {result['checked']:,} of {result['shards']:,} shards read, {result['labelled']:,} labels; {summary}",
+        f"{printable(result['store'])}: {result['checked']:,} of {result['shards']:,} shards read, {result['labelled']:,} labels; {summary}",
         markup=False,
         soft_wrap=True,
     )
@@ -169,7 +171,8 @@ def evaluation_table(result: dict) -> None:
         cells = [f"{entry['top1']:.2f}", f"{entry['top5']:.2f}", f"{entry['loss']:.4f}"]
         if "teacher_kl" in entry:
             cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
-        table.add_row(f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"], *cells)
+        name = f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"]
+        table.add_row(Text(printable(name)), *cells)
     console = results()
     console.print(table)
     console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))
