@@ -26,15 +26,14 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from cache.schema import MealError
+        from cache.schema import MealError, printable
         from cache.stopping import on_signals
-        from pipeline.progress import printable
 
         try:
             with on_signals():
                 return super().invoke(ctx)
         except MealError as error:
-            click.echo(f"error: {printable(str(error))}", err=True)
+            click.echo(f"error: {error}", err=True)
         except KeyboardInterrupt as stop:
             by = f" by {stop}" if str(stop) else ""
             click.echo(f"stopped{by}; run the same command again to go on from what is finished", err=True)

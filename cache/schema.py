@@ -75,8 +75,16 @@ SHARDS_OF_A_SMALL_SET = 16
 LOOKS = 16  # looks for a file at a time: on a network's file system each may take a millisecond
 
 
+def printable(text: str) -> str:
+    """The text with what isn't printable written as an escape: names of files may hold line breaks and codes that a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
+
+
 class MealError(Exception):
     """Something a user can mend. The message is one line: what, the value, the repair."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class StoreError(MealError):

@@ -102,7 +102,7 @@ IF_THERE: dict[str, Rule] = {
     "fingerprint.rows": several(None, whole(0, MOST_IMAGES)),
     "fingerprint.boxes": several(None, several(4, whole(0, MOST_IMAGES))),
     "fingerprint.flips": several(None, lambda value: isinstance(value, bool)),
-    "fingerprint.digests": lambda value: section(value) and all(map(sha256, value.values())),
+    "fingerprint.digests": lambda value: section(value) and all(key.isdecimal() and sha256(digest) for key, digest in value.items()),
 }
 
 

@@ -274,7 +274,7 @@ def _fill(
     units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
     if units and not os.access(store.path / "records", os.W_OK):
         raise StoreError(
-            f"{store.path} is not finished and can't be written (no permission, or a read-only place); mend that, and run this again"
+            f"{store.path} is not finished and can't be written (Permission denied, or a read-only file system); mend that, and run the same command again"
         )
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     plan = Plan(config.crops, store.images, store.shard_rows)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cache.schema import UNUSABLE, USABLE, Images, MealError
+from cache.schema import UNUSABLE, USABLE, Images, MealError, printable
 from pipeline import philox
 from pipeline.progress import Progress
 from pipeline.render import Header, RenderError, WholeDecode, quiet_decoders, threads_for
@@ -317,5 +317,5 @@ def unusable_summary(images: Images) -> list[str]:
     for path, reason in zip(images.path[bad], images.reason[bad], strict=True):
         kinds.setdefault(reason.split(":")[0], []).append(f"{path} ({reason})")
     for examples in kinds.values():
-        lines.append(f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else ""))
+        lines.append(printable(f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else "")))
     return lines

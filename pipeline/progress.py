@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from cache.schema import printable
 from cache.stopping import check
 
 LOG_SECONDS = 30.0
@@ -67,11 +68,6 @@ class Progress:
 def say(message: str) -> None:
     """A line for people, on stderr: stdout is for results."""
     print(printable(message), file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """The text with what isn't printable written as an escape: names of files may hold line breaks and codes that a terminal obeys."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii") for c in text)
 
 
 def duration(seconds: float) -> str:

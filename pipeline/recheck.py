@@ -15,7 +15,7 @@ from cache.verify import verify
 from pipeline import cutmix, images, provenance, render
 from pipeline.config import ModelSpec
 from pipeline.models import ensemble, load_teachers
-from pipeline.progress import Progress, printable, say
+from pipeline.progress import Progress, say
 from pipeline.replay import policy_of
 
 # Total variation of a row that arithmetic alone may add: other places in a batch of the same device (measured: 1e-6), another device, half precision
@@ -59,7 +59,7 @@ def recheck(
                 require_same_images(store, folder, threads)
                 result["images"] = len(store.usable)
         except MealError as error:
-            result["problems"].append(printable(str(error)))
+            result["problems"].append(str(error))
     result["trusted"] = verdict.sound and verdict.complete and not result["problems"]
     return result
 

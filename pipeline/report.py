@@ -12,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cache import LabelStore
-from cache.schema import RECORD_MAGIC, USABLE
+from cache.schema import RECORD_MAGIC, USABLE, printable
 from cache.verify import Finding
 from cache.writer import stored_bytes
-from pipeline.progress import printable
 
 FINDINGS = 20  # lines of a kind on a page
 

@@ -1,0 +1,1034 @@
+"""Many workers on one store, and what stops them: signals, a full disk, no permission. Whatever happens, no shard is written by two at once, what is
+finished stays, what went wrong is said in one line, and the store ends as the one that a single undisturbed process makes.
+
+The workers are real processes that run the real command line. They are forked from a server that has imported everything (see killing.py).
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from killing import HANGS, HEAVY, ROOT
+
+from cache import LabelStore
+from cache.claims import STALE, claims_of
+from cache.verify import verify
+
+VIEWS = 3
+ROWS = 4  # of a shard
+SOON = 20.0  # seconds in which a signal is obeyed; it takes one or two
+NOBODY = 65534  # the user that a test as root becomes, whom permissions stop
+SLOW = 0.1  # seconds that a write takes more where a run must not be done before the others have come
+FILLER = "filler"  # a file that fills a small disk
+ALSO = ["test_workers", "pipeline.student", "pipeline.recheck", "pipeline.report", "pipeline.evaluate"]  # what else runs import
+
+
+@dataclass(frozen=True)
+class When:
+    """The n-th time that a run does this to a file of such a path, and what happens to the run just before it does."""
+
+    what: str  # read or write (it opens the file), rename, link, remove; or forget: its main thread is done with a DALI pipeline
+    path: str  # regular expression
+    then: str  # a signal; hold, until it is released; full: the disk is so from now on
+    nth: int = 1
+    after: str = ""  # counted from when it has linked or renamed a file to such a path
+
+
+@dataclass(frozen=True)
+class Write:
+    """A shard as a run wrote it, whole."""
+
+    process: int
+    view: int
+    shard: int
+    begins: float
+    ends: float  # infinity: it came to no end
+
+
+class Run:
+    """A command that has been started."""
+
+    def __init__(self, context: Any, folder: Path, arguments: list[str], **how: Any) -> None:
+        folder.mkdir()
+        self.folder, self.ended = folder, 0.0
+        self.process = context.Process(target=_run, args=(arguments, str(folder), how), daemon=True)
+        self.process.start()
+
+    def text(self, name: str) -> str:
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""
+
+    def said(self) -> str:
+        return self.text("stderr")
+
+    def end(self) -> int:
+        """Wait for its end; its exit status, negative if a signal ended it."""
+        self.process.join(HANGS)
+        self.ended = time.monotonic()
+        assert self.process.exitcode is not None, f"a run hangs:\n{self.said()}"
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def signal(self, name: str) -> None:
+        with open(self.folder / "signals", "a") as f:
+            f.write(f"{time.monotonic()}\n")
+        os.kill(self.process.pid, getattr(signal, name))
+
+    def wait(self, done: Callable[[], bool], what: str) -> None:
+        patience = time.monotonic() + HANGS
+        while not done():
+            assert self.process.exitcode is None, f"it ended, status {self.process.exitcode}, and never {what}:\n{self.said()}"
+            assert time.monotonic() < patience, f"it never {what}:\n{self.said()}"
+            time.sleep(0.005)
+
+    def wait_for(self, text: str) -> None:
+        """Until it has said so."""
+        self.wait(lambda: text in self.said(), f"said {text!r}")
+
+    def wait_held(self) -> None:
+        self.wait((self.folder / "held").exists, "came there")
+
+    def release(self) -> None:
+        (self.folder / "go").touch()
+
+    def stopped_after(self) -> float:
+        """Seconds between the first signal and its end."""
+        return self.ended - float(self.text("signals").split()[0])
+
+    def failed_with(self) -> str:
+        """The one line in which it said what is wrong."""
+        assert self.end() == 1, self.said()
+        lines = [line for line in self.said().splitlines() if line.startswith(("error:", "stopped"))]
+        assert len(lines) == 1 and lines[0] == self.said().splitlines()[-1], self.said()
+        require_no_trace(self)
+        return lines[0]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder. (Runs import this module too, and conftest, with scikit-learn, would take them a second.)"""
+    import conftest
+
+    return conftest.tree(folder)
+
+
+def require_no_trace(run: Run) -> None:
+    """No traceback, not even one of a thread or of the interpreter's end."""
+    assert not re.search(r"Traceback|Exception ignored|Error in|^\s+File ", run.said(), re.M), run.said()
+
+
+class House:
+    """One recipe on one data set, in a folder that everybody may read, and the server that runs are forked from."""
+
+    def __init__(self, folder: Path, config: Path, data: Path) -> None:
+        self.folder, self.config, self.data = folder, config, data
+        self.number = itertools.count()
+        self.runs: list[Run] = []
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload([*HEAVY, *ALSO])  # if no other test has started it
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("OPENBLAS_NUM_THREADS", "1")
+            forkserver.ensure_running()
+
+    def start(self, *arguments: object, **how: Any) -> Run:
+        self.runs.append(Run(self.context, self.folder / f"run{next(self.number)}", [str(a) for a in arguments], **how))
+        return self.runs[-1]
+
+    def end(self) -> None:
+        """End what a failed test has left running."""
+        while self.runs:
+            self.runs.pop().kill()
+
+
+@dataclass
+class Place:
+    """Where one test's store is to be: s.zarr, alone in a folder."""
+
+    house: House
+    whole: Path  # the store of a single undisturbed process
+    folder: Path
+    log: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "s.zarr"
+        self.log = self.folder.with_name(self.folder.name + ".writes")
+        self.log.touch()
+
+    def start(self, *options: object, data: Path | None = None, **how: Any) -> Run:
+        """generate-labels, with these options."""
+        arguments = ["generate-labels", f"--config={self.house.config}", f"--data={data or self.house.data}", f"--store={self.path}"]
+        return self.house.start(*arguments, "--device=cpu", *options, log=str(self.log), **how)
+
+    def run(self, *options: object, **how: Any) -> str:
+        """generate-labels to its good end; what it said."""
+        run = self.start(*options, **how)
+        assert run.end() == 0, run.said()
+        require_no_trace(run)
+        return run.said()
+
+    def begin(self, views: int, labelled: int | None = None) -> None:
+        """Put a store of so many views here, made by one process; of all its shards, or of so many."""
+        shutil.copytree(self.whole.with_name(f"{views}.zarr"), self.path)
+        for number, record in enumerate(sorted((self.path / "records" / "c").glob("*/*/0"))):
+            if labelled is not None and number >= labelled:
+                view, shard, _ = record.parts[-3:]
+                for file in self.path.glob(f"*/c/{view}/{shard}"):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def writes(self) -> list[Write]:
+        begun: dict[tuple[int, int, int], float] = {}
+        found = []
+        for line in self.log.read_text().splitlines():
+            what, process, view, shard, moment = line.split()
+            key = int(process), int(view), int(shard)
+            if what == "begins":
+                begun[key] = float(moment)
+            else:
+                found.append(Write(*key, begun.pop(key), float(moment)))
+        return found + [Write(*key, moment, np.inf) for key, moment in begun.items()]
+
+    def kept(self) -> dict[str, tuple[int, int]]:
+        """Inode and time of every file of a finished shard, each of which is what a single process makes."""
+        if not self.path.exists():
+            return {}
+        store, files = LabelStore.open(self.path), {}
+        for view, shard in np.argwhere(store.finished()).tolist():
+            for name in ("labels", *store.crop_arrays, "records"):
+                file = store.file(name, view, shard)
+                inside = str(file.relative_to(self.path))
+                assert file.read_bytes() == (self.whole / inside).read_bytes(), f"{inside} is believed and wrong"
+                files[inside] = (file.stat().st_ino, file.stat().st_mtime_ns)
+        return files
+
+    def left(self) -> set[str]:
+        """What lies in the store or beside it that a finished store doesn't have."""
+        left = {str(file.relative_to(self.folder)) for file in self.folder.rglob("*")}
+        return left - {"s.zarr", FILLER} - {f"s.zarr/{file.relative_to(self.whole)}" for file in self.whole.rglob("*")}
+
+    def require_whole(self, *lost: Run) -> None:
+        """The store is the one of a single process, nothing else is there, and no shard was written twice but those in flight in a run that was lost."""
+        assert not self.left()
+        made, wanted = tree(self.path), tree(self.whole)
+        assert sorted(made) == sorted(wanted)
+        assert [name for name in wanted if made[name] != wanted[name]] == []
+        require_single_writers(self.writes(), lost)
+
+
+def require_single_writers(writes: list[Write], broken: tuple[Run, ...] = ()) -> None:
+    """No shard was written by two at once, and none again once it was finished. ``broken``: runs that were killed or failed in a write."""
+    lost = {run.process.pid for run in broken}
+    assert {write.process for write in writes if write.ends == np.inf} <= lost, "a write came to no end"
+    places: dict[tuple[int, int], list[Write]] = {}
+    for write in sorted(writes, key=lambda write: write.begins):
+        places.setdefault((write.view, write.shard), []).append(write)
+    for place, several in places.items():
+        *before, _ = several
+        assert all(write.process in lost for write in before), f"view {place[0]}, shard {place[1]} was written twice: {several}"
+        for one, next_one in itertools.pairwise(several):
+            assert one.ends <= next_one.begins or one.ends == np.inf, f"two wrote view {place[0]}, shard {place[1]} at once: {several}"
+
+
+@pytest.fixture(scope="module")
+def house(recipe, teachers) -> Iterator[House]:
+    """18 photographs and a file that is none, in five shards a view; one teacher."""
+    from conftest import changed, write_photos
+
+    folder = Path(tempfile.mkdtemp(prefix="workers."))
+    folder.chmod(0o755)
+    write_photos(folder / "data" / "train", 6)
+    (folder / "data" / "train" / "bee" / "notes.txt").write_text("no image")
+    write_photos(folder / "data" / "val", 2, seed=1)
+    teacher = teachers[0] | {"checkpoint": shutil.copy(teachers[0]["checkpoint"], folder)}
+    os.chmod(teacher["checkpoint"], 0o644)
+    small = changed(
+        recipe,
+        crops={"views": VIEWS},
+        store={"shard_rows": ROWS, "batch_size": ROWS, "views_per_decode": 2},
+        render={"threads": 1},
+    )
+    document = small.model_dump(mode="json", exclude_unset=True) | {"teachers": [teacher]}
+    (folder / "recipe.yaml").write_text(type(recipe).model_validate(document).to_yaml())
+    house = House(folder, folder / "recipe.yaml", folder / "data")
+    yield house
+    house.end()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(house) -> Path:
+    """The store of a single undisturbed process; beside it those of one view, of two and of four."""
+    for views in (1, 2, VIEWS, 4):
+        Place(house, Path(), house.folder / f"{views} views").run(f"--views={views}")
+        (house.folder / f"{views} views" / "s.zarr").rename(house.folder / f"{views}.zarr")
+    return house.folder / f"{VIEWS}.zarr"
+
+
+@pytest.fixture
+def place(house, whole) -> Iterator[Place]:
+    place = Place(house, whole, house.folder / f"place{next(house.number)}")
+    yield place
+    house.end()
+    shutil.rmtree(place.folder)
+
+
+# ---- what follows is done by the forked processes
+
+
+def _run(arguments: list[str], folder: str, how: dict) -> None:
+    import torch
+
+    import cli
+    from cache import claims
+    from pipeline import generate
+
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chmod(folder, 0o777)
+    torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # a kill loses nothing that the kernel has, and the disk takes half of the time
+    os.environ.update(how.get("environment", {}))
+    generate.PATIENCE = how.get("patience", 60.0)
+    if "host" in how:  # as if it ran there
+        socket.gethostname = lambda: how["host"]
+    claims.STALE, claims.BEAT = how.get("stale", claims.STALE), min(claims.BEAT, how.get("stale", 100.0) / 10)
+    if "log" in how:
+        _log_writes(os.open(how["log"], os.O_WRONLY | os.O_APPEND), how.get("slow", 0.01))
+    _watch(folder, how.get("whens", ()), how.get("disk"))
+    if "user" in how:
+        os.setgroups([])
+        os.setgid(how["user"])
+        os.setuid(how["user"])
+    cli.main(arguments)
+
+
+def _log_writes(log: int, slow: float) -> None:
+    """Note when a shard's writing begins and ends, and let it take some seconds more, so that two that wrote one would be seen to."""
+    from cache.writer import StoreWriter
+
+    def note(what: str, view: int, shard: int) -> None:
+        os.write(log, f"{what} {os.getpid()} {view} {shard} {time.monotonic()}\n".encode())
+
+    def write(self: StoreWriter, view: int, shard: int, *arrays: np.ndarray) -> None:
+        note("begins", view, shard)
+        time.sleep(slow)
+        real(self, view, shard, *arrays)
+        note("ends", view, shard)
+
+    real, StoreWriter.write = StoreWriter.write, write
+
+
+def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
+    """Let happen what is to happen. ``disk``: the small file system that is to be full; without one, writing itself fails as it would on a full one."""
+    from nvidia import dali
+
+    counts = [itertools.count(1) for _ in whens]
+    waiting = {when.after for when in whens if when.after}
+    full = threading.Event()
+
+    def happens(what: str, path: object) -> None:
+        path = os.fsdecode(path)
+        for when, count in zip(whens, counts, strict=True):
+            if when.what == what and when.after not in waiting and re.search(when.path, path) and next(count) == when.nth:
+                befall(when.then)
+        if what in ("link", "rename"):
+            waiting.difference_update([after for after in waiting if re.search(after, path)])
+
+    def befall(then: str) -> None:
+        if then == "hold":
+            os.close(os.open(f"{folder}/held", os.O_WRONLY | os.O_CREAT))
+            while not os.path.exists(f"{folder}/go"):
+                time.sleep(0.005)
+        elif then == "full":
+            fill(disk) if disk else full.set()
+        else:
+            descriptor = os.open(f"{folder}/signals", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(descriptor, f"{time.monotonic()}\n".encode())
+            os.close(descriptor)
+            os.kill(os.getpid(), getattr(signal, then))
+            if then == "SIGKILL":
+                time.sleep(HANGS)
+
+    def hook(name: str, given: tuple) -> None:
+        if name == "open" and isinstance(given[0], str | bytes | os.PathLike):
+            happens("write" if given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else "read", given[0])
+        elif name in ("os.rename", "os.link"):
+            happens(name[3:], given[1])
+        elif name == "os.remove":
+            happens("remove", given[0])
+
+    def opened(*given: Any, **named: Any) -> Any:
+        file = real_open(*given, **named)
+        if full.is_set() and file.writable():
+            file.write = refuse
+        return file
+
+    def refuse(content: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name: write() knows none
+
+    def __del__(self: dali.Pipeline) -> None:
+        if threading.current_thread() is threading.main_thread():  # which is where signals are handled
+            happens("forget", "pipeline")
+        real_forget(self)
+
+    real_open, real_forget = io.open, dali.Pipeline.__del__
+    dali.Pipeline.__del__ = __del__
+    if not disk:
+        io.open = builtins.open = opened
+    sys.addaudithook(hook)
+
+
+def fill(disk: str | Path) -> None:
+    """Write until nothing more fits."""
+    descriptor = os.open(f"{disk}/{FILLER}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for size in (1 << 16, 1):
+        with suppress(OSError):
+            while True:
+                os.write(descriptor, bytes(size))
+    os.close(descriptor)
+
+
+# ---- sharing the work
+
+
+def torchrun(rank: int, world: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+
+
+WAYS: dict[str, list[dict]] = {
+    "torchrun": [{"environment": torchrun(rank, 3)} for rank in range(3)],
+    "SLURM array": [{"worker": f"{i}/3"} for i in range(3)],
+    "array of torchruns": [{"worker": f"{i}/2", "environment": torchrun(rank, 2)} for i in range(2) for rank in range(2)],
+    "by hand": [{}, {}, {}],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is_written_twice(place, way):
+    workers = [
+        place.start(*([f"--worker={worker['worker']}"] if "worker" in worker else []), environment=worker.get("environment", {}), slow=SLOW)
+        for worker in WAYS[way]
+    ]
+    assert [worker.end() for worker in workers] == [0] * len(workers), "\n\n".join(worker.said() for worker in workers)
+    place.require_whole()
+    assert len({write.process for write in place.writes()}) > 1  # they did share it
+    said = [worker.said().splitlines()[-1] for worker in workers]
+    ends = [
+        re.search(r"is complete: 15 of 15 shards|others are at work on \S+ \(.*:\d+\)|this worker's share is done", line) for line in said
+    ]
+    assert all(ends), said
+    assert any("is complete" in line for line in said), said
+    if way == "by hand":  # there are no shares, and nobody waits for this one
+        assert not any("this worker's share" in line for line in said), said
+
+
+def test_a_second_run_on_a_store_shares_the_work_and_says_who_else_is_at_it(place):
+    first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
+    first.wait_held()
+    said = place.run()
+    host = socket.gethostname()
+    assert f"13 of 15 shards are done; others are at work on {place.path} ({host}:{first.process.pid})" in said
+    first.release()
+    assert first.end() == 0
+    assert "is complete: 15 of 15 shards" in first.said()
+    before = tree(place.path)
+    assert "is complete: 15 of 15 shards" in place.run()  # the last one out
+    assert tree(place.path) == before
+    place.require_whole()
+
+
+def test_what_a_run_passed_by_because_another_had_it_is_not_forgotten_when_that_one_dies(place):
+    """Two started by hand: the second passes by what the first is at, the first is killed. Nobody else is left to do it."""
+    first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
+    first.wait_held()
+    second = place.start(whens=(When("rename", r"s\.zarr/records/c/2/4/0$", "hold"),))
+    second.wait_held()
+    first.kill()
+    second.release()
+    assert second.end() == 0, second.said()
+    done, of = LabelStore.open(place.path).progress()
+    assert done == of or "run the same command again" in second.said(), f"{done} of {of} shards are done, and it said:\n{second.said()}"
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, workers):
+    place.begin(VIEWS, labelled=0)
+    dead = place.start("--worker=1/3", whens=(When("rename", r"s\.zarr/(boxes|records)/", "SIGKILL", nth=4),))
+    others = [place.start(f"--worker={i}/3") for i in (0, 2)]
+    assert dead.end() == -signal.SIGKILL
+    assert [other.end() for other in others] == [0, 0]
+    assert LabelStore.open(place.path).progress()[0] < 15
+    kept = place.kept()
+    again = [place.start(f"--worker={i}/{workers}") for i in range(workers)]
+    assert [run.end() for run in again] == [0] * workers, "\n\n".join(run.said() for run in again)
+    now = place.kept()
+    assert {name: now[name] for name in kept} == kept  # nothing that was finished was touched
+    place.require_whole(dead)
+
+
+def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over_once_it_is_stale(place):
+    """Same process number, same host name: a container elsewhere can't be asked whether it lives."""
+    from cache import claims
+
+    place.begin(VIEWS, labelled=0)
+    claims_of(place.path).mkdir()
+    theirs = claims_of(place.path) / "1-2"
+    theirs.write_text(json.dumps(claims._me() | {"boot": "another"}))
+    os.utime(theirs, (time.time() - STALE + 60,) * 2)
+    said = place.run()
+    assert "14 of 15 shards are done; others are at work on" in said and f":{os.getpid()})" in said
+    assert (1, 2) not in {(write.view, write.shard) for write in place.writes()}
+    assert os.listdir(claims_of(place.path)) == ["1-2"]
+    os.utime(theirs, (time.time() - STALE - 60,) * 2)
+    assert "is complete: 15 of 15" in place.run()
+    place.require_whole()
+
+
+def test_a_living_worker_of_another_host_keeps_its_shards_and_a_killed_one_loses_them(place):
+    """Its heart goes on beating while it takes its time; once it is killed nobody here can know, until its claims are stale."""
+    place.begin(VIEWS, labelled=0)
+    stale = 2.0
+    elsewhere = place.start(host="elsewhere", stale=stale, whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
+    elsewhere.wait_held()
+    time.sleep(1.2 * stale)
+    at_work = f"13 of 15 shards are done; others are at work on {place.path} (elsewhere:{elsewhere.process.pid})"
+    assert at_work in place.run(stale=stale)
+    elsewhere.kill()
+    killed = time.monotonic()
+    said = place.run(stale=stale)
+    assert at_work in said or time.monotonic() > killed + stale
+    time.sleep(max(0.0, killed + stale + 0.2 - time.monotonic()))
+    assert "is complete: 15 of 15" in place.run(stale=stale)
+    place.require_whole(elsewhere)
+
+
+# ---- making and extending a store together
+
+
+@pytest.mark.parametrize("shares", [("0/1", "0/1"), ("0/2", "1/2")])
+def test_of_two_that_make_one_store_at_once_one_creates_it_and_both_fill_it(place, shares):
+    """Both are held at the first claim, and let go at once."""
+    both = [place.start(f"--worker={share}", slow=SLOW, whens=(When("link", r"s\.zarr\.claims/", "hold"),)) for share in shares]
+    for run, share in zip(both, shares, strict=True):
+        run.wait_held() if share.startswith("0/") else run.wait_for("waiting for worker 0 to create")
+    for run in both:
+        run.release()
+    assert [run.end() for run in both] == [0, 0], "\n\n".join(run.said() for run in both)
+    said = [run.said() for run in both]
+    assert sum(f"created {place.path}" in text for text in said) == 1
+    assert all(f"created {place.path}" in text or f"to create {place.path}" in text for text in said), said
+    place.require_whole()
+    assert len({write.process for write in place.writes()}) == 2
+
+
+def test_a_worker_waits_while_worker_0_looks_at_the_images_and_goes_on_when_that_is_killed_and_started_again(place):
+    reading = r"data/train/.*jpg$"
+    zero = place.start("--worker=0/2", whens=(When("read", reading, "hold", nth=10),))
+    zero.wait_held()
+    one = place.start("--worker=1/2")
+    one.wait_for(f"waiting for worker 0 to create {place.path}")
+    zero.kill()
+    zero = place.start("--worker=0/2", whens=(When("write", r"creating/images/", "SIGKILL", nth=5),))
+    assert zero.end() == -signal.SIGKILL
+    zero = place.start("--worker=0/2")
+    assert [zero.end(), one.end()] == [0, 0], zero.said() + one.said()
+    place.require_whole()
+
+
+def test_a_run_that_waits_for_another_to_make_the_store_makes_it_itself_when_that_one_dies(place):
+    """Started by hand, both are worker 0: no other will come."""
+    first = place.start(whens=(When("read", r"data/train/.*jpg$", "hold", nth=10),))
+    first.wait_held()
+    second = place.start(patience=3.0)
+    second.wait_for(f"to create {place.path}")
+    first.kill()
+    assert second.end() == 0, second.said()
+    place.require_whole()
+
+
+def test_a_store_may_be_extended_while_another_run_still_labels_it(place):
+    place.begin(2, labelled=3)
+    first = place.start("--views=2", whens=(When("rename", r"s\.zarr/labels/c/1/1/0$", "hold"),))
+    first.wait_held()
+    said = place.run("--views=4")
+    assert f"extending {place.path} from 2 to 4 views" in said and f"{socket.gethostname()}:{first.process.pid})" in said
+    first.release()
+    assert first.end() == 0, first.said()
+    place.whole = place.whole.with_name("4.zarr")
+    place.require_whole()
+
+
+@pytest.mark.parametrize("views", [(4, 3), (3, 4)])
+def test_two_that_extend_a_store_at_once_extend_it_once_and_to_the_larger_number(place, views):
+    """The second comes in the middle of the first one's growth: it waits, or refuses in a line that says when to come again."""
+    place.begin(2)
+    before = place.path / "labels" / "c" / "0" / "0" / "0"
+    inode = before.stat().st_ino
+    first = place.start(f"--views={views[0]}", whens=(When("rename", r"s\.zarr/boxes/zarr\.json$", "hold"),))
+    first.wait_held()
+    second = place.start(f"--views={views[1]}")
+    second.wait(lambda: "by another process" in second.said() or "waiting" in second.said(), "said that another is at it")
+    first.release()
+    assert first.end() == 0, first.said()
+    if second.end():
+        assert "is being extended by another process right now; run this command again" in second.failed_with()
+        place.run(f"--views={views[1]}")
+    place.whole = place.whole.with_name("4.zarr")
+    place.require_whole()
+    assert before.stat().st_ino == inode
+
+
+def test_a_worker_waits_while_worker_0_extends_the_store(place):
+    place.begin(2)
+    zero = place.start("--worker=0/2", "--views=4", whens=(When("rename", r"s\.zarr/flips/zarr\.json$", "hold"),))
+    zero.wait_held()
+    one = place.start("--worker=1/2", "--views=4")
+    one.wait_for(f"waiting for worker 0 to grow {place.path}")
+    zero.kill()  # half way
+    zero = place.start("--worker=0/2", "--views=4")
+    assert [zero.end(), one.end()] == [0, 0], zero.said() + one.said()
+    place.whole = place.whole.with_name("4.zarr")
+    place.require_whole()
+    assert len({write.process for write in place.writes()}) == 2
+
+
+def test_fewer_views_take_none_away_not_even_from_a_store_that_is_growing(place):
+    place.begin(VIEWS)
+    before = tree(place.path)
+    assert f"{place.path} has {VIEWS} views already; none is taken away" in place.run("--views=1")
+    assert tree(place.path) == before
+    larger = place.start("--views=4", whens=(When("rename", r"s\.zarr/records/zarr\.json$", "hold"),))
+    larger.wait_held()
+    smaller = place.start("--views=1")
+    time.sleep(0.5)
+    larger.release()
+    assert larger.end() == 0
+    assert smaller.end() == 0 or "run this command again" in smaller.failed_with()
+    place.whole = place.whole.with_name("4.zarr")
+    place.require_whole()
+
+
+# ---- asked to stop
+
+
+MOMENTS: dict[str, When] = {
+    "looking at the images": When("read", r"data/train/.*jpg$", "", nth=12),
+    "making the empty store": When("rename", r"creating/images/height/c", ""),
+    "naming the store": When("rename", r"/s\.zarr$", ""),
+    "claiming": When("link", r"claims/0-0$", ""),
+    "having claimed": When("remove", r"claims/1-0\..*\.new$", ""),
+    "labelling": When("read", r"data/train/.*jpg$", "", nth=2, after=r"claims/1-2$"),
+    "writing a shard": When("write", r"s\.zarr/labels/c/1/1/.*partial$", ""),
+    "between the shard and its record": When("write", r"s\.zarr/records/c/0/2/.*partial$", ""),
+    "writing the last record of a unit": When("rename", r"s\.zarr/records/c/1/2/0$", ""),
+    "letting go of claims": When("remove", r"claims/1-1$", ""),
+    "ending": When("rename", r"s\.zarr/records/c/2/4/0$", ""),
+}
+
+
+def either(moments: dict[str, When], both: str) -> list[tuple[str, str]]:
+    """Each moment with one of the signals, which are handled alike, and one moment with both."""
+    names = itertools.cycle(["SIGTERM", "SIGINT"])
+    return sorted(
+        {*zip(moments, names, strict=False), (both, "SIGTERM"), (both, "SIGINT")}, key=lambda case: (list(moments).index(case[0]), case[1])
+    )
+
+
+def require_stopped(run: Run, name: str) -> None:
+    assert run.failed_with() == f"stopped by {name}; run the same command again to go on from what is finished"
+    assert run.stopped_after() < SOON
+
+
+@pytest.mark.parametrize(("moment", "name"), either(MOMENTS, both="writing a shard"))
+def test_asked_to_stop_it_does_so_in_order_and_goes_on_to_the_same_bytes(place, moment, name):
+    run = place.start(whens=(replace(MOMENTS[moment], then=name),))
+    require_stopped(run, name)
+    left, kept = place.left(), place.kept()
+    require_single_writers(place.writes())
+    finished = LabelStore.open(place.path).finished() if kept else np.zeros((VIEWS, 5), bool)
+    place.run()
+    now = place.kept()
+    assert {file: now[file] for file in kept} == kept
+    place.require_whole()
+    assert not left, "the stopped run left something"
+    if moment in ("labelling", "writing a shard", "between the shard and its record", "writing the last record of a unit"):
+        said = re.search(r"(\d+) of 15 shards are done; (.*)$", run.said(), re.M)
+        assert said and int(said[1]) == finished.sum(), run.said()
+        dropped = re.search(r"views? ([\d, ]+), rows (\d+) to", said[2])
+        for view in dropped[1].split(",") if dropped and "dropped" in said[2] else ():
+            assert not finished[int(view), int(dropped[2]) // ROWS], f"it says that view {view} is dropped, which is finished: {said[0]}"
+
+
+def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
+    """The moments above are met on purpose; these are not."""
+    rng = np.random.default_rng()
+    started = time.monotonic()
+    place.run()
+    seconds = time.monotonic() - started
+    shutil.rmtree(place.path)
+    place.log.write_text("")
+    stopped = 0
+    for _ in range(8):
+        run = place.start()
+        run.wait_for("teacher")
+        time.sleep(rng.random() * seconds / 2)
+        with suppress(ProcessLookupError):
+            run.signal(str(rng.choice(["SIGTERM", "SIGINT"])))
+        if run.end() == 0 or "is complete" in run.said():  # the second: it was stopped on its way out
+            break
+        stopped += 1
+        assert re.match(r"stopped by SIG(TERM|INT); run the same command again", run.failed_with())
+        assert run.stopped_after() < SOON
+        assert not place.left()
+    assert stopped
+    place.run()
+    place.require_whole()
+
+
+def test_asked_to_stop_among_hundreds_of_files_it_does_not_look_at_the_rest_first(place):
+    many = place.folder.with_name("many")
+    for number, photo in itertools.product(range(20), sorted((place.house.data / "train").glob("*/*.jpg"))):
+        copy = many / photo.parent.name / f"{number}-{photo.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        os.link(photo, copy)
+    for name in ("SIGTERM", "SIGINT"):
+        run = place.start(data=many, whens=(When("read", r"many/.*jpg$", name, nth=100), When("read", r"many/.*jpg$", "SIGKILL", nth=300)))
+        require_stopped(run, name)
+        assert not place.left()
+
+
+@pytest.mark.parametrize("waiting", ["create", "grow"])
+def test_asked_to_stop_while_it_waits_for_worker_0_it_does_so(place, waiting):
+    if waiting == "grow":
+        place.begin(2)
+    run = place.start("--worker=1/2", "--views=3")
+    run.wait_for(f"waiting for worker 0 to {waiting}")
+    run.signal("SIGTERM")
+    require_stopped(run, "SIGTERM")
+    assert not place.left()
+
+
+@pytest.mark.parametrize(
+    "moment", [("write", r"/zarr\.json\..*partial$"), ("rename", r"s\.zarr/flips/zarr\.json$"), ("rename", r"s\.zarr/zarr\.json$")]
+)
+def test_asked_to_stop_while_it_extends_a_store_it_leaves_nothing_half(place, moment):
+    place.begin(2)
+    run = place.start("--views=3", whens=(When(*moment, "SIGTERM"),))
+    require_stopped(run, "SIGTERM")
+    assert not place.left()
+    assert LabelStore.open(place.path).views in (2, 3)
+    place.run("--views=3")
+    place.require_whole()
+
+
+def test_asked_to_stop_while_something_is_thrown_away_it_hears_it(place):
+    """Python ignores errors in destructors, and with them a signal whose handler raises one there. DALI's take their time."""
+    run = place.start(whens=(When("forget", "pipeline", "SIGTERM", after=r"records/c/0/1/0$"),))
+    require_stopped(run, "SIGTERM")
+    assert not place.left()
+    place.run()
+    place.require_whole()
+
+
+def test_asked_to_stop_while_it_checks_what_is_finished_it_does_so(place):
+    place.begin(VIEWS)
+    run = place.start(whens=(When("read", r"s\.zarr/labels/c/1/", "SIGTERM"),))
+    require_stopped(run, "SIGTERM")
+    place.require_whole()
+
+
+def test_a_job_of_several_workers_that_is_preempted_goes_on_with_another_number(place):
+    """SIGTERM to all, as SLURM and torchrun send it."""
+    workers = [place.start(environment=torchrun(rank, 3), slow=SLOW) for rank in range(3)]
+    for worker in workers:
+        worker.wait(lambda worker=worker: f"ends {worker.process.pid}" in place.log.read_text(), "wrote a shard")
+        worker.signal("SIGTERM")
+    for worker in workers:
+        require_stopped(worker, "SIGTERM")
+    left, kept = place.left(), place.kept()
+    again = [place.start(f"--worker={i}/2") for i in range(2)]
+    assert [run.end() for run in again] == [0, 0]
+    now = place.kept()
+    assert kept and {file: now[file] for file in kept} == kept
+    place.require_whole()
+    assert not left, "the stopped runs left something"
+
+
+def test_one_of_several_workers_is_stopped_and_the_others_go_on(place):
+    moment = "write", r"s\.zarr/flips/c/1/.*partial$"
+    stopped = place.start(whens=(When(*moment, "hold"), When(*moment, "SIGTERM")))
+    stopped.wait_held()
+    other = place.start(whens=(When("rename", r"s\.zarr/records/c/", "hold"),))
+    other.wait_held()
+    stopped.release()
+    require_stopped(stopped, "SIGTERM")
+    other.release()
+    assert other.end() == 0, other.said()
+    place.run()
+    place.require_whole()
+
+
+def test_asked_twice_to_stop_it_does_not_finish_the_shard(place):
+    """A disk that hangs must not keep a process alive that is asked again."""
+    run = place.start(whens=(When("write", r"s\.zarr/labels/c/1/1/.*partial$", "hold"),))
+    run.wait_held()
+    run.signal("SIGTERM")
+    time.sleep(0.3)
+    assert run.process.exitcode is None and "stopped" not in run.said()
+    run.signal("SIGTERM")
+    time.sleep(0.3)
+    run.release()
+    require_stopped(run, "SIGTERM")
+    assert not LabelStore.open(place.path).finished()[1, 1]
+    place.run()
+    place.require_whole(run)
+
+
+def test_asked_to_stop_while_it_still_imports_a_real_process_ends_in_order(place):
+    arguments = ["generate-labels", f"--config={place.house.config}", f"--data={place.house.data}", f"--store={place.path}"]
+    process = subprocess.Popen([sys.executable, ROOT / "cli.py", *arguments], stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=HANGS)
+    assert said == "stopped by SIGTERM; run the same command again to go on from what is finished\n"
+    assert process.returncode == 1
+
+
+# ---- training
+
+
+class Training:
+    """The training of a student from the whole store."""
+
+    def __init__(self, house: House, store: Path, out: Path) -> None:
+        self.house, self.store, self.out = house, store, out
+
+    def start(self, **how: Any) -> Run:
+        arguments = ["train-student", f"--config={self.house.config}", f"--data={self.house.data}", f"--store={self.store}"]
+        return self.house.start(*arguments, f"--out={self.out}", "--device=cpu", **how)
+
+    def result(self) -> tuple[bytes, bytes, list[dict]]:
+        """Both models, and the metrics without times."""
+        timed = ("seconds", "images_per_second")
+        metrics = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        kept = [{key: value for key, value in line.items() if key not in timed} for line in metrics]
+        return (self.out / "last.safetensors").read_bytes(), (self.out / "best.safetensors").read_bytes(), kept
+
+
+@pytest.fixture(scope="module")
+def trained(house, whole) -> Training:
+    training = Training(house, whole, house.folder / "uninterrupted" / "run")
+    training.out.parent.mkdir()
+    run = training.start()
+    assert run.end() == 0, run.said()
+    return training
+
+
+TRAINING: dict[str, When] = {
+    "at its start": When("read", r"3\.zarr/images/path/c/", ""),
+    "the first epoch": When("read", r"data/train/.*jpg$", "", nth=10, after=r"run/config\.yaml$"),
+    "the second epoch": When("read", r"data/train/.*jpg$", "", nth=10, after=r"run/state\.pt$"),
+    "writing the state": When("rename", r"run/state\.pt$", ""),
+    "writing the metrics": When("write", r"run/\.metrics\.jsonl\.partial$", "", nth=2),
+}
+
+
+@pytest.mark.parametrize(("moment", "name"), either(TRAINING, both="the second epoch"))
+def test_training_that_is_asked_to_stop_does_so_and_ends_as_if_it_had_not_been(house, whole, trained, tmp_path, moment, name):
+    training = Training(house, whole, tmp_path / "run")
+    run = training.start(whens=(replace(TRAINING[moment], then=name),))
+    require_stopped(run, name)
+    left = {file.name for file in tmp_path.rglob("*")}
+    assert not [file for file in left if file.endswith((".partial", ".claims"))]
+    run = training.start()
+    assert run.end() == 0, run.said()
+    assert training.result() == trained.result()
+    assert os.listdir(tmp_path) == ["run"] and sorted(os.listdir(training.out)) == sorted(os.listdir(trained.out))
+
+
+# ---- no room
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """Mount something on a folder, or skip the test where that isn't allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"can't mount a file system here: {made.stderr.splitlines()[0]}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def require_names_the_store(line: str, place: Place) -> None:
+    assert line.startswith("error: ") and str(place.path) in line, line
+    assert "space" in line and "again" in line, line
+
+
+FULL: dict[str, When] = {
+    "claiming the creation": When("write", r"claims/create\..*new$", "full"),
+    "creation": When("write", r"creating/labels/zarr.*partial$", "full"),
+    "the manifest": When("write", r"creating/images/path/c/.*partial$", "full"),
+    "claiming a shard": When("write", r"claims/1-1\..*new$", "full"),
+    "a shard": When("write", r"s\.zarr/labels/c/1/1/.*partial$", "full"),
+    "a record": When("write", r"s\.zarr/records/c/1/1/.*partial$", "full"),
+    "growth": When("write", r"s\.zarr/boxes/zarr\.json.*partial$", "full"),
+    "the end of growth": When("write", r"s\.zarr/zarr\.json.*partial$", "full"),
+}
+
+
+@pytest.mark.parametrize(("phase", "disk"), [*((phase, "real") for phase in FULL), ("creation", "injected"), ("a record", "injected")])
+def test_on_a_full_disk_nothing_is_lost_and_it_goes_on_once_there_is_room(house, whole, place, disk, phase):
+    with ExitStack() as stack:
+        if disk == "real":
+            with suppress(pytest.skip.Exception):  # where none may be mounted, errors are injected
+                stack.enter_context(mounted(place.folder, "-t", "tmpfs", "-o", "size=4m", "workers"))
+        if "growth" in phase:
+            place.begin(2)
+        before = place.kept()
+        run = place.start(whens=(FULL[phase],), disk=str(place.folder) if place.folder.is_mount() else None)
+        line, left, kept = run.failed_with(), place.left(), place.kept()
+        assert {file: kept.get(file) for file in before} == before
+        (place.folder / FILLER).unlink(missing_ok=True)
+        place.run()
+        now = place.kept()
+        assert {file: now[file] for file in kept} == kept
+        place.require_whole(run)
+        assert not left, "the failed run left something"
+        require_names_the_store(line, place)
+
+
+def test_a_disk_that_is_full_again_and_again_loses_nothing(place):
+    """It gets a few pages more each time, so that the disk is full wherever it happens to be."""
+    with mounted(place.folder, "-t", "tmpfs", "-o", "size=32k", "workers"):
+        kept: dict[str, tuple[int, int]] = {}
+        lines, runs = [], []
+        for size in itertools.count(32, 40):
+            subprocess.run(["mount", "-o", f"remount,size={size}k", str(place.folder)], check=True)
+            run = place.start()
+            runs.append(run)
+            if run.end() == 0:
+                break
+            lines.append(run.failed_with())
+            now = place.kept()
+            assert {file: now.get(file) for file in kept} == kept
+            kept = now
+        assert len(lines) > 5
+        place.require_whole(*runs)
+        for line in lines:
+            require_names_the_store(line, place)
+
+
+# ---- no permission
+
+
+@contextmanager
+def read_only(place: Place, how: str) -> Iterator[dict]:
+    """Make the store, or all of its folder, read-only; what a run needs to be told so that it is to it."""
+    user = {"user": NOBODY} if os.geteuid() == 0 else {}
+    if how == "read-only file system":
+        with mounted(place.folder, "--bind", str(place.folder)):
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(place.folder)], check=True)
+            yield {}
+        return
+    files = [place.path, *place.path.rglob("*")] if place.path.exists() else []
+    place.folder.chmod(0o555 if how == "a folder without permission" else 0o777)
+    for file in files:
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    try:
+        yield user
+    finally:
+        for file in (place.folder, *files):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+
+
+READ_ONLY = ("a store without permission", "a folder without permission", "read-only file system")
+
+
+@pytest.mark.parametrize("how", READ_ONLY)
+@pytest.mark.parametrize("command", ["finish", "extend", "make"])
+def test_what_a_read_only_store_is_missing_is_refused_in_one_line(place, how, command):
+    if command == "make" and how == "a store without permission":
+        pytest.skip("there is no store yet that could be read-only")
+    if command != "make":
+        place.begin(2, labelled=7 if command == "finish" else None)
+    before = tree(place.folder)
+    with read_only(place, how) as told:
+        run = place.start("--views=3" if command == "extend" else "--views=2", **told)
+        line = run.failed_with()
+    left, after = place.left(), tree(place.folder)
+    place.run()
+    place.require_whole(run)
+    assert after == before and not left
+    assert line.startswith(f"error: {place.folder}") and re.search("Permission denied|Read-only", line), line
+
+
+@pytest.mark.parametrize("how", READ_ONLY)
+def test_a_finished_read_only_store_is_good_for_everything(house, whole, place, trained, how):
+    place.begin(VIEWS)
+    before = tree(place.folder)
+    out = house.folder / f"out-{READ_ONLY.index(how)}"
+    out.mkdir()
+    out.chmod(0o777)
+    with read_only(place, how) as told:
+        runs = {
+            "generate-labels": place.start(**told),
+            "inspect": house.start("inspect", place.path, "--json", **told),
+            "verify": house.start("verify", place.path, f"--data={house.data}", "--json", **told),
+            "sample": house.start(
+                "verify", place.path, f"--data={house.data}", "--sample=5", "--device=cpu", "--json", *house_teachers(house), **told
+            ),
+        }
+        training = Training(house, place.path, out / "run")
+        runs["train-student"] = training.start(**told)
+        for name, run in runs.items():
+            assert run.end() == 0, f"{name}: {run.said()}"
+            require_no_trace(run)
+        student = f"test_vit={out / 'run' / 'best.safetensors'}"
+        evaluation = house.start("eval", f"--data={house.data}", f"--model={student}", "--device=cpu", "--json", **told)
+        assert evaluation.end() == 0, evaluation.said()
+    assert "is complete: 15 of 15 shards" in runs["generate-labels"].said()
+    assert json.loads(runs["inspect"].text("stdout"))
+    assert json.loads(runs["verify"].text("stdout"))["trusted"] and json.loads(runs["sample"].text("stdout"))["trusted"]
+    assert training.result() == trained.result()
+    assert json.loads(evaluation.text("stdout"))
+    assert tree(place.folder) == before
+    assert verify(place.path).sound
+    shutil.rmtree(out)
+
+
+def house_teachers(house: House) -> list[str]:
+    import yaml
+
+    return [f"--teacher={teacher['model']}={teacher['checkpoint']}" for teacher in yaml.safe_load(house.config.read_text())["teachers"]]
