@@ -65,10 +65,14 @@ class LabelStore:
                 f"{path} has label store format {version}, this program reads {schema.VERSIONS[0]} to {schema.VERSIONS[-1]}; "
                 + ("it was made by a newer version: update this program" if newer else "use the version of this program that made it")
             )
-        if version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes:
-            _require_seal(path, whole)
+        sealed = version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes
+        if sealed:
+            _require_seal(path, {"zarr.json": whole})
+        documents = schema.read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}  # one that may have grown since
+        if sealed:
+            _require_seal(path, documents)
         try:
-            sense.require_sense(path, attributes, schema.read_metadata(path, schema.shard_arrays(attributes)[1:]))
+            sense.require_sense(path, attributes, documents)
             return cls(path, attributes)
         except KeyError as missing:
             raise DamagedStore(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
@@ -92,10 +96,9 @@ class LabelStore:
             if not (self.path / file).is_file():
                 raise schema.damaged(self.path, file, "it is missing")
         try:
-            columns = {name: self._read(f"images/{name}", np.s_[:]) for name in Images.__dataclass_fields__}
+            images = Images(*(self._column(name) for name in Images.__dataclass_fields__))
         except StoreError as error:
             raise schema.damaged(self.path, "images/", str(error)) from None
-        images = Images(**{name: c.astype(object) if c.dtype.kind in "OUT" else c for name, c in columns.items()})
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
             raise schema.damaged(self.path, "images/", "the manifest has another digest")
@@ -103,6 +106,11 @@ class LabelStore:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
                 raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
         return images
+
+    def _column(self, name: str) -> np.ndarray:
+        """A column of the manifest; strings as Python's, one column at a time, since both kinds together take the most memory of all."""
+        column = self._read(f"images/{name}", np.s_[:])
+        return column.astype(object) if column.dtype.kind in "OUT" else column
 
     def manifest_files(self) -> list[str]:
         """Paths in the store of the manifest's chunks."""
@@ -353,14 +361,11 @@ def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray
     return records
 
 
-def _require_seal(path: Path, whole: dict) -> None:
-    """Raises DamagedStore unless every zarr.json is what was written. Its own comes first, since it says which others there are."""
-    seal = whole["attributes"].get("seal")
-    if not isinstance(seal, dict) or seal.get("zarr.json") != schema.seals({"zarr.json": whole})["zarr.json"]:
-        raise schema.damaged(path, "zarr.json", "its digest is another one than in its seal")
-    kept = schema.shard_arrays(whole["attributes"])[1:]
-    for file, digest in schema.seals(schema.read_metadata(path, kept)).items():
-        if seal.get(file) != digest:
+def _require_seal(path: Path, documents: dict[str, dict]) -> None:
+    """Raises DamagedStore unless these zarr.json, the store's own among them, are what was written."""
+    seal = documents["zarr.json"]["attributes"].get("seal")
+    for file, digest in schema.seals(documents).items():
+        if not isinstance(seal, dict) or seal.get(file) != digest:
             raise schema.damaged(path, file, "its digest is another one than in the seal of zarr.json")
 
 

@@ -252,7 +252,7 @@ class Replay:
                 partner = np.where(partner < 0, rows, partner)
                 column += [partner, *source.crops(view, partner), mix_box]
             columns.append(column)
-        return [rows, *(None if per_view[0] is None else np.stack(per_view, axis=1) for per_view in zip(*columns, strict=True))]
+        return [rows, *(None if per_view[0] is None else _stacked(per_view) for per_view in zip(*columns, strict=True))]
 
     def _batch(
         self, epoch: int, rows: np.ndarray, labels: np.ndarray | None, boxes: np.ndarray, flips: np.ndarray, *mixes: np.ndarray
@@ -320,6 +320,11 @@ def with_partners(
 
 def _join(pair: tuple[np.ndarray | None, np.ndarray | None]) -> np.ndarray | None:
     return None if pair[0] is None else np.concatenate(pair)
+
+
+def _stacked(per_view: Sequence[np.ndarray]) -> np.ndarray:
+    """[n, …] a view → [n, views, …]; of one view no copy is made."""
+    return per_view[0][:, None] if len(per_view) == 1 else np.stack(per_view, axis=1)
 
 
 def _flat(column: np.ndarray) -> np.ndarray:
