@@ -56,6 +56,14 @@ class StoreWriter:
         self.store = LabelStore.open(self.path)
         self.group = zarr.open_group(str(self.path), mode="r+", zarr_format=3, use_consolidated=False)
 
+    def tidy(self) -> None:
+        """Remove what a killed process left half written of the store's own description, unless another is at it."""
+        left = [file for pattern in ("*.partial", "*/*.partial", "images/**/*.partial") for file in self.path.glob(pattern)]
+        if left:
+            with claim(self.claims, "create", "grow") as mine:
+                for file in left if len(mine) == 2 else ():
+                    file.unlink(missing_ok=True)
+
     @property
     def uneven(self) -> bool:
         """Whether an array has another length than the store's number of views: a growth was stopped half way, or a number flipped."""

@@ -293,6 +293,8 @@ def _fill(
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
     done, of = store.progress()
     if done == of:
+        if os.access(store.path, os.W_OK):
+            writer.tidy()
         sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
     elif units:

@@ -16,6 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cache import schema
+from cache.codec import Codec
+from cache.schema import Images
 from pipeline import config as configs
 from pipeline.config import Config
 
@@ -138,3 +140,16 @@ def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
     edit(document["attributes"])
     (path / "zarr.json").write_text(json.dumps(document))
     schema.write_seal(path, schema.read_metadata(path, schema.shard_arrays(document["attributes"])[1:]))
+
+
+def toy_provenance(codec: Codec, images: Images, layout: dict) -> dict:
+    """As a real store's, for one that no teacher has labelled."""
+    return {
+        "teachers": [{"model": "t", "weights": "0" * 64, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}],
+        "crops": {"scale": [0.08, 1], "ratio": [0.75, 1.33], "flip": 0.5, "seed": 0, "interpolation": "bilinear", "exif": "ignore"},
+        "renderer": {"backend": "cpu"},
+        "codec": codec.describe(),
+        "compute": {"batch_size": 8, "precision": "float32", "device": "cpu"},
+        "data": {"manifest": images.manifest_digest()},
+        "layout": layout,
+    }

@@ -36,7 +36,7 @@ class Moment:
     names: dict[int, Names]  # folder → its names at its last fsync
     others: dict[int, dict[str, list[int]]]  # folder → name → what else it may stand for, oldest first
     certain: dict[int, bytes]  # file → content at its last fsync
-    volatile: dict[int, bytes]  # file → content now, where that isn't certain
+    volatile: dict[int, bytes]  # file → content now, where that isn't certain; the youngest file is the last
     folders: frozenset[int]
 
 
@@ -87,7 +87,7 @@ class Disk:
             files = {inode for names in self.others.values() for several in names.values() for inode in several}
             files |= {inode for names in self.names.values() for inode in names.values()}
             files -= self.folders | {GONE}
-            contents = {inode: self._content(inode) for inode in files}
+            contents = {inode: self._content(inode) for inode in self.held if inode in files}
             self.moments.append(
                 Moment(
                     call,
@@ -165,20 +165,24 @@ class Disk:
     def rebuild(self, moment: Moment, folder: Path, rng: np.random.Generator | None = None, luck: str = "random") -> Path:
         """Make, as ``folder``, one of the things that the disk may hold.
 
-        luck: "none", the disk has only what is certain; "names", also all that came since, but of no file its content; "random", any part of both.
+        luck: "none", the disk has only what is certain; "names", also all that came since, but of no file its content; "late", as if it wrote the youngest
+        files first: all names, and the contents of some of them; "random", any part of both.
         """
+        young = list(moment.volatile)[-int(rng.integers(1, len(moment.volatile) + 1)) :] if luck == "late" and moment.volatile else []
 
         def pick(certain: int, others: list[int]) -> int:
             if luck == "none":
                 return certain
-            return others[-1] if luck == "names" else int(rng.choice([certain, *others]))
+            return others[-1] if luck in ("names", "late") else int(rng.choice([certain, *others]))
 
         def content(inode: int) -> bytes:
             if inode not in moment.volatile:
                 return moment.certain[inode]
             now = moment.volatile[inode]
+            if inode in young:
+                return now
             if luck != "random":
-                return moment.certain.get(inode, bytes(len(now) if luck == "names" else 0))
+                return moment.certain.get(inode, bytes(0 if luck == "none" else len(now)))
             cut = now[: int(rng.integers(len(now) + 1))]
             several = [b"", cut, bytes(len(now)), cut + bytes(len(now) - len(cut)), now, moment.certain.get(inode, b"")]
             return several[rng.integers(len(several))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, changed
+from conftest import CPU, changed, toy_provenance
 from safetensors.torch import load_file
 
 from cache import LabelStore, schema
@@ -84,15 +84,16 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
     words = {"path": np.array([f"c/{i:05}.jpg" for i in range(n)], dtype=object), "reason": np.full(n, "", dtype=object)}
     numbers = {"bytes": "int64", "height": "int32", "width": "int32", "class_index": "int32", "status": "uint8"}
     manifest = Images(**words, digest=np.zeros((n, 32), "uint8"), **{name: np.zeros(n, dtype) for name, dtype in numbers.items()})
+    manifest.height[:] = manifest.width[:] = 1
     layout = {"chunk_rows": min(n, 512), "shard_rows": n}
     attributes = {
         "codec": codec.describe(),
-        "provenance": {"layout": layout, "teachers": [], "crops": {}, "renderer": {"backend": "cpu"}},
+        "provenance": toy_provenance(codec, manifest, layout),
         "class_names": [str(c) for c in range(classes)],
     }
     assert schema.create(path, images=manifest, views=1, classes=classes, attributes=attributes, **layout)
     codes = codec.encode(logits.softmax(dim=1).float().numpy())
-    StoreWriter(path).write(0, 0, codes, np.zeros((n, 4), "int32"), np.zeros(n, bool))
+    StoreWriter(path).write(0, 0, codes, np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)), np.zeros(n, bool))
     store = LabelStore.open(path)
     targets = Targets(Config(train={"discriminator": {}}), StoredLabels(store, 1), classes, CPU, [])
     codes = torch.from_numpy(store.codes(0, slice(None)))

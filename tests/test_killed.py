@@ -144,6 +144,8 @@ def phases(events: list[Event]) -> dict[tuple[str, str], list[int]]:
         else:
             phase = "images, no store yet" if places[i] == "images" and i < made else places[i]
         what = event.what if event.what in ("open", "write", "fsync") else "names"
+        if what == "write" and event.path.startswith("s.zarr/") and phase == changing:
+            what += f" {Path(event.path).parent}"  # each of these files for itself: they are few, and what is left of one may stay
         found.setdefault((phase, what if phase == places[i] else ""), []).append(i)
     return found
 
@@ -286,7 +288,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
     for number in itertools.count():
         if number >= len(kinds) and sum(map(Counter.total, seen.values())) >= KILLS:
             break
-        (phase, _), (start, events) = list(kinds.items())[number % len(kinds)]
+        (phase, what), (start, events) = list(kinds.items())[number % len(kinds)]
         with Story(server, whole, start, tmp_path / str(number)) as story:
             for again in range(rng.geometric(0.6)):
                 part, wait = rng.choice([0.0, 0.5]), rng.choice([None, rng.random() * 0.003])
@@ -303,7 +305,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
                         left = story.killed(views, after=rng.random() * whole.seconds)
                 if left:
                     seen.setdefault(cause, Counter())[left] += 1
-            story.finish(VIEWS if number % 2 else 1)  # who was stopped while extending may do without
+            story.finish(1 if "write " in what or number % 2 else VIEWS)  # who was stopped while extending may do without
     print(table(seen))
     assert set(STATES) <= set(sum(seen.values(), Counter())), "a phase was never met"
 

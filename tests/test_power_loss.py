@@ -93,7 +93,7 @@ def wrong(path: Path, done: frozenset, truth: Truth) -> str | None:
     return None
 
 
-LUCKS = ("none", "names", "random", "random")
+LUCKS = ("none", "names", "late", "random")
 
 
 def outcomes(disk: Disk, moments: list[Moment], folder: Path, lucks: tuple[str, ...] = LUCKS) -> Iterator[tuple[Moment, Path]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import tree
+from conftest import toy_provenance, tree
 
 from cache import LabelStore, StoreError, claims, disk, schema
 from cache.claims import claim
@@ -52,15 +52,7 @@ def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
     layout = {"chunk_rows": CHUNK, "shard_rows": SHARD}
     attributes = {
         "codec": CODECS[codec].describe(),
-        "provenance": {
-            "teachers": [{"model": "t", "weights": "0" * 64, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}],
-            "crops": {"scale": [0.08, 1], "ratio": [0.75, 1.33], "flip": 0.5, "seed": 0, "interpolation": "bilinear", "exif": "ignore"},
-            "renderer": {"backend": "cpu"},
-            "codec": CODECS[codec].describe(),
-            "compute": {"batch_size": 8, "precision": "float32", "device": "cpu"},
-            "data": {"manifest": manifest().manifest_digest()},
-            "layout": layout,
-        },
+        "provenance": toy_provenance(CODECS[codec], manifest(), layout),
         "class_names": [f"c{i}" for i in range(CLASSES)],
     }
     return schema.create(path, images=manifest(), views=views, classes=CLASSES, attributes=attributes, **layout)
