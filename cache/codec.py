@@ -270,7 +270,7 @@ def _power(name: str, exponent: float) -> Codec:
 
 def _tail(name: str, levels: int) -> Codec:
     """Exponent, dead zone and M are those of the best KL at equal bytes on labels of real teachers (tests/bench/rate_distortion.py)."""
-    return Codec(name, "uint8", 2 / 3, levels, 0.0, tail=127, dead_zone=0.75, compression=9)
+    return Codec(name, "uint8", 2 / 3, levels, 0.0, tail=127, dead_zone=0.75, compression=19)
 
 
 CODECS = {
