@@ -59,13 +59,13 @@ class LabelStore:
             raise StoreError(f"{path} is not a label store (it holds no Zarr v3 group); check the path, or choose a new one") from None
         if found != schema.FORMAT and not (ours and "seal" in attributes):
             raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
-        if version not in schema.VERSIONS and not _only_its_version_is_wrong(attributes, whole):
+        if (type(version) is not int or version not in schema.VERSIONS) and not _only_its_version_is_wrong(attributes, whole):
             newer = isinstance(version, int) and version > schema.VERSION
             raise StoreError(
                 f"{path} has label store format {version}, this program reads {schema.VERSIONS[0]} to {schema.VERSIONS[-1]}; "
                 + ("it was made by a newer version: update this program" if newer else "use the version of this program that made it")
             )
-        sealed = version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes
+        sealed = type(version) is not int or version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes
         if sealed:
             _require_seal(path, {"zarr.json": whole})
         documents = schema.read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}  # one that may have grown since

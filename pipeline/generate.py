@@ -92,6 +92,8 @@ def generate(
         provenance.require_same_pixels(writer.store, folder, config.render.threads)
         if config.crops.views < writer.store.views:
             say(f"{path} has {writer.store.views} views already; none is taken away")
+        if config.store.shard_rows not in (None, writer.store.shard_rows):
+            say(f"{path} keeps its shards of {writer.store.shard_rows} rows; store.shard_rows {config.store.shard_rows} is for a new store")
         writer = _grown(writer, config.crops.views, leads)
         if check:
             _discard_damaged(config, writer, worker, first_view)

@@ -78,6 +78,11 @@ def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model]
         difference = first_difference(section, store.provenance[section], wanted)
         if difference:
             where, theirs, ours = difference
+            if where == "renderer.steps":
+                raise StoreError(
+                    f"{store.path} was made with another way to render crops ({theirs}; this version: {ours}); use the version of this program that "
+                    "made it, or generate a new store"
+                )
             raise StoreError(f"{store.path} was made with {where} {theirs}, this is {ours}; {_REPAIRS[section]}, or generate a new store")
 
 

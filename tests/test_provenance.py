@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "a renderer that makes other steps": (
         made(lambda attributes: attributes["provenance"]["renderer"].update(steps="resize, slice")),
-        ["renderer.steps resize, slice, this is slice, resize", "generate a new store"],
+        ["another way to render crops (resize, slice; this version: slice, resize", "use the version of this program"],
         None,
     ),
     "a renderer of other pixels": (
@@ -412,6 +412,8 @@ STAGES = {
         (0, "use the version of this program that made it"),
         ("new", "use the version of this program that made it"),
         (None, "use the version of this program that made it"),
+        (True, "use the version of this program that made it"),
+        (3.0, "use the version of this program that made it"),
     ],
 )
 def test_every_stage_refuses_another_format_kindly(command, stage, version, says):

@@ -623,6 +623,7 @@ def test_fewer_views_take_none_away_not_even_from_a_store_that_is_growing(place)
     place.begin(VIEWS)
     before = tree(place.path)
     assert f"{place.path} has {VIEWS} views already; none is taken away" in place.run("--views=1")
+    assert "keeps its shards of" in place.run("--set", "store.shard_rows=3")
     assert tree(place.path) == before
     larger = place.start("--views=4", whens=(When("rename", r"s\.zarr/records/zarr\.json$", "hold"),))
     larger.wait_held()
