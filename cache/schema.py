@@ -92,7 +92,14 @@ class StoreError(MealError):
 
 
 class DamagedStore(StoreError):
-    """A store whose own description (a zarr.json, the manifest) is not what was written. ``generate-labels`` can make that anew."""
+    """A store whose own description (a zarr.json, the manifest) is not what was written. ``generate-labels`` can make that anew.
+
+    file: which, relative to the store. fault: what is wrong with it; by default the message.
+    """
+
+    def __init__(self, message: str, file: str = "zarr.json", fault: str | None = None) -> None:
+        super().__init__(message)
+        self.file, self.fault = file, fault or message
 
 
 @dataclass(frozen=True)
@@ -327,9 +334,12 @@ def read_document(file: Path) -> object:
 
 
 def damaged(path: Path, file: str, why: str) -> DamagedStore:
+    fault = f"not what was written there ({' '.join(why.split())[:160]})"
     return DamagedStore(
-        f"{path} is damaged: {file} is not what was written there ({' '.join(why.split())[:160]}); "
-        "run the generate-labels command that made the store again, which makes the file anew, or restore it from a copy"
+        f"{path} is damaged: {file} is {fault}; "
+        "run the generate-labels command that made the store again, which makes the file anew, or restore it from a copy",
+        file,
+        f"{fault}; without it nothing can be told of the labels",
     )
 
 

@@ -69,7 +69,7 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
         store = LabelStore.open(path)
         images = store.images
     except DamagedStore as error:  # nothing else can be told without it
-        verdict.damaged.append(Finding(str(error), file="zarr.json"))
+        verdict.damaged.append(Finding(error.fault, file=error.file))
         return verdict
     for name in (*store.shard_arrays, "records"):
         if (views := store.array(name).shape[0]) != store.views:
