@@ -297,7 +297,7 @@ def inspect(store, as_json):
         help="The store's teachers in its order, where their weights are files of yours.",
     ),
     click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of --sample."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of --sample."),
     click.option("--threads", type=click.IntRange(1), help="That read the store, some 200 MB each.  [default: one a core, at most 8]"),
     device_option,
     json_option,

@@ -112,6 +112,39 @@ class Codec:
             np.maximum(p, np.float32(self.zero), out=p)
         return p / p.sum(axis=1, keepdims=True, dtype=np.float32)
 
+    def distance(self, p: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """float [n, classes], rows summing to one, and codes [n, ``columns``] → float64 [n]: the least total variation between p and a row that is
+        coded so, 0 … 1. Zero where these are the codes of p; a code beside p's own costs only what p is away from its cell.
+
+        Total variation is the sum of what one row has more than the other, over all classes, and so at least what p has above the cells' upper edges, what
+        it lacks to their lower ones, and what the classes coded as zero have together beyond the cell of t.
+        """
+        p, tail = p.astype(np.float64), codes[:, -1] if self.tail else None
+        codes = codes[:, :-1] if self.tail else codes
+        if self.dtype == "float32":
+            low, high = codes * (1 - 2.0**-24), codes * (1 + 2.0**-24)
+        else:
+            lows, highs, _ = self._cells()
+            at = codes.view(np.uint16).clip(0, len(lows) - 1) if self.is_float else codes
+            low, high = lows[at], highs[at]
+        if self.tail:
+            low[(codes > 0).sum(axis=1) == 1] = 0  # a largest class in the dead zone is coded nevertheless
+        apart = np.maximum(np.maximum(p - high, 0).sum(axis=1), np.maximum(low - p, 0).sum(axis=1))
+        if self.tail:
+            zero = codes == 0
+            mass, t = np.where(zero, p, 0).sum(axis=1), tail.astype(np.float64)
+            least = np.where(t <= 1, 0, ((t - 0.5) / self.tail) ** 2)
+            most = np.where(t >= self.tail - 1, 1, ((t + 0.5) / self.tail) ** 2)
+            apart = np.maximum(apart, np.where(zero.any(axis=1), np.maximum(mass - most, least - mass), 0))
+        return apart
+
+    def possible(self, codes: np.ndarray) -> bool:
+        """Whether all of codes [n, ``columns``] are codes of this codec: none is beyond its levels, and no float is none."""
+        if self.is_float:
+            return bool(((codes >= 0) & (codes <= 1 + SUM_TOLERANCE)).all())
+        classes = codes[:, :-1] if self.tail else codes
+        return classes.max(initial=0) <= self.levels and (not self.tail or codes[:, -1].max(initial=0) < self.tail)
+
     def plausible(self, codes: np.ndarray) -> np.ndarray:
         """bool [n]: whether codes [n, classes] can be those of probabilities that sum to one (``sum_range``)."""
         if self.tail:

@@ -90,6 +90,13 @@ class LabelStore:
         return schema.canonical_digest(self.provenance)
 
     @cached_property
+    def max_error(self) -> tuple[float | None, float]:
+        """What no stored label exceeds: (KL in nats, total variation) from the mean softmax of the teachers. An average of stores has lost what each of
+        them had lost, too, for which there is no bound of KL (None)."""
+        kl, _ = self.codec.max_error(self.classes)
+        return (None if "merged" in self.provenance else kl), _lost(self.provenance, self.classes)
+
+    @cached_property
     def images(self) -> Images:
         """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
         for file in self.manifest_files():  # what Zarr would read as zeros and empty names
@@ -102,6 +109,8 @@ class LabelStore:
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
             raise schema.damaged(self.path, "images/", "the manifest has another digest")
+        if self.attributes.get("row_order") not in (None, images.order):  # stores had none before 0.3
+            raise schema.damaged(self.path, "images/", "the rows are in another order")
         for path in images.path:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
                 raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
@@ -263,8 +272,8 @@ class LabelStore:
             return content, "another digest than in its completion record (files of another place, or changed by other hands)"
         if fault := sense.fault_of_crops(dict(zip(self.crop_arrays, content[1:], strict=True)), self.shard_slice(shard), self.images):
             return content, fault
-        if not self.codec.is_float and content[0][:, : self.classes].max() > self.codec.levels:
-            return content, f"codes beyond the {self.codec.levels:g} levels of the codec"
+        if not self.codec.possible(content[0]):
+            return content, f"codes that codec {self.codec.name} doesn't have"
         return content, None
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
@@ -351,6 +360,14 @@ class LabelStore:
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
             ) from None
+
+
+def _lost(provenance: dict, classes: int) -> float:
+    """Stated total variation of a store's labels, with that of the stores that were averaged into it."""
+    parts = provenance.get("merged", [])
+    teachers = sum(part["teachers"] for part in parts)
+    before = sum(part["teachers"] / teachers * _lost(part, classes) for part in parts)
+    return codecs.from_description(provenance["codec"]).max_error(classes)[1] + before
 
 
 def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray:

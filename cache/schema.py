@@ -128,6 +128,11 @@ class Images:
         """int64 [images]: the rows in the order of their paths. Python sorts strings twice as fast as numpy does."""
         return np.array(sorted(range(len(self)), key=self.path.tolist().__getitem__), np.int64)
 
+    @property
+    def order(self) -> str:
+        """Hex sha256 over the paths in row order: which image a row is of."""
+        return hashlib.sha256("\0".join(self.path.tolist()).encode()).hexdigest()
+
     def take(self, rows: np.ndarray) -> Images:
         return Images(*(getattr(self, field.name)[rows] for field in fields(self)))
 
@@ -157,6 +162,23 @@ def shard_arrays(attributes: dict) -> tuple[str, ...]:
     """Names of all arrays that have a file per shard, but for its record, in a store of these attributes."""
     codec = attributes.get("codec")
     return ("labels", *crop_arrays(attributes.get("provenance")), *(["tail"] if isinstance(codec, dict) and codec.get("tail") else []))
+
+
+def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
+    """Where two documents differ first, and the values there."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = [(f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in theirs | ours]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = [(f"{where}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
+    elif isinstance(theirs, list) and isinstance(ours, list) and where == "teachers":
+        return where, [t["model"] for t in theirs], [t["model"] for t in ours]
+    else:
+        return None if theirs == ours else (where, _short(theirs), _short(ours))
+    return next((found for pair in pairs if (found := first_difference(*pair))), None)
+
+
+def _short(value: object) -> object:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
 
 
 def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -> bytes:
@@ -229,6 +251,7 @@ def _fill(scratch: Path, images: Images, views: int, classes: int, chunk_rows: i
             "views": views,
             "how_to_read": how_to_read(attributes["codec"], mixed),
             "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
+            "row_order": images.order,
             **attributes,
         },
     )
@@ -337,7 +360,7 @@ def damaged(path: Path, file: str, why: str) -> DamagedStore:
     fault = f"not what was written there ({' '.join(why.split())[:160]})"
     return DamagedStore(
         f"{path} is damaged: {file} is {fault}; "
-        "run the generate-labels command that made the store again, which makes the file anew, or restore it from a copy",
+        "run the command that made the store (generate-labels or merge) again, which makes the file anew, or restore it from a copy",
         file,
         f"{fault}; without it nothing can be told of the labels",
     )
@@ -358,7 +381,8 @@ def seals(documents: dict[str, dict]) -> dict[str, str]:
 
 
 def write_seal(path: Path, documents: dict[str, dict]) -> None:
-    """Put the seal of these documents into the store's own zarr.json, and that file on the disk."""
+    """Put the seal of these documents into the store's own zarr.json, and that file on the disk, without consolidated metadata, which may be older."""
     whole = documents["zarr.json"]
+    whole.pop("consolidated_metadata", None)
     whole["attributes"]["seal"] = seals(documents)
     replace_file(path / "zarr.json", json.dumps(whole, indent=2).encode())

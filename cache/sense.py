@@ -62,21 +62,42 @@ def rising(rule: Rule) -> Rule:
     return lambda value: several(2, rule)(value) and value[0] <= value[1]
 
 
+CODEC: dict[str, Rule] = {
+    "name": text,
+    "dtype": one_of("uint8", "uint16", "float16", "float32"),
+    "levels": number(1, 2.0**126),
+    "exponent": number(1e-3, 1),
+    "zero": lambda value: number(0, 1)(value) and value < 1,
+}
+CODEC_IF_THERE: dict[str, Rule] = {"tail": whole(2, 255), "dead_zone": number(0, 1000), "compression": whole(-(1 << 17), 22)}
+COMPUTE: dict[str, Rule] = {
+    "batch_size": whole(1, 65_536),
+    "precision": one_of("float32", "bfloat16", "float16"),
+    "device": one_of("cpu", "cuda"),
+}
+
+
+def within(place: str, rules: dict[str, Rule]) -> dict[str, Rule]:
+    return {f"{place}.{key}": rule for key, rule in rules.items()}
+
+
+def parts(value: Any) -> bool:
+    """The stores that were averaged into one, each of which may be an average."""
+    rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", COMPUTE)}
+    may = {**within("codec", CODEC_IF_THERE), "merged": parts}
+    return several(None, section)(value) and bool(value) and all(_broken(part, rules, may) is None for part in value)
+
+
 # What is asked of each attribute; * stands for each of a list.
 RULES: dict[str, Rule] = {
     "class_names": lambda value: several(None, text)(value) and 0 < len(set(value)) == len(value) <= MOST_CLASSES,
     "codec": section,
-    "codec.dtype": one_of("uint8", "uint16", "float16", "float32"),
-    "codec.levels": number(1, 2.0**126),
-    "codec.exponent": number(1e-3, 1),
-    "codec.zero": lambda value: number(0, 1)(value) and value < 1,
+    **within("codec", CODEC),
     **{f"provenance{name}": section for name in ("", ".crops", ".renderer", ".codec", ".compute", ".data", ".layout")},
     "provenance.layout.chunk_rows": whole(1, MOST_IMAGES),
     "provenance.layout.shard_rows": whole(1, MOST_IMAGES),
     "provenance.data.manifest": sha256,
-    "provenance.compute.batch_size": whole(1, 65_536),
-    "provenance.compute.precision": one_of("float32", "bfloat16", "float16"),
-    "provenance.compute.device": one_of("cpu", "cuda"),
+    **within("provenance.compute", COMPUTE),
     "provenance.renderer.backend": one_of("cpu", "gpu"),
     "provenance.crops.scale": rising(number(1e-9, 1)),
     "provenance.crops.ratio": rising(number(1e-9, 1e9)),
@@ -88,17 +109,18 @@ RULES: dict[str, Rule] = {
     "provenance.teachers.*.model": text,
     "provenance.teachers.*.weights": sha256,
     "provenance.teachers.*.image_size": whole(8, 4096),
-    "provenance.teachers.*.mean": several(3, number(-1e3, 1e3)),
+    "provenance.teachers.*.mean": several(3, number(0, 1)),
     "provenance.teachers.*.std": several(3, number(1e-6, 1e3)),
 }
 IF_THERE: dict[str, Rule] = {
     "views": whole(1, MOST_VIEWS),
-    "codec.tail": whole(2, 255),
-    "codec.dead_zone": number(0, 1000),
-    "codec.compression": whole(-(1 << 17), 22),
-    "provenance.crops.cutmix": lambda value: section(value) and number(0, 1)(value.get("prob")) and number(1e-9, 100)(value.get("beta")),
+    **within("codec", CODEC_IF_THERE),
+    "row_order": sha256,
+    "provenance.crops.cutmix": lambda value: section(value) and number(1e-9, 1)(value.get("prob")) and number(1e-9, 100)(value.get("beta")),
+    "provenance.crops.views": lambda value: False,  # that isn't a part of the recipe, since it grows
+    "provenance.merged": parts,
     "made_with": lambda value: isinstance(value, dict) and all(map(text, value.values())),
-    "fingerprint": section,
+    "fingerprint": lambda value: section(value) and {"rows", "boxes", "flips", "digests"} <= set(value),
     "fingerprint.rows": several(None, whole(0, MOST_IMAGES)),
     "fingerprint.boxes": several(None, several(4, whole(0, MOST_IMAGES))),
     "fingerprint.flips": several(None, lambda value: isinstance(value, bool)),
@@ -112,12 +134,8 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
     def nonsense(what: str, value: object) -> StoreError:
         return StoreError(f"{path} says of itself what can't be: {what} is {value!r:.80}; don't use this store, or generate a new one")
 
-    for key, rule in (*RULES.items(), *IF_THERE.items()):
-        for value in _values(attributes, key.split(".")):
-            if value is _ABSENT and key in IF_THERE:
-                continue
-            if value is _ABSENT or not rule(value):
-                raise nonsense(key, None if value is _ABSENT else value)
+    if broken := _broken(attributes, RULES, IF_THERE):
+        raise nonsense(*broken)
     codec, layout = attributes["codec"], attributes["provenance"]["layout"]
     if codec != attributes["provenance"]["codec"]:
         raise nonsense("codec, which is not the provenance's,", codec)
@@ -140,6 +158,17 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
             raise nonsense(f"the chunk grid of {name}", found.get("chunk_grid"))
         if not _known(found.get("codecs")):
             raise nonsense(f"codecs of {name}", found.get("codecs"))
+
+
+def _broken(document: dict, rules: dict[str, Rule], if_there: dict[str, Rule]) -> tuple[str, object] | None:
+    """The first key whose rule its value breaks, and that value; None if all is well."""
+    for key, rule in (*rules.items(), *if_there.items()):
+        for value in _values(document, key.split(".")):
+            if value is _ABSENT and key in if_there:
+                continue
+            if value is _ABSENT or not rule(value):
+                return key, None if value is _ABSENT else value
+    return None
 
 
 def _arrays(attributes: dict, documents: dict[str, dict]) -> dict[str, dict]:

@@ -11,7 +11,7 @@ import torch
 
 from cache import LabelStore
 from cache.codec import CODECS, Codec
-from cache.schema import Images, StoreError, shard_rows_for
+from cache.schema import Images, StoreError, first_difference, shard_rows_for
 from cache.sense import misplaced
 from pipeline import crops, images, render
 from pipeline.config import Config
@@ -100,22 +100,6 @@ def require_same_classes(store: LabelStore, classes: list[str] | None, repair: s
         i = next(i for i, (a, b) in enumerate(zip(store.class_names, classes, strict=True)) if a != b)
         what = f"whose class {i} is {store.class_names[i]}, in this one it is {classes[i]}"
     raise StoreError(f"{store.path} was made with another --class-map, {what}; {repair}")
-
-
-def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        pairs = [(f"{where}.{key}", theirs.get(key), ours.get(key)) for key in theirs | ours]
-    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
-        pairs = [(f"{where}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
-    elif isinstance(theirs, list) and isinstance(ours, list) and where == "teachers":
-        return where, [t["model"] for t in theirs], [t["model"] for t in ours]
-    else:
-        return None if theirs == ours else (where, _short(theirs), _short(ours))
-    return next((found for pair in pairs if (found := first_difference(*pair))), None)
-
-
-def _short(value: object) -> object:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
 
 
 def fingerprint(

@@ -33,7 +33,7 @@ def store_facts(path: Path) -> dict:
     unusable = np.flatnonzero(status != USABLE)
     labelled = int(records["labelled"].sum())
     classified = bool((store.images.class_index >= 0).all())
-    kl, tv = store.codec.max_error(store.classes)
+    kl, tv = store.max_error
     label_bytes = int(records["stored_bytes"].sum())
     if "tail" in store.shard_arrays:
         label_bytes += sum(store.size("tail", int(view), int(shard)) for view, shard in np.argwhere(finished))
@@ -56,6 +56,7 @@ def store_facts(path: Path) -> dict:
         "agreement": float(100 * records["agreeing"].sum() / labelled) if labelled and classified else None,
         "codec": store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
         **{key: store.provenance[key] for key in ("teachers", "crops", "renderer", "compute", "data", "layout")},
+        "merged": store.provenance.get("merged", []),
         "made_with": store.attributes.get("made_with", {}),
         "identity": store.identity.hex(),
     }
@@ -101,8 +102,12 @@ def store_page(facts: dict) -> None:
     codec = facts["codec"]
     row(
         "codec",
-        f"{codec['name']} ({codec['dtype']}); no label is off by more than KL {codec['largest_kl']:.2g}, TV {codec['largest_tv']:.2g}",
+        f"{codec['name']} ({codec['dtype']}); no label is off by more than "
+        + ("" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, ")
+        + f"TV {codec['largest_tv']:.2g}",
     )
+    if parts := facts["merged"]:
+        row("averaged", f"of {len(parts)} stores, of {', '.join(str(part['teachers']) for part in parts)} teachers")
     if facts["labelled_crops"]:
         row("size", f"{facts['label_bytes_per_crop']:.0f} bytes per crop, {facts['store_bytes'] / 2**20:,.1f} MiB in all")
         row("entropy", f"{facts['entropy']:.3f} nats on average")

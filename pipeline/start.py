@@ -11,13 +11,13 @@ import yaml
 
 from cache import LabelStore
 from cache.codec import CODECS
-from cache.schema import USABLE, Images, StoreError
+from cache.schema import USABLE, Images, StoreError, first_difference
 from pipeline import images
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError, CutMix, validate
 from pipeline.models import Model, load_teachers
 from pipeline.progress import say
-from pipeline.provenance import first_difference, layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
+from pipeline.provenance import layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
 
 FREE_KEYS = (
