@@ -366,7 +366,7 @@ def merge_stores(stores, out, codec):
     say(
         f"{out} is complete: {of} of {of} shards"
         if done == of
-        else f"{done} of {of} shards of {out}; the others are in none, or not in all, of the stores"
+        else f"{done} of {of} shards of {out}; the others aren't in the stores yet, or another merge is at them; run this command again later"
     )
 
 

@@ -4,14 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from cache import disk, schema
+from cache import disk, schema, sense
 from cache.reader import LabelStore
 from cache.schema import StoreError
+
+
+def folder_of(path: Path) -> Path:
+    """The folder in which a description is made anew. Only the holder of the claim "create" touches it."""
+    return path.with_name(f".{path.name}.mending")
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Where to make the empty store that lends its files; removed at the end, and what a killed process left there at the start."""
+    shutil.rmtree(folder_of(path), ignore_errors=True)
+    try:
+        yield folder_of(path) / path.name
+    finally:
+        shutil.rmtree(folder_of(path), ignore_errors=True)
+
+
+def described(attributes: dict) -> dict:
+    """What an empty store is made with, of a store's attributes."""
+    return {key: attributes[key] for key in ("codec", "class_names", "provenance", "fingerprint", "made_with") if key in attributes}
+
+
+def attributes_of(path: Path) -> tuple[dict | None, bool]:
+    """(the attributes of a damaged store, if they are what was written, or may be; whether they surely are)."""
+    whole = _document(path / "zarr.json")
+    if not whole:
+        return None, False
+    attributes = whole.get("attributes", {})
+    if sense.first_broken(attributes, sense.RULES, sense.IF_THERE) or ("seal" in attributes and not _sealed(whole)):
+        return None, False
+    return attributes, "seal" in attributes  # none: older than the seal
 
 
 def views_of(path: Path) -> int:
@@ -29,7 +62,7 @@ def mend(path: Path, fresh: Path) -> list[str]:
     """
     made = LabelStore.open(fresh)
     whole = _document(path / "zarr.json")
-    sound = bool(whole) and whole["attributes"].get("seal", {}).get("zarr.json") == schema.seals({"zarr.json": whole})["zarr.json"]
+    sound = whole is not None and _sealed(whole)
     _require_same_labels(path, made)
     kept = made.shard_arrays[1:]
     wanted = schema.read_metadata(fresh, kept)
@@ -76,6 +109,12 @@ def _document(file: Path) -> dict | None:
         if isinstance(document, dict) and isinstance(document.get("attributes", {}), dict):
             return document
     return None
+
+
+def _sealed(whole: dict) -> bool:
+    """Whether a store's own zarr.json is what was sealed."""
+    seal = whole.get("attributes", {}).get("seal")
+    return isinstance(seal, dict) and seal.get("zarr.json") == schema.seals({"zarr.json": whole})["zarr.json"]
 
 
 def _views(document: dict) -> int:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import schema
+from cache import mend, schema
+from cache.claims import claim, claims_of
 from cache.codec import Codec
 from cache.reader import LabelStore
-from cache.schema import StoreError
-from cache.writer import StoreWriter
+from cache.schema import DamagedStore, StoreError
+from cache.writer import BusyStore, StoreWriter
 
 ALIKE = ("crops", "renderer", "data")  # sections of the provenance that say which crops of which images, as which pixels
 
@@ -22,18 +23,20 @@ def merge(
 ) -> LabelStore:
     """Make ``out`` from the stores at ``paths``, or go on with what an earlier call made of the same ones.
 
-    Stores of one recipe (one identity) are joined: a shard is taken from the first store in which it is finished and sound. Stores that differ in their
+    Stores of one recipe are joined: a shard is taken from the first store in which it is finished and sound. Stores that differ in their
     teachers are averaged: p = Σ nᵢ·pᵢ / Σ nᵢ with nᵢ teachers in store i, which is the mean softmax (Eq. 1) of them all; where one of the stores has no
     label yet, neither has ``out``. codec: of the averaged labels; otherwise the first store's. progress: is told how many shards were looked at.
+    What of ``out`` is not what was written there is made anew.
 
-    Raises StoreError, before anything is written, if images, crops, pixels or classes differ, or a teacher would count twice.
+    Raises StoreError, before anything is written, if images, crops, pixels or classes differ, or a teacher would count twice; and at the end, if shards
+    are damaged wherever they are.
     """
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
     stores = [LabelStore.open(path) for path in paths]
     if out.resolve() in [path.resolve() for path in paths]:
         raise StoreError(f"{out} is one of the stores to merge; choose another --out")
-    same = [a.identity == b.identity for a, b in combinations(stores, 2)]
+    same = [_recipe(a) == _recipe(b) for a, b in combinations(stores, 2)]
     if any(same) and not all(same):
         raise StoreError(
             "some of the stores have the same teachers and recipe, and some have not; join the same ones first, then average the results"
@@ -44,60 +47,86 @@ def merge(
     if joining and codec is not None and codec != stores[0].codec:
         raise StoreError(f"stores of one recipe are joined as they are, with codec {stores[0].codec.name}; leave --codec out")
     views = max(store.views for store in stores) if joining else min(store.views for store in stores)
+    if not joining and (most := max(store.views for store in stores)) > views:
+        say(f"views {views} to {most - 1} are not in all of the stores, and are left out")
     attributes = dict(stores[0].attributes) if joining else _averaged(stores, codec or stores[0].codec)
-    _make(out, stores[0], attributes, views)
-    writer = StoreWriter(out)
-    if writer.store.identity != schema.canonical_digest(attributes["provenance"]):
+    writer = _opened(out, stores[0], attributes, views, say)
+    if _recipe(writer.store) != _recipe_of(attributes["provenance"]):
         raise StoreError(f"{out} is there already and was made from other stores; choose another --out, or remove it")
-    if writer.store.views < views:
+    if writer.store.views < views or writer.uneven:
         writer.grow(views)
     say(f"{'joining' if joining else 'averaging'} {len(stores)} stores into {out}: {views} views, codec {writer.store.codec.name}")
+    lost: list[str] = []
     for shard in range(writer.store.shards):
+        for view in range(views):
+            if writer.store.is_finished(view, shard) and (fault := writer.store.fault(view, shard)) and writer.discard(view, shard):
+                say(f"{_place(writer.store, view, shard)}: damaged, and will be made anew: {fault}")
         with writer.claimed(list(range(views)), shard) as missing:
             for view in missing:
-                content = _first(stores, view, shard) if joining else _mean(stores, writer.store, view, shard)
+                content, fault = _first(stores, view, shard) if joining else (_mean(stores, writer.store, view, shard), None)
                 if content is not None:
                     writer.write(view, shard, *content)
+                elif fault is not None:
+                    lost.append(f"{_place(writer.store, view, shard)} of {fault}")
             progress(views)
+    if lost:
+        raise StoreError(
+            f"{len(lost)} shards are damaged wherever they are, the first is {lost[0]}; mend that store with its generate-labels command, then merge again"
+        )
     return LabelStore.open(out)
+
+
+def _place(store: LabelStore, view: int, shard: int) -> str:
+    rows = store.shard_slice(shard)
+    return f"view {view}, rows {rows.start} to {rows.stop - 1}"
+
+
+def _recipe(store: LabelStore) -> bytes:
+    return _recipe_of(store.provenance)
+
+
+def _recipe_of(provenance: dict) -> bytes:
+    """What stores that can be joined have in common: all of the provenance, but for a teacher's tag, which weights say better."""
+    teachers = [{**teacher, "model": schema.architecture(teacher["model"])} for teacher in provenance["teachers"]]
+    return schema.canonical_digest({**provenance, "teachers": teachers})
 
 
 def _require_alike(first: LabelStore, other: LabelStore) -> None:
     where = f"{first.path} and {other.path} can't be merged"
     for section in ALIKE:
         ours, theirs = first.provenance[section], other.provenance[section]
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                raise StoreError(
-                    f"{where}: {section}.{key} is {_short(ours.get(key))} in one and {_short(theirs.get(key))} in the other; labels are of the same "
-                    "crops only if all of it is the same"
-                )
+        if difference := schema.first_difference(section, ours, theirs):
+            key, one, another = difference
+            raise StoreError(
+                f"{where}: {key} is {one} in one and {another} in the other; labels are of the same crops only if all of it is the same"
+            )
     if first.class_names != other.class_names or not np.array_equal(first.images.path, other.images.path):
         raise StoreError(f"{where}: their classes or rows are in another order; make them from the same data and class map")
+    for store in (first, other):
+        if "fingerprint" not in store.attributes:
+            raise StoreError(f"{where}: {store.path} has no fingerprint of its pixels; restore it from a copy or generate a new store")
     ours, theirs = (store.attributes["fingerprint"] for store in (first, other))
     differing = [size for size in ours["digests"].keys() & theirs["digests"].keys() if ours["digests"][size] != theirs["digests"][size]]
     if differing:
         raise StoreError(f"{where}: they were made on machines that render other pixels (at {', '.join(sorted(differing))} px)")
 
 
-def _short(value: object) -> object:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else value
-
-
 def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
     """Attributes of the averaged store."""
-    teachers = [teacher for store in stores for teacher in store.provenance["teachers"]]
-    seen: dict[str, str] = {}
-    for teacher in teachers:
-        if teacher["weights"] in seen:
-            raise StoreError(
-                f"teachers {seen[teacher['weights']]} and {teacher['model']} of the stores have the same weights and would count twice; leave one store out"
-            )
-        seen[teacher["weights"]] = teacher["model"]
+    seen: dict[str, LabelStore] = {}
+    for store in stores:
+        for teacher in store.provenance["teachers"]:
+            if other := seen.get(teacher["weights"]):
+                where, one, another = schema.first_difference("", other.provenance, store.provenance) or ("nothing", "", "")
+                raise StoreError(
+                    f"{other.path} and {store.path} both have labels of {teacher['model']}, which would count twice; leave one of them out (they can't be "
+                    f"joined either, since they differ in {where}: {one} and {another})"
+                )
+        seen |= {teacher["weights"]: store for teacher in store.provenance["teachers"]}
     first = stores[0]
     provenance = {
         **first.provenance,
-        "teachers": teachers,
+        "teachers": [teacher for store in stores for teacher in store.provenance["teachers"]],
         "codec": codec.describe(),
         "merged": [
             {
@@ -105,6 +134,7 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
                 "teachers": len(store.provenance["teachers"]),
                 "codec": store.codec.describe(),
                 "compute": store.provenance["compute"],
+                **{key: store.provenance[key] for key in ("merged",) if key in store.provenance},
             }
             for store in stores
         ],
@@ -118,10 +148,27 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
     }
 
 
+def _opened(out: Path, like: LabelStore, attributes: dict, views: int, say: Callable[[str], None]) -> StoreWriter:
+    """The store at ``out``, made if there is none, its description made anew if that is damaged."""
+    if not out.exists():
+        _make(out, like, attributes, views)
+    try:
+        writer = StoreWriter(out)
+        _ = writer.store.images
+    except DamagedStore as damage:
+        say(str(damage))
+        with claim(claims_of(out), "create") as mine:
+            if not mine:
+                raise BusyStore(f"{out} is being mended by another process right now; run this command again in a minute") from None
+            with mend.scratch(out) as fresh:
+                _make(fresh, like, attributes, max(views, mend.views_of(out)))
+                for file in mend.mend(out, fresh):
+                    say(f"made {file} of {out} anew")
+        writer = StoreWriter(out)
+    return writer
+
+
 def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
-    if out.exists():
-        return
-    described = {key: attributes[key] for key in ("codec", "class_names", "provenance", "fingerprint", "made_with")}
     schema.create(
         out,
         images=like.images,
@@ -129,18 +176,20 @@ def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
         classes=like.classes,
         chunk_rows=like.chunk_rows,
         shard_rows=like.shard_rows,
-        attributes=described,
+        attributes=mend.described(attributes),
     )
 
 
-def _first(stores: Sequence[LabelStore], view: int, shard: int) -> list[np.ndarray] | None:
-    """Content of a shard from the first store that has it, sound."""
+def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:
+    """Content of a shard from the first store that has it, sound; where one has it, but none has it sound, that one and what is wrong."""
+    wrong = None
     for store in stores:
         if view < store.views and store.record(view, shard)["magic"] == schema.RECORD_MAGIC:
             content, fault = store.content(view, shard)
             if fault is None:
-                return content
-    return None
+                return content, None
+            wrong = wrong or f"{store.path}: {fault}"
+    return None, wrong
 
 
 def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> list[np.ndarray] | None:

@@ -116,6 +116,24 @@ class LabelStore:
                 raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
         return images
 
+    def consolidated_is_right(self) -> bool:
+        """Whether the copies of the other zarr.json that zarr.consolidate_metadata puts into the store's own, if there are any, are their copies. They are
+        not read here, but by other programs."""
+        documents = schema.read_metadata(self.path, self.shard_arrays[1:])
+        consolidated = documents.pop("zarr.json").get("consolidated_metadata")
+        if consolidated is None:
+            return True
+
+        def plain(document: object) -> object:
+            """Without what Zarr adds or leaves out in a copy."""
+            if not isinstance(document, dict):
+                return document
+            return {key: value for key, value in document.items() if key != "consolidated_metadata" and value not in (None, {}, [])}
+
+        copies = consolidated.get("metadata") if isinstance(consolidated, dict) else None
+        wanted = {file.removesuffix("/zarr.json"): plain(document) for file, document in documents.items()}
+        return isinstance(copies, dict) and {name: plain(copy) for name, copy in copies.items()} == wanted
+
     def _column(self, name: str) -> np.ndarray:
         """A column of the manifest; strings as Python's, one column at a time, since both kinds together take the most memory of all."""
         column = self._read(f"images/{name}", np.s_[:])

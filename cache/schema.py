@@ -164,6 +164,11 @@ def shard_arrays(attributes: dict) -> tuple[str, ...]:
     return ("labels", *crop_arrays(attributes.get("provenance")), *(["tail"] if isinstance(codec, dict) and codec.get("tail") else []))
 
 
+def architecture(name: str) -> str:
+    """A timm name without its tag."""
+    return name.partition(".")[0] if ":" not in name else name
+
+
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
     """Where two documents differ first, and the values there."""
     if isinstance(theirs, dict) and isinstance(ours, dict):

@@ -85,7 +85,7 @@ def parts(value: Any) -> bool:
     """The stores that were averaged into one, each of which may be an average."""
     rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", COMPUTE)}
     may = {**within("codec", CODEC_IF_THERE), "merged": parts}
-    return several(None, section)(value) and bool(value) and all(_broken(part, rules, may) is None for part in value)
+    return several(None, section)(value) and bool(value) and all(first_broken(part, rules, may) is None for part in value)
 
 
 # What is asked of each attribute; * stands for each of a list.
@@ -134,7 +134,7 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
     def nonsense(what: str, value: object) -> StoreError:
         return StoreError(f"{path} says of itself what can't be: {what} is {value!r:.80}; don't use this store, or generate a new one")
 
-    if broken := _broken(attributes, RULES, IF_THERE):
+    if broken := first_broken(attributes, RULES, IF_THERE):
         raise nonsense(*broken)
     codec, layout = attributes["codec"], attributes["provenance"]["layout"]
     if codec != attributes["provenance"]["codec"]:
@@ -160,7 +160,7 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
             raise nonsense(f"codecs of {name}", found.get("codecs"))
 
 
-def _broken(document: dict, rules: dict[str, Rule], if_there: dict[str, Rule]) -> tuple[str, object] | None:
+def first_broken(document: dict, rules: dict[str, Rule], if_there: dict[str, Rule]) -> tuple[str, object] | None:
     """The first key whose rule its value breaks, and that value; None if all is well."""
     for key, rule in (*rules.items(), *if_there.items()):
         for value in _values(document, key.split(".")):

@@ -53,7 +53,8 @@ class Verdict:
 
     @property
     def complete(self) -> bool:
-        return not self.missing
+        """Every shard was looked at, and none is missing."""
+        return self.shards > 0 and not self.missing
 
     def document(self) -> dict:
         return {"sound": self.sound, "complete": self.complete, **asdict(self)}
@@ -74,6 +75,14 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
     for name in (*store.shard_arrays, "records"):
         if (views := store.array(name).shape[0]) != store.views:
             verdict.damaged.append(Finding(f"it says {views} views, the store has {store.views}", file=f"{name}/zarr.json"))
+    if not store.consolidated_is_right():
+        verdict.damaged.append(
+            Finding(
+                "its consolidated metadata, which other programs may read, says something else than the arrays' own files; "
+                "generate-labels takes it away, zarr.consolidate_metadata makes it anew",
+                file="zarr.json",
+            )
+        )
     finished = store.finished()
     verdict.shards = finished.size
     verdict.foreign, verdict.left = _others(store)
@@ -150,8 +159,8 @@ def _others(store: LabelStore) -> tuple[list[str], list[str]]:
     fixed = {"zarr.json", "images/zarr.json", *(f"{name}/zarr.json" for name in names), *store.manifest_files()}
     fixed |= {f"images/{column.name}/zarr.json" for column in fields(Images)}
     foreign, left = [], []
-    for folder, _, files in os.walk(store.path):
-        for file in files:
+    for folder, folders, files in os.walk(store.path):
+        for file in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
             path = Path(folder, file).relative_to(store.path).as_posix()
             if path not in fixed and not _is_shard(store, path, names):
                 (left if file.endswith(".partial") else foreign).append(path)

@@ -57,12 +57,15 @@ class StoreWriter:
         self.group = zarr.open_group(str(self.path), mode="r+", zarr_format=3, use_consolidated=False)
 
     def tidy(self) -> None:
-        """Remove what a killed process left half written of the store's own description, unless another is at it."""
+        """Remove what a killed process left half written of the store's own description, and wrong consolidated metadata, unless another is at it."""
         left = [file for pattern in ("*.partial", "*/*.partial", "images/**/*.partial") for file in self.path.glob(pattern)]
-        if left:
+        stale = not self.store.consolidated_is_right()
+        if left or stale:
             with claim(self.claims, "create", "grow") as mine:
                 for file in left if len(mine) == 2 else ():
                     file.unlink(missing_ok=True)
+                if stale and len(mine) == 2:
+                    schema.write_seal(self.path, schema.read_metadata(self.path, self.store.shard_arrays[1:]))
 
     @property
     def uneven(self) -> bool:

@@ -77,10 +77,10 @@ def generate(
             raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
         leads = worker[0] == 0
         _once(path, "create", path.exists, lambda: _create(config, folder, path, names, teachers, device, strict), leads)
-        if _mending(path).exists():  # left by a process that was killed, or in use now
+        if mend.folder_of(path).exists():  # left by a process that was killed, or in use now
             with claim(claims_of(path), "create") as mine:
                 if mine:
-                    shutil.rmtree(_mending(path), ignore_errors=True)
+                    shutil.rmtree(mend.folder_of(path), ignore_errors=True)
         writer, damage = _opened(path)
         if damage:
             say(damage)
@@ -144,29 +144,37 @@ def _grown(writer: StoreWriter, views: int, leads: bool) -> StoreWriter:
 
 
 def _mend(config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device) -> None:
-    """Make the description of a damaged store anew: an empty store, from the same images and command, lends its files."""
+    """Make the description of a damaged store anew: an empty store, from the same images, lends its files. Its attributes are the old ones if these are
+    whole, otherwise this command's."""
     views = max(config.crops.views, mend.views_of(path))
     config = config.model_copy(update={"crops": config.crops.model_copy(update={"views": views})})
-    fresh = _mending(path) / path.name
-    try:
-        _create(config, folder, fresh, classes, teachers, device)
-        for file in mend.mend(path, fresh):
-            say(f"made {file} of {path} anew")
-        if left := _opened(path)[1]:
-            raise StoreError(left)
-    finally:
-        shutil.rmtree(_mending(path), ignore_errors=True)
-
-
-def _mending(path: Path) -> Path:
-    """The folder in which a description is made anew. Only the holder of the claim "create" touches it."""
-    return path.with_name(f".{path.name}.mending")
+    kept, surely = mend.attributes_of(path)
+    with mend.scratch(path) as fresh:
+        for attributes in (kept,) if surely else (kept, None) if kept else (None,):
+            try:
+                _create(config, folder, fresh, classes, teachers, device, kept=attributes)
+                for file in mend.mend(path, fresh):
+                    say(f"made {file} of {path} anew")
+                break
+            except StoreError:
+                if attributes is None or surely:
+                    raise
+                shutil.rmtree(fresh, ignore_errors=True)
+    if left := _opened(path)[1]:
+        raise StoreError(left)
 
 
 def _create(
-    config: Config, folder: Path, path: Path, classes: list[str], teachers: list[Model], device: torch.device, strict: bool = False
+    config: Config,
+    folder: Path,
+    path: Path,
+    classes: list[str],
+    teachers: list[Model],
+    device: torch.device,
+    strict: bool = False,
+    kept: dict | None = None,
 ) -> None:
-    """Make an empty store, from a look at every image."""
+    """Make an empty store, from a look at every image. kept: attributes it is to have, if the images are those they speak of."""
     provenance.require_class_count(folder, classes, teachers)
     found = images.scan(
         folder,
@@ -185,6 +193,22 @@ def _create(
         )
     if len(found.usable) == 0:
         raise DataError(f"{folder} holds no image that can be used ({bad[0]})")
+    if kept is not None:
+        if found.manifest_digest() != kept["provenance"]["data"]["manifest"]:
+            raise StoreError(
+                f"{path.name} is damaged, and the images in {folder} are others than those it was made from; restore the images or the store from a copy"
+            )
+        layout = kept["provenance"]["layout"]
+        schema.create(
+            path,
+            images=found,
+            views=config.crops.views,
+            classes=len(kept["class_names"]),
+            chunk_rows=layout["chunk_rows"],
+            shard_rows=layout["shard_rows"],
+            attributes=mend.described(kept),
+        )
+        return
     codec = CODECS[config.store.codec]
     chunk_rows, shard_rows = provenance.layout_of(config, len(found), len(classes))
     if config.crops.cutmix and min(shard_rows, len(found)) < 2:

@@ -20,7 +20,7 @@ from timm.models._registry import _deprecated_models  # name of old → name wit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache.schema import MealError
+from cache.schema import MealError, architecture
 from pipeline.config import ModelSpec
 from pipeline.progress import say
 
@@ -273,11 +273,6 @@ def ensemble(
         parts.append((mean_softmax(logits), torch.stack(logits).mean(dim=0)))
     means, mean_logits = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(mean_logits)
-
-
-def architecture(name: str) -> str:
-    """A timm name without its tag."""
-    return name.partition(".")[0] if ":" not in name else name
 
 
 def _config(name: str) -> dict:

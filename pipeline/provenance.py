@@ -11,11 +11,11 @@ import torch
 
 from cache import LabelStore
 from cache.codec import CODECS, Codec
-from cache.schema import Images, StoreError, first_difference, shard_rows_for
+from cache.schema import Images, StoreError, architecture, first_difference, shard_rows_for
 from cache.sense import misplaced
 from pipeline import crops, images, render
 from pipeline.config import Config
-from pipeline.models import Model, architecture
+from pipeline.models import Model
 from pipeline.render import dali_version
 
 

@@ -154,7 +154,9 @@ def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.devic
         )
     wanted = [spec.model_copy(update=_look(t)) for spec, t in zip(specs, made, strict=True)] if specs else [_spec(t) for t in made]
     if places := [t["model"] for t in made if ":" in t["model"] and not specs]:
-        raise StoreError(f"{store.path} names a teacher by a place ({places[0]}), which is not looked at on its word; pass it with --teacher")
+        raise StoreError(
+            f"{store.path} names a teacher by a place ({places[0]}), which is not looked at on its word; pass it with --teacher"
+        )
     teachers = load_teachers(wanted, device)
     for teacher, theirs in zip(teachers, made, strict=True):
         ours = teacher.describe()

@@ -152,6 +152,17 @@ def test_real_labels_cost_what_the_table_says(codec):
     assert size / len(rows) == pytest.approx(wanted_bytes, rel=0.1)
 
 
+@everywhere
+@every_codec
+def test_the_distance_to_a_coded_row_is_none_from_that_row_and_never_more_than_to_any_other(codec, classes):
+    rows = varied(classes)
+    codes, others = codec.encode(rows), np.roll(rows, 1, axis=0)
+    assert codec.distance(rows, codes).max() < 2e-6
+    apart = codec.distance(others, codes)
+    assert (apart <= divergence(others, rows)[1] + 2e-6).all()  # of the rows that are coded so, one is known
+    assert apart.max() > 0.2  # and they are other rows
+
+
 def test_the_default_codec_costs_less_than_half_precision_teachers():
     kl, tv = divergence(real_rows(), CODECS[DEFAULT].decode(CODECS[DEFAULT].encode(real_rows())))
     assert kl.mean() < BF16_NOISE[0] and tv.mean() < BF16_NOISE[1]

@@ -927,6 +927,10 @@ ABSURD_IN_TRAINING: dict[str, list[tuple[str, str, object]]] = {
     **attribute("fingerprint.rows", [10**9] * 64, [-1] * 64, ["a"] * 64, [], [0]),
     **attribute("fingerprint.boxes", [[0, 0, 10**9, 10**9]] * 64, [[0, 0, 0, 0]] * 64, [[-5, 0, 9, 9]], [[-5, 0, 9, 9]] * 64, "x", None),
     **attribute("fingerprint.flips", None, [2] * 63),
+    **attribute("fingerprint.rows", ...),
+    **attribute("fingerprint.digests", ...),
+    **attribute("provenance.crops.views", 2),
+    **attribute("provenance.crops.cutmix", {"prob": 0, "beta": 1}),
     **attribute("fingerprint.digests", {}, {"1000000000": "0" * 64}, {"-1": "0" * 64}, {"abc": "0" * 64}, None),
     **attribute("provenance.crops.scale", [5, -1], "x", None),
     **attribute("provenance.crops.seed", -1, 10**40, "0"),
@@ -943,7 +947,8 @@ ABSURD_IN_LABELLING_AGAIN: dict[str, list[tuple[str, str, object]]] = {
     **attribute("provenance.compute.batch_size", 10**12, 0, -1, "16"),
     **attribute("provenance.compute.precision", "float7", 5),
     **attribute("provenance.teachers.0.image_size", 10**9, -1, 0, "64"),
-    **attribute("provenance.teachers.0.mean", None, [1], "abc"),
+    **attribute("provenance.teachers.0.mean", None, [1], "abc", [0.5, 0.5, 7]),
+    **attribute("provenance.merged", None, [], {}, "x", [{}], [{"teachers": 0}], [{"identity": "0" * 64, "teachers": 1, "codec": {}, "compute": {}}]),
     **attribute("provenance.teachers.0.weights", 5, None),
 }
 

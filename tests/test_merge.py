@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, changed, tree
+from conftest import CPU, changed, tree, write_teacher
 
 from cache import LabelStore, StoreError
 from cache.codec import CODECS, divergence
@@ -15,7 +15,9 @@ from cache.merge import merge
 from cache.verify import verify
 from pipeline.config import Config, ConfigError
 from pipeline.generate import generate
+from pipeline import recheck as rechecking
 from pipeline.recheck import recheck
+from pipeline.report import store_facts
 
 
 def merged(*paths: Path, out: Path, **options: object) -> LabelStore:
@@ -145,7 +147,7 @@ def test_a_damaged_shard_is_never_averaged(apart, tmp_path):
     ("sections", "says"),
     [
         ({"crops": {"seed": 1}}, "crops.seed is 0 in one and 1 in the other"),
-        ({"crops": {"scale": [0.2, 1.0]}}, "crops.scale is"),
+        ({"crops": {"scale": [0.2, 1.0]}}, "crops.scale.0 is 0.08 in one and 0.2"),
         ({"crops": {"interpolation": "bicubic"}}, "crops.interpolation is bilinear in one and bicubic"),
         ({"crops": {"cutmix": {"prob": 1.0}}}, "crops.cutmix is None in one"),
     ],
@@ -167,8 +169,88 @@ def test_other_images_are_refused(apart, photos, recipe, tmp_path):
 
 def test_a_teacher_never_counts_twice(apart, tmp_path):
     one, _, both = apart["pow8"]
-    with pytest.raises(StoreError, match="have the same weights and would count twice"):
+    with pytest.raises(StoreError, match="both have labels of test_resnet, which would count twice; leave one of them out .* differ in teachers"):
         merged(one, both, out=tmp_path / "m.zarr")
+
+
+def test_stores_of_one_teacher_that_differ_in_more_than_shards_are_refused_with_the_difference(apart, photos, recipe, tmp_path):
+    generate(taught_by(recipe, 0, store={"batch_size": 7}), photos, tmp_path / "x.zarr", device=CPU)
+    with pytest.raises(StoreError, match=r"can't be joined either, since they differ in compute.batch_size: \d+ and 7"):
+        merged(apart["pow8"][0], tmp_path / "x.zarr", out=tmp_path / "m.zarr")
+
+
+def test_a_teachers_tag_that_was_named_once_is_no_difference(photos, recipe, tmp_path):
+    """The weights say it better; a run that goes on with a store sees it likewise."""
+    four = changed(recipe, crops={"views": 4})
+    tagged = [t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t for t in recipe.teachers]
+    generate(recipe, photos, tmp_path / "early.zarr", device=CPU)
+    generate(four.model_copy(update={"teachers": tuple(tagged)}), photos, tmp_path / "late.zarr", device=CPU, first_view=2)
+    one, other = (LabelStore.open(tmp_path / name) for name in ("early.zarr", "late.zarr"))
+    assert one.identity != other.identity
+    for paths in ((one.path, other.path), (other.path, one.path)):  # the second time it is gone on with
+        store = merged(*paths, out=tmp_path / "m.zarr")
+        assert store.progress() == (12, 12) and verify(tmp_path / "m.zarr").sound
+    assert np.array_equal(store.codes(0, slice(None)), one.codes(0, slice(None)))
+    assert np.array_equal(store.codes(3, slice(None)), other.codes(3, slice(None)))
+
+
+def test_an_average_of_averages_is_trusted_within_what_all_of_them_lost(photos, recipe, tmp_path):
+    third = tmp_path / "third.safetensors"
+    write_teacher(third, "test_resnet", 7)
+    teachers = [*recipe.teachers, recipe.teachers[0].model_copy(update={"checkpoint": str(third)})]
+    for name, teacher, codec in zip("abc", teachers, ("tail40", "tail40", "float32"), strict=True):
+        alone = changed(recipe, store={"codec": codec}).model_copy(update={"teachers": (teacher,)})
+        generate(alone, photos, tmp_path / name, device=CPU)
+    merged(tmp_path / "a", tmp_path / "b", out=tmp_path / "ab", codec=CODECS["float32"])
+    store = merged(tmp_path / "ab", tmp_path / "c", out=tmp_path / "abc")
+    result = recheck(tmp_path / "abc", photos / "train", teachers, 100, device=CPU)
+    coarse, fine = (CODECS[name].max_error(3)[1] for name in ("tail40", "float32"))
+    assert result["trusted"], result["problems"]
+    assert 1e-3 < result["sample"]["tv_largest"] < store.max_error[1] == pytest.approx(2 / 3 * (coarse + fine) + 1 / 3 * fine + fine)
+    facts = store_facts(tmp_path / "abc")
+    assert facts["codec"]["largest_kl"] is None and facts["codec"]["largest_tv"] == store.max_error[1] and len(facts["merged"]) == 2
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_stores_of_other_precision_average_into_one_that_is_trusted(photos, recipe, tmp_path, order):
+    for i, precision in enumerate(("float32", "bfloat16")):
+        generate(taught_by(recipe, i, store={"codec": "float32", "precision": precision}), photos, tmp_path / str(i), device=CPU)
+    merged(*(tmp_path / str(i) for i in order), out=tmp_path / "m.zarr")
+    result = recheck(tmp_path / "m.zarr", photos / "train", [recipe.teachers[i] for i in order], 100, device=CPU)
+    assert result["trusted"], result["problems"]
+    assert result["sample"]["allowed"] == pytest.approx((rechecking.HALF + (rechecking.SAME, rechecking.HALF)[order[0]]) / 2, abs=1e-3)
+
+
+def test_merging_again_makes_what_is_damaged_anew(apart, tmp_path):
+    store = merged(*apart["pow8"][:2], out=tmp_path / "m.zarr")
+    whole, said = tree(store.path), []
+    for damage in (store.file("labels", 1, 0), store.path / "labels/zarr.json", store.path / "zarr.json", store.path / "images/path/c/0"):
+        content = bytearray(damage.read_bytes())
+        content[len(content) // 2] ^= 4
+        damage.write_bytes(content)
+        assert not verify(store.path).sound
+        merge(apart["pow8"][:2], store.path, say=said.append, progress=lambda shards: None)
+        assert tree(store.path) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.zarr"]
+    assert any("view 1, rows 0 to 31: damaged, and will be made anew" in line for line in said)
+    assert any("made labels/zarr.json of" in line for line in said)
+
+
+def test_a_shard_that_is_damaged_in_every_store_is_named(store_path, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(store_path, tmp_path / name)
+        file = LabelStore.open(tmp_path / name).file("labels", 0, 1)
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match="1 shards are damaged wherever they are, the first is view 0, rows 32 to 63 of .*/a: .*mend that store"):
+        merged(tmp_path / "a", tmp_path / "b", out=tmp_path / "m.zarr")
+    assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)
+
+
+def test_views_that_are_left_out_are_said(apart, photos, recipe, tmp_path):
+    generate(taught_by(recipe, 1, crops={"views": 3}), photos, tmp_path / "three.zarr", device=CPU)
+    said = []
+    store = merge((apart["pow8"][0], tmp_path / "three.zarr"), tmp_path / "m.zarr", say=said.append, progress=lambda shards: None)
+    assert store.views == 2 and said[0] == "views 2 to 2 are not in all of the stores, and are left out"
 
 
 def test_a_result_of_other_stores_is_not_gone_on_with(apart, tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import CPU, changed, write_teacher
+from conftest import CPU, changed, edit_store, write_teacher
 
-from cache import LabelStore
+from cache import LabelStore, StoreError
 from cache.writer import StoreWriter
 from cli import main
 from pipeline import recheck as rechecking
@@ -63,6 +63,33 @@ def test_labels_of_other_crops_are_noticed_though_every_digest_is_right(photos, 
     (problem,) = result["problems"]
     worst = result["sample"]["worst"][0]
     assert worst["view"] == 1 and 32 <= worst["row"] < 64 and worst["path"] in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize("codec", ["pow8", "tail40"])
+@pytest.mark.parametrize("what", ["sharper", "softer", "of another image"])
+def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(photos, recipe, tmp_path, codec, what):
+    """Right in every digest and sum, and with tail40 well within what the codec may lose."""
+    path = tmp_path / "s.zarr"
+    generate(changed(recipe, store={"codec": codec}), photos, path, device=CPU)
+    assert looked_at(path, photos, recipe, 180)["trusted"]
+    writer = StoreWriter(path)
+    fine = generate(changed(recipe, store={"codec": "float32"}), photos, tmp_path / "fine.zarr", device=CPU)
+    said = fine.probabilities(0, slice(0, 32))
+    other = np.roll(said, 1, axis=0) if what == "of another image" else said ** (1.5 if what == "sharper" else 1 / 1.5)
+    other /= other.sum(axis=1, keepdims=True)
+    writer.write(0, 0, writer.store.codec.encode(other), *writer.store.content(0, 0)[0][1:])
+    result = looked_at(path, photos, recipe, 180)
+    assert result["sound"] and not result["trusted"] and result["sample"]["worst"][0]["row"] < 32
+    assert result["sample"]["unexplained"] > 10 * result["sample"]["allowed"]
+
+
+@pytest.mark.parametrize("name", ["local-dir:/etc", "hf-hub:somebody/some_model"])
+def test_a_teacher_that_a_store_names_by_a_place_is_not_looked_up(photos, copy, name):
+    edit_store(copy, lambda attributes: attributes["provenance"]["teachers"][0].update(model=name))
+    writer = StoreWriter(copy)
+    (writer.store.path / "records/c/0/0/0").unlink()  # whatever its shards are: it isn't looked up
+    with pytest.raises(StoreError, match="names a teacher by a place .*; pass it with --teacher"):
+        rechecking._teachers(writer.store, [], CPU)
 
 
 def test_other_teachers_are_noticed(photos, recipe, store_path, tmp_path):

@@ -6,13 +6,14 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from conftest import CPU, changed, tree
+from conftest import CPU, changed, edit_store, tree
 
 from cache import LabelStore, StoreError, mend, schema
 from cache.schema import DamagedStore
@@ -293,6 +294,80 @@ def test_a_description_of_another_recipe_is_not_put_over_these_labels(photos, re
     assert tree(copy) == before
 
 
+def test_rows_in_another_order_are_no_rows_of_this_store(photos, recipe, store_path, copy, tmp_path):
+    """The manifest of a store of the same images with another seed is a right manifest, by its own digest."""
+    other = generate(changed(recipe, crops={"seed": 1}), photos, tmp_path / "other.zarr", device=CPU)
+    assert other.provenance["data"] == LabelStore.open(copy).provenance["data"]
+    shutil.rmtree(copy / "images")
+    shutil.copytree(other.path / "images", copy / "images")
+    with pytest.raises(DamagedStore, match="the rows are in another order"):
+        LabelStore.open(copy).probabilities(0, [0])
+    assert [finding.file for finding in verify(copy).damaged] == ["images/"]
+    generate(recipe, photos, copy, device=CPU)
+    assert tree(copy) == tree(store_path)
+
+
+def test_a_description_is_made_anew_as_it_was_though_the_teacher_is_named_otherwise_now(photos, recipe, store_path, copy):
+    tagged = [t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t for t in recipe.teachers]
+    (copy / "labels/zarr.json").unlink()
+    generate(recipe.model_copy(update={"teachers": tuple(tagged)}), photos, copy, device=CPU)
+    assert tree(copy) == tree(store_path)
+
+
+def test_the_description_of_an_older_store_is_made_anew(photos, recipe, copy):
+    """Its provenance may hold less than a store's of today; its digests are bound to it as it is."""
+    edit_store(copy, lambda attributes: attributes["provenance"].update(extra="of another version"))
+    document = json.loads((copy / "zarr.json").read_text())
+    writer = StoreWriter(copy)
+    for view, shard in np.ndindex(2, 3):  # with digests of that provenance
+        content, _ = writer.store.content(view, shard)
+        writer.write(view, shard, *content)
+    for later in ("seal", "views", "row_order"):
+        del document["attributes"][later]
+    document["attributes"]["format_version"] = 1
+    (copy / "zarr.json").write_text(json.dumps(document))
+    truth = everything(copy)
+    (copy / "images/width/c/0").write_bytes(b"")
+    generate(recipe, photos, copy, device=CPU)
+    store = LabelStore.open(copy)
+    assert store.provenance["extra"] == "of another version" and store.progress() == (6, 6) and verify(copy).sound
+    assert all(map(np.array_equal, everything(copy), truth))
+
+
+def test_a_damaged_description_of_other_images_is_not_mended(photos, recipe, copy, tmp_path):
+    data = Path(shutil.copytree(photos, tmp_path / "data"))
+    (data / "train/ant/000.jpg").unlink()
+    (copy / "labels/zarr.json").unlink()
+    before = tree(copy)
+    with pytest.raises(StoreError, match="s.zarr is damaged, and the images in .* are others than those it was made from"):
+        generate(recipe, data, copy, device=CPU)
+    assert tree(copy) == before
+
+
+def test_consolidated_metadata_is_compared_and_taken_away_when_it_is_wrong(photos, recipe, store_path, copy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is no part of Zarr's format yet
+        zarr.consolidate_metadata(str(copy))
+    assert verify(copy).sound
+    document = json.loads((copy / "zarr.json").read_text())
+    document["consolidated_metadata"]["metadata"]["labels"]["shape"][1] = 64
+    (copy / "zarr.json").write_text(json.dumps(document))
+    assert ["consolidated metadata" in finding.what for finding in verify(copy).damaged] == [True]
+    generate(recipe, photos, copy, device=CPU)
+    assert verify(copy).sound and tree(copy) == tree(store_path)
+
+
+def test_links_to_folders_are_foreign(copy):
+    (copy / "elsewhere").symlink_to("/etc")
+    assert verify(copy).foreign == ["elsewhere"]
+
+
+def test_a_store_of_which_nothing_can_be_told_is_not_complete(copy):
+    (copy / "zarr.json").write_text("{}")
+    verdict = verify(copy)
+    assert not verdict.sound and not verdict.complete and verdict.damaged[0].file == "zarr.json"
+
+
 @pytest.mark.parametrize("length", [1, 130])
 def test_a_wrong_number_of_views_in_an_array_is_put_right(photos, recipe, store_path, copy, length):
     document = json.loads((copy / "labels/zarr.json").read_text())
@@ -319,6 +394,21 @@ def test_a_path_that_leaves_the_data_folder_is_refused(copy, path):
     schema.write_seal(copy, schema.read_metadata(copy, schema.UNMIXED))
     with pytest.raises(StoreError, match="names an image outside the data folder"):
         _ = LabelStore.open(copy).images
+
+
+@pytest.mark.parametrize(("codec", "place", "bad"), [("float32", 1, np.nan), ("float16", 1, np.inf), ("float32", 1, -3.0), ("float32", 1, 4.0), ("tail40", -1, 200)])
+def test_codes_that_a_codec_does_not_have_are_not_trained_from(photos, recipe, tmp_path, codec, place, bad):
+    """Whoever made the store wrote digests of them."""
+    path = tmp_path / "s.zarr"
+    generate(changed(recipe, store={"codec": codec}), photos, path, device=CPU)
+    writer = StoreWriter(path)
+    codes, *kept = writer.store.content(0, 1)[0]
+    codes[:, place] = bad
+    with np.errstate(all="ignore"):
+        writer.write(0, 1, codes, *kept)
+    with pytest.raises(StoreError, match=f"view 0, rows 32 to 63 of .*: codes that codec {codec} doesn't have"):
+        LabelStore.open(path).codes(0, slice(None))
+    assert [(f.view, f.shard) for f in verify(path).damaged] == [(0, 1)]
 
 
 def test_the_plan_of_crops_is_what_the_store_holds(store_path, recipe):
