@@ -25,23 +25,39 @@ from cache.stopping import finishing
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 300.0  # seconds without one after which a claim of another host is dead
+TRIES = 100  # of what others may get in the way of
+UNKNOWN = "unknown"  # start time of a process that is there and can't be looked at
 
 
 def claims_of(path: Path) -> Path:
-    """The folder of the claims on a store or a run: beside it, since a foreign folder inside a Zarr group makes readers warn."""
+    """The folder of the claims on a store or a run: beside it, since a foreign folder inside a Zarr group makes readers warn. Whoever calls a store by a
+    link to it, has the same."""
+    path = path.resolve() if path.is_symlink() else path
     return path.with_name(path.name + ".claims")
 
 
+class Claims(set[str]):
+    """The names of the claims that ``claim`` holds."""
+
+    def __init__(self, folder: Path, me: dict) -> None:
+        super().__init__()
+        self.folder, self.me = folder, me
+
+    def lost(self, name: str) -> bool:
+        """Whether a claim that was held is another's now: this process slept, or its disk did, for longer than ``STALE``."""
+        return _owner(self.folder / name) != self.me
+
+
 @contextmanager
-def claim(folder: Path, *names: str) -> Iterator[set[str]]:
+def claim(folder: Path, *names: str) -> Iterator[Claims]:
     """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
     me = _me() | {"claim": uuid.uuid4().hex}
-    mine: set[str] = set()
+    mine = Claims(folder, me)
     stop = threading.Event()
-    heart = threading.Thread(target=_beat, args=(folder, mine, stop), daemon=True)
+    heart = threading.Thread(target=_beat, args=(mine, stop), daemon=True)
     try:
         with finishing():
-            make_folder(folder)
+            _make(folder)
             mine.update(name for name in names if _take(folder / name, me))
             heart.start()
         yield mine
@@ -59,30 +75,49 @@ def claim(folder: Path, *names: str) -> Iterator[set[str]]:
 
 def holders(folder: Path) -> list[str]:
     """Who holds claims now: "host:process", one per claim of a living process."""
-    owners = [_owner(path) for path in folder.glob("*") if "." not in path.name and not _dead(path)]
+    owners = [_owner(path) for path in _files(folder) if "." not in path.name and not _dead(path)]
     return [f"{owner['host']}:{owner['process']}" for owner in owners if owner]
 
 
 def sweep(folder: Path) -> None:
     """Remove what dead processes left, once the work is done."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if _is_litter(path) or _dead(path):
-                path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: others still hold claims
-            folder.rmdir()
+    for path in _files(folder):
+        if _is_litter(path):
+            path.unlink(missing_ok=True)
+        elif _dead(path):
+            with claim(folder, path.name):  # another may have taken it over since
+                pass
+    with suppress(OSError):  # not empty: others still hold claims
+        folder.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    """None where there is no folder: whoever lets go of the last claim removes it."""
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+
+
+def _make(folder: Path) -> None:
+    for _ in range(TRIES):
+        with suppress(FileExistsError):  # it was there, and then removed
+            return make_folder(folder)
+    make_folder(folder)
 
 
 def _take(path: Path, me: dict) -> bool:
-    for _ in range(2):
+    for _ in range(TRIES):
         # Written elsewhere and then linked to its name, which fails if the name is taken: a claim is there with its owner, or not at all.
         fresh = _scratch(path, "new")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # another worker may just have removed the empty folder
+            path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_text(json.dumps(me))
             os.link(fresh, path)
             return True
         except FileExistsError:
+            if not path.exists():  # it was let go of, or the folder was removed, being empty, while this made it
+                continue
             if not _dead(path):
                 return False
             heir = path.with_name(f"{path.name}.heir")  # itself a claim: only its holder removes a dead one, and looks once more before
@@ -118,7 +153,8 @@ def _place_key() -> str:
 def _dead(path: Path) -> bool:
     owner = _owner(path)
     if owner and {key: owner.get(key) for key in _place()} == _place():
-        return _started(owner["process"]) != owner["started"]
+        started = _started(owner["process"])
+        return started is None or (started != owner["started"] and UNKNOWN not in (started, owner["started"]))
     probe = _scratch(path, "clock")
     try:
         probe.touch()
@@ -168,13 +204,27 @@ def _started(process: int) -> str | None:
     try:
         with open(f"/proc/{process}/stat") as f:
             state = f.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):  # the second: it ended between open and read
-        return None
+    except OSError:  # it is gone, or another user's, which the system may hide
+        return _signalled(process)
     return None if state[0] in "ZX" else state[19]  # killed but not collected by its parent: it does nothing any more
 
 
-def _beat(folder: Path, mine: set[str], stop: threading.Event) -> None:
+def _signalled(process: int) -> str | None:
+    """UNKNOWN if there is such a process, None if there is not."""
+    try:
+        if type(process) is int and process > 0:
+            os.kill(process, 0)
+            return UNKNOWN
+    except PermissionError:
+        return UNKNOWN
+    except (OSError, OverflowError):
+        pass
+    return None
+
+
+def _beat(mine: Claims, stop: threading.Event) -> None:
     while not stop.wait(BEAT):
         for name in mine:
             with suppress(OSError):
-                os.utime(folder / name)
+                if not mine.lost(name):
+                    os.utime(mine.folder / name)

@@ -48,10 +48,12 @@ def attributes_of(path: Path) -> tuple[dict | None, bool]:
 
 
 def views_of(path: Path) -> int:
-    """Number of views that a store has records of, whatever its damaged description says."""
+    """Number of views that a damaged store has records of, or says that it has where its attributes are what was written."""
+    attributes, surely = attributes_of(path)
+    said = attributes.get("views", 1) if surely else 1
     with suppress(OSError):
-        return max((int(name) + 1 for name in os.listdir(path / "records" / "c") if name.isdecimal()), default=1)
-    return 1
+        return max(said, *(int(name) + 1 for name in os.listdir(path / "records" / "c") if name.isdecimal()))
+    return said
 
 
 def mend(path: Path, fresh: Path) -> list[str]:

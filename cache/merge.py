@@ -157,8 +157,8 @@ def _opened(out: Path, like: LabelStore, attributes: dict, views: int, say: Call
         _ = writer.store.images
     except DamagedStore as damage:
         say(str(damage))
-        with claim(claims_of(out), "create") as mine:
-            if not mine:
+        with claim(claims_of(out), "create", "grow") as mine:
+            if len(mine) < 2:
                 raise BusyStore(f"{out} is being mended by another process right now; run this command again in a minute") from None
             with mend.scratch(out) as fresh:
                 _make(fresh, like, attributes, max(views, mend.views_of(out)))

@@ -178,7 +178,7 @@ class LabelStore:
     def record(self, view: int, shard: int) -> np.void:
         """One of ``records``."""
         raw = np.zeros(schema.RECORD.itemsize, "u1")
-        with suppress(ValueError, OSError):
+        with suppress(ValueError, FileNotFoundError):
             if self.size("records", view, shard):
                 raw = self.array("records")[view, shard]
         return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
@@ -213,7 +213,7 @@ class LabelStore:
         """Bytes of a shard's file, 0 if there is none."""
         try:
             found = self.file(name, view, shard).stat()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
         return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
@@ -258,7 +258,7 @@ class LabelStore:
 
     def content(self, view: int, shard: int) -> tuple[list[np.ndarray], str | None]:
         """A finished shard, read whole and compared with the digest in its record: codes (as ``codes`` gives them), and the arrays of
-        ``crop_arrays``; and what is wrong with it, or None.
+        ``crop_arrays``; and what is wrong with it, or None. Raises StoreError where that can't be told, for want of memory or permission or of a disk that answers.
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
         """
@@ -269,15 +269,11 @@ class LabelStore:
                 return [], f"{file} is missing or empty"
             try:
                 content.append(self.array(name)[view, self.shard_slice(shard)])
-            except (
-                KeyError,
-                ValueError,
-                RuntimeError,
-                OSError,
-                MemoryError,
-                TypeError,
-                OverflowError,
-            ) as error:  # a checksum, a file cut short, one that can't be read
+            except (MemoryError, OSError) as error:  # of this moment, perhaps: no reason to call it damaged
+                raise StoreError(
+                    f"{file} of {self.path} can't be read now ({_one_line(error)}); mend that, or remove the file if it stays so, and run the same command again"
+                ) from None
+            except (KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:  # a checksum, a file cut short
                 return [], f"{file} can't be read ({_one_line(error)})"
         record = self.record(view, shard)
         digest = schema.shard_digest(self.identity, view, shard, *content)

@@ -20,12 +20,14 @@ and counts where an array's own length says otherwise (after a growth that was s
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
 import stat
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -50,6 +52,8 @@ CROP_ARRAYS = {
     "tail": ("uint8", ()),  # belongs to the label: cache.codec
 }
 UNMIXED = ("boxes", "flips")
+
+FORGOTTEN = 86_400.0  # seconds after which an unfinished store of another machine is nobody's
 
 USABLE, UNUSABLE = 0, 1  # values of images/status
 
@@ -220,9 +224,13 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     """
     make_folder(path.parent)
     host = socket.gethostname()
-    for left in path.parent.glob(f".{path.name}.{host}.*.creating"):  # by a process that was killed here
-        process = int(left.name.split(".")[-2])
-        if process == os.getpid() or not alive(process):  # in a container every run may have the same number
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):  # by a process that was killed
+        *_, process, _ = left.name.split(".")
+        if not left.name.startswith(f".{path.name}.{host}."):  # of another machine: it takes an hour at most
+            gone = time.time() - left.stat().st_mtime > FORGOTTEN
+        else:  # in a container every run may have the same number
+            gone = process.isdecimal() and (int(process) == os.getpid() or not alive(int(process)))
+        if gone:
             shutil.rmtree(left, ignore_errors=True)
     scratch = path.with_name(f".{path.name}.{host}.{os.getpid()}.creating")
     try:

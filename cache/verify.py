@@ -13,7 +13,7 @@ import numpy as np
 from cache import codec as codecs
 from cache import schema
 from cache.reader import LabelStore
-from cache.schema import DamagedStore, Images
+from cache.schema import DamagedStore, Images, StoreError
 
 STATISTICS = 1e-6  # relative: what a record's entropy may be off from one computed on another machine
 
@@ -89,7 +89,10 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
 
     def look(place: tuple[int, int]) -> tuple[Finding | None, int]:
         view, shard = place
-        fault, labelled = _shard(store, images, view, shard) if finished[place] else (_unfinished(store, view, shard), 0)
+        try:
+            fault, labelled = _shard(store, images, view, shard) if finished[place] else (_unfinished(store, view, shard), 0)
+        except StoreError as error:
+            fault, labelled = str(error), 0
         return fault and _at(store, view, shard, fault), labelled
 
     with ThreadPoolExecutor(threads) as pool:

@@ -14,7 +14,7 @@ import zarr
 
 from cache import codec as codecs
 from cache import disk, schema
-from cache.claims import claim, claims_of
+from cache.claims import Claims, claim, claims_of
 from cache.reader import LabelStore
 from cache.schema import StoreError
 
@@ -31,6 +31,7 @@ class StoreWriter:
         self.path = path
         self.group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
         self.claims = claims_of(path)
+        self._held: Claims | None = None
 
     def grow(self, views: int) -> None:
         """Lengthen the view axis to ``views``; never shortens it. What was stopped half way before is put right too.
@@ -76,7 +77,11 @@ class StoreWriter:
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
         """Hold the shard in those of the views that nobody else holds and that are still unfinished; gives that list."""
         with claim(self.claims, *(f"{view}-{shard}" for view in views)) as mine:
-            yield [view for view in views if f"{view}-{shard}" in mine and not self.store.is_finished(view, shard)]
+            self._held = mine
+            try:
+                yield [view for view in views if f"{view}-{shard}" in mine and not self.store.is_finished(view, shard)]
+            finally:
+                self._held = None
 
     def discard(self, view: int, shard: int) -> bool:
         """Take the record of a shard away that is not what was written, so that it is written again. False if another process is at it already,
@@ -92,8 +97,12 @@ class StoreWriter:
         order: boxes int32 [rows, 4], flips bool [rows]; with CutMix also mix_partner int32 [rows] and mix_box float32 [rows, 4].
 
         The files are written, renamed and forced to the disk before the record is, so that a record never speaks of lost data.
-        Raises StoreError if a usable row has no label, or an unusable one has.
+        Raises StoreError if a usable row has no label, or an unusable one has; BusyStore if another process has taken the shard's claim over.
         """
+        if self._held is not None and self._held.lost(f"{view}-{shard}"):
+            raise BusyStore(
+                f"view {view}, shard {shard} of {self.path} was taken over by another process while this one slept; its labels are dropped"
+            )
         rows = self.store.shard_slice(shard)
         images = self.store.images
         usable = images.status[rows] == schema.USABLE

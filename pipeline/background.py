@@ -57,9 +57,10 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
             yield item
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield consume()
     finally:
         stop.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()

@@ -71,7 +71,7 @@ def generate(
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
-    path = path.absolute()
+    path = path.resolve() if path.is_symlink() else path.absolute()
     with _naming(path):
         if any(part.is_file() for part in path.parents):
             raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
@@ -84,7 +84,8 @@ def generate(
         writer, damage = _opened(path)
         if damage:
             say(damage)
-            _once(path, "create", lambda: not _opened(path)[1], lambda: _mend(config, folder, path, names, teachers, device), leads)
+            # Nobody may extend meanwhile what is being put right.
+            _once(path, "create", lambda: not _opened(path)[1], lambda: _mend(config, folder, path, names, teachers, device), leads, "grow")
             writer = StoreWriter(path)
         provenance.require_same_recipe(writer.store, config, teachers, device)
         provenance.require_same_classes(writer.store, classes, "pass that one again, or generate a new store")
@@ -95,9 +96,8 @@ def generate(
         if config.store.shard_rows not in (None, writer.store.shard_rows):
             say(f"{path} keeps its shards of {writer.store.shard_rows} rows; store.shard_rows {config.store.shard_rows} is for a new store")
         writer = _grown(writer, config.crops.views, leads)
-        if check:
-            _discard_damaged(config, writer, worker, first_view)
-        _fill(config, writer, folder, teachers, device, worker, first_view)
+        doubtful = _discard_damaged(config, writer, worker, first_view) if check else []
+        _fill(config, writer, folder, teachers, device, worker, first_view, doubtful)
         return LabelStore.open(path)
 
 
@@ -249,18 +249,19 @@ def _create(
         say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
 
 
-def _once(path: Path, what: str, done: Callable[[], bool], do: Callable[[], None], leads: bool) -> None:
-    """Have one process do something that only one can do: this one, if it leads and nobody else is at it; otherwise wait for it."""
+def _once(path: Path, what: str, done: Callable[[], bool], do: Callable[[], None], leads: bool, *besides: str) -> None:
+    """Have one process do something that only one can do: this one, if it leads and nobody else is at it, or at what it must not meet (``besides``);
+    otherwise wait for it."""
     while not done():
         if leads:
-            with claim(claims_of(path), what) as mine:
-                if mine and not done():
+            with claim(claims_of(path), what, *besides) as mine:
+                if len(mine) == 1 + len(besides) and not done():
                     do()
         if not done():
-            _wait(path, what, done, leads)
+            _wait(path, what, done, leads, *besides)
 
 
-def _wait(path: Path, what: str, done: Callable[[], bool], leads: bool) -> None:
+def _wait(path: Path, what: str, done: Callable[[], bool], leads: bool, *besides: str) -> None:
     """Wait until another process has done what only one does, while it is alive. One that leads goes on when it is not, to do it itself; others give
     worker 0 some time to start."""
     patience = time.monotonic() + PATIENCE
@@ -268,7 +269,7 @@ def _wait(path: Path, what: str, done: Callable[[], bool], leads: bool) -> None:
     while not done():
         time.sleep(0.5)
         check_signals()
-        if held(claims_of(path), what):
+        if any(held(claims_of(path), name) for name in (what, *besides)):
             patience = time.monotonic() + PATIENCE
         elif leads:
             return
@@ -276,25 +277,37 @@ def _wait(path: Path, what: str, done: Callable[[], bool], leads: bool) -> None:
             raise StoreError(f"nobody has begun to {what} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
 
 
-def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int], first_view: int) -> None:
-    """Read what is finished of this worker's share, and take the records of shards away that aren't what was written: they will be made anew."""
-    store = writer.store
+def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int], first_view: int) -> list[tuple[int, int]]:
+    """Read what is finished of this worker's share, and take the records of shards away that aren't what was written: they will be made anew.
+    Returns (view, shard) of those that another process holds."""
+    store, doubtful = writer.store, []
     places = _share(store.finished(), config.store.views_per_decode, worker, first_view)
     threads = min(render.threads_for(config.render.threads), CHECK_THREADS)
     with Progress("checking", len(places), "shards") as progress, ThreadPoolExecutor(threads) as pool:
         try:
             for (view, shard), fault in zip(places, pool.map(lambda place: store.fault(*place), places), strict=True):
-                if fault and writer.discard(view, shard):
+                if fault:
+                    if not writer.discard(view, shard):
+                        doubtful.append((view, shard))
                     say(f"{_place(store, [view], shard)}: damaged, and will be made anew: {fault}")
                 progress.advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    return doubtful
 
 
 def _fill(
-    config: Config, writer: StoreWriter, folder: Path, teachers: list[Model], device: torch.device, worker: tuple[int, int], first_view: int
+    config: Config,
+    writer: StoreWriter,
+    folder: Path,
+    teachers: list[Model],
+    device: torch.device,
+    worker: tuple[int, int],
+    first_view: int,
+    doubtful: list[tuple[int, int]],
 ) -> None:
-    """Label whatever this worker's share is missing."""
+    """Label whatever this worker's share is missing. What others are at is waited for, and done here if they drop it or die. doubtful: damaged shards that
+    others held when they were looked at."""
     store = writer.store
     size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
     units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
@@ -305,16 +318,25 @@ def _fill(
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     plan = Plan(config.crops, store.images, store.shard_rows)
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
-        labelled = True
-        while units and labelled:  # again: what others were at, and dropped
-            labelled = False
+        waited = False
+        while units or doubtful:
             for unit in units:
                 with writer.claimed(unit.views, unit.shard) as views:
                     if views:
-                        labelled = True
                         with _telling_what_is_dropped(store, views, unit.shard):
                             _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
             units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
+            left = doubtful + [(view, unit.shard) for unit in units for view in unit.views]
+            if left and not waited:
+                busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
+                done, of = store.progress()
+                say(f"{done} of {of} shards are done; waiting for others who are at work on {store.path} ({busy})")
+                waited = True
+            while left and all(held(writer.claims, f"{view}-{shard}") for view, shard in left):
+                time.sleep(1.0)
+                check_signals()
+            doubtful = [place for place in doubtful if store.fault(*place) and not writer.discard(*place)]
+            units = _units(store.finished(), config.store.views_per_decode, worker, first_view) if waited else units
     if progress.done:
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
     done, of = store.progress()
@@ -323,9 +345,6 @@ def _fill(
             writer.tidy()
         sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
-    elif units:
-        busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
-        say(f"{done} of {of} shards are done; others are at work on {store.path} ({busy}); should they stop, run the same command again")
     elif worker[1] > 1:
         say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
     else:
@@ -447,7 +466,10 @@ def _label(
                 progress.advance(int(good.sum()))
     for i, view in enumerate(unit.views):
         with finishing():
-            writer.write(view, unit.shard, codes[i], *kept[i])
+            try:
+                writer.write(view, unit.shard, codes[i], *kept[i])
+            except BusyStore as taken:  # its owner now does it, or did
+                say(str(taken))
 
 
 def _blame(teachers: list[Model], pixels: dict[int, torch.Tensor], usable: np.ndarray, paths: np.ndarray, precision: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,11 @@ import pytest
 import zarr
 from conftest import toy_provenance, tree
 
-from cache import LabelStore, StoreError, claims, disk, schema
+from cache import LabelStore, StoreError, disk, schema
 from cache.claims import claim
 from cache.codec import CODECS
 from cache.schema import DamagedStore, Images
+from cache.verify import verify
 from cache.writer import StoreWriter, stored_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -597,140 +596,7 @@ def test_only_one_process_grows_a_store(path):
     assert LabelStore.open(path).views == 2
 
 
-# ---- claims
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from cache.claims import claim
-sys.stdin.readline()
-with claim(Path(sys.argv[1]), *sys.argv[2:]) as held:
-    print(*sorted(held), flush=True)
-    sys.stdin.readline()
-"""
-
-
-class Holder:
-    """Another process that tries to hold claims until it is told to let go."""
-
-    def __init__(self, folder: Path, *names: str) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *names], text=True, cwd=ROOT, **pipes)
-
-    def go(self) -> Holder:
-        print(file=self.process.stdin, flush=True)
-        return self
-
-    def held(self) -> list[str]:
-        return self.process.stdout.readline().split()
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-
-
-@pytest.fixture
-def holder(tmp_path: Path):
-    started: list[Holder] = []
-
-    def start(*names: str) -> Holder:
-        started.append(Holder(tmp_path / "claims", *names))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.end()
-
-
-def test_one_of_many_processes_holds_a_claim(tmp_path, holder):
-    rivals = [holder("a", "b", "c") for _ in range(3)]
-    for rival in rivals:
-        rival.go()
-    assert sorted(name for rival in rivals for name in rival.held()) == ["a", "b", "c"]
-    with claim(tmp_path / "claims", "a", "d") as mine:
-        assert mine == {"d"}
-        assert sorted(claims.holders(tmp_path / "claims"))[-1].startswith(socket.gethostname() + ":")
-        assert len(claims.holders(tmp_path / "claims")) == 4
-    for rival in rivals:
-        rival.go().process.wait()
-    assert not (tmp_path / "claims").exists()
-
-
-@pytest.mark.parametrize("reaped", [True, False])
-def test_the_claim_of_a_killed_process_is_taken_over(tmp_path, holder, reaped):
-    killed = holder("a").go()
-    assert killed.held() == ["a"]
-    with claim(tmp_path / "claims", "a") as mine:
-        assert mine == set()
-    os.kill(killed.process.pid, signal.SIGKILL)
-    if reaped:
-        killed.process.wait()
-    else:  # a zombie, as in a container whose first process collects no children
-        while ") Z" not in Path(f"/proc/{killed.process.pid}/stat").read_text():
-            time.sleep(0.001)
-    assert (tmp_path / "claims/a").exists()
-    with claim(tmp_path / "claims", "a") as mine:
-        assert mine == {"a"}
-        assert claims.holders(tmp_path / "claims") == [f"{socket.gethostname()}:{os.getpid()}"]
-    assert not (tmp_path / "claims").exists()
-
-
-def leave_claim(folder: Path, **owner: object) -> Path:
-    folder.mkdir()
-    (folder / "a").write_text(json.dumps(claims._me() | {"started": "1"} | owner))
-    return folder / "a"
-
-
-def test_a_process_number_used_again_does_not_keep_a_claim_alive(tmp_path):
-    leave_claim(tmp_path / "claims")  # this very process, but one that started at boot
-    with claim(tmp_path / "claims", "a") as mine:
-        assert mine == {"a"}
-
-
-@pytest.mark.parametrize(("age", "taken"), [(0, False), (claims.STALE - 5, False), (claims.STALE + 5, True)])
-@pytest.mark.parametrize("content", ["claim", "empty"])
-@pytest.mark.parametrize("place", ["host", "boot", "namespace"])
-def test_the_claim_of_another_machine_is_taken_over_only_when_stale(tmp_path, age, taken, content, place):
-    """A container of the same host name on another node, or beside this one, has a process of this number too."""
-    file = leave_claim(tmp_path / "claims", **{place: "elsewhere"})
-    if content == "empty":  # its owner has just created it, or died before it wrote its name
-        file.write_text("")
-    then = time.time() - age
-    os.utime(file, (then, then))
-    with claim(tmp_path / "claims", "a") as mine:
-        assert bool(mine) is taken
-    assert [p.name for p in tmp_path.glob("claims/*")] == ([] if taken else ["a"])
-
-
-def test_a_held_claim_beats(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "BEAT", 0.01)
-    with claim(tmp_path / "claims", "a"):
-        os.utime(tmp_path / "claims/a", (0, 0))
-        for _ in range(500):
-            if (tmp_path / "claims/a").stat().st_mtime:
-                break
-            time.sleep(0.01)
-        assert time.time() - (tmp_path / "claims/a").stat().st_mtime < 60
-
-
-def test_two_that_find_the_same_dead_claim_do_not_both_take_it(tmp_path, monkeypatch):
-    leave_claim(tmp_path / "claims")
-    real, rival = claims._dead, claim(tmp_path / "claims", "a")
-    rivals: list[set[str]] = []
-
-    def slow(file: Path) -> bool:
-        dead = real(file)
-        if not rivals:  # between the finding and the taking another worker is faster
-            rivals.append(set())
-            rivals[0] = rival.__enter__()
-        return dead
-
-    monkeypatch.setattr(claims, "_dead", slow)
-    with claim(tmp_path / "claims", "a") as mine:
-        assert sorted([*mine, *rivals[0]]) == ["a"]
-    rival.__exit__(None, None, None)
+# ---- claims of shards
 
 
 def test_claimed_gives_the_unfinished_views_that_nobody_holds(path):
@@ -741,3 +607,46 @@ def test_claimed_gives_the_unfinished_views_that_nobody_holds(path):
         assert (mine, others) == ([1, 3], [])
     with writer.claimed([2, 3], 1) as mine:
         assert mine == [2, 3]
+
+
+def test_only_the_holder_of_a_shard_takes_its_record_away_and_only_of_a_damaged_one(full):
+    writer = StoreWriter(full)
+    record = writer.store.file("records", 1, 1)
+    assert not writer.discard(1, 1) and record.exists()  # it is sound
+    file = writer.store.file("labels", 1, 1)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with claim(writer.claims, "1-1"):
+        assert not writer.discard(1, 1) and record.exists()
+    assert writer.discard(1, 1) and not record.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError("no room")])
+def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, error):
+    """A network's disk that doesn't answer, a limit of memory: no reason to throw labels away that took hours."""
+    before, real = tree(full), zarr.Array.__getitem__
+
+    def read(self: zarr.Array, selection: object) -> object:
+        if self.path == "labels":
+            raise error
+        return real(self, selection)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", read)
+    writer = StoreWriter(full)
+    for look in (lambda: writer.discard(1, 1), lambda: writer.store.fault(1, 1), lambda: LabelStore.open(full).codes(0, [1])):
+        with pytest.raises(StoreError, match="labels/c/1/1/0 of|labels/c/0/0/0 of") as refusal:
+            look()
+        assert "can't be read now" in str(refusal.value) and one_line(refusal)
+    verdict = verify(full)
+    assert not verdict.sound and "can't be read now" in str(verdict.damaged[0])
+    assert tree(full) == before
+
+
+def test_what_a_killed_process_left_of_a_store_is_removed_whatever_the_name(tmp_path):
+    host = socket.gethostname()
+    ours = tmp_path / f".s[1].zarr.{host}.{2**22 + 1}.creating"
+    theirs, old = (tmp_path / f".s[1].zarr.{name}.7.creating" for name in ("elsewhere", "long.ago"))
+    for left in (ours, theirs, old):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    assert create(tmp_path / "s[1].zarr")
+    assert not ours.exists() and not old.exists() and theirs.exists()
