@@ -948,7 +948,9 @@ ABSURD_IN_LABELLING_AGAIN: dict[str, list[tuple[str, str, object]]] = {
     **attribute("provenance.compute.precision", "float7", 5),
     **attribute("provenance.teachers.0.image_size", 10**9, -1, 0, "64"),
     **attribute("provenance.teachers.0.mean", None, [1], "abc", [0.5, 0.5, 7]),
-    **attribute("provenance.merged", None, [], {}, "x", [{}], [{"teachers": 0}], [{"identity": "0" * 64, "teachers": 1, "codec": {}, "compute": {}}]),
+    **attribute(
+        "provenance.merged", None, [], {}, "x", [{}], [{"teachers": 0}], [{"identity": "0" * 64, "teachers": 1, "codec": {}, "compute": {}}]
+    ),
     **attribute("provenance.teachers.0.weights", 5, None),
 }
 

@@ -169,7 +169,9 @@ def test_other_images_are_refused(apart, photos, recipe, tmp_path):
 
 def test_a_teacher_never_counts_twice(apart, tmp_path):
     one, _, both = apart["pow8"]
-    with pytest.raises(StoreError, match="both have labels of test_resnet, which would count twice; leave one of them out .* differ in teachers"):
+    with pytest.raises(
+        StoreError, match="both have labels of test_resnet, which would count twice; leave one of them out .* differ in teachers"
+    ):
         merged(one, both, out=tmp_path / "m.zarr")
 
 
@@ -241,7 +243,9 @@ def test_a_shard_that_is_damaged_in_every_store_is_named(store_path, tmp_path):
         shutil.copytree(store_path, tmp_path / name)
         file = LabelStore.open(tmp_path / name).file("labels", 0, 1)
         file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(StoreError, match="1 shards are damaged wherever they are, the first is view 0, rows 32 to 63 of .*/a: .*mend that store"):
+    with pytest.raises(
+        StoreError, match="1 shards are damaged wherever they are, the first is view 0, rows 32 to 63 of .*/a: .*mend that store"
+    ):
         merged(tmp_path / "a", tmp_path / "b", out=tmp_path / "m.zarr")
     assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)
 

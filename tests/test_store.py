@@ -620,7 +620,9 @@ def test_only_the_holder_of_a_shard_takes_its_record_away_and_only_of_a_damaged_
     assert writer.discard(1, 1) and not record.exists()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError("no room")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError("no room")]
+)
 def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, error):
     """A network's disk that doesn't answer, a limit of memory: no reason to throw labels away that took hours."""
     before, real = tree(full), zarr.Array.__getitem__

@@ -396,7 +396,10 @@ def test_a_path_that_leaves_the_data_folder_is_refused(copy, path):
         _ = LabelStore.open(copy).images
 
 
-@pytest.mark.parametrize(("codec", "place", "bad"), [("float32", 1, np.nan), ("float16", 1, np.inf), ("float32", 1, -3.0), ("float32", 1, 4.0), ("tail40", -1, 200)])
+@pytest.mark.parametrize(
+    ("codec", "place", "bad"),
+    [("float32", 1, np.nan), ("float16", 1, np.inf), ("float32", 1, -3.0), ("float32", 1, 4.0), ("tail40", -1, 200)],
+)
 def test_codes_that_a_codec_does_not_have_are_not_trained_from(photos, recipe, tmp_path, codec, place, bad):
     """Whoever made the store wrote digests of them."""
     path = tmp_path / "s.zarr"

@@ -440,9 +440,7 @@ def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is
     place.require_whole()
     assert len({write.process for write in place.writes()}) > 1  # they did share it
     said = [worker.said().splitlines()[-1] for worker in workers]
-    ends = [
-        re.search(r"is complete: 15 of 15 shards|this worker's share is done", line) for line in said
-    ]
+    ends = [re.search(r"is complete: 15 of 15 shards|this worker's share is done", line) for line in said]
     assert all(ends), said
     assert any("is complete" in line for line in said), said
     if way == "by hand":  # there are no shares, and nobody waits for this one
@@ -453,7 +451,9 @@ def test_a_second_run_on_a_store_shares_the_work_and_says_who_else_is_at_it(plac
     first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
     first.wait_held()
     second = place.start()
-    second.wait_for(f"13 of 15 shards are done; waiting for others who are at work on {place.path} ({socket.gethostname()}:{first.process.pid})")
+    second.wait_for(
+        f"13 of 15 shards are done; waiting for others who are at work on {place.path} ({socket.gethostname()}:{first.process.pid})"
+    )
     first.release()
     assert [first.end(), second.end()] == [0, 0]
     assert all("is complete: 15 of 15 shards" in run.said() for run in (first, second))
