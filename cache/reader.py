@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -270,6 +271,9 @@ class LabelStore:
             try:
                 content.append(self.array(name)[view, self.shard_slice(shard)])
             except (MemoryError, OSError) as error:  # of this moment, perhaps: no reason to call it damaged
+                array = self.array(name)
+                if isinstance(error, MemoryError) and _room(4 * math.prod((*(array.shards or array.chunks), array.dtype.itemsize))):
+                    return [], f"{file} can't be read (it asks for more memory than a shard takes)"
                 raise StoreError(
                     f"{file} of {self.path} can't be read now ({_one_line(error)}); mend that, or remove the file if it stays so, and run the same command again"
                 ) from None
@@ -374,6 +378,14 @@ class LabelStore:
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
             ) from None
+
+
+def _room(size: int) -> bool:
+    """Whether this process can have so many bytes now."""
+    try:
+        return bool(np.empty(size, "u1").size)
+    except MemoryError:
+        return False
 
 
 def _lost(provenance: dict, classes: int) -> float:
