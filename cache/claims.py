@@ -26,13 +26,14 @@ from cache.stopping import finishing
 BEAT = 10.0  # seconds between heartbeats
 STALE = 300.0  # seconds without one after which a claim of another host is dead
 TRIES = 100  # of what others may get in the way of
+_living: set[str] = set()  # of this process's claims
 UNKNOWN = "unknown"  # start time of a process that is there and can't be looked at
 
 
 def claims_of(path: Path) -> Path:
     """The folder of the claims on a store or a run: beside it, since a foreign folder inside a Zarr group makes readers warn. Whoever calls a store by a
     link to it, has the same."""
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     return path.with_name(path.name + ".claims")
 
 
@@ -44,7 +45,8 @@ class Claims(set[str]):
         self.folder, self.me = folder, me
 
     def lost(self, name: str) -> bool:
-        """Whether a claim that was held is another's now: this process slept, or its disk did, for longer than ``STALE``."""
+        """Whether a claim that was held is another's now: this process slept, or its disk did, for longer than ``STALE``. Raises OSError if that can't be
+        told."""
         return _owner(self.folder / name) != self.me
 
 
@@ -53,6 +55,7 @@ def claim(folder: Path, *names: str) -> Iterator[Claims]:
     """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
     me = _me() | {"claim": uuid.uuid4().hex}
     mine = Claims(folder, me)
+    _living.add(me["claim"])
     stop = threading.Event()
     heart = threading.Thread(target=_beat, args=(mine, stop), daemon=True)
     try:
@@ -67,8 +70,10 @@ def claim(folder: Path, *names: str) -> Iterator[Claims]:
             if heart.ident is not None:
                 heart.join()
             for name in names:  # all: a full disk, or a signal, may have come between taking one and knowing it
-                if _owner(folder / name) == me:
-                    (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
+                with suppress(OSError):
+                    if _owner(folder / name) == me:
+                        (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
+            _living.discard(me["claim"])  # so that one which could not be let go of is dead
             with suppress(OSError):  # not empty: others still hold claims
                 folder.rmdir()
 
@@ -153,6 +158,8 @@ def _place_key() -> str:
 def _dead(path: Path) -> bool:
     owner = _owner(path)
     if owner and {key: owner.get(key) for key in _place()} == _place():
+        if owner["process"] == os.getpid() and owner["started"] == _started(os.getpid()) and "claim" in owner:
+            return owner["claim"] not in _living
         started = _started(owner["process"])
         return started is None or (started != owner["started"] and UNKNOWN not in (started, owner["started"]))
     probe = _scratch(path, "clock")
@@ -182,10 +189,11 @@ def _place() -> dict:
 
 
 def _owner(path: Path) -> dict | None:
+    """Who holds a claim; None if there is none, or it says nothing that can be read. Raises OSError if the disk doesn't answer."""
     try:
         owner = json.loads(path.read_text())
         return owner if {"host", "process", "started"} <= owner.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (FileNotFoundError, PermissionError, ValueError, AttributeError):
         return None
 
 

@@ -106,8 +106,13 @@ def _require_same_labels(path: Path, made: LabelStore) -> None:
 
 
 def _document(file: Path) -> dict | None:
-    with suppress(OSError, ValueError):
-        document = schema.read_document(file)
+    with suppress(FileNotFoundError, ValueError):
+        try:
+            document = schema.read_document(file)
+        except OSError as error:
+            if schema.momentary(error):
+                raise schema.unreadable(file.parent, file.name, error) from None
+            return None
         if isinstance(document, dict) and isinstance(document.get("attributes", {}), dict):
             return document
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +35,7 @@ def merge(
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
     stores = [LabelStore.open(path) for path in paths]
-    if out.resolve() in [path.resolve() for path in paths]:
+    if os.path.realpath(out) in map(os.path.realpath, paths):
         raise StoreError(f"{out} is one of the stores to merge; choose another --out")
     same = [_recipe(a) == _recipe(b) for a, b in combinations(stores, 2)]
     if any(same) and not all(same):
@@ -63,7 +64,7 @@ def merge(
                 say(f"{_place(writer.store, view, shard)}: damaged, and will be made anew: {fault}")
         with writer.claimed(list(range(views)), shard) as missing:
             for view in missing:
-                content, fault = _first(stores, view, shard) if joining else (_mean(stores, writer.store, view, shard), None)
+                content, fault = _first(stores, view, shard) if joining else _mean(stores, writer.store, view, shard)
                 if content is not None:
                     writer.write(view, shard, *content)
                 elif fault is not None:
@@ -71,7 +72,7 @@ def merge(
             progress(views)
     if lost:
         raise StoreError(
-            f"{len(lost)} shards are damaged wherever they are, the first is {lost[0]}; mend that store with its generate-labels command, then merge again"
+            f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend that store with its generate-labels command, then merge again"
         )
     return LabelStore.open(out)
 
@@ -184,7 +185,7 @@ def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np
     """Content of a shard from the first store that has it, sound; where one has it, but none has it sound, that one and what is wrong."""
     wrong = None
     for store in stores:
-        if view < store.views and store.record(view, shard)["magic"] == schema.RECORD_MAGIC:
+        if view < store.views and store.has_record(view, shard):
             content, fault = store.content(view, shard)
             if fault is None:
                 return content, None
@@ -192,14 +193,18 @@ def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np
     return None, wrong
 
 
-def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> list[np.ndarray] | None:
-    """Averaged codes of a shard and its crops; None where a store has no label yet."""
+def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:
+    """Averaged codes of a shard and its crops; None where a store has no label yet, or a damaged one, and then which and what is wrong."""
     rows = made.shard_slice(shard)
     usable = made.images.status[rows] == schema.USABLE
     codes = np.zeros((len(usable), made.codec.columns(made.classes)), made.codec.dtype)
-    crops = [_kept(store, view, rows) for store in stores]
-    if any(kept is None for kept in crops):
-        return None
+    for store in stores:
+        for theirs in np.unique(np.arange(rows.start, rows.stop) // store.shard_rows).tolist():
+            if not store.has_record(view, theirs):
+                return None, None
+            if fault := store.fault(view, theirs):
+                return None, f"{store.path}: {fault}"
+    crops = [[*store.crops(view, rows), *(store.mixes(view, rows) if store.mixed else ())] for store in stores]
     for store, kept in zip(stores[1:], crops[1:], strict=True):
         if not all(map(np.array_equal, crops[0], kept)):
             raise StoreError(
@@ -213,12 +218,4 @@ def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int)
             np.float32(n / sum(weights)) * store.codec.decode(store.codes(view, here)) for n, store in zip(weights, stores, strict=True)
         )
         codes[part][usable[part]] = made.codec.encode(total)
-    return [codes, *crops[0]]
-
-
-def _kept(store: LabelStore, view: int, rows: slice) -> list[np.ndarray] | None:
-    """The arrays of ``crop_arrays`` of some rows; None unless they are all labelled. Raises StoreError if they are damaged."""
-    shards = np.unique(np.arange(rows.start, rows.stop) // store.shard_rows)
-    if any(store.record(view, int(shard))["magic"] != schema.RECORD_MAGIC for shard in shards):
-        return None
-    return [*store.crops(view, rows), *(store.mixes(view, rows) if store.mixed else ())]
+    return [codes, *crops[0]], None

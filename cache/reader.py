@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -15,7 +17,10 @@ import zarr
 
 from cache import codec as codecs
 from cache import schema, sense
-from cache.schema import DamagedStore, Images, StoreError
+from cache.schema import DamagedStore, Images, StoreError, UnreadableStore
+
+UNREADABLE = (KeyError, ValueError, RuntimeError, TypeError, OverflowError, OSError)  # a checksum, a file cut short, none at all
+_short_of_memory = threading.Lock()
 
 
 class LabelStore:
@@ -55,6 +60,8 @@ class LabelStore:
             attributes = whole["attributes"] if "attributes" in whole or ours else {}
             found, version = attributes.get("format"), attributes.get("format_version")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if schema.momentary(error):
+                raise schema.unreadable(path, "zarr.json", error) from None
             if ours:
                 raise schema.damaged(path, "zarr.json", _one_line(error)) from None
             raise StoreError(f"{path} is not a label store (it holds no Zarr v3 group); check the path, or choose a new one") from None
@@ -78,6 +85,8 @@ class LabelStore:
         except KeyError as missing:
             raise DamagedStore(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
         except (ValueError, TypeError, OSError) as error:  # metadata cut short
+            if schema.momentary(error):
+                raise schema.unreadable(path, "its description", error) from None
             raise DamagedStore(f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new store") from None
 
     def array(self, name: str) -> zarr.Array:
@@ -105,6 +114,8 @@ class LabelStore:
                 raise schema.damaged(self.path, file, "it is missing")
         try:
             images = Images(*(self._column(name) for name in Images.__dataclass_fields__))
+        except UnreadableStore:
+            raise
         except StoreError as error:
             raise schema.damaged(self.path, "images/", str(error)) from None
         wanted = self.provenance.get("data", {}).get("manifest")
@@ -159,6 +170,8 @@ class LabelStore:
         try:
             self._require_files(self.path / "records" / "c")
             raw = self._read("records", np.s_[: self.views])
+        except UnreadableStore:
+            raise
         except StoreError:  # a torn record among them: leave out that one alone
             raw = np.zeros((self.views, self.shards, schema.RECORD.itemsize), "u1")
             for view, shard in np.ndindex(raw.shape[:2]):
@@ -179,9 +192,9 @@ class LabelStore:
     def record(self, view: int, shard: int) -> np.void:
         """One of ``records``."""
         raw = np.zeros(schema.RECORD.itemsize, "u1")
-        with suppress(ValueError, FileNotFoundError):
+        with suppress(*UNREADABLE):
             if self.size("records", view, shard):
-                raw = self.array("records")[view, shard]
+                raw = self._take("records", np.s_[view, shard], str(self.file("records", view, shard).relative_to(self.path)))
         return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
 
     def finished_records(self) -> np.ndarray:
@@ -210,11 +223,18 @@ class LabelStore:
         sizes = [self.size(name, view, shard) for name in self.shard_arrays]
         return sizes[0] == record["stored_bytes"] and all(sizes)
 
+    def has_record(self, view: int, shard: int) -> bool:
+        """Whether there is a completion record, be it damaged."""
+        return bool(self.size("records", view, shard))
+
     def size(self, name: str, view: int, shard: int) -> int:
         """Bytes of a shard's file, 0 if there is none."""
+        file = self.file(name, view, shard)
         try:
-            found = self.file(name, view, shard).stat()
-        except (FileNotFoundError, NotADirectoryError):
+            found = file.stat()
+        except OSError as error:
+            if schema.momentary(error):
+                raise schema.unreadable(self.path, file.relative_to(self.path), error) from None
             return 0
         return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
@@ -269,15 +289,8 @@ class LabelStore:
             if not self.size(name, view, shard):
                 return [], f"{file} is missing or empty"
             try:
-                content.append(self.array(name)[view, self.shard_slice(shard)])
-            except (MemoryError, OSError) as error:  # of this moment, perhaps: no reason to call it damaged
-                array = self.array(name)
-                if isinstance(error, MemoryError) and _room(4 * math.prod((*(array.shards or array.chunks), array.dtype.itemsize))):
-                    return [], f"{file} can't be read (it asks for more memory than a shard takes)"
-                raise StoreError(
-                    f"{file} of {self.path} can't be read now ({_one_line(error)}); mend that, or remove the file if it stays so, and run the same command again"
-                ) from None
-            except (KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:  # a checksum, a file cut short
+                content.append(self._take(name, np.s_[view, self.shard_slice(shard)], str(file)))
+            except UNREADABLE as error:
                 return [], f"{file} can't be read ({_one_line(error)})"
         record = self.record(view, shard)
         digest = schema.shard_digest(self.identity, view, shard, *content)
@@ -363,21 +376,38 @@ class LabelStore:
             out[inside] = block[rows[inside] - first]
         return out
 
-    def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
+    def _take(self, name: str, selection: tuple | slice, what: str) -> np.ndarray:
+        """A part of an array. Raises UnreadableStore for what passes, and one of ``UNREADABLE`` for what is wrong with a file."""
         try:
             return self.array(name)[selection]
-        except (
-            KeyError,
-            ValueError,
-            RuntimeError,
-            OSError,
-            MemoryError,
-            TypeError,
-            OverflowError,
-        ) as error:  # no such array, checksum, truncated shard, unreadable file
+        except OSError as error:
+            if schema.momentary(error):
+                raise schema.unreadable(self.path, what, error) from None
+            raise
+        except MemoryError as error:  # for want of memory, or because a file says that it holds a terabyte
+            with _short_of_memory:
+                for _ in range(3):
+                    if _room(4 * _most(self.array(name))):
+                        with suppress(MemoryError):
+                            return self.array(name)[selection]
+                        time.sleep(0.2)  # other threads may have taken the room
+                    else:
+                        raise schema.unreadable(self.path, what, error) from None
+            raise ValueError("it asks for more memory than it can hold") from None
+
+    def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
+        try:
+            return self._take(name, selection, name)
+        except UNREADABLE as error:  # no such array, checksum, truncated shard
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
             ) from None
+
+
+def _most(array: zarr.Array) -> int:
+    """Bytes that a file of an array holds, decoded; a text of the manifest has 4 KiB at most."""
+    size = 4096 if array.dtype.kind in "OUT" else array.dtype.itemsize
+    return math.prod((*(array.shards or array.chunks), size))
 
 
 def _room(size: int) -> bool:

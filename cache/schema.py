@@ -20,6 +20,7 @@ and counts where an array's own length says otherwise (after a growth that was s
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -104,6 +105,25 @@ class DamagedStore(StoreError):
     def __init__(self, message: str, file: str = "zarr.json", fault: str | None = None) -> None:
         super().__init__(message)
         self.file, self.fault = file, fault or message
+
+
+class UnreadableStore(StoreError):
+    """What can't be read for the moment, for want of memory or permission or of a disk that answers: no reason to call it damaged."""
+
+
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # what no waiting mends
+
+
+def momentary(error: BaseException) -> bool:
+    """Whether an error of reading tells nothing of what is there."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None and error.errno not in LASTING)
+
+
+def unreadable(path: Path, file: object, error: BaseException) -> UnreadableStore:
+    why = " ".join(str(error).split())[:160] or type(error).__name__
+    return UnreadableStore(
+        f"{file} of {path} can't be read now ({why}); mend that, or remove the file if it stays so, and run the same command again"
+    )
 
 
 @dataclass(frozen=True)
@@ -346,6 +366,8 @@ def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
         try:
             documents[file] = read_document(path / file)
         except (OSError, ValueError) as error:
+            if momentary(error):
+                raise unreadable(path, file, error) from None
             raise damaged(path, file, "it is missing" if isinstance(error, FileNotFoundError) else f"it can't be read: {error}") from None
         if not isinstance(documents[file], dict):
             raise damaged(path, file, "it holds no description of an array or group")

@@ -13,7 +13,7 @@ import numpy as np
 from cache import codec as codecs
 from cache import schema
 from cache.reader import LabelStore
-from cache.schema import DamagedStore, Images, StoreError
+from cache.schema import DamagedStore, Images, UnreadableStore
 
 STATISTICS = 1e-6  # relative: what a record's entropy may be off from one computed on another machine
 
@@ -43,13 +43,14 @@ class Verdict:
     labelled: int = 0
     damaged: list[Finding] = field(default_factory=list)
     missing: list[Finding] = field(default_factory=list)
+    unread: list[Finding] = field(default_factory=list)  # what could not be read for the moment
     foreign: list[str] = field(default_factory=list)  # files that are no part of a store
     left: list[str] = field(default_factory=list)  # unfinished files of a process that was killed, or is writing now
 
     @property
     def sound(self) -> bool:
-        """Nothing is damaged and nothing foreign; shards may be missing."""
-        return not (self.damaged or self.foreign)
+        """Everything could be read, nothing is damaged and nothing foreign; shards may be missing."""
+        return not (self.damaged or self.unread or self.foreign)
 
     @property
     def complete(self) -> bool:
@@ -87,18 +88,19 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
     verdict.shards = finished.size
     verdict.foreign, verdict.left = _others(store)
 
-    def look(place: tuple[int, int]) -> tuple[Finding | None, int]:
+    def look(place: tuple[int, int]) -> tuple[Finding | None, list[Finding], int]:
         view, shard = place
+        kind, labelled = verdict.damaged, 0
         try:
             fault, labelled = _shard(store, images, view, shard) if finished[place] else (_unfinished(store, view, shard), 0)
-        except StoreError as error:
-            fault, labelled = str(error), 0
-        return fault and _at(store, view, shard, fault), labelled
+        except UnreadableStore as error:
+            kind, fault = verdict.unread, str(error)
+        return fault and _at(store, view, shard, fault), kind, labelled
 
     with ThreadPoolExecutor(threads) as pool:
-        for place, (finding, labelled) in zip(np.ndindex(finished.shape), pool.map(look, np.ndindex(finished.shape)), strict=True):
+        for place, (finding, kind, labelled) in zip(np.ndindex(finished.shape), pool.map(look, np.ndindex(finished.shape)), strict=True):
             if finding is not None:
-                verdict.damaged.append(finding)
+                kind.append(finding)
             elif not finished[place]:
                 lost = store.file("labels", *place).exists()
                 verdict.missing.append(
@@ -121,7 +123,7 @@ def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
     if record["magic"] == schema.RECORD_MAGIC:
         return "files that its completion record speaks of are missing, empty or of another size"
     file = store.file("records", view, shard)
-    if file.exists() and file.stat().st_size:
+    if store.has_record(view, shard):
         return f"its completion record ({file.relative_to(store.path)}) is damaged, or of another place"
     return None
 

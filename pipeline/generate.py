@@ -71,7 +71,7 @@ def generate(
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
-    path = path.resolve() if path.is_symlink() else path.absolute()
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with _naming(path):
         if any(part.is_file() for part in path.parents):
             raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
@@ -174,14 +174,18 @@ def _create(
     strict: bool = False,
     kept: dict | None = None,
 ) -> None:
-    """Make an empty store, from a look at every image. kept: attributes it is to have, if the images are those they speak of."""
+    """Make an empty store, from a look at every image. kept: attributes it is to have, if the images are those they speak of; of the command then
+    counts only where the images are."""
+    looked = {"exif": config.crops.exif, "seed": config.crops.seed}
+    if kept is not None:
+        looked, classes = kept["provenance"]["crops"], kept["class_names"]
     provenance.require_class_count(folder, classes, teachers)
     found = images.scan(
         folder,
         classes,
-        exif=config.crops.exif,
+        exif=looked["exif"],
         threads=config.render.threads,
-        order_seed=config.crops.seed,
+        order_seed=looked["seed"],
         max_megapixels=config.render.max_megapixels,
     )
     bad = images.unusable_summary(found)
@@ -320,9 +324,11 @@ def _fill(
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
         waited = False
         while units or doubtful:
+            labelled = False
             for unit in units:
                 with writer.claimed(unit.views, unit.shard) as views:
                     if views:
+                        labelled = True
                         with _telling_what_is_dropped(store, views, unit.shard):
                             _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
             units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
@@ -333,6 +339,9 @@ def _fill(
                 say(f"{done} of {of} shards are done; waiting for others who are at work on {store.path} ({busy})")
                 waited = True
             while left and all(held(writer.claims, f"{view}-{shard}") for view, shard in left):
+                time.sleep(1.0)
+                check_signals()
+            if left and not labelled:
                 time.sleep(1.0)
                 check_signals()
             doubtful = [place for place in doubtful if store.fault(*place) and not writer.discard(*place)]

@@ -137,6 +137,7 @@ def verdict_page(result: dict) -> None:
         return [str(Finding(**finding)) for finding in findings]
 
     lines("damaged", places(result["damaged"]))
+    lines("unread", places(result["unread"]))
     lines("missing", places(result["missing"]))
     lines("foreign", result["foreign"])
     lines("left", [f"{file} (unfinished, of a process that was stopped, or is at work now)" for file in result["left"]])
@@ -155,6 +156,8 @@ def verdict_page(result: dict) -> None:
         summary = "NOT COMPLETE, and sound as far as it goes: run the same generate-labels command again to finish it"
     elif result["sound"]:
         summary = "the files are sound, and the labels are NOT TO BE TRUSTED with these images and teachers"
+    elif not (result["damaged"] or result["foreign"]):
+        summary = "NOT ALL OF IT COULD BE READ: mend that, and verify again"
     else:
         summary = "NOT SOUND: run the same generate-labels command again, which makes anew what is damaged; remove what is foreign"
     console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -256,6 +257,26 @@ def test_a_process_that_the_system_hides_keeps_its_claim(tmp_path, holder, monke
     theirs.process.wait()
     with claim(tmp_path / "claims", "a") as mine:
         assert mine == {"a"}
+
+
+def test_a_claim_that_could_not_be_let_go_of_is_in_nobodys_way(tmp_path, monkeypatch):
+    """The disk didn't answer when it should have been; the process goes on, and waits for no ghost of its own."""
+    with claim(tmp_path / "claims", "a") as mine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            with pytest.raises(OSError):
+                mine.lost("a")  # that can't be told
+        assert not mine.lost("a")
+        monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.undo()
+    assert (tmp_path / "claims/a").exists() and not claims.held(tmp_path / "claims", "a")
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == {"a"} and claims.held(tmp_path / "claims", "a")
+
+
+def test_a_name_that_is_a_link_to_itself_is_no_reason_for_a_trace(tmp_path):
+    (tmp_path / "s.zarr").symlink_to("s.zarr")
+    assert claims.claims_of(tmp_path / "s.zarr").name == "s.zarr.claims"
 
 
 # ---- signals

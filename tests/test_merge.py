@@ -135,8 +135,9 @@ def test_a_damaged_shard_is_never_averaged(apart, tmp_path):
     broken = Path(shutil.copytree(apart["pow8"][1], tmp_path / "b.zarr"))
     file = LabelStore.open(broken).file("labels", 1, 1)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(StoreError, match="view 1, rows 32 to 63 of .*b.zarr are not what was written"):
+    with pytest.raises(StoreError, match="1 shards could not be merged, being damaged, the first is view 1, rows 32 to 63 of .*b.zarr: "):
         merged(apart["pow8"][0], broken, out=tmp_path / "m.zarr")
+    assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)  # the others were
     shutil.copy(LabelStore.open(apart["pow8"][1]).file("labels", 1, 1), file)
     merged(apart["pow8"][0], broken, out=tmp_path / "m.zarr")
     merged(*apart["pow8"][:2], out=tmp_path / "whole.zarr")
@@ -244,10 +245,32 @@ def test_a_shard_that_is_damaged_in_every_store_is_named(store_path, tmp_path):
         file = LabelStore.open(tmp_path / name).file("labels", 0, 1)
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(
-        StoreError, match="1 shards are damaged wherever they are, the first is view 0, rows 32 to 63 of .*/a: .*mend that store"
+        StoreError, match="1 shards could not be merged, being damaged, the first is view 0, rows 32 to 63 of .*/a: .*mend that store"
     ):
         merged(tmp_path / "a", tmp_path / "b", out=tmp_path / "m.zarr")
     assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)
+
+
+@pytest.mark.parametrize("way", ["joined", "averaged"])
+def test_a_damaged_record_is_no_label_that_is_yet_to_come(apart, store_path, tmp_path, way):
+    whole, other = (store_path, store_path) if way == "joined" else apart["pow8"][:2]
+    broken = Path(shutil.copytree(whole, tmp_path / "a"))
+    rest = Path(
+        shutil.copytree(
+            other, tmp_path / "b", ignore=lambda place, names: ["records"] if way == "joined" and Path(place).name == "b" else []
+        )
+    )
+    shutil.copytree(other / "records", rest / "records", dirs_exist_ok=True)
+    if way == "joined":
+        shutil.rmtree(rest / "records/c/1/2")
+    file = broken / "records/c/1/2/0"
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        StoreError, match="1 shards could not be merged, being damaged, the first is view 1, rows 64 to 89 of .*/a: its completion record"
+    ):
+        merged(broken, rest, out=tmp_path / "m.zarr")
 
 
 def test_views_that_are_left_out_are_said(apart, photos, recipe, tmp_path):

@@ -640,8 +640,43 @@ def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypat
             look()
         assert "can't be read now" in str(refusal.value) and one_line(refusal)
     verdict = verify(full)
-    assert not verdict.sound and "can't be read now" in str(verdict.damaged[0])
+    assert not verdict.sound and not verdict.damaged and len(verdict.unread) == 10 and "can't be read now" in str(verdict.unread[0])
     assert tree(full) == before
+
+
+def test_want_of_memory_that_passes_is_nobodys_fault(full, monkeypatch):
+    """Another thread had it, and has given it back."""
+    real, wants = zarr.Array.__getitem__, [MemoryError("no room")] * 2
+
+    def read(self: zarr.Array, selection: object) -> object:
+        if self.path == "labels" and wants:
+            raise wants.pop()
+        return real(self, selection)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", read)
+    assert LabelStore.open(full).fault(1, 1) is None and not wants
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "labels/zarr.json", "images/path/c/0"])
+def test_a_description_that_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, file):
+    error = OSError(errno.EACCES, os.strerror(errno.EACCES))
+    read_document, take = schema.read_document, zarr.Array.__getitem__
+
+    def read(path: Path) -> object:
+        if path == full / file:
+            raise error
+        return read_document(path)
+
+    def column(self: zarr.Array, selection: object) -> object:
+        if file.startswith(self.path):
+            raise error
+        return take(self, selection)
+
+    monkeypatch.setattr(schema, "read_document", read)
+    monkeypatch.setattr(zarr.Array, "__getitem__", column)
+    with pytest.raises(StoreError, match="can't be read now") as refusal:
+        _ = LabelStore.open(full).images
+    assert not isinstance(refusal.value, DamagedStore) and one_line(refusal)
 
 
 def test_what_a_killed_process_left_of_a_store_is_removed_whatever_the_name(tmp_path):

@@ -314,6 +314,17 @@ def test_a_description_is_made_anew_as_it_was_though_the_teacher_is_named_otherw
     assert tree(copy) == tree(store_path)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_manifest_is_made_anew_in_its_own_order_whatever_the_commands_seed(photos, recipe, copy, sealed):
+    """Shards' digests don't know of paths: labels of one image must not come to be another's."""
+    edit_store(copy, lambda attributes: None if sealed else attributes.pop("row_order"))
+    before = tree(copy)
+    (copy / "images/width/c/0").write_bytes(b"")
+    with pytest.raises(StoreError, match="crops.seed 0, this is 1"):
+        generate(changed(recipe, crops={"seed": 1}), photos, copy, device=CPU)
+    assert tree(copy) == before
+
+
 def test_the_description_of_an_older_store_is_made_anew(photos, recipe, copy):
     """Its provenance may hold less than a store's of today; its digests are bound to it as it is."""
     edit_store(copy, lambda attributes: attributes["provenance"].update(extra="of another version"))
