@@ -14,7 +14,7 @@ Zarr reads what was never written as zeros. So a shard (all rows of one shard, i
 record is written after the shard's data has reached the disk.
 
 Nothing in a store is believed unseen. Shards are bound to their place by the digests in their records, the manifest (images/) by its digest in the
-provenance, and every zarr.json by the attribute ``seal``. What has no digest of its own is the number of views, the attribute ``views``: it is sealed too,
+provenance, its order by the attribute ``row_order``, and every zarr.json by the attribute ``seal``. What has no digest of its own is the number of views, the attribute ``views``: it is sealed too,
 and counts where an array's own length says otherwise (after a growth that was stopped half way).
 """
 
