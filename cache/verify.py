@@ -106,7 +106,7 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
                 verdict.missing.append(
                     _at(store, *place, "without a completion record, so what is there doesn't count" if lost else "not labelled yet")
                 )
-            verdict.checked += bool(finished[place])
+            verdict.checked += bool(finished[place]) and kind is not verdict.unread
             verdict.labelled += labelled
             progress(1)
     return verdict

@@ -640,7 +640,13 @@ def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypat
             look()
         assert "can't be read now" in str(refusal.value) and one_line(refusal)
     verdict = verify(full)
-    assert not verdict.sound and not verdict.damaged and len(verdict.unread) == 10 and "can't be read now" in str(verdict.unread[0])
+    assert (
+        not verdict.sound
+        and not verdict.damaged
+        and len(verdict.unread) == 10
+        and verdict.checked == 0
+        and "can't be read now" in str(verdict.unread[0])
+    )
     assert tree(full) == before
 
 
