@@ -30,14 +30,14 @@ def merge(
     What of ``out`` is not what was written there is made anew.
 
     Raises StoreError, before anything is written, if images, crops, pixels or classes differ, or a teacher would count twice; and at the end, if shards
-    are damaged wherever they are.
+    were damaged in the stores.
     """
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
     stores = [LabelStore.open(path) for path in paths]
     if os.path.realpath(out) in map(os.path.realpath, paths):
         raise StoreError(f"{out} is one of the stores to merge; choose another --out")
-    same = [_recipe(a) == _recipe(b) for a, b in combinations(stores, 2)]
+    same = [_recipe(a.provenance) == _recipe(b.provenance) for a, b in combinations(stores, 2)]
     if any(same) and not all(same):
         raise StoreError(
             "some of the stores have the same teachers and recipe, and some have not; join the same ones first, then average the results"
@@ -52,7 +52,7 @@ def merge(
         say(f"views {views} to {most - 1} are not in all of the stores, and are left out")
     attributes = dict(stores[0].attributes) if joining else _averaged(stores, codec or stores[0].codec)
     writer = _opened(out, stores[0], attributes, views, say)
-    if _recipe(writer.store) != _recipe_of(attributes["provenance"]):
+    if _recipe(writer.store.provenance) != _recipe(attributes["provenance"]):
         raise StoreError(f"{out} is there already and was made from other stores; choose another --out, or remove it")
     if writer.store.views < views or writer.uneven:
         writer.grow(views)
@@ -82,11 +82,7 @@ def _place(store: LabelStore, view: int, shard: int) -> str:
     return f"view {view}, rows {rows.start} to {rows.stop - 1}"
 
 
-def _recipe(store: LabelStore) -> bytes:
-    return _recipe_of(store.provenance)
-
-
-def _recipe_of(provenance: dict) -> bytes:
+def _recipe(provenance: dict) -> bytes:
     """What stores that can be joined have in common: all of the provenance, but for a teacher's tag, which weights say better."""
     teachers = [{**teacher, "model": schema.architecture(teacher["model"])} for teacher in provenance["teachers"]]
     return schema.canonical_digest({**provenance, "teachers": teachers})
@@ -170,15 +166,7 @@ def _opened(out: Path, like: LabelStore, attributes: dict, views: int, say: Call
 
 
 def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
-    schema.create(
-        out,
-        images=like.images,
-        views=views,
-        classes=like.classes,
-        chunk_rows=like.chunk_rows,
-        shard_rows=like.shard_rows,
-        attributes=mend.described(attributes),
-    )
+    schema.create(out, images=like.images, views=views, attributes=mend.described(attributes))
 
 
 def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:

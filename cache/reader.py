@@ -263,19 +263,18 @@ class LabelStore:
 
     def require_sound(self, view: int, shard: int) -> None:
         """Read a finished shard whole, once per process, and raise StoreError unless it is what was written there."""
-        if (view, shard) in self._sound:
-            return
-        if fault := self.fault(view, shard):
+        if (view, shard) not in self._sound and (fault := self.fault(view, shard)):
             rows = self.shard_slice(shard)
             raise StoreError(
                 f"view {view}, rows {rows.start} to {rows.stop - 1} of {self.path} are not what was written there: {fault}; "
                 "run the same generate-labels command again to make them anew"
             )
-        self._sound.add((view, shard))
 
     def fault(self, view: int, shard: int) -> str | None:
-        """What is wrong with a finished shard, or None."""
-        return self.content(view, shard)[1]
+        """What is wrong with a finished shard, which is read anew, or None."""
+        fault = self.content(view, shard)[1]
+        (self._sound.discard if fault else self._sound.add)((view, shard))
+        return fault
 
     def content(self, view: int, shard: int) -> tuple[list[np.ndarray], str | None]:
         """A finished shard, read whole and compared with the digest in its record: codes (as ``codes`` gives them), and the arrays of

@@ -237,10 +237,10 @@ def array(group: zarr.Group, name: str) -> zarr.Array:
     return group[name].with_config({"write_empty_chunks": True})
 
 
-def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: int, shard_rows: int, attributes: dict) -> bool:
+def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
     """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so that a store is there whole or not at all.
 
-    ``attributes`` holds ``codec``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
+    ``attributes`` holds ``codec``, ``class_names``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
     """
     make_folder(path.parent)
     host = socket.gethostname()
@@ -254,7 +254,7 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
             shutil.rmtree(left, ignore_errors=True)
     scratch = path.with_name(f".{path.name}.{host}.{os.getpid()}.creating")
     try:
-        _fill(scratch, images, views, classes, chunk_rows, shard_rows, attributes)
+        _fill(scratch, images, views, attributes)
         sync_tree(scratch)
         os.rename(scratch, path)
     except BaseException as error:  # a full disk, a signal
@@ -266,9 +266,10 @@ def create(path: Path, *, images: Images, views: int, classes: int, chunk_rows: 
     return True
 
 
-def _fill(scratch: Path, images: Images, views: int, classes: int, chunk_rows: int, shard_rows: int, attributes: dict) -> None:
+def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
     """Write an empty store."""
-    n = len(images)
+    n, classes = len(images), len(attributes["class_names"])
+    chunk_rows, shard_rows = (attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows"))
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
     packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]

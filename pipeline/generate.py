@@ -18,7 +18,7 @@ import torch
 from cache import LabelStore, mend, schema
 from cache.claims import claim, claims_of, held, holders, sweep
 from cache.codec import CODECS
-from cache.schema import USABLE, DamagedStore, StoreError, canonical_digest
+from cache.schema import USABLE, DamagedStore, Images, StoreError, canonical_digest
 from cache.stopping import check as check_signals
 from cache.stopping import finishing
 from cache.writer import BusyStore, StoreWriter
@@ -197,22 +197,23 @@ def _create(
         )
     if len(found.usable) == 0:
         raise DataError(f"{folder} holds no image that can be used ({bad[0]})")
-    if kept is not None:
-        if found.manifest_digest() != kept["provenance"]["data"]["manifest"]:
-            raise StoreError(
-                f"{path.name} is damaged, and the images in {folder} are others than those it was made from; restore the images or the store from a copy"
-            )
-        layout = kept["provenance"]["layout"]
-        schema.create(
-            path,
-            images=found,
-            views=config.crops.views,
-            classes=len(kept["class_names"]),
-            chunk_rows=layout["chunk_rows"],
-            shard_rows=layout["shard_rows"],
-            attributes=mend.described(kept),
+    if kept is None:
+        attributes = _describe(config, folder, found, classes, teachers, device)
+    elif found.manifest_digest() == kept["provenance"]["data"]["manifest"]:
+        attributes = mend.described(kept)
+    else:
+        raise StoreError(
+            f"{path.name} is damaged, and the images in {folder} are others than those it was made from; restore the images or the store from a copy"
         )
-        return
+    with finishing():
+        first = schema.create(path, images=found, views=config.crops.views, attributes=attributes)
+    if first and kept is None:
+        codec = attributes["codec"]["name"]
+        say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec}")
+
+
+def _describe(config: Config, folder: Path, found: Images, classes: list[str], teachers: list[Model], device: torch.device) -> dict:
+    """Attributes of a store of these images that this command makes."""
     codec = CODECS[config.store.codec]
     chunk_rows, shard_rows = provenance.layout_of(config, len(found), len(classes))
     if config.crops.cutmix and min(shard_rows, len(found)) < 2:
@@ -230,7 +231,7 @@ def _create(
     }
     rows = render.fingerprint_rows(found)
     boxes, flips = Plan(config.crops, found, shard_rows).crops(0, rows)
-    attributes = {
+    return {
         "codec": codec.describe(),
         "class_names": classes,
         "provenance": origin,
@@ -239,18 +240,6 @@ def _create(
         ),
         "made_with": provenance.made_with(),
     }
-    with finishing():
-        first = schema.create(
-            path,
-            images=found,
-            views=config.crops.views,
-            classes=len(classes),
-            chunk_rows=chunk_rows,
-            shard_rows=shard_rows,
-            attributes=attributes,
-        )
-    if first:
-        say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec.name}")
 
 
 def _once(path: Path, what: str, done: Callable[[], bool], do: Callable[[], None], leads: bool, *besides: str) -> None:

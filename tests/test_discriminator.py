@@ -91,7 +91,7 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
         "provenance": toy_provenance(codec, manifest, layout),
         "class_names": [str(c) for c in range(classes)],
     }
-    assert schema.create(path, images=manifest, views=1, classes=classes, attributes=attributes, **layout)
+    assert schema.create(path, images=manifest, views=1, attributes=attributes)
     codes = codec.encode(logits.softmax(dim=1).float().numpy())
     StoreWriter(path).write(0, 0, codes, np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)), np.zeros(n, bool))
     store = LabelStore.open(path)

@@ -54,7 +54,7 @@ def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
         "provenance": toy_provenance(CODECS[codec], manifest(), layout),
         "class_names": [f"c{i}" for i in range(CLASSES)],
     }
-    return schema.create(path, images=manifest(), views=views, classes=CLASSES, attributes=attributes, **layout)
+    return schema.create(path, images=manifest(), views=views, attributes=attributes)
 
 
 def truth(view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -492,14 +492,21 @@ def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, 
     place.require_whole(dead)
 
 
-def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over_once_it_is_stale(place):
-    """Same process number, same host name: a container elsewhere can't be asked whether it lives."""
+def claimed_elsewhere(place: Place, name: str) -> Path:
+    """A claim of a process of another machine, of the same host name and number as this one."""
     from cache import claims
 
-    place.begin(VIEWS, labelled=0)
     claims_of(place.path).mkdir()
-    theirs = claims_of(place.path) / "1-2"
+    theirs = claims_of(place.path) / name
     theirs.write_text(json.dumps(claims._me() | {"boot": "another"}))
+    return theirs
+
+
+def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over_once_it_is_stale(place):
+    """Same process number, same host name: a container elsewhere can't be asked whether it lives."""
+
+    place.begin(VIEWS, labelled=0)
+    theirs = claimed_elsewhere(place, "1-2")
     os.utime(theirs, (time.time() - STALE + 60,) * 2)
     run = place.start()
     run.wait_for("14 of 15 shards are done; waiting for others who are at work on")
@@ -541,14 +548,10 @@ def test_a_worker_that_waits_for_another_stops_at_once_when_it_is_asked_to(place
 
 def test_a_damaged_shard_that_another_holds_is_not_called_complete(place):
     """A dead container's claim, which nobody here can tell from a living one's until it is stale."""
-    from cache import claims
-
     place.begin(VIEWS)
     file = place.path / "labels/c/1/2/0"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    claims_of(place.path).mkdir()
-    theirs = claims_of(place.path) / "1-2"
-    theirs.write_text(json.dumps(claims._me() | {"boot": "another"}))
+    theirs = claimed_elsewhere(place, "1-2")
     run = place.start()
     run.wait_for("waiting for others")
     assert "is complete" not in run.said() and "damaged, and will be made anew" in run.said()

@@ -115,7 +115,7 @@ def create(path: Path, images: Images, views: int) -> Crops:
         "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
     }
     attributes = {"codec": codec.describe(), "class_names": [f"c{i}" for i in range(CLASSES)], "provenance": provenance, "made_with": {}}
-    schema.create(path, images=images, views=views, classes=CLASSES, chunk_rows=chunk_rows, shard_rows=shard_rows, attributes=attributes)
+    schema.create(path, images=images, views=views, attributes=attributes)
     return policy
 
 
