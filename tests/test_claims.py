@@ -195,6 +195,20 @@ def test_a_folder_that_is_removed_while_a_claim_is_taken_is_made_again(tmp_path,
         assert mine == {"a"} and removed
 
 
+def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """Path.mkdir finds it there, and then finds that it is no folder, since it is gone: FileExistsError."""
+    real, vanishes = Path.mkdir, [True, False, True]  # as the claims' folder is made, and then as a claim is put into it
+
+    def mkdir(self: Path, *more: object, **how: object) -> None:
+        if vanishes and vanishes.pop(0):
+            raise FileExistsError(self)
+        real(self, *more, **how)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == {"a"} and not vanishes
+
+
 def test_a_claim_that_was_taken_over_is_neither_renewed_nor_let_go_of(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "BEAT", 0.01)
     file = tmp_path / "claims/a"
