@@ -287,7 +287,7 @@ def inspect(store, as_json):
 @main.command("verify", short_help="Whether a label store is, to the last bit, what was written.")
 @options(
     click.argument("store", type=folder),
-    click.option("--data", type=folder, help="Compare every image with the manifest, byte for byte."),
+    click.option("--data", type=folder, help="Compare every image, or those of the sample, with the manifest, byte for byte."),
     click.option("--sample", type=click.IntRange(1), help="With --data: render so many random crops again and run the teachers on them."),
     click.option(
         "--teacher",
@@ -305,8 +305,8 @@ def inspect(store, as_json):
 def verify_store(store, data, sample, teachers, split, seed, threads, device, as_json):
     """Read a label store whole: every digest, every label's sum, every crop inside its image, nothing missing, nothing foreign.
 
-    With --data the images are compared too, or, with --sample, that many labels are made again and compared with what the codec may lose.
-    Status 0: sound and complete. Status 1: something is damaged, foreign or missing; run generate-labels again, which makes exactly that anew.
+    With --data the images are compared too, or, with --sample, that many labels are made again, which must be stored as those are. Status 0: sound and
+    complete. Status 1: something is damaged, foreign, missing or can't be read; run generate-labels again, which makes what is damaged or missing anew.
 
     \b
     Example:
