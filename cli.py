@@ -33,10 +33,13 @@ class Group(click.Group):
             with on_signals():
                 return super().invoke(ctx)
         except MealError as error:
-            click.echo(f"error: {error}", err=True)
+            if str(error):  # otherwise it is another process's, which tells it
+                click.echo(f"error: {error}", err=True)
         except KeyboardInterrupt as stop:
+            from pipeline.progress import say
+
             by = f" by {stop}" if str(stop) else ""
-            click.echo(f"stopped{by}; run the same command again to go on from what is finished", err=True)
+            say(f"stopped{by}; run the same command again to go on from what is finished")
         except BrokenPipeError:
             sys.stderr.close()
         except RuntimeError as error:
@@ -187,25 +190,27 @@ def train_student(
       python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --online --out reference
       python cli.py train-student --config configs/smoke_cpu.yaml --data photos --out teacher --set train.labels=hard
     """
+    from pipeline.processes import joining
     from pipeline.student import train
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise click.UsageError("train-student trains in one process so far; start it without torchrun")
     changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
     changed |= {"train.epochs": epochs, "train.batch_size": batch_size, "train.online": online or None, "teachers": list(teachers)}
     recipe = _recipe(config, settings, changed)
     if teachers and not recipe.train.online:
         raise click.UsageError("--teacher names live teachers and goes with --online; a store has its labels already")
-    train(
-        recipe,
-        data,
-        out,
-        store=store,
-        classes=_class_map(class_map),
-        validation=val_data,
-        device=_device(device),
-        allow_renderer_difference=allow_renderer_difference,
-    )
+    place = _device(device)
+    with joining(place) as processes:
+        train(
+            recipe,
+            data,
+            out,
+            store=store,
+            classes=_class_map(class_map),
+            validation=val_data,
+            device=place,
+            allow_renderer_difference=allow_renderer_difference,
+            processes=processes,
+        )
 
 
 @main.command("eval", short_help="Top-1 and top-5 of models and of their ensemble.")
@@ -434,7 +439,10 @@ def _device(name: str | None) -> Any:
 
         keep_freed_memory()
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if place >= count:
+        raise click.UsageError(f"torchrun starts process {place} on a machine with {count} GPUs; use --nproc-per-node {count}")
+    torch.cuda.set_device(place)
     return torch.device("cuda")
 
 

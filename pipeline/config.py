@@ -160,6 +160,9 @@ class Train(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of forward and backward pass; weights and loss are float32 always"
     )
+    sync_bn: bool = Field(
+        False, description="BatchNorm over the images of all processes (GPUs only); otherwise each with its own, as in the paper"
+    )
     views: int | None = Field(
         None,
         ge=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipeline import render
 from pipeline.background import ahead
 from pipeline.images import Reader, naming
 from pipeline.models import Model, mean_softmax
+from pipeline.processes import ALONE, Processes
 from pipeline.progress import Progress
 
 
@@ -42,6 +43,13 @@ class Figures:
             self.teacher_kl += float((torch.xlogy(teachers, teachers) - teachers * log).sum())
             self.teacher_hits += int((best[:, 0] == teachers.argmax(dim=1)).sum())
 
+    def add_up(self, processes: Processes) -> None:
+        """Over what all processes counted."""
+        names = [field.name for field in fields(self) if field.name != "name"]
+        counts = processes.sum(torch.tensor([getattr(self, name) for name in names], dtype=torch.float64))
+        for name, count in zip(names, counts.tolist(), strict=True):
+            setattr(self, name, type(getattr(self, name))(count))
+
     def report(self, compared: bool) -> dict:
         """Percentages and means, as --json prints them."""
         n = max(1, self.images)
@@ -64,11 +72,12 @@ def evaluate(
     backend: str = "cpu",
     threads: int | None = None,
     what: str = "evaluating",
+    processes: Processes = ALONE,
 ) -> dict:
     """Figures of each model, of their ensemble if there are several, and of the teachers if there are any.
 
     images: a manifest of ``folder``, whose class indices go up to ``classes``; its usable images count, each once. Each model sees the central square at its own input size, in its own
-    interpolation and normalisation. Models must be on the device and in evaluation mode. Returns a dict of numbers and names.
+    interpolation and normalisation. Models must be on the device and in evaluation mode. processes: each takes a part of the images, and all get the figures of all. Returns a dict of numbers and names.
     """
     for model in (*models, *teachers):
         if model.classes != classes:
@@ -76,16 +85,16 @@ def evaluate(
                 f"{model.name} has {model.classes} classes, {folder} has {classes}; pass the --class-map that names the model's classes"
             )
     rows = images.usable
+    cuts = [rows[start : start + batch_size] for start in range(processes.rank * batch_size, len(rows), processes.world * batch_size)]
     figures = [Figures(model.name) for model in models]
     together = Figures("ensemble") if len(models) > 1 else None
     taught = Figures("teachers") if teachers else None
     look = {id(model): (model.image_size, model.interpolation) for model in (*models, *teachers)}
     renderer = render.Centre(list(look.values()), batch_size, exif=exif, backend=backend, threads=threads)
-    with Progress(what, len(rows), "images") as progress, Reader(folder, images, threads) as read, torch.inference_mode():
+    with Progress(what, sum(map(len, cuts)), "images") as progress, Reader(folder, images, threads) as read, torch.inference_mode():
 
         def rendered() -> Iterator[tuple[np.ndarray, dict]]:
-            for start in range(0, len(rows), batch_size):
-                cut = rows[start : start + batch_size]
+            for cut in cuts:
                 with naming(images, cut):
                     views = renderer(read(cut), images.height[cut], images.width[cut])
                 yield cut, views
@@ -103,6 +112,8 @@ def evaluate(
                 if taught:
                     taught.add(reference, target, None)
                 progress.advance(len(cut))
+    for entry in (*figures, *(figure for figure in (together, taught) if figure)):
+        entry.add_up(processes)
     compared = bool(teachers)
     result = {"images": len(rows), "unusable": len(images) - len(rows), "models": [f.report(compared) for f in figures]}
     if together:

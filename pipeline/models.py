@@ -211,6 +211,11 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
     )
 
 
+def sync_batchnorm(model: Model) -> None:
+    """Let the model's BatchNorm layers take mean and variance over the images of all processes; on GPUs, and only where there are several."""
+    model.module = timm.layers.convert_sync_batchnorm(model.module)
+
+
 def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:
     """Teachers of one class count and of different weights, on the device. Raises ModelError otherwise."""
     if not specs:

@@ -14,6 +14,17 @@ from cache.schema import printable
 from cache.stopping import check
 
 LOG_SECONDS = 30.0
+_speaks = True
+
+
+def silence() -> None:
+    """Leave speaking to another process that does the same."""
+    global _speaks
+    _speaks = False
+
+
+def speaks() -> bool:
+    return _speaks
 
 
 class Progress:
@@ -26,7 +37,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.started = self.logged = time.monotonic()
-        if sys.stderr.isatty():
+        if _speaks and sys.stderr.isatty():
             self.bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -50,7 +61,7 @@ class Progress:
         rate = self.done / max(now - self.started, 1e-9)
         if self.bar:
             self.bar.update(self.task, advance=n, rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s", note=note)
-        elif now - self.logged >= LOG_SECONDS:
+        elif _speaks and now - self.logged >= LOG_SECONDS:
             self.logged = now
             left = duration((self.total - self.done) / rate) if rate else "?"
             print(
@@ -67,7 +78,8 @@ class Progress:
 
 def say(message: str) -> None:
     """A line for people, on stderr: stdout is for results."""
-    print(printable(message), file=sys.stderr, flush=True)
+    if _speaks:
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -37,8 +37,8 @@ class RenderError(MealError):
 
 
 def threads_for(threads: int | None) -> int:
-    """Decoder threads: as told, or as many as this process may use, at most 16."""
-    return threads or min(16, len(os.sched_getaffinity(0)))
+    """Decoder threads: as told, or as many as this process may use, at most 16; torchrun's processes of a machine share its cores."""
+    return threads or max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class _Graph:
@@ -138,11 +138,6 @@ class Crops(_Graph):
 
         Returns per view a dict: output size → uint8 [n, size, size, 3], on the renderer's device.
         """
-        if len(blobs) == 0:  # a process's part of a small last batch; DALI refuses an empty one
-            device = "cuda" if self.gpu else "cpu"
-            return [
-                {size: torch.empty(0, size, size, 3, dtype=torch.uint8, device=device) for size in self.sizes} for _ in range(self.views)
-            ]
         arguments = {}
         for view in range(self.views):
             box = boxes[view].astype(np.int32)

@@ -127,9 +127,16 @@ class Batch:
     class_index: torch.Tensor  # int64 [n]
     mixed: Mixed | None
     total: int  # crops of the global batch, of which these are this process's part
+    world: int = 1  # processes that have a part
+    copies: int = 1  # how many processes have each crop: all of them, of a batch that is too small to be divided
 
     def __len__(self) -> int:
         return len(self.class_index)
+
+    @property
+    def weight(self) -> float:
+        """What the mean over this part counts in a mean over the processes that is to be the one over the global batch."""
+        return len(self) * self.world / (self.total * self.copies)
 
 
 def epoch_windows(usable: np.ndarray, block_rows: int, seed: int, epoch: int, window_blocks: int = WINDOW_BLOCKS) -> Iterator[np.ndarray]:
@@ -208,12 +215,21 @@ class Replay:
         self.renderer = render.Crops(
             sizes,
             self.views,
-            -(-max(self.sizes) // world) * (1 + (self.views if mix or source.policy.cutmix else 0)),  # with partners, at worst
+            max(len(self._mine(size)) for size in self.sizes)
+            * (1 + (self.views if mix or source.policy.cutmix else 0)),  # with partners, at worst
             interpolation=source.policy.interpolation,
             exif=source.policy.exif,
             backend=source.backend,
             threads=rendering.threads,
         )
+
+    def _mine(self, size: int) -> np.ndarray:
+        """Places in a global batch of so many images that are this process's part: all, where there aren't two for each, since BatchNorm needs two and
+        nobody may be without a gradient."""
+        return np.arange(size) if self._is_small(size) else np.array_split(np.arange(size), self.world)[self.rank]
+
+    def _is_small(self, size: int) -> bool:
+        return size < 2 * self.world
 
     def epoch(self, epoch: int) -> AbstractContextManager[Iterator[Batch]]:
         """Batches of one pass over the images, rendered ahead in a thread: ``with replay.epoch(3) as batches: for batch in batches: …``.
@@ -258,7 +274,7 @@ class Replay:
         self, epoch: int, rows: np.ndarray, labels: np.ndarray | None, boxes: np.ndarray, flips: np.ndarray, *mixes: np.ndarray
     ) -> Batch:
         """This process's part of a global batch."""
-        mine, total = np.array_split(np.arange(len(rows)), self.world)[self.rank], len(rows) * self.views
+        mine, total, copies = self._mine(len(rows)), len(rows) * self.views, self.world if self._is_small(len(rows)) else 1
         by_area = None
         if self.mix:  # neighbours in the batch, which is in a random order
             mate = cutmix.pairs(np.arange(len(rows)))
@@ -286,7 +302,8 @@ class Replay:
                 None if by_area is None else torch.from_numpy(by_area),
             )
         pixels = {size: torch.cat([view[size] for view in views]) if len(views) > 1 else views[0][size] for size in views[0]}
-        return Batch(rows, pixels, labels, torch.from_numpy(np.tile(self.class_index[rows], self.views)), mixed, total)
+        classes = torch.from_numpy(np.tile(self.class_index[rows], self.views))
+        return Batch(rows, pixels, labels, classes, mixed, total, self.world, copies)
 
     def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> list[dict[int, torch.Tensor]]:
         """Boxes [n, views, 4] and flips [n, views] of some rows → per view: output size → uint8 [n, size, size, 3]."""

@@ -12,10 +12,11 @@ import yaml
 from cache import LabelStore
 from cache.codec import CODECS
 from cache.schema import USABLE, Images, StoreError, first_difference
-from pipeline import images
+from pipeline import checkpoint, images
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError, CutMix, validate
 from pipeline.models import Model, load_teachers
+from pipeline.processes import ALONE, Processes
 from pipeline.progress import say
 from pipeline.provenance import layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
@@ -55,30 +56,36 @@ def choose_source(
     *,
     started_views: int | None = None,
     allow_renderer_difference: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[Config, Source, list[Model]]:
     """The config with what the source decides filled in, the source, checked against the folder, and the teachers if they are to be live."""
     if path is not None:
         if config.train.online:
             raise ConfigError("train.online asks live teachers and takes no --store; leave one of them out")
-        return *_from_store(config, folder, path, classes, started_views, allow_renderer_difference), []
+        filled, source = processes.together(
+            lambda: _from_store(config, folder, path, classes, started_views, allow_renderer_difference, processes.leads)
+        )
+        return filled, source, []
     if config.train.labels == "soft" and not config.train.online:
         raise ConfigError(
             "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard"
         )
     names = classes or images.class_names(folder)
-    teachers = load_teachers(config.teachers, device) if config.train.online else []
+    teachers = processes.together(lambda: load_teachers(config.teachers, device)) if config.train.online else []
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
     if teachers:
         require_class_count(folder, names, teachers)
-    found = images.scan(
-        folder,
-        names,
-        exif=config.crops.exif,
-        threads=config.render.threads,
-        order_seed=config.crops.seed,
-        max_megapixels=config.render.max_megapixels,
+    found = processes.first(
+        lambda: images.scan(
+            folder,
+            names,
+            exif=config.crops.exif,
+            threads=config.render.threads,
+            order_seed=config.crops.seed,
+            max_megapixels=config.render.max_megapixels,
+        )
     )
     for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
         say(line)
@@ -96,8 +103,15 @@ def choose_source(
 
 
 def _from_store(
-    config: Config, folder: Path, path: Path, classes: list[str] | None, started_views: int | None, allow_renderer_difference: bool
+    config: Config,
+    folder: Path,
+    path: Path,
+    classes: list[str] | None,
+    started_views: int | None,
+    allow_renderer_difference: bool,
+    leads: bool,
 ) -> tuple[Config, Source]:
+    """leads: whether to look which files are in the folder; one process is enough for that, and each compares what it reads."""
     store = LabelStore.open(path)
     require_same_classes(store, classes, "leave it out, the store knows its classes")
     folders = images.class_names(folder)
@@ -107,7 +121,8 @@ def _from_store(
             f"{path} has labels for {store.classes} classes, {folder} has {len(folders)} class folders of which {len(foreign)} are not among them "
             f"(the first is {foreign[0]}); pass the images that the store was made from, or generate a new store"
         )
-    images.require_same_files(folder, store.images, store.class_names, str(path))
+    if leads:
+        images.require_same_files(folder, store.images, store.class_names, str(path))
     _require_same_policy(config, store)
     views = config.train.views or started_views or store.views
     if views > store.views:
@@ -171,8 +186,9 @@ def _plain(value: object) -> object:
     return "null" if value is None else value.model_dump() if isinstance(value, CutMix) else value
 
 
-def require_same_run(out: Path, config: Config, state: dict | None, source: Source) -> None:
-    """Raises RunError unless the run directory is new, or holds a part of this very run."""
+def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
+    """What a run in ``out`` goes on from; None if it is a new one. Raises RunError unless what is there is a part of this very run."""
+    state = checkpoint.load_state(out / "state.pt")
     if state is None:
         ours = {"config.yaml", "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch's end leaves these
         if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
@@ -190,6 +206,7 @@ def require_same_run(out: Path, config: Config, state: dict | None, source: Sour
         if state["source"] != source.identity:
             what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
             raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
+    return state
 
 
 def _require_same_teachers(out: Path, before: dict, now: dict) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cache.claims import claim, claims_of
 from pipeline import checkpoint, images, losses, philox, schedule, start
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import evaluate
-from pipeline.models import Model, load
+from pipeline.models import Model, load, sync_batchnorm
+from pipeline.processes import ALONE, Processes
 from pipeline.progress import Progress, duration, say
 from pipeline.replay import Batch, Replay, Source
-from pipeline.targets import Targets
+from pipeline.targets import Goal, Targets
+
+LOOK = 16  # steps after which the loss is looked at: on a GPU each look waits for the step
 
 
 def train(
@@ -29,41 +34,44 @@ def train(
     validation: Path | None = None,
     device: torch.device,
     allow_renderer_difference: bool = False,
+    processes: Processes = ALONE,
 ) -> dict:
     """Train a student and leave it in ``out``; go on from the last finished epoch if ``out`` holds a part of this very run.
 
     store: the label store; needed for soft labels. classes: a class map, where there is no store. validation: another folder to validate on
-    than ``data``/val. Returns the last epoch's metrics. Raises MealError for whatever the user can mend.
+    than ``data``/val. processes: those that train together, each with its part of every batch; the first one writes.
+    Returns the last epoch's metrics. Raises MealError for whatever the user can mend.
     """
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
+    _require_enough(config, processes, device)
     folder, out = images.split_folder(data, "train"), out.absolute()
     if any(part.is_file() for part in (out, *out.parents)):
         raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
-    with claim(claims_of(out), "train") as mine:
-        if not mine:
-            raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
+    with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
+        processes.first(lambda: _require_alone(out, mine))
         config, source, teachers = start.choose_source(
             config,
             folder,
             store,
             classes,
             device,
-            started_views=start.views_of_run(out),
+            started_views=processes.first(lambda: start.views_of_run(out)),
             allow_renderer_difference=allow_renderer_difference,
+            processes=processes,
         )
         if len(source.images.usable) < 2:
             raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
-        state = checkpoint.load_state(out / "state.pt")
-        start.require_same_run(out, config, state, source)
-        validated = start.find_validation(data, validation, source, config)
-        student = load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
+        state = processes.first(lambda: start.state_of_run(out, config, source))
+        validated = processes.first(lambda: start.find_validation(data, validation, source, config))
+        student = processes.together(
+            lambda: load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
+        )
         student.interpolation = source.policy.interpolation
         for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
-        run = Run(config, out, student.to(device), teachers, source, folder, validated, device)
+        processes.first(lambda: _make_folder(out, config))
+        run = processes.together(lambda: Run(config, out, student.to(device), teachers, source, folder, validated, device, processes))
         if state is not None:
             run.restore(state)
         if run.epoch >= config.train.epochs:
@@ -71,6 +79,27 @@ def train(
         while run.epoch < config.train.epochs:
             run.train_pass()
         return run.metrics[-1]
+
+
+def _require_enough(config: Config, processes: Processes, device: torch.device) -> None:
+    least = 2 * processes.world * config.train.crops_per_image
+    if processes.world > 1 and config.train.batch_size < least:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} is fewer than two images for each of {processes.world} processes; "
+            f"set it to {least} or more, or start fewer"
+        )
+    if config.train.sync_bn and device.type != "cuda":
+        raise ConfigError("train.sync_bn is for GPUs, and this runs on a CPU; set train.sync_bn=false")
+
+
+def _require_alone(out: Path, mine: set[str]) -> None:
+    if not mine:
+        raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
+
+
+def _make_folder(out: Path, config: Config) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
 
 
 def _unusual(config: Config, source: Source) -> list[str]:
@@ -92,6 +121,35 @@ def _unusual(config: Config, source: Source) -> list[str]:
     return lines
 
 
+class Learner(nn.Module):
+    """What is trained: the student, and the discriminator that is trained with it. One module, so that processes join its gradients in one go."""
+
+    def __init__(self, student: Model, discriminator: losses.Discriminator | None, targets: Targets, precision: str) -> None:
+        super().__init__()
+        self.student, self.discriminator = student.module, discriminator
+        self.model, self.targets, self.precision = student, targets, precision
+
+    def forward(self, pixels: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [n, size, size, 3] and their goal → the loss to be lowered, its mean over the rows; and float64 [6], sums over the rows: the loss
+        without the discriminator's, KL(soft labels‖student), whether label and student put the same class first, the discriminator's loss, and
+        its right answers on the student's side and on the teachers'."""
+        logits = self.model(pixels, self.precision)
+        loss = self.targets.loss(logits, goal)
+        total = loss.mean()
+        kl = against = torch.zeros((), device=logits.device)
+        told = torch.zeros(2, device=logits.device)
+        if self.discriminator:
+            against, told = self.discriminator(*self.targets.judged(logits, goal))
+            total = total + against
+        with torch.no_grad():
+            best = goal.hard if goal.soft is None else goal.soft
+            agreeing = (logits.argmax(dim=1) == best.argmax(dim=1)).sum()
+            if goal.soft is not None:
+                kl = (losses.soft_cross_entropy(logits, goal.soft) - losses.entropy(goal.soft)).sum()
+            n = len(logits)
+            return total, torch.stack([loss.sum(), kl, agreeing, n * against, *(n * told)]).double()
+
+
 class Run:
     """A student in training: model, optimizer, and what has been done so far."""
 
@@ -105,9 +163,13 @@ class Run:
         folder: Path,
         validation: start.Validation | None,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
+        self.processes = processes
         recipe = config.train
+        if recipe.sync_bn:
+            sync_batchnorm(student)
         groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
         self.discriminator = None
         if recipe.discriminator:
@@ -117,6 +179,7 @@ class Run:
             groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
         self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         self.targets = Targets(config, source, student.classes, device, teachers)
+        self.learner = processes.joined(Learner(student, self.discriminator, self.targets, recipe.precision))
         self.replay = Replay(
             source,
             folder,
@@ -126,6 +189,8 @@ class Run:
             rendering=config.render,
             crops_per_image=recipe.crops_per_image,
             mix=recipe.cutmix,
+            rank=processes.rank,
+            world=processes.world,
         )
         self.epoch = 0
         self.metrics: list[dict] = []
@@ -142,27 +207,29 @@ class Run:
         """One pass over the images, which is as many epochs as it shows crops of each; then validation, and the checkpoints."""
         recipe, first = self.config.train, self.epoch
         done = first + recipe.crops_per_image
-        # Dropout and the like draw anew in each epoch, and the same whether or not the run was interrupted before it.
-        torch.manual_seed(int(philox.words(recipe.seed, first, 0, 0, 3)[0, 0]))
+        # Dropout and the like draw anew in each epoch and process, and the same whether or not the run was interrupted before it.
+        torch.manual_seed(int(philox.words(recipe.seed, first, self.processes.rank, 0, 3)[0, 0]))
         self.student.module.train()
-        sums = torch.zeros(6, dtype=torch.float64)  # as _step returns them
-        seen, crops, rate = 0, len(self.source.images.usable) * recipe.crops_per_image, 0.0
+        sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # as _step returns them
+        seen, crops, rate, note = 0, len(self.source.images.usable) * recipe.crops_per_image, 0.0, ""
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
-            for batch in batches:
-                begins, finishes = (first + recipe.crops_per_image * part / crops for part in (seen, seen + len(batch)))
+            for number, batch in enumerate(batches, 1):
+                begins, finishes = (first + recipe.crops_per_image * part / crops for part in (seen, seen + batch.total))
                 decay = schedule.factor(recipe, begins, finishes)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["base_lr"] * decay
                 rate = recipe.lr * decay
                 sums += self._step(batch)
-                seen += len(batch)
-                shown = float(sums[0]) / seen
-                if not math.isfinite(shown):
-                    raise self._diverged(shown, rate)
-                progress.advance(len(batch), f"loss {shown:.3f}")
+                seen += batch.total
+                if number % LOOK == 1:
+                    note = f"loss {self._require_finite(float(self.processes.sum(sums)[0]) / seen, rate):.3f}"
+                progress.advance(batch.total, note)
+        sums = self.processes.sum(sums).cpu()
+        self._require_finite(float(sums[0]), rate)
         if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
-            raise self._diverged(math.nan, rate)
+            self._require_finite(math.nan, rate)
+        self.processes.average_batchnorm(self.student.module)
         loss, kl, agreeing, against, told_student, told_teachers = (sums / seen).tolist()
         metrics = {
             "epoch": done - 1,
@@ -186,35 +253,25 @@ class Run:
             metrics |= self._validate()
         self.epoch = done
         self.metrics.append(metrics)
-        self._save()
+        self.processes.first(self._save)
         say(self._summary(metrics))
 
-    def _diverged(self, loss: float, rate: float) -> RunError:
-        return RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
+    def _require_finite(self, loss: float, rate: float) -> float:
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
+        return loss
 
     def _step(self, batch: Batch) -> torch.Tensor:
-        """One optimizer step. Returns float64 [6], sums over the batch: the loss without the discriminator's, KL(soft labels‖student), rows where
-        label and student put the same class first, the discriminator's loss, and its right answers on the student's side and on the teachers'."""
+        """One optimizer step, towards the mean over the global batch. Returns what this process adds to the epoch's sums (``Learner``), float64 [6] on
+        the device, not waited for."""
         goal = self.targets(batch)
         pixels = batch.pixels[self.config.train.image_size].to(self.device, non_blocking=True)
-        logits = self.student(pixels, self.config.train.precision)
-        loss = self.targets.loss(logits, goal)
-        total = loss.mean()
-        kl = against = torch.zeros((), device=self.device)
-        told = torch.zeros(2, device=self.device)
-        if self.discriminator:
-            against, told = self.discriminator(*self.targets.judged(logits, goal))
-            total = total + against
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        with self.processes.in_step():
+            total, sums = self.learner(pixels, goal)
+            self.optimizer.zero_grad(set_to_none=True)
+            (total * batch.weight).backward()  # whose gradient becomes the mean over the processes
         self.optimizer.step()
-        with torch.no_grad():
-            best = goal.hard if goal.soft is None else goal.soft
-            agreeing = (logits.argmax(dim=1) == best.argmax(dim=1)).sum()
-            if goal.soft is not None:
-                kl = (losses.soft_cross_entropy(logits, goal.soft) - losses.entropy(goal.soft)).sum()
-            n = len(batch)
-            return torch.stack([loss.sum(), kl, agreeing, n * against, *(n * told)]).double().cpu()
+        return sums / batch.copies
 
     def _validate(self) -> dict:
         self.student.module.eval()
@@ -229,6 +286,7 @@ class Run:
             backend=self.source.backend,
             threads=self.config.render.threads,
             what="validating",
+            processes=self.processes,
         )["models"][0]
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 

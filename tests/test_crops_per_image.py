@@ -113,6 +113,7 @@ def test_every_number_of_processes_sees_the_same_global_batches(sources, photos,
     for world in (2, 3):
         ranks = [batches(sources[kind], photos, 1, crops_per_image=3, rank=rank, world=world) for rank in range(world)]
         for whole, *parts in zip(alone, *ranks, strict=True):
+            parts = parts[: world // parts[0].copies]
             assert np.array_equal(whole.rows, np.concatenate([part.rows for part in parts]))
             assert {part.total for part in parts} == {len(whole)}
             for column in (lambda batch: batch.pixels[32], lambda batch: batch.class_index if kind == "mixed" else batch.labels):

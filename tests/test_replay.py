@@ -90,10 +90,14 @@ def test_every_number_of_processes_sees_the_same_global_batches(store_path, phot
             assert max(len(part.rows) for part in parts) - min(len(part.rows) for part in parts) <= 1
 
 
-def test_a_batch_smaller_than_the_number_of_processes_leaves_some_with_nothing(store_path, photos):
+def test_a_batch_without_two_images_for_each_process_is_whole_in_all_of_them(store_path, photos):
     ranks = [batches(store_path, photos, 0, batch_size=8, rank=rank, world=4) for rank in range(4)]  # 90 = 11 × 8 + 2
-    assert [len(batch.rows) for rank in ranks for batch in rank[-1:]] == [1, 1, 0, 0]
-    assert [batch.total for rank in ranks for batch in rank[-1:]] == [2, 2, 2, 2]
+    last = [rank[-1] for rank in ranks]
+    assert [(len(batch), batch.total, batch.copies, batch.weight) for batch in last] == [(2, 2, 4, 1.0)] * 4
+    assert len({batch.rows.tobytes() for batch in last}) == 1
+    assert [(len(batch), batch.total, batch.copies, batch.weight) for rank in ranks for batch in rank[:1]] == [(2, 8, 1, 1.0)] * 4
+    uneven = [batches(store_path, photos, 0, batch_size=10, rank=rank, world=4)[0] for rank in range(4)]
+    assert [batch.weight for batch in uneven] == pytest.approx([1.2, 1.2, 0.8, 0.8])
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2, 5])

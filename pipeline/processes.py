@@ -1,0 +1,142 @@
+"""Several processes that train one student under torchrun: who they are, and what they tell each other. For one process nothing of it happens.
+
+Whatever only one may do, or needs to do, process 0 does (``first``). Whatever may fail in one of them is agreed upon (``together``), so that one line
+says what went wrong and nobody waits for a process that has given up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from inspect import signature
+from typing import TypeVar
+
+import torch
+from torch import distributed, nn
+
+from cache.schema import MealError
+from cache.stopping import check
+from pipeline import progress
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # with process 0, which may decode a whole data set meanwhile; a process that dies is noticed at once
+# DistributedDataParallel is to leave buffers alone: BatchNorm's are averaged at an epoch's end. Of two names for that, a newer torch warns of the old one.
+_KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
+_ALONE = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _KNOWN): False}
+
+
+class Elsewhere(MealError):
+    """Another process failed, and says itself what is wrong."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together: number ``rank`` of ``world``, counted from 0."""
+
+    rank: int = 0
+    world: int = 1
+    talk: distributed.ProcessGroup | None = None  # for what isn't tensors
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def first(self, do: Callable[[], T]) -> T:
+        """What process 0 finds, for all. Its error is raised there, and Elsewhere in the others."""
+        if self.world == 1:
+            return do()
+        told: list = [None, False]
+        try:
+            if self.leads:
+                told = [do(), True]
+        finally:
+            with _naming_the_dead():
+                distributed.broadcast_object_list(told, group=self.talk)
+        if not told[1]:
+            raise Elsewhere
+        return told[0]
+
+    def together(self, do: Callable[[], T]) -> T:
+        """What this process finds, once all have found something. An error is raised where it came, and Elsewhere in the others. ``do`` must not speak
+        to the others."""
+        if self.world == 1:
+            return do()
+        well = False
+        try:
+            found = do()
+            well = True
+        finally:
+            others = [None] * self.world
+            with _naming_the_dead():
+                distributed.all_gather_object(others, well, group=self.talk)
+        if not all(others):
+            raise Elsewhere
+        return found
+
+    def sum(self, figures: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of tensors of one shape, on the tensors' device; in each the same to the last bit."""
+        if self.world > 1:
+            figures = figures.clone()
+            with _naming_the_dead():
+                distributed.all_reduce(figures)
+        return figures
+
+    def joined(self, module: nn.Module) -> nn.Module:
+        """The module with process 0's weights in all of them, whose gradients become the mean over all after each backward pass."""
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **_ALONE)
+
+    def average_batchnorm(self, module: nn.Module) -> None:
+        """Give all the mean of what each one's BatchNorm layers have seen: they normalise with the images of their own process, as in the paper."""
+        if self.world > 1:
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
+                    for seen in (layer.running_mean, layer.running_var):
+                        seen.copy_(self.sum(seen) / self.world)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """For a block in which the processes speak to each other by themselves, as in a backward pass."""
+        with _naming_the_dead() if self.world > 1 else nullcontext():
+            yield
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def joining(device: torch.device) -> Iterator[Processes]:
+    """This process among those that torchrun has started with it, by torchrun's environment variables; on CPUs they speak by gloo, on GPUs by NCCL."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield ALONE
+        return
+    with _naming_the_dead():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        processes = Processes(distributed.get_rank(), world, distributed.new_group(backend="gloo", timeout=PATIENCE))
+    if not processes.leads:
+        progress.silence()
+    yield processes
+    distributed.destroy_process_group()  # not after an error: others may still be waiting, and are told by this process's end
+
+
+@contextmanager
+def _naming_the_dead() -> Iterator[None]:
+    """Say in a line that another process is gone, which the libraries say in many ways."""
+    try:
+        yield
+    except RuntimeError as error:
+        check()  # asked to stop like the others, this one was waiting for them
+        text = str(error)
+        if not (isinstance(error, distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))):
+            raise
+        lines = "another process of this run has ended; what it said, or torchrun below, says why. Run the same command again to go on"
+        raise Elsewhere(lines if progress.speaks() else "") from None
