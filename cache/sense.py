@@ -75,6 +75,7 @@ COMPUTE: dict[str, Rule] = {
     "precision": one_of("float32", "bfloat16", "float16"),
     "device": one_of("cpu", "cuda"),
 }
+COMPUTE_IF_THERE: dict[str, Rule] = {"compile": one_of(True)}
 
 
 def within(place: str, rules: dict[str, Rule]) -> dict[str, Rule]:
@@ -84,7 +85,7 @@ def within(place: str, rules: dict[str, Rule]) -> dict[str, Rule]:
 def parts(value: Any) -> bool:
     """The stores that were averaged into one, each of which may be an average."""
     rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", COMPUTE)}
-    may = {**within("codec", CODEC_IF_THERE), "merged": parts}
+    may = {**within("codec", CODEC_IF_THERE), **within("compute", COMPUTE_IF_THERE), "merged": parts}
     return several(None, section)(value) and bool(value) and all(first_broken(part, rules, may) is None for part in value)
 
 
@@ -115,6 +116,7 @@ RULES: dict[str, Rule] = {
 IF_THERE: dict[str, Rule] = {
     "views": whole(1, MOST_VIEWS),
     **within("codec", CODEC_IF_THERE),
+    **within("provenance.compute", COMPUTE_IF_THERE),
     "row_order": sha256,
     "provenance.crops.cutmix": lambda value: section(value) and number(1e-9, 1)(value.get("prob")) and number(1e-9, 100)(value.get("beta")),
     "provenance.crops.views": lambda value: False,  # that isn't a part of the recipe, since it grows

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 _finishing = 0  # how many ``finishing`` blocks the main thread is in
-_deferred = False  # whether a signal came in them
 _asked: int | None = None  # the signal that asked to stop, from then on
 
 
@@ -26,8 +25,8 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def on_signals() -> Iterator[None]:
     """Raise Stopped in the main thread, which must be the caller's, on SIGTERM (what SLURM, Kubernetes and torchrun send first) and on SIGINT."""
-    global _asked, _deferred
-    _asked, _deferred = None, False
+    global _asked
+    _asked = None
     before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -40,7 +39,7 @@ def on_signals() -> Iterator[None]:
 @contextmanager
 def finishing() -> Iterator[None]:
     """Let this block be finished first. It must take seconds at most. A second signal is obeyed at once."""
-    global _finishing, _deferred
+    global _finishing
     if threading.current_thread() is not threading.main_thread():  # where no signal is raised
         yield
         return
@@ -50,7 +49,6 @@ def finishing() -> Iterator[None]:
     finally:
         _finishing -= 1
         if not _finishing:
-            _deferred = False
             check()
 
 
@@ -67,10 +65,9 @@ def check() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _asked, _deferred
-    _asked = number
-    if _finishing and not _deferred:
-        _deferred = True
+    global _asked
+    first, _asked = _asked is None, number
+    if _finishing and first:
         return
     while frame is not None:
         if frame.f_code.co_name == "__del__":  # where it would only be printed

@@ -31,7 +31,7 @@ class StoreWriter:
         self.path = path
         self.group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
         self.claims = claims_of(path)
-        self._held: Claims | None = None
+        self._held: dict[str, Claims] = {}  # by claim
 
     def grow(self, views: int) -> None:
         """Lengthen the view axis to ``views``; never shortens it. What was stopped half way before is put right too.
@@ -77,11 +77,12 @@ class StoreWriter:
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
         """Hold the shard in those of the views that nobody else holds and that are still unfinished; gives that list."""
         with claim(self.claims, *(f"{view}-{shard}" for view in views)) as mine:
-            self._held = mine
+            self._held |= dict.fromkeys(mine, mine)
             try:
                 yield [view for view in views if f"{view}-{shard}" in mine and not self.store.is_finished(view, shard)]
             finally:
-                self._held = None
+                for name in mine:
+                    self._held.pop(name, None)
 
     def discard(self, view: int, shard: int) -> bool:
         """Take the record of a shard away that is not what was written, so that it is written again. False if another process is at it already,
@@ -99,7 +100,8 @@ class StoreWriter:
         The files are written, renamed and forced to the disk before the record is, so that a record never speaks of lost data.
         Raises StoreError if a usable row has no label, or an unusable one has; BusyStore if another process has taken the shard's claim over.
         """
-        if self._held is not None and self._held.lost(f"{view}-{shard}"):
+        held = self._held.get(f"{view}-{shard}")
+        if held is not None and held.lost(f"{view}-{shard}"):
             raise BusyStore(
                 f"view {view}, shard {shard} of {self.path} was taken over by another process while this one slept; its labels are dropped"
             )

@@ -1,12 +1,15 @@
-"""Work ahead: run an iterator in a thread, a bounded number of items before they are wanted."""
+"""Work beside other work: an iterator that a thread runs ahead of whoever wants its items, and a thread that deals with items behind whoever makes them.
+Both are bounded, and neither thread outlives its context, whatever fails."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+from cache.stopping import finishing
 
 T = TypeVar("T")
 _END = object()
@@ -64,3 +67,41 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
         stop.set()
         if thread.ident is not None:
             thread.join()
+
+
+@contextmanager
+def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callable[[T], None]]:
+    """Give items away to a thread that deals with them in their order; at most ``depth`` of them wait: ``with behind(write) as give: give(item)``.
+
+    An error of the thread is raised where the next item is given away, or at the end; what waits then is dropped. Leaving the context waits until what was
+    given away has been dealt with, also when an error elsewhere is the reason, or a signal (``finishing``).
+    """
+    waiting: queue.Queue = queue.Queue(maxsize=depth)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        while (item := waiting.get()) is not _END:
+            if not failed:
+                try:
+                    deal_with(item)
+                except BaseException as error:  # handed to whoever gives, where it is raised
+                    failed.append(error)
+
+    def give(item: T | object) -> None:
+        while not failed:
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        raise failed[0]
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield give
+    finally:
+        with finishing():
+            waiting.put(_END)
+            thread.join()
+    if failed:
+        raise failed[0]

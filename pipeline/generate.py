@@ -1,4 +1,4 @@
-"""Stage one: images → crops → render → teachers → mean softmax → label store."""
+"""Stage one: the label store, made, mended, extended, and filled with what is missing of it (label.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +21,16 @@ from cache.schema import USABLE, DamagedStore, Images, StoreError, canonical_dig
 from cache.stopping import check as check_signals
 from cache.stopping import finishing
 from cache.writer import BusyStore, StoreWriter
-from pipeline import cutmix, images, provenance, render
-from pipeline.background import ahead
+from pipeline import images, provenance, render
 from pipeline.config import Config, ConfigError
 from pipeline.images import DataError
-from pipeline.models import Model, ModelError, ensemble, load_teachers
+from pipeline.label import Labeller, Unit, place_of
+from pipeline.models import Model, load_teachers
 from pipeline.plan import Plan
 from pipeline.progress import Progress, duration, say
 
 PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
 CHECK_THREADS = 4  # each holds a shard, some 32 MiB of codes
-
-
-@dataclass
-class Unit:
-    """Work that is done or not: some views of one shard."""
-
-    views: list[int]
-    shard: int
 
 
 def generate(
@@ -282,7 +273,7 @@ def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int
                 if fault:
                     if not writer.discard(view, shard):
                         doubtful.append((view, shard))
-                    say(f"{_place(store, [view], shard)}: damaged, and will be made anew: {fault}")
+                    say(f"{place_of(store, [view], shard)}: damaged, and will be made anew: {fault}")
                 progress.advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -311,15 +302,9 @@ def _fill(
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     plan = Plan(config.crops, store.images, store.shard_rows)
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
-        waited = False
+        label, waited = Labeller(config, writer, plan, read, teachers, device), False
         while units or doubtful:
-            labelled = False
-            for unit in units:
-                with writer.claimed(unit.views, unit.shard) as views:
-                    if views:
-                        labelled = True
-                        with _telling_what_is_dropped(store, views, unit.shard):
-                            _label(config, writer, plan, read, teachers, device, Unit(views, unit.shard), progress)
+            labelled = label(units, progress)
             units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
             left = doubtful + [(view, unit.shard) for unit in units for view in unit.views]
             if left and not waited:
@@ -349,25 +334,6 @@ def _fill(
         say(f"views {first_view} to {store.views - 1} are done; {of - done} of {of} shards of {store.path} are left")
 
 
-@contextmanager
-def _telling_what_is_dropped(store: LabelStore, views: list[int], shard: int) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        done, of = store.progress()
-        dropped = [view for view in views if not store.is_finished(view, shard)]
-        say(
-            f"{done} of {of} shards are done; "
-            + (f"what was in flight is dropped ({_place(store, dropped, shard)})" if dropped else "nothing is dropped")
-        )
-        raise
-
-
-def _place(store: LabelStore, views: list[int], shard: int) -> str:
-    rows = store.shard_slice(shard)
-    return f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to {rows.stop - 1}"
-
-
 def _units(finished: np.ndarray, views_per_decode: int, worker: tuple[int, int], first_view: int) -> list[Unit]:
     """This worker's share of the unfinished shards, the views that share its decodes together; early views first, so that they become
     trainable first. Whose share a unit is depends on its place alone, not on what is done already."""
@@ -388,94 +354,3 @@ def _share(wanted: np.ndarray, views_per_decode: int, worker: tuple[int, int], f
         for view in range(first, min(first + views_per_decode, views))
         if wanted[view, shard] and view >= first_view
     ]
-
-
-def _label(
-    config: Config,
-    writer: StoreWriter,
-    plan: Plan,
-    read: images.Reader,
-    teachers: list[Model],
-    device: torch.device,
-    unit: Unit,
-    progress: Progress,
-) -> None:
-    """Label and write one unit. Batches are cut by place in the shard (with CutMix, in the group of rows that are mixed with each other), one view
-    a batch, an unusable image keeping its place."""
-    store, batch_size = writer.store, config.store.batch_size
-    rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
-    usable = store.images.status[rows] == USABLE
-    # Per view, in the order of store.crop_arrays.
-    kept = [plan.crops(view, rows) + (plan.mixes(view, rows) if store.mixed else ()) for view in unit.views]
-    boxes, flips = np.stack([k[0] for k in kept]), np.stack([k[1] for k in kept])
-    codes = np.zeros((len(unit.views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype)
-    renderer = render.Crops(
-        [t.image_size for t in teachers],
-        len(unit.views),
-        batch_size,
-        interpolation=config.crops.interpolation,
-        exif=config.crops.exif,
-        backend=config.render.backend,
-        threads=config.render.threads,
-    )
-
-    def rendered(part: range) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
-        for start in range(part.start, part.stop, batch_size):
-            cut = slice(start, min(start + batch_size, part.stop))
-            blobs = iter(read(rows[cut][usable[cut]]))
-            filled = [next(blobs) if good else render.BLANK for good in usable[cut]]
-            shown = np.where(usable[cut][None, :, None], boxes[:, cut], np.array([0, 0, 1, 1]))
-            with images.naming(store.images, rows[cut]):
-                views = renderer(filled, shown, flips[:, cut])
-            yield cut, views
-
-    def mixed() -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
-        """Groups of rows are rendered whole, since partners are anywhere in them."""
-        for first in range(0, len(rows), cutmix.GROUP):
-            part = range(first, min(first + cutmix.GROUP, len(rows)))
-            group: list[dict[int, torch.Tensor]] = [{} for _ in unit.views]
-            cuts = []
-            for cut, views in rendered(part):
-                cuts.append(cut)
-                for whole, pixels in zip(group, views, strict=True):
-                    for size, p in pixels.items():
-                        if size not in whole:
-                            whole[size] = p.new_empty(len(part), *p.shape[1:])
-                        whole[size][cut.start - first : cut.stop - first] = p
-            for cut in cuts:
-                views = []
-                for (_, _, partner, box), pixels in zip(kept, group, strict=True):
-                    here = slice(cut.start - first, cut.stop - first)
-                    place = np.where(partner[cut] < 0, rows[cut], partner[cut]) - rows[first]
-                    views.append({size: cutmix.paste(p[here], p, place, box[cut]) for size, p in pixels.items()})
-                yield cut, views
-
-    # A group is mixed in one go and rendered in many: let that wait which hides the next group's rendering.
-    made, depth = (mixed(), max(2, cutmix.GROUP // batch_size)) if store.mixed else (rendered(range(len(rows))), 2)
-    with ahead(made, depth) as batches:
-        for cut, views in batches:
-            for i, pixels in enumerate(views):
-                pixels = {size: p.to(device) for size, p in pixels.items()}
-                p, logits = ensemble(teachers, pixels, config.store.precision, batch_size=batch_size)
-                good = usable[cut]
-                if not torch.isfinite(logits[torch.from_numpy(good).to(device)]).all():
-                    _blame(teachers, pixels, good, store.images.path[rows[cut]], config.store.precision)
-                codes[i, cut][good] = store.codec.encode(p.cpu().numpy()[good])
-                progress.advance(int(good.sum()))
-    for i, view in enumerate(unit.views):
-        with finishing():
-            try:
-                writer.write(view, unit.shard, codes[i], *kept[i])
-            except BusyStore as taken:  # its owner now does it, or did
-                say(str(taken))
-
-
-def _blame(teachers: list[Model], pixels: dict[int, torch.Tensor], usable: np.ndarray, paths: np.ndarray, precision: str) -> None:
-    for teacher in teachers:
-        with torch.inference_mode():
-            bad = ~torch.isfinite(teacher(pixels[teacher.image_size], precision)).all(dim=1).cpu().numpy() & usable
-        if bad.any():
-            raise ModelError(
-                f"teacher {teacher.name} gives no finite output for {paths[np.argmax(bad)]} (precision {precision}); "
-                "check its checkpoint, or use store.precision: float32"
-            )

@@ -24,12 +24,15 @@ def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.de
     policy = config.crops.model_dump(mode="json", exclude={"views"})
     if config.crops.cutmix is None:
         del policy["cutmix"]  # as stores had it before there was CutMix
+    compute = {"batch_size": config.store.batch_size, "precision": config.store.precision, "device": device.type}
+    if config.store.compile:
+        compute["compile"] = True
     return {
         "teachers": [teacher.describe() for teacher in teachers],
         "crops": {"policy": "random-resized-crop", "tries": crops.TRIES, **policy},
         "renderer": {"backend": config.render.backend, "steps": render.STEPS},
         "codec": codec.describe(),
-        "compute": {"batch_size": config.store.batch_size, "precision": config.store.precision, "device": device.type},
+        "compute": compute,
     }
 
 
@@ -64,7 +67,7 @@ _REPAIRS = {
     "crops": "use the same crops section",
     "renderer": "use the same render.backend",
     "codec": "use the same store.codec",
-    "compute": "use the same --batch-size, --device and store.precision, since other batches move the labels' last bits",
+    "compute": "use the same --batch-size, --device, store.precision and store.compile, since others move the labels' last bits",
 }
 
 

@@ -240,7 +240,7 @@ def _tensor(output: object) -> torch.Tensor:
     if isinstance(output, dali.backend.TensorListCPU):
         return torch.from_numpy(np.array(output.as_array()))
     copy = torch.from_dlpack(output.as_tensor()).clone()
-    torch.cuda.current_stream().synchronize()  # DALI may write to its buffer again as soon as this returns
+    torch.cuda.current_stream(copy.device).synchronize()  # DALI may write to its buffer again as soon as this returns
     return copy
 
 

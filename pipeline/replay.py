@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from pipeline.background import ahead
 from pipeline.config import Crops, CutMix, Render
 from pipeline.images import Reader, naming
 from pipeline.plan import Plan
+from pipeline.transfer import Sender, Sent
 
 WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held in memory as codes, the fewer the more views of it are
 FEWEST_BLOCKS = 4
@@ -189,7 +190,7 @@ class Replay:
     """Epochs of a source as batches: the same sequence of global batches for every number of processes.
 
     sizes: output sizes in pixels, the first one the student's. batch_size: crops of a global batch. crops_per_image: how many views of each image
-    are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch.
+    are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch. device: where the tensors are to be.
     """
 
     def __init__(
@@ -205,8 +206,10 @@ class Replay:
         mix: CutMix | None = None,
         rank: int = 0,
         world: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
+        self.send = Sender(device or torch.device("cpu"))
         self.views = crops_per_image
         self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // crops_per_image)
         self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
@@ -231,24 +234,31 @@ class Replay:
     def _is_small(self, size: int) -> bool:
         return size < 2 * self.world
 
-    def epoch(self, epoch: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Batches of one pass over the images, rendered ahead in a thread: ``with replay.epoch(3) as batches: for batch in batches: …``.
+    @contextmanager
+    def epoch(self, epoch: int) -> Iterator[Iterator[Batch]]:
+        """Batches of one pass over the images, rendered ahead in a thread, with tensors on the device: ``with replay.epoch(3) as batches: for batch in
+        batches: …``.
 
         It replays the views epoch, epoch + 1, …, one for each of ``crops_per_image``, modulo the source's views.
         """
-        return ahead(self._batches(epoch))
+        with ahead(self._batches(epoch)) as batches:
+            yield (sent.received() for sent in batches)
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int) -> Iterator[Sent[Batch]]:
         sizes = iter(self.sizes)
         size = next(sizes, 0)
         waiting: list[np.ndarray | None] | None = None
-        for window in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.window_blocks):
-            fresh = self._columns(epoch, window)
-            waiting = fresh if waiting is None else [_join(pair) for pair in zip(waiting, fresh, strict=True)]
-            while size and len(waiting[0]) >= size:
-                yield self._batch(epoch, *(None if column is None else column[:size] for column in waiting))
-                waiting = [None if column is None else column[size:] for column in waiting]
-                size = next(sizes, 0)
+        with ahead(self._windows(epoch), depth=1) as windows, self.send.beside():
+            for fresh in windows:
+                waiting = fresh if waiting is None else [_join(pair) for pair in zip(waiting, fresh, strict=True)]
+                while size and len(waiting[0]) >= size:
+                    yield self.send(self._batch(epoch, *(None if column is None else column[:size] for column in waiting)))
+                    waiting = [None if column is None else column[size:] for column in waiting]
+                    size = next(sizes, 0)
+
+    def _windows(self, epoch: int) -> Iterator[list[np.ndarray | None]]:
+        for rows in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.window_blocks):
+            yield self._columns(epoch, rows)
 
     def _columns(self, epoch: int, rows: np.ndarray) -> list[np.ndarray | None]:
         """All that the source knows of some rows, in the epoch's order, per view in the second axis: rows [n], labels [n, views, classes] or None,

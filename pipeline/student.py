@@ -124,10 +124,12 @@ def _unusual(config: Config, source: Source) -> list[str]:
 class Learner(nn.Module):
     """What is trained: the student, and the discriminator that is trained with it. One module, so that processes join its gradients in one go."""
 
-    def __init__(self, student: Model, discriminator: losses.Discriminator | None, targets: Targets, precision: str) -> None:
+    def __init__(
+        self, student: Model, discriminator: losses.Discriminator | None, targets: Targets, precision: str, compiled: bool
+    ) -> None:
         super().__init__()
         self.student, self.discriminator = student.module, discriminator
-        self.model, self.targets, self.precision = student, targets, precision
+        self.model, self.targets, self.precision = student.compiled() if compiled else student, targets, precision
 
     def forward(self, pixels: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [n, size, size, 3] and their goal → the loss to be lowered, its mean over the rows; and float64 [6], sums over the rows: the loss
@@ -177,9 +179,12 @@ class Run:
                 torch.manual_seed(recipe.seed)
                 self.discriminator = losses.Discriminator(student.classes, reversal=recipe.discriminator.reversal).to(device)
             groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
-        self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        fused = device.type == "cuda"  # one kernel for all weights; on a CPU it would only round otherwise than before
+        self.optimizer = torch.optim.SGD(
+            groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused or None
+        )
         self.targets = Targets(config, source, student.classes, device, teachers)
-        self.learner = processes.joined(Learner(student, self.discriminator, self.targets, recipe.precision))
+        self.learner = processes.joined(Learner(student, self.discriminator, self.targets, recipe.precision, recipe.compile))
         self.replay = Replay(
             source,
             folder,
@@ -191,6 +196,7 @@ class Run:
             mix=recipe.cutmix,
             rank=processes.rank,
             world=processes.world,
+            device=device,
         )
         self.epoch = 0
         self.metrics: list[dict] = []
@@ -265,7 +271,7 @@ class Run:
         """One optimizer step, towards the mean over the global batch. Returns what this process adds to the epoch's sums (``Learner``), float64 [6] on
         the device, not waited for."""
         goal = self.targets(batch)
-        pixels = batch.pixels[self.config.train.image_size].to(self.device, non_blocking=True)
+        pixels = batch.pixels[self.config.train.image_size]
         with self.processes.in_step():
             total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)

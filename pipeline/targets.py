@@ -43,10 +43,10 @@ class Goal:
 
 
 class Targets:
-    """Goals of batches, and the student's loss towards them."""
+    """Goals of batches, which are on the training device, and the student's loss towards them."""
 
     def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model]) -> None:
-        self.recipe, self.classes, self.device, self.teachers = config.train, classes, device, teachers
+        self.recipe, self.classes, self.teachers = config.train, classes, teachers
         # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be larger than a batch.
         self.pieces, self.precision = min(config.store.batch_size, config.train.batch_size), config.store.precision
         codec = source.codec or CODECS[config.store.codec]
@@ -56,22 +56,20 @@ class Targets:
 
     def __call__(self, batch: Batch) -> Goal:
         mixed = batch.mixed
-        area = None if mixed is None else mixed.area.to(self.device)[:, None]
+        area = None if mixed is None else mixed.area[:, None]
         hard = None
         if not self.soft or self.recipe.hard_weight:
-            hard = nn.functional.one_hot(batch.class_index.to(self.device), self.classes).float()
+            hard = nn.functional.one_hot(batch.class_index, self.classes).float()
             if mixed is not None:
-                hard = torch.lerp(hard, nn.functional.one_hot(mixed.class_index.to(self.device), self.classes).float(), area)
+                hard = torch.lerp(hard, nn.functional.one_hot(mixed.class_index, self.classes).float(), area)
         if not self.soft:
             return Goal(None, hard, None)
         if self.teachers:
-            live, mean_logits = ensemble(
-                self.teachers, {s: p.to(self.device) for s, p in batch.pixels.items()}, self.precision, batch_size=self.pieces
-            )
+            live, mean_logits = ensemble(self.teachers, batch.pixels, self.precision, batch_size=self.pieces)
             return Goal(self.decode(live.clone()), hard, mean_logits.clone())  # clones: of inference tensors, that autograd won't keep
-        soft = self.decode(batch.labels.to(self.device, non_blocking=True))
+        soft = self.decode(batch.labels)
         if mixed is not None and mixed.labels is not None:
-            soft = torch.lerp(soft, self.decode(mixed.labels.to(self.device, non_blocking=True)), area)
+            soft = torch.lerp(soft, self.decode(mixed.labels), area)
         return Goal(soft, hard, None)
 
     def loss(self, logits: torch.Tensor, goal: Goal) -> torch.Tensor:

@@ -451,9 +451,7 @@ def test_a_second_run_on_a_store_shares_the_work_and_says_who_else_is_at_it(plac
     first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
     first.wait_held()
     second = place.start()
-    second.wait_for(
-        f"13 of 15 shards are done; waiting for others who are at work on {place.path} ({socket.gethostname()}:{first.process.pid})"
-    )
+    second.wait_for(f"shards are done; waiting for others who are at work on {place.path} ({socket.gethostname()}:{first.process.pid})")
     first.release()
     assert [first.end(), second.end()] == [0, 0]
     assert all("is complete: 15 of 15 shards" in run.said() for run in (first, second))
@@ -526,9 +524,11 @@ def test_a_living_worker_of_another_host_keeps_its_shards_and_a_killed_one_loses
     elsewhere = place.start(host="elsewhere", stale=stale, whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
     elsewhere.wait_held()
     run = place.start(stale=stale)
-    run.wait_for(f"13 of 15 shards are done; waiting for others who are at work on {place.path} (elsewhere:{elsewhere.process.pid})")
+    run.wait_for(f"shards are done; waiting for others who are at work on {place.path} (elsewhere:{elsewhere.process.pid})")
+    done = LabelStore.open(place.path).progress()
+    assert done < (15, 15)
     time.sleep(1.5 * stale)
-    assert run.process.exitcode is None and LabelStore.open(place.path).progress() == (13, 15)
+    assert run.process.exitcode is None and LabelStore.open(place.path).progress() == done
     elsewhere.kill()
     assert run.end() == 0 and "is complete: 15 of 15" in run.said()
     place.require_whole(elsewhere)
@@ -842,7 +842,7 @@ def test_asked_to_stop_while_it_extends_a_store_it_leaves_nothing_half(place, mo
 
 def test_asked_to_stop_while_something_is_thrown_away_it_hears_it(place):
     """Python ignores errors in destructors, and with them a signal whose handler raises one there. DALI's take their time."""
-    run = place.start(whens=(When("forget", "pipeline", "SIGTERM", after=r"records/c/0/1/0$"),))
+    run = place.start(whens=(When("forget", "pipeline", "SIGTERM"),))
     require_stopped(run, "SIGTERM")
     assert not place.left()
     place.run()

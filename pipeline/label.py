@@ -1,0 +1,221 @@
+"""Stage one's work as one stream: crops are rendered ahead of the teachers, labels coded and written behind them, and units of work follow each other
+without a gap, so that the teachers wait for nothing but a loader that is slower than they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cache.schema import USABLE
+from cache.writer import BusyStore, StoreWriter
+from pipeline import cutmix, images, render
+from pipeline.background import ahead, behind
+from pipeline.config import Config
+from pipeline.models import Model, ModelError, ensemble
+from pipeline.plan import Plan
+from pipeline.progress import Progress, say
+from pipeline.transfer import Sender, Sent
+
+AHEAD = 2  # batches that are rendered before the teachers want them
+BEHIND = 4  # forward passes whose labels wait to be coded and written
+
+
+@dataclass
+class Unit:
+    """Work that is done or not: some views of one shard."""
+
+    views: list[int]
+    shard: int
+
+
+@dataclass
+class Job:
+    """A unit whose claims this process holds."""
+
+    unit: Unit
+    rows: np.ndarray  # int64 [n], of the shard
+    usable: np.ndarray  # bool [n]
+    kept: list[tuple[np.ndarray, ...]]  # per view, in the order of store.crop_arrays
+    codes: np.ndarray  # [views, n, codec.columns]
+    claims: ExitStack
+    left: int  # labels that are still to come, blank ones included
+    writing: bool = False  # right now
+
+    def rendered_at(self, cut: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes int [views, n, 4] and flips bool [views, n]; of an unusable image a pixel."""
+        boxes, flips = np.stack([k[0][cut] for k in self.kept]), np.stack([k[1][cut] for k in self.kept])
+        return np.where(self.usable[cut][None, :, None], boxes, np.array([0, 0, 1, 1])), flips
+
+
+@dataclass
+class Piece:
+    """One forward pass: the crops of one view of some rows."""
+
+    job: Job
+    view: int  # its place among the unit's
+    cut: slice  # the rows' place in the shard
+    pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
+
+
+class Labeller:
+    """Labels units with the teachers. Batches are cut by place in the shard (with CutMix, in the group of rows that are mixed with each other), one view
+    a batch, an unusable image keeping its place."""
+
+    def __init__(
+        self, config: Config, writer: StoreWriter, plan: Plan, read: images.Reader, teachers: list[Model], device: torch.device
+    ) -> None:
+        self.config, self.writer, self.store, self.plan, self.read = config, writer, writer.store, plan, read
+        self.teachers = [teacher.compiled(freezing=True) for teacher in teachers] if config.store.compile else teachers
+        self.send = Sender(device)
+        self.renderers: dict[int, render.Crops] = {}  # by number of views
+        self.open: list[Job] = []
+
+    def __call__(self, units: Iterable[Unit], progress: Progress) -> int:
+        """Label what nobody else holds. Returns how many of the units were labelled here, at least in part."""
+        mixed, batch_size = self.store.mixed, self.config.store.batch_size
+        # A group is mixed in one go and rendered in many batches: let that wait which hides the next group's rendering.
+        depth = max(AHEAD, cutmix.GROUP // batch_size) if mixed else AHEAD
+        done = 0
+        try:
+            with behind(self._finish, BEHIND) as finish, ahead(self._batches(units), depth) as batches:
+                for sent in batches:
+                    for piece in sent.received():
+                        p, logits = ensemble(self.teachers, piece.pixels, self.config.store.precision, batch_size=batch_size)
+                        finish((piece, p, torch.isfinite(logits).all(dim=1)))
+                        progress.advance(int(piece.job.usable[piece.cut].sum()))
+                        done += piece.view == 0 and piece.cut.start == 0
+        except KeyboardInterrupt:
+            self._tell_what_is_dropped()
+            raise
+        finally:
+            for job in self.open:
+                if not job.writing:  # who asks twice to stop doesn't wait for it; its claims end with this process
+                    job.claims.close()
+        return done
+
+    def _tell_what_is_dropped(self) -> None:
+        done, of = self.store.progress()
+        places = [(view, job.unit.shard) for job in self.open for view in job.unit.views]
+        dropped = [place for place in places if not self.store.is_finished(*place)]
+        what = "; ".join(
+            place_of(self.store, [v for v, s in dropped if s == shard], shard) for shard in dict.fromkeys(s for _, s in dropped)
+        )
+        say(f"{done} of {of} shards are done; " + (f"what was in flight is dropped ({what})" if dropped else "nothing is dropped"))
+
+    # ---- in a thread, ahead of the teachers
+
+    def _batches(self, units: Iterable[Unit]) -> Iterator[Sent[list[Piece]]]:
+        """Rendered crops of those units that can be claimed; all views of some rows together, which share a decode."""
+        with self.send.beside():
+            for unit in units:
+                job = self._claimed(unit)
+                if job is not None:
+                    for cut, views in self._mixed(job) if self.store.mixed else self._rendered(job, range(len(job.rows))):
+                        yield self.send([Piece(job, i, cut, pixels) for i, pixels in enumerate(views)])
+
+    def _claimed(self, unit: Unit) -> Job | None:
+        claims = ExitStack()
+        views = claims.enter_context(self.writer.claimed(unit.views, unit.shard))
+        if not views:
+            claims.close()
+            return None
+        store = self.store
+        rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
+        codes = np.zeros((len(views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype)
+        job = Job(Unit(views, unit.shard), rows, store.images.status[rows] == USABLE, [], codes, claims, len(views) * len(rows))
+        self.open.append(job)
+        job.kept = [self.plan.crops(view, rows) + (self.plan.mixes(view, rows) if store.mixed else ()) for view in views]
+        return job
+
+    def _rendered(self, job: Job, part: range) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
+        batch_size = self.config.store.batch_size
+        for start in range(part.start, part.stop, batch_size):
+            cut = slice(start, min(start + batch_size, part.stop))
+            usable = job.usable[cut]
+            blobs = iter(self.read(job.rows[cut][usable]))
+            filled = [next(blobs) if good else render.BLANK for good in usable]
+            with images.naming(self.store.images, job.rows[cut]):
+                yield cut, self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut))
+
+    def _mixed(self, job: Job) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
+        """Groups of rows are rendered whole, since partners are anywhere in them."""
+        for first in range(0, len(job.rows), cutmix.GROUP):
+            part = range(first, min(first + cutmix.GROUP, len(job.rows)))
+            group: list[dict[int, torch.Tensor]] = [{} for _ in job.unit.views]
+            cuts = []
+            for cut, views in self._rendered(job, part):
+                cuts.append(cut)
+                for whole, pixels in zip(group, views, strict=True):
+                    for size, p in pixels.items():
+                        if size not in whole:
+                            whole[size] = p.new_empty(len(part), *p.shape[1:])
+                        whole[size][cut.start - first : cut.stop - first] = p
+            for cut in cuts:
+                views = []
+                for (_, _, partner, box), pixels in zip(job.kept, group, strict=True):
+                    here = slice(cut.start - first, cut.stop - first)
+                    place = np.where(partner[cut] < 0, job.rows[cut], partner[cut]) - job.rows[first]
+                    views.append({size: cutmix.paste(p[here], p, place, box[cut]) for size, p in pixels.items()})
+                yield cut, views
+
+    def _renderer(self, views: int) -> render.Crops:
+        if views not in self.renderers:
+            self.renderers[views] = render.Crops(
+                [t.image_size for t in self.teachers],
+                views,
+                self.config.store.batch_size,
+                interpolation=self.config.crops.interpolation,
+                exif=self.config.crops.exif,
+                backend=self.config.render.backend,
+                threads=self.config.render.threads,
+            )
+        return self.renderers[views]
+
+    # ---- in a thread, behind the teachers
+
+    def _finish(self, labelled: tuple[Piece, torch.Tensor, torch.Tensor]) -> None:
+        """Code the labels of a piece; with the last one of a unit, write the unit and let go of its claims."""
+        piece, p, finite = labelled
+        job, good = piece.job, piece.job.usable[piece.cut]
+        if not finite.cpu().numpy()[good].all():
+            self._blame(piece, good)
+        job.codes[piece.view, piece.cut][good] = self.store.codec.encode(p.cpu().numpy()[good])
+        job.left -= len(good)
+        if not job.left:
+            job.writing = True
+            try:
+                for view, codes, kept in zip(job.unit.views, job.codes, job.kept, strict=True):
+                    self._write(view, job.unit.shard, codes, kept)
+            finally:
+                job.writing = False
+            job.claims.close()
+            self.open.remove(job)
+
+    def _write(self, view: int, shard: int, codes: np.ndarray, kept: tuple[np.ndarray, ...]) -> None:
+        try:
+            self.writer.write(view, shard, codes, *kept)
+        except BusyStore as taken:  # its owner now does it, or did
+            say(str(taken))
+
+    def _blame(self, piece: Piece, good: np.ndarray) -> None:
+        paths = self.store.images.path[piece.job.rows[piece.cut]]
+        for teacher in self.teachers:
+            with torch.inference_mode():
+                finite = torch.isfinite(teacher(piece.pixels[teacher.image_size], self.config.store.precision)).all(dim=1)
+            bad = ~finite.cpu().numpy() & good
+            if bad.any():
+                raise ModelError(
+                    f"teacher {teacher.name} gives no finite output for {paths[np.argmax(bad)]} (precision {self.config.store.precision}); "
+                    "check its checkpoint, or use store.precision: float32"
+                )
+
+
+def place_of(store: object, views: list[int], shard: int) -> str:
+    """Views of a shard, as a user is told of them."""
+    rows = store.shard_slice(shard)
+    return f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to {rows.stop - 1}"

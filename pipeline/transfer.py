@@ -1,0 +1,61 @@
+"""Tensors on their way to the device while that is at work: from pinned memory, on a stream of their own. On the CPU nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass
+class Sent(Generic[T]):
+    """A tensor, or lists, tuples, dicts and dataclasses of them, that may still be under way."""
+
+    what: T
+    arrival: torch.cuda.Event | None = None
+
+    def received(self) -> T:
+        """The tensors on the device, for what is started on its current stream from now on."""
+        if self.arrival:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.arrival)
+            _each(
+                lambda tensor: tensor.record_stream(stream) or tensor, self.what
+            )  # their memory isn't free before this stream is done with it
+        return self.what
+
+
+class Sender:
+    """Sends to one device, from one thread, which works in ``beside``."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"  # of this thread: another one would have another device
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else device
+        self.stream = torch.cuda.Stream(self.device) if cuda else None
+
+    def beside(self) -> AbstractContextManager:
+        """For all that the thread has the device do."""
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
+    def __call__(self, what: T) -> Sent[T]:
+        if not self.stream:
+            return Sent(what)
+        moved = _each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory().to(self.device, non_blocking=True), what)
+        return Sent(moved, self.stream.record_event())
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], what: Any) -> Any:
+    if isinstance(what, torch.Tensor):
+        return change(what)
+    if isinstance(what, dict):
+        return {key: _each(change, value) for key, value in what.items()}
+    if isinstance(what, list | tuple):
+        return type(what)(_each(change, value) for value in what)
+    if is_dataclass(what):
+        return replace(what, **{field.name: _each(change, getattr(what, field.name)) for field in fields(what)})
+    return what
