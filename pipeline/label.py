@@ -14,7 +14,7 @@ import torch
 from cache.schema import USABLE
 from cache.writer import BusyStore, StoreWriter
 from pipeline import cutmix, images, render
-from pipeline.background import ahead, behind
+from pipeline.background import ahead, behind, share_the_interpreter
 from pipeline.config import Config
 from pipeline.models import Model, ModelError, ensemble
 from pipeline.plan import Plan
@@ -81,6 +81,7 @@ class Labeller:
         # A group is mixed in one go and rendered in many batches: let that wait which hides the next group's rendering.
         depth = max(AHEAD, cutmix.GROUP // batch_size) if mixed else AHEAD
         done = 0
+        share_the_interpreter()
         try:
             with behind(self._finish, BEHIND) as finish, ahead(self._batches(units), depth) as batches:
                 for sent in batches:

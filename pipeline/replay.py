@@ -226,6 +226,10 @@ class Replay:
             threads=rendering.threads,
         )
 
+    def close(self) -> None:
+        """End the threads that read images."""
+        self.read.__exit__()
+
     def _mine(self, size: int) -> np.ndarray:
         """Places in a global batch of so many images that are this process's part: all, where there aren't two for each, since BatchNorm needs two and
         nobody may be without a gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from cache.claims import claim, claims_of
 from pipeline import checkpoint, images, losses, philox, schedule, start
+from pipeline.background import share_the_interpreter
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import evaluate
@@ -72,13 +73,14 @@ def train(
             say(line)
         processes.first(lambda: _make_folder(out, config))
         run = processes.together(lambda: Run(config, out, student.to(device), teachers, source, folder, validated, device, processes))
-        if state is not None:
-            run.restore(state)
-        if run.epoch >= config.train.epochs:
-            say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
-        while run.epoch < config.train.epochs:
-            run.train_pass()
-        return run.metrics[-1]
+        with closing(run.replay):
+            if state is not None:
+                run.restore(state)
+            if run.epoch >= config.train.epochs:
+                say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
+            while run.epoch < config.train.epochs:
+                run.train_pass()
+            return run.metrics[-1]
 
 
 def _require_enough(config: Config, processes: Processes, device: torch.device) -> None:
@@ -198,6 +200,7 @@ class Run:
             world=processes.world,
             device=device,
         )
+        share_the_interpreter()
         self.epoch = 0
         self.metrics: list[dict] = []
 

@@ -1,0 +1,496 @@
+"""How near both stages come to what their bare arithmetic allows: ratios of two things done in one run on one machine.
+
+    make bench                                          # all of it: some fifteen minutes on two cores
+    python tests/bench/speed.py --only "stand-in"       # those whose name has these words
+    python tests/bench/speed.py --out speed.json        # the figures and the machine's description as JSON too
+
+A figure is the median of the ratios of some pairs, A B A B …, with the least and the greatest. Photographs are cut from scikit-learn's two samples, to
+about the size of ImageNet's; weights are random, which doesn't matter to speed. What is done once at a start (reading the manifest, loading models,
+the first use of each thread) isn't counted; filling a pipeline and emptying it is.
+
+A stand-in is a model that does nothing for 1.25 times as long as the loader alone takes for a batch, as an accelerator would seem from here: it shows what
+is lost between the loader and a fast device on a machine that has none. "Serial" is the same work with nothing done beside anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+from torchvision import transforms
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import scale
+from cache import LabelStore
+from cache.writer import StoreWriter
+from pipeline import background, generate, images, label, losses, progress, replay, student
+from pipeline.config import Config, validate
+from pipeline.cost import estimate
+from pipeline.images import Reader
+from pipeline.memory import keep_freed_memory
+from pipeline.models import Model, ensemble, load, load_teachers
+from pipeline.plan import Plan
+from pipeline.progress import Progress
+from pipeline.replay import DrawnCrops, Replay, StoredLabels
+
+CPU = torch.device("cpu")
+CLASSES = [f"c{i:03d}" for i in range(1000)]
+FOLDERS = 16
+TEACHERS, STUDENT = ("tf_efficientnet_lite1", "tf_efficientnet_lite2"), "tf_efficientnet_lite0"
+SLOWER = 1.25
+
+
+@dataclass
+class Figure:
+    name: str
+    ratios: list[float]
+    least: float | None  # aimed at
+    detail: str
+
+    def row(self) -> str:
+        median = statistics.median(self.ratios)
+        spread = f" ({min(self.ratios):.3g} to {max(self.ratios):.3g})" if len(self.ratios) > 1 else ""
+        aim = "" if self.least is None else f"≥ {self.least:.3g}: {'met' if median >= self.least else 'missed'}"
+        return f"| {self.name} | {median:.3g}{spread} | {aim} | {self.detail} |"
+
+
+class StandIn(Model):
+    """A model that does nothing for some seconds, without the interpreter's lock."""
+
+    seconds = 0.0
+
+    def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.module.bias.expand(len(pixels), -1)
+
+
+def stand_in(seconds: float) -> StandIn:
+    module = nn.Module()
+    module.bias = nn.Parameter(torch.randn(len(CLASSES), generator=torch.Generator().manual_seed(0)) * 3)
+    model = StandIn(module, "stand_in", len(CLASSES), 224, (0.5,) * 3, (0.5,) * 3, "bilinear")
+    model.seconds = seconds
+    return model
+
+
+@contextmanager
+def serial() -> Iterator[None]:
+    """Nothing beside anything else."""
+
+    @contextmanager
+    def ahead(items: Iterator, depth: int = 2) -> Iterator[Iterator]:
+        yield iter(items)
+
+    @contextmanager
+    def behind(deal_with: Callable, depth: int = 2) -> Iterator[Callable]:
+        yield deal_with
+
+    with mock.patch.multiple(label, ahead=ahead, behind=behind), mock.patch.object(replay, "ahead", ahead):
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For torch: what little arithmetic there is around a stand-in would be the accelerator's, and many threads would take the loader's cores for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seconds(do: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    do()
+    return time.perf_counter() - begun
+
+
+def pairs(a: Callable[[], float], b: Callable[[], float], n: int) -> list[tuple[float, float]]:
+    """Of seconds, in turn."""
+    return [(a(), b()) for _ in range(n)]
+
+
+class Place:
+    """Photographs, models, and stores of them, in a temporary folder."""
+
+    def __init__(self, folder: Path, repeats: int) -> None:
+        self.folder, self.repeats, self.number = folder, repeats, 0
+
+    @cached_property
+    def many(self) -> Path:
+        """4,096 photographs, of which 256 are different."""
+        return self._photographs("many", 256, 16)
+
+    @cached_property
+    def few(self) -> Path:
+        return self._photographs("few", 128, 1)
+
+    def _photographs(self, name: str, different: int, links: int) -> Path:
+        rng, photos, folder = np.random.default_rng(0), load_sample_images().images, self.folder / name
+        for i in range(different):
+            height, width = rng.integers(320, 427), rng.integers(400, 560)
+            photo = photos[i % 2]
+            top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
+            file = folder / CLASSES[i % FOLDERS] / f"{i:04d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photo[top : top + height, left : left + width]).save(file, quality=93)
+            for k in range(1, links):
+                os.link(file, file.with_name(f"{i:04d}_{k}.jpg"))
+        return folder
+
+    @cached_property
+    def teachers(self) -> list[dict]:
+        found = []
+        for seed, name in enumerate(TEACHERS):
+            torch.manual_seed(seed)
+            file = self.folder / f"{name}.safetensors"
+            safetensors.torch.save_file(timm.create_model(name).state_dict(), file)
+            found.append({"model": name, "checkpoint": str(file)})
+        return found
+
+    def config(self, **sections: dict) -> Config:
+        document = {"student": {"model": STUDENT, "pretrained": False}, "store": {"batch_size": 64}, **sections}
+        document["train"] = {"image_size": 224, "batch_size": 32, "epochs": 1000, "milestones": [], **document.get("train", {})}
+        return validate(document, "bench")
+
+    def scanned(self, folder: Path, name: str) -> images.Images:
+        if name not in self.__dict__:
+            self.__dict__[name] = images.scan(folder, CLASSES, exif="ignore", order_seed=0)
+        return self.__dict__[name]
+
+    def empty(self, config: Config, data: Path, teachers: list[Model]) -> Path:
+        self.number += 1
+        path = self.folder / f"{self.number}.zarr"
+        generate._create(config, data, path, CLASSES, teachers, CPU)
+        return path
+
+    def labeller(self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack) -> tuple[label.Labeller, list[label.Unit]]:
+        writer = StoreWriter(path)
+        store = writer.store
+        read = stack.enter_context(Reader(data, store.images))
+        plan = Plan(config.crops, store.images, store.shard_rows)
+        units = generate._units(store.finished(), config.store.views_per_decode, (0, 1), 0)
+        return label.Labeller(config, writer, plan, read, teachers, CPU), units
+
+    def labelled(self, config: Config, data: Path, empty: Path, teachers: list[Model]) -> tuple[float, Path]:
+        """Seconds that generate-labels takes from its first claim to its last record, and the store."""
+        self.number += 1
+        path = Path(shutil.copytree(empty, self.folder / f"{self.number}.zarr"))
+        with ExitStack() as stack:
+            run, units = self.labeller(config, data, path, teachers, stack)
+            shown = stack.enter_context(Progress("", 1, ""))
+            took = seconds(lambda: run(units, shown))
+        assert LabelStore.open(path).finished().all()
+        return took, path
+
+    def training(self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None) -> student.Run:
+        run = student.Run(config, self.folder / "run", model, teachers or [], source, data, None, CPU)
+        run._save = lambda: None  # once an epoch, and an epoch here is short
+        return run
+
+
+def the_teachers(place: Place) -> Iterator[Figure]:
+    config = place.config(teachers=place.teachers, crops={"views": 2}, store={"batch_size": 64, "shard_rows": 64, "views_per_decode": 2})
+    teachers = load_teachers(config.teachers, CPU)
+    empty = place.empty(config, place.few, teachers)
+    with ExitStack() as stack:
+        run, units = place.labeller(config, place.few, empty, teachers, stack)
+        pieces = [piece for sent in run._batches(units) for piece in sent.received()]
+        for job in run.open:
+            job.claims.close()
+    crops = sum(piece.cut.stop - piece.cut.start for piece in pieces)
+
+    def bare() -> float:
+        return seconds(lambda: [ensemble(teachers, piece.pixels, "float32", batch_size=64) for piece in pieces])
+
+    bare()
+    found = pairs(bare, lambda: place.labelled(config, place.few, empty, teachers)[0], place.repeats)
+    rates = [statistics.median(crops / took for took in side) for side in zip(*found, strict=True)]
+    detail = f"lite1 + lite2, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s"
+    yield Figure("stage one / bare teachers", [a / b for a, b in found], 0.97, detail)
+
+
+def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
+    config = place.config(crops={"views": 4}, store={"batch_size": 64, "shard_rows": 512})
+    empty = place.empty(config, place.many, [stand_in(0)])
+
+    def loading() -> tuple[float, int]:
+        """(seconds of the loader alone for a batch of one view, number of these)."""
+        with ExitStack() as stack:
+            run, units = place.labeller(config, place.many, empty, [stand_in(0)], stack)
+            made = 0
+            begun = time.perf_counter()
+            for sent in run._batches(units):
+                made += len(sent.received())
+            took = time.perf_counter() - begun
+            for job in run.open:
+                job.claims.close()
+        return took / made, made
+
+    ours, pixels = [], {224: torch.zeros(64, 224, 224, 3, dtype=torch.uint8)}
+    with one_thread():
+        loading()
+        for _ in range(place.repeats):
+            alone, batches = loading()
+            teacher = stand_in(alone * SLOWER)
+            bare = batches * seconds(lambda: [ensemble([teacher], pixels, "float32", batch_size=64) for _ in range(10)]) / 10  # noqa: B023
+            ours.append(bare / place.labelled(config, place.many, empty, [teacher])[0])
+        with serial():
+            theirs = [bare / place.labelled(config, place.many, empty, [teacher])[0]]
+    detail = f"{batches} batches of 64 at 224 px, {64 / alone:,.0f} crops/s from the loader alone"
+    yield Figure("stage one / stand-in teacher", ours, 0.95, detail)
+    yield Figure("the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
+
+
+def trained(place: Place, data: Path, config: Config) -> tuple[StoredLabels, Path]:
+    """A store of a view that a stand-in has labelled."""
+    made = config.model_copy(update={"crops": config.crops.model_copy(update={"views": 1})})
+    path = place.labelled(made, data, place.empty(made, data, [stand_in(0)]), [stand_in(0)])[1]
+    return StoredLabels(LabelStore.open(path), 1), path
+
+
+def the_student(place: Place) -> Iterator[Figure]:
+    config = place.config()
+    source, _ = trained(place, place.few, config)
+    run = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
+    bare_model = load(config.student, classes=1000, image_size=224)
+    optimizer = torch.optim.SGD(bare_model.module.parameters(), lr=0.01, momentum=0.9)
+    with run.replay.epoch(0) as batches:
+        memory = [(batch, batch.pixels[224], run.targets(batch).soft) for batch in batches]
+
+    def bare() -> None:
+        bare_model.module.train()
+        for _, pixels, p in memory:
+            loss = losses.soft_cross_entropy(bare_model(pixels), p).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    bare()
+    found = pairs(lambda: seconds(bare), lambda: seconds(run.train_pass), place.repeats)
+    rates = [statistics.median(len(source.images.usable) / took for took in side) for side in zip(*found, strict=True)]
+    yield Figure(
+        "stage two / bare step", [a / b for a, b in found], 0.97, f"lite0, batches of 32: {rates[1]:.1f} of {rates[0]:.1f} images/s"
+    )
+    reading = min(seconds(lambda: list(run.replay._windows(0))) for _ in range(5))
+    decoding = min(seconds(lambda: [run.targets(batch) for batch, *_ in memory]) for _ in range(5))
+    step = min(a for a, _ in found)
+    yield Figure(
+        "bare step / label path of it",
+        [step / (reading + decoding)],
+        100,
+        f"{1e6 * reading / 128:.0f} µs an image to read and {1e6 * decoding / 128:.0f} to decode, {1e3 * step / 128:.1f} ms to train on",
+    )
+
+
+def the_stand_in_student(place: Place) -> Iterator[Figure]:
+    config = place.config(train={"batch_size": 64})
+    source, _ = trained(place, place.many, config)
+    loader = Replay(source, place.many, sizes=[224], batch_size=64, seed=0, rendering=config.render)
+
+    def loading() -> float:
+        with serial(), loader.epoch(0) as batches:
+            return seconds(lambda: sum(1 for _ in batches)) / len(loader.sizes)
+
+    ours = []
+    with one_thread():
+        loading()
+        with loader.epoch(0) as batches:
+            batch = next(batches)
+        for _ in range(place.repeats):
+            alone = loading()
+            run = place.training(config, source, place.many, stand_in(alone * SLOWER))
+            bare = len(loader.sizes) * seconds(lambda: [run._step(batch) for _ in range(10)]) / 10  # noqa: B023
+            ours.append(bare / seconds(run.train_pass))
+        with serial():
+            theirs = [bare / seconds(run.train_pass)]
+    detail = f"{len(loader.sizes)} batches of 64 at 224 px, {64 / alone:,.0f} images/s from the loader alone"
+    yield Figure("stage two / stand-in student", ours, 0.95, detail)
+    yield Figure("the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
+
+
+def online(place: Place) -> Iterator[Figure]:
+    config = place.config()
+    source, _ = trained(place, place.few, config)
+    stored = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
+    live = place.config(teachers=place.teachers, store={"batch_size": 32}, train={"online": True})
+    teachers = load_teachers(live.teachers, CPU)
+    drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (128, 128), {})
+    asking = place.training(live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers)
+    stored.train_pass()
+    found = pairs(lambda: seconds(asking.train_pass), lambda: seconds(stored.train_pass), place.repeats)
+    work = estimate(live)
+    allowed = (work["teacher_gflop_per_crop"] + work["student_gflop_per_crop"]) / work["student_gflop_per_crop"]
+    yield Figure(
+        "online step / stage two's",
+        [a / b for a, b in found],
+        None,
+        f"seconds; lite0 taught by lite1 + lite2. Of floating-point operations {allowed:.2f}",
+    )
+
+
+class Torchvision(torch.utils.data.Dataset):
+    """Pillow decodes, torchvision crops: several crops of each image."""
+
+    def __init__(self, folder: Path, crops: int) -> None:
+        self.files, self.crops = sorted(folder.glob("*/*.jpg")), crops
+        self.change = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with Image.open(self.files[i]) as picture:
+            picture = picture.convert("RGB")
+        return torch.stack([self.change(picture) for _ in range(self.crops)])
+
+
+def the_loader(place: Place) -> Iterator[Figure]:
+    config = place.config()
+    found = place.scanned(place.many, "manifest of many")
+    processes = len(os.sched_getaffinity(0))
+    for crops in (1, 2, 4):
+        source = DrawnCrops(found, CLASSES, config.crops.model_copy(update={"views": crops}), "cpu", crops, (len(found),) * 2, {})
+        ours = Replay(source, place.many, sizes=[224], batch_size=64 * crops, seed=0, rendering=config.render, crops_per_image=crops)
+        theirs = torch.utils.data.DataLoader(Torchvision(place.many, crops), 64, shuffle=True, num_workers=processes, persistent_workers=True)
+
+        def load_ours(ours: Replay = ours) -> None:
+            with ours.epoch(0) as batches:
+                for _ in batches:
+                    pass
+
+        def load_theirs(theirs: torch.utils.data.DataLoader = theirs) -> None:
+            for _ in theirs:
+                pass
+
+        load_ours(), load_theirs()
+        timed = pairs(lambda: seconds(load_theirs), lambda: seconds(load_ours), place.repeats)  # noqa: B023 (called at once)
+        rates = [statistics.median(len(found) * crops / took for took in side) for side in zip(*timed, strict=True)]
+        yield Figure(
+            f"loader / Pillow + torchvision, {crops} crop{'s' * (crops > 1)} per decode",
+            [a / b for a, b in timed],
+            None,
+            f"{rates[1]:,.0f} and {rates[0]:,.0f} crops/s at 224 px, {processes} threads or processes",
+        )
+
+
+def labels(place: Place) -> Iterator[Figure]:
+    """Rows of an epoch in training order, against a file per image as FKD keeps them: boxes, flips and top-5 labels of 500 crops, of which one is used."""
+    n, files = 100_000, 1_000
+    path = place.folder / "labels.zarr"
+    scale.build(path, n, 1) if hasattr(scale, "build") else _store_of(path, n)
+    source = StoredLabels(LabelStore.open(path), 1)
+    reader = scale.Unrendered(source, path, sizes=[32], batch_size=512, seed=0, rendering=Config().render)
+    folder = place.folder / "fkd"
+    folder.mkdir()
+    rng = torch.Generator().manual_seed(0)
+    for i in range(files):
+        top = torch.rand(500, 5, generator=rng), torch.randint(0, 1000, (500, 5), generator=rng)
+        torch.save((torch.rand(500, 4, generator=rng), torch.rand(500, generator=rng) < 0.5, top), folder / f"{i}.tar")
+    order = np.random.default_rng(0).permutation(files)
+
+    def ours() -> None:
+        with reader.epoch(0) as batches:
+            assert sum(batches) == len(source.images.usable)
+
+    def theirs() -> None:
+        for i in order:
+            boxes, flips, (values, classes) = torch.load(folder / f"{i}.tar", weights_only=True)
+            _ = boxes[7], flips[7], values[7], classes[7]
+
+    ours(), theirs()
+    timed = pairs(lambda: seconds(theirs) / files, lambda: seconds(ours) / len(source.images.usable), place.repeats)
+    each = [statistics.median(side) for side in zip(*timed, strict=True)]
+    yield Figure(
+        "a file per image (FKD) / labels of an epoch",
+        [a / b for a, b in timed],
+        None,
+        f"seconds a row: {1e6 * each[0]:.0f} µs and {1e6 * each[1]:.1f} µs, {1 / each[1]:,.0f} rows/s, 1,000 classes",
+    )
+
+
+def _store_of(path: Path, n: int) -> None:
+    """Of labels that are all different."""
+    policy = scale.create(path, scale.manifest(n), 1)
+    writer = StoreWriter(path)
+    store = writer.store
+    plan = Plan(policy, store.images, store.shard_rows)
+    for shard in range(store.shards):
+        rows = np.arange(*store.shard_slice(shard).indices(n))
+        codes = scale.some_codes(len(rows), shard)
+        codes[store.images.status[rows] != 0] = 0
+        with writer.claimed([0], shard):
+            writer.write(0, shard, codes, *plan.crops(0, rows))
+
+
+MEASUREMENTS = {
+    "stage one, teachers": the_teachers,
+    "stage one, stand-in": the_stand_in_teachers,
+    "stage two, student": the_student,
+    "stage two, stand-in": the_stand_in_student,
+    "online": online,
+    "loader": the_loader,
+    "labels": labels,
+}
+
+
+def machine() -> dict:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "processor": model or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", help=f"words of a name: {', '.join(MEASUREMENTS)}")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs a figure")
+    parser.add_argument("--out", type=Path, help="JSON")
+    given = parser.parse_args()
+    chosen = {name: measure for name, measure in MEASUREMENTS.items() if given.only in name}
+    if not chosen:
+        parser.error(f"--only {given.only}: no measurement has that in its name; there are {', '.join(MEASUREMENTS)}")
+    keep_freed_memory()
+    progress.silence()
+    about = machine()
+    print(f"{about['processor']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}; torch {about['torch']}; {about['date']}\n")
+    print("| ratio | median | aim | |\n|---|---|---|---|")
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="speed.") as folder:
+        place = Place(Path(folder), given.repeats)
+        for measure in chosen.values():
+            for figure in measure(place):
+                print(figure.row(), flush=True)
+                figures.append(figure)
+    if given.out:
+        given.out.write_text(json.dumps({"machine": about, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
