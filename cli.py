@@ -76,6 +76,7 @@ class_map_option = click.option(
     metavar="imagenet-1k|FILE",
     help="Class folders in the order of the models' outputs, where the folders are a subset: ImageNet's, or a file with a name a line.",
 )
+profile_option = click.option("--profile", is_flag=True, help="Say at the end where the time went, and what would make it faster.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
@@ -111,10 +112,11 @@ MODEL = TeacherType()
     ),
     click.option("--strict", is_flag=True, help="Stop at an unusable file instead of leaving it out."),
     click.option("--no-check", is_flag=True, help="Believe finished shards, instead of reading this worker's share of them again first."),
+    profile_option,
     set_option,
 )
 def generate_labels(
-    config, data, store, teachers, views, split, class_map, device, batch_size, worker, first_view, strict, no_check, settings
+    config, data, store, teachers, views, split, class_map, device, batch_size, worker, first_view, strict, no_check, profile, settings
 ):
     """Label every crop of every image once, with the mean softmax of the teachers, into a Zarr store.
 
@@ -140,6 +142,7 @@ def generate_labels(
         first_view=first_view,
         strict=strict,
         check=not no_check,
+        profile=profile,
     )
 
 
@@ -160,6 +163,7 @@ def generate_labels(
     ),
     class_map_option,
     device_option,
+    profile_option,
     set_option,
 )
 def train_student(
@@ -176,6 +180,7 @@ def train_student(
     allow_renderer_difference,
     class_map,
     device,
+    profile,
     settings,
 ):
     """Train a student on exactly the crops of a label store, against its soft labels.
@@ -210,6 +215,7 @@ def train_student(
             device=place,
             allow_renderer_difference=allow_renderer_difference,
             processes=processes,
+            profile=profile,
         )
 
 

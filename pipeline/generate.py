@@ -28,6 +28,7 @@ from pipeline.label import Labeller, Unit, place_of
 from pipeline.models import Model, load_teachers
 from pipeline.plan import Plan
 from pipeline.progress import Progress, duration, say
+from pipeline.timing import LABELLING, Clock, advice_on_labelling, report
 
 PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
 CHECK_THREADS = 4  # each holds a shard, some 32 MiB of codes
@@ -45,6 +46,7 @@ def generate(
     first_view: int = 0,
     strict: bool = False,
     check: bool = True,
+    profile: bool = False,
 ) -> LabelStore:
     """Make a label store, or finish or extend the one that is there.
 
@@ -52,6 +54,7 @@ def generate(
     worker: (i, n), this process does every n-th unit of work from the i-th on. first_view: earlier views
     are left as they are. strict: an unusable file is an error.
     check: read the finished shards of this worker's share again, and make anew what isn't what was written; False: believe them.
+    profile: say at the end where the time of labelling went, and what to change.
     Raises MealError for whatever the user can mend.
     """
     if first_view >= config.crops.views:
@@ -88,7 +91,7 @@ def generate(
             say(f"{path} keeps its shards of {writer.store.shard_rows} rows; store.shard_rows {config.store.shard_rows} is for a new store")
         writer = _grown(writer, config.crops.views, leads)
         doubtful = _discard_damaged(config, writer, worker, first_view) if check else []
-        _fill(config, writer, folder, teachers, device, worker, first_view, doubtful)
+        _fill(config, writer, folder, teachers, device, worker, first_view, doubtful, profile)
         return LabelStore.open(path)
 
 
@@ -289,6 +292,7 @@ def _fill(
     worker: tuple[int, int],
     first_view: int,
     doubtful: list[tuple[int, int]],
+    profile: bool,
 ) -> None:
     """Label whatever this worker's share is missing. What others are at is waited for, and done here if they drop it or die. doubtful: damaged shards that
     others held when they were looked at."""
@@ -302,7 +306,8 @@ def _fill(
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     plan = Plan(config.crops, store.images, store.shard_rows)
     with Progress("labelling", total, "crops") as progress, images.Reader(folder, store.images, config.render.threads) as read:
-        label, waited = Labeller(config, writer, plan, read, teachers, device), False
+        clock = Clock(device, exact=profile)
+        label, waited = Labeller(config, writer, plan, read, teachers, device, clock), False
         while units or doubtful:
             labelled = label(units, progress)
             units = _units(store.finished(), config.store.views_per_decode, worker, first_view)
@@ -322,6 +327,9 @@ def _fill(
             units = _units(store.finished(), config.store.views_per_decode, worker, first_view) if waited else units
     if progress.done:
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
+        if profile:
+            for line in report(clock, LABELLING, advice_on_labelling(clock, config, device)):
+                say(line)
     done, of = store.progress()
     if done == of:
         if os.access(store.path, os.W_OK):

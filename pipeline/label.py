@@ -19,6 +19,7 @@ from pipeline.config import Config
 from pipeline.models import Model, ModelError, ensemble
 from pipeline.plan import Plan
 from pipeline.progress import Progress, say
+from pipeline.timing import Clock
 from pipeline.transfer import Sender, Sent
 
 AHEAD = 2  # batches that are rendered before the teachers want them
@@ -67,11 +68,18 @@ class Labeller:
     a batch, an unusable image keeping its place."""
 
     def __init__(
-        self, config: Config, writer: StoreWriter, plan: Plan, read: images.Reader, teachers: list[Model], device: torch.device
+        self,
+        config: Config,
+        writer: StoreWriter,
+        plan: Plan,
+        read: images.Reader,
+        teachers: list[Model],
+        device: torch.device,
+        clock: Clock | None = None,
     ) -> None:
         self.config, self.writer, self.store, self.plan, self.read = config, writer, writer.store, plan, read
         self.teachers = [teacher.compiled(freezing=True) for teacher in teachers] if config.store.compile else teachers
-        self.send = Sender(device)
+        self.send, self.clock = Sender(device), clock or Clock()
         self.renderers: dict[int, render.Crops] = {}  # by number of views
         self.open: list[Job] = []
 
@@ -84,10 +92,13 @@ class Labeller:
         share_the_interpreter()
         try:
             with behind(self._finish, BEHIND) as finish, ahead(self._batches(units), depth) as batches:
-                for sent in batches:
+                for sent in self.clock.waits("wait for crops", batches):
                     for piece in sent.received():
-                        p, logits = ensemble(self.teachers, piece.pixels, self.config.store.precision, batch_size=batch_size)
-                        finish((piece, p, torch.isfinite(logits).all(dim=1)))
+                        with self.clock.part("teachers", of_model=True):
+                            p, logits = ensemble(self.teachers, piece.pixels, self.config.store.precision, batch_size=batch_size)
+                            finite = torch.isfinite(logits).all(dim=1)
+                        with self.clock.part("wait for the writer"):
+                            finish((piece, p, finite))
                         progress.advance(int(piece.job.usable[piece.cut].sum()))
                         done += piece.view == 0 and piece.cut.start == 0
         except KeyboardInterrupt:
@@ -117,7 +128,9 @@ class Labeller:
                 job = self._claimed(unit)
                 if job is not None:
                     for cut, views in self._mixed(job) if self.store.mixed else self._rendered(job, range(len(job.rows))):
-                        yield self.send([Piece(job, i, cut, pixels) for i, pixels in enumerate(views)])
+                        with self.clock.part("send"):
+                            sent = self.send([Piece(job, i, cut, pixels) for i, pixels in enumerate(views)])
+                        yield sent
 
     def _claimed(self, unit: Unit) -> Job | None:
         claims = ExitStack()
@@ -138,10 +151,12 @@ class Labeller:
         for start in range(part.start, part.stop, batch_size):
             cut = slice(start, min(start + batch_size, part.stop))
             usable = job.usable[cut]
-            blobs = iter(self.read(job.rows[cut][usable]))
+            with self.clock.part("read"):
+                blobs = iter(self.read(job.rows[cut][usable]))
             filled = [next(blobs) if good else render.BLANK for good in usable]
-            with images.naming(self.store.images, job.rows[cut]):
-                yield cut, self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut))
+            with self.clock.part("render"), images.naming(self.store.images, job.rows[cut]):
+                views = self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut))
+            yield cut, views
 
     def _mixed(self, job: Job) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
         """Groups of rows are rendered whole, since partners are anywhere in them."""
@@ -158,10 +173,11 @@ class Labeller:
                         whole[size][cut.start - first : cut.stop - first] = p
             for cut in cuts:
                 views = []
-                for (_, _, partner, box), pixels in zip(job.kept, group, strict=True):
-                    here = slice(cut.start - first, cut.stop - first)
-                    place = np.where(partner[cut] < 0, job.rows[cut], partner[cut]) - job.rows[first]
-                    views.append({size: cutmix.paste(p[here], p, place, box[cut]) for size, p in pixels.items()})
+                with self.clock.part("mix"):
+                    for (_, _, partner, box), pixels in zip(job.kept, group, strict=True):
+                        here = slice(cut.start - first, cut.stop - first)
+                        place = np.where(partner[cut] < 0, job.rows[cut], partner[cut]) - job.rows[first]
+                        views.append({size: cutmix.paste(p[here], p, place, box[cut]) for size, p in pixels.items()})
                 yield cut, views
 
     def _renderer(self, views: int) -> render.Crops:
@@ -185,7 +201,9 @@ class Labeller:
         job, good = piece.job, piece.job.usable[piece.cut]
         if not finite.cpu().numpy()[good].all():
             self._blame(piece, good)
-        job.codes[piece.view, piece.cut][good] = self.store.codec.encode(p.cpu().numpy()[good])
+        p = p.cpu().numpy()  # which waits for a GPU
+        with self.clock.part("code"):
+            job.codes[piece.view, piece.cut][good] = self.store.codec.encode(p[good])
         job.left -= len(good)
         if not job.left:
             job.writing = True
@@ -199,7 +217,8 @@ class Labeller:
 
     def _write(self, view: int, shard: int, codes: np.ndarray, kept: tuple[np.ndarray, ...]) -> None:
         try:
-            self.writer.write(view, shard, codes, *kept)
+            with self.clock.part("write"):
+                self.writer.write(view, shard, codes, *kept)
         except BusyStore as taken:  # its owner now does it, or did
             say(str(taken))
 

@@ -19,6 +19,7 @@ from pipeline.background import ahead
 from pipeline.config import Crops, CutMix, Render
 from pipeline.images import Reader, naming
 from pipeline.plan import Plan
+from pipeline.timing import Clock
 from pipeline.transfer import Sender, Sent
 
 WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held in memory as codes, the fewer the more views of it are
@@ -207,9 +208,10 @@ class Replay:
         rank: int = 0,
         world: int = 1,
         device: torch.device | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
-        self.send = Sender(device or torch.device("cpu"))
+        self.send, self.clock = Sender(device or torch.device("cpu")), clock or Clock()
         self.views = crops_per_image
         self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // crops_per_image)
         self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
@@ -256,13 +258,18 @@ class Replay:
             for fresh in windows:
                 waiting = fresh if waiting is None else [_join(pair) for pair in zip(waiting, fresh, strict=True)]
                 while size and len(waiting[0]) >= size:
-                    yield self.send(self._batch(epoch, *(None if column is None else column[:size] for column in waiting)))
+                    batch = self._batch(epoch, *(None if column is None else column[:size] for column in waiting))
+                    with self.clock.part("send"):
+                        sent = self.send(batch)
+                    yield sent
                     waiting = [None if column is None else column[size:] for column in waiting]
                     size = next(sizes, 0)
 
     def _windows(self, epoch: int) -> Iterator[list[np.ndarray | None]]:
         for rows in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.window_blocks):
-            yield self._columns(epoch, rows)
+            with self.clock.part("labels"):
+                columns = self._columns(epoch, rows)
+            yield columns
 
     def _columns(self, epoch: int, rows: np.ndarray) -> list[np.ndarray | None]:
         """All that the source knows of some rows, in the epoch's order, per view in the second axis: rows [n], labels [n, views, classes] or None,
@@ -306,10 +313,12 @@ class Replay:
             partner, their_boxes, their_flips, mix_box = mixes
             partner = np.where(mix_box.any(axis=2), partner, rows[:, None])
             shown, boxes, flips, at = with_partners(rows, boxes, flips, partner, their_boxes, their_flips)
-            views = [
-                {size: cutmix.paste(p[: len(rows)], p, at[:, j], mix_box[:, j]) for size, p in view.items()}
-                for j, view in enumerate(self._render(shown, boxes, flips))
-            ]
+            views = self._render(shown, boxes, flips)
+            with self.clock.part("mix"):
+                views = [
+                    {size: cutmix.paste(p[: len(rows)], p, at[:, j], mix_box[:, j]) for size, p in view.items()}
+                    for j, view in enumerate(views)
+                ]
             mixed = Mixed(
                 torch.from_numpy(cutmix.area(_flat(mix_box), self.size)),
                 torch.from_numpy(self.class_index[_flat(partner)]),
@@ -321,8 +330,10 @@ class Replay:
 
     def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> list[dict[int, torch.Tensor]]:
         """Boxes [n, views, 4] and flips [n, views] of some rows → per view: output size → uint8 [n, size, size, 3]."""
-        with naming(self.source.images, rows):
-            return self.renderer(self.read(rows), boxes.swapaxes(0, 1), flips.swapaxes(0, 1))
+        with self.clock.part("read"):
+            blobs = self.read(rows)
+        with self.clock.part("render"), naming(self.source.images, rows):
+            return self.renderer(blobs, boxes.swapaxes(0, 1), flips.swapaxes(0, 1))
 
 
 def with_partners(

@@ -21,6 +21,7 @@ from pipeline.processes import ALONE, Processes
 from pipeline.progress import Progress, duration, say
 from pipeline.replay import Batch, Replay, Source
 from pipeline.targets import Goal, Targets
+from pipeline.timing import TRAINING, Clock, advice_on_training, report
 
 LOOK = 16  # steps after which the loss is looked at: on a GPU each look waits for the step
 
@@ -36,11 +37,12 @@ def train(
     device: torch.device,
     allow_renderer_difference: bool = False,
     processes: Processes = ALONE,
+    profile: bool = False,
 ) -> dict:
     """Train a student and leave it in ``out``; go on from the last finished epoch if ``out`` holds a part of this very run.
 
     store: the label store; needed for soft labels. classes: a class map, where there is no store. validation: another folder to validate on
-    than ``data``/val. processes: those that train together, each with its part of every batch; the first one writes.
+    than ``data``/val. processes: those that train together, each with its part of every batch; the first one writes. profile: say at the end where the time went, and what to change.
     Returns the last epoch's metrics. Raises MealError for whatever the user can mend.
     """
     if config.student is None:
@@ -72,7 +74,11 @@ def train(
         for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
         processes.first(lambda: _make_folder(out, config))
-        run = processes.together(lambda: Run(config, out, student.to(device), teachers, source, folder, validated, device, processes))
+        run = processes.together(
+            lambda: Run(
+                config, out, student.to(device), teachers, source, folder, validated, device, processes, Clock(device, exact=profile)
+            )
+        )
         with closing(run.replay):
             if state is not None:
                 run.restore(state)
@@ -80,6 +86,9 @@ def train(
                 say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
             while run.epoch < config.train.epochs:
                 run.train_pass()
+            if profile:
+                for line in report(run.clock, TRAINING, advice_on_training(run.clock, config, device)):
+                    say(line)
             return run.metrics[-1]
 
 
@@ -168,9 +177,10 @@ class Run:
         validation: start.Validation | None,
         device: torch.device,
         processes: Processes = ALONE,
+        clock: Clock | None = None,
     ) -> None:
         self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
-        self.processes = processes
+        self.processes, self.clock = processes, clock or Clock()
         recipe = config.train
         if recipe.sync_bn:
             sync_batchnorm(student)
@@ -199,6 +209,7 @@ class Run:
             rank=processes.rank,
             world=processes.world,
             device=device,
+            clock=self.clock,
         )
         share_the_interpreter()
         self.epoch = 0
@@ -223,7 +234,7 @@ class Run:
         seen, crops, rate, note = 0, len(self.source.images.usable) * recipe.crops_per_image, 0.0, ""
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
-            for number, batch in enumerate(batches, 1):
+            for number, batch in enumerate(self.clock.waits("wait for crops", batches), 1):
                 begins, finishes = (first + recipe.crops_per_image * part / crops for part in (seen, seen + batch.total))
                 decay = schedule.factor(recipe, begins, finishes)
                 for group in self.optimizer.param_groups:
@@ -259,10 +270,12 @@ class Run:
                 "discriminator_accuracy_teachers": 100 * told_teachers,
             }
         if self.validation:
-            metrics |= self._validate()
+            with self.clock.part("validate"):
+                metrics |= self._validate()
         self.epoch = done
         self.metrics.append(metrics)
-        self.processes.first(self._save)
+        with self.clock.part("save"):
+            self.processes.first(self._save)
         say(self._summary(metrics))
 
     def _require_finite(self, loss: float, rate: float) -> float:
@@ -273,13 +286,15 @@ class Run:
     def _step(self, batch: Batch) -> torch.Tensor:
         """One optimizer step, towards the mean over the global batch. Returns what this process adds to the epoch's sums (``Learner``), float64 [6] on
         the device, not waited for."""
-        goal = self.targets(batch)
+        with self.clock.part("labels and teachers", of_model=True):
+            goal = self.targets(batch)
         pixels = batch.pixels[self.config.train.image_size]
-        with self.processes.in_step():
+        with self.clock.part("forward and backward", of_model=True), self.processes.in_step():
             total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)
             (total * batch.weight).backward()  # whose gradient becomes the mean over the processes
-        self.optimizer.step()
+        with self.clock.part("optimizer", of_model=True):
+            self.optimizer.step()
         return sums / batch.copies
 
     def _validate(self) -> dict:

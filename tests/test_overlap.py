@@ -36,7 +36,9 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     patience = time.monotonic() + 5
-    while time.monotonic() < patience and (left := [t for t in threading.enumerate() if t not in before and "asyncio" not in t.name and "zarr" not in t.name]):
+    while time.monotonic() < patience and (
+        left := [t for t in threading.enumerate() if t not in before and "asyncio" not in t.name and "zarr" not in t.name]
+    ):
         time.sleep(0.01)
     assert not left, left
 
@@ -65,7 +67,9 @@ def small(recipe: Config) -> Config:
     return changed(recipe, store={"shard_rows": 32, "batch_size": 16})
 
 
-def spied(monkeypatch: pytest.MonkeyPatch, place: object, name: str, before: Callable[[int], object], after: Callable[[], object] = lambda: None) -> None:
+def spied(
+    monkeypatch: pytest.MonkeyPatch, place: object, name: str, before: Callable[[int], object], after: Callable[[], object] = lambda: None
+) -> None:
     """Call ``before`` with the call's number, from 1, and ``after``, around every call."""
     real, calls = getattr(place, name), Counted()
 
@@ -84,14 +88,18 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, s
 
     def forward(call: int) -> None:  # of 12: two views × (2 + 2 + 2) batches
         begun.happens()
-        rendered.wait_for(min(6, (call + 1) // 2 + 1) + fingerprint)  # the batch after this one is there already, also where another unit begins
+        rendered.wait_for(
+            min(6, (call + 1) // 2 + 1) + fingerprint
+        )  # the batch after this one is there already, also where another unit begins
         if call == 12:
             written.wait_for(2)  # the first unit has been written while the second and third were labelled
 
     monkeypatch.setattr(label, "BEHIND", 2)
     spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
     spied(monkeypatch, label, "ensemble", forward)
-    spied(monkeypatch, StoreWriter, "write", lambda call: begun.wait_for(min(12, 4 + call)), written.happens)  # the next unit's labels are being made
+    spied(
+        monkeypatch, StoreWriter, "write", lambda call: begun.wait_for(min(12, 4 + call)), written.happens
+    )  # the next unit's labels are being made
     generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert (begun.n, written.n) == (12, 6)
     assert tree(tmp_path / "s.zarr") == tree(store_path)

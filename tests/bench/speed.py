@@ -39,13 +39,14 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision import transforms
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import scale
+
 from cache import LabelStore
 from cache.writer import StoreWriter
-from pipeline import background, generate, images, label, losses, progress, replay, student
+from pipeline import generate, images, label, losses, progress, replay, student
 from pipeline.config import Config, validate
 from pipeline.cost import estimate
 from pipeline.images import Reader
@@ -184,7 +185,9 @@ class Place:
         generate._create(config, data, path, CLASSES, teachers, CPU)
         return path
 
-    def labeller(self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack) -> tuple[label.Labeller, list[label.Unit]]:
+    def labeller(
+        self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack
+    ) -> tuple[label.Labeller, list[label.Unit]]:
         writer = StoreWriter(path)
         store = writer.store
         read = stack.enter_context(Reader(data, store.images))
@@ -203,7 +206,9 @@ class Place:
         assert LabelStore.open(path).finished().all()
         return took, path
 
-    def training(self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None) -> student.Run:
+    def training(
+        self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None
+    ) -> student.Run:
         run = student.Run(config, self.folder / "run", model, teachers or [], source, data, None, CPU)
         run._save = lambda: None  # once an epoch, and an epoch here is short
         return run
@@ -372,7 +377,9 @@ def the_loader(place: Place) -> Iterator[Figure]:
     for crops in (1, 2, 4):
         source = DrawnCrops(found, CLASSES, config.crops.model_copy(update={"views": crops}), "cpu", crops, (len(found),) * 2, {})
         ours = Replay(source, place.many, sizes=[224], batch_size=64 * crops, seed=0, rendering=config.render, crops_per_image=crops)
-        theirs = torch.utils.data.DataLoader(Torchvision(place.many, crops), 64, shuffle=True, num_workers=processes, persistent_workers=True)
+        theirs = torch.utils.data.DataLoader(
+            Torchvision(place.many, crops), 64, shuffle=True, num_workers=processes, persistent_workers=True
+        )
 
         def load_ours(ours: Replay = ours) -> None:
             with ours.epoch(0) as batches:
@@ -384,7 +391,7 @@ def the_loader(place: Place) -> Iterator[Figure]:
                 pass
 
         load_ours(), load_theirs()
-        timed = pairs(lambda: seconds(load_theirs), lambda: seconds(load_ours), place.repeats)  # noqa: B023 (called at once)
+        timed = pairs(lambda: seconds(load_theirs), lambda: seconds(load_ours), place.repeats)
         rates = [statistics.median(len(found) * crops / took for took in side) for side in zip(*timed, strict=True)]
         yield Figure(
             f"loader / Pillow + torchvision, {crops} crop{'s' * (crops > 1)} per decode",
@@ -398,7 +405,7 @@ def labels(place: Place) -> Iterator[Figure]:
     """Rows of an epoch in training order, against a file per image as FKD keeps them: boxes, flips and top-5 labels of 500 crops, of which one is used."""
     n, files = 100_000, 1_000
     path = place.folder / "labels.zarr"
-    scale.build(path, n, 1) if hasattr(scale, "build") else _store_of(path, n)
+    _store_of(path, n)
     source = StoredLabels(LabelStore.open(path), 1)
     reader = scale.Unrendered(source, path, sizes=[32], batch_size=512, seed=0, rendering=Config().render)
     folder = place.folder / "fkd"
@@ -455,7 +462,9 @@ MEASUREMENTS = {
 
 
 def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
+    )
     return {
         "processor": model or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
