@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from pipeline.progress import Progress
 from pipeline.render import Header, RenderError, WholeDecode, quiet_decoders, threads_for
 
 MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
+LOOKERS = 16  # threads that list folders where that is mostly waiting; elsewhere they would only wait for each other
+FAR = 20e-6  # seconds a file, from which on it is: the disk is another machine's
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
 
@@ -82,15 +85,27 @@ def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.nda
     """Every file below the class folders, hidden ones left out: str [n] paths relative to ``folder``, sorted; int32 [n] class index;
     int64 [n] size in bytes. A class folder that isn't among ``classes`` is an error."""
     index = {name: i for i, name in enumerate(classes)}
-    found: list[tuple[str, int, int]] = []
-    for name in class_names(folder):
+    names = class_names(folder)
+    for name in names:
         if name not in index:
             raise DataError(
                 f"class folder {name} of {folder} is not among the {len(classes)} classes ({classes[0]}, {classes[1 % len(classes)]}, …); "
                 "pass the --class-map that names it, or take the folder away"
             )
-        for path, size in _walk(folder / name, name):
-            found.append((path, index[name], size))
+
+    def look(name: str) -> list[tuple[str, int, int]]:
+        return [(path, index[name], size) for path, size in _walk(folder / name, name)]
+
+    begun = time.perf_counter()
+    found = look(names[0])
+    far = time.perf_counter() - begun > FAR * max(1, len(found))
+    with Progress("looking for files", len(names), "class folders") as progress, ThreadPoolExecutor(LOOKERS) as pool:
+        try:
+            for part in (pool.map if far else map)(look, names[1:]):
+                found += part
+                progress.advance(1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     if not found:
         raise DataError(f"the class folders of {folder} hold no files")
     found.sort()
