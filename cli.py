@@ -43,9 +43,16 @@ class Group(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
         except RuntimeError as error:
-            if "out of memory" not in str(error):
+            said = " ".join(str(error).split())[:160]
+            if "out of memory" in str(error):
+                click.echo(f"error: {said}; lower --batch-size", err=True)
+            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                click.echo(
+                    f"error: torch.compile fails here ({said}); leave out store.compile and train.compile, or install a C++ compiler",
+                    err=True,
+                )
+            else:
                 raise
-            click.echo(f"error: {' '.join(str(error).split())[:160]}; lower --batch-size", err=True)
         except OSError as error:  # a full disk, a folder without permission
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {printable(where)}{error.strerror or error}; mend that and run the same command again", err=True)

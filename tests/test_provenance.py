@@ -238,17 +238,17 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "another batch size": (
         settings(store={"batch_size": 8}),
-        ["compute.batch_size 16, this is 8", "; use the same --batch-size, --device and store.precision"],
+        ["compute.batch_size 16, this is 8", "; use the same --batch-size, --device, store.precision and store.compile"],
         None,
     ),
     "another precision": (
         settings(store={"precision": "bfloat16"}),
-        ["compute.precision float32, this is bfloat16", "; use the same --batch-size, --device and store.precision"],
+        ["compute.precision float32, this is bfloat16", "; use the same --batch-size, --device, store.precision and store.compile"],
         None,
     ),
     "another device": (
         made(lambda attributes: attributes["provenance"]["compute"].update(device="cuda")),
-        ["compute.device cuda, this is cpu", "; use the same --batch-size, --device and store.precision"],
+        ["compute.device cuda, this is cpu", "; use the same --batch-size, --device, store.precision and store.compile"],
         None,
     ),
     "an added image": (

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,7 @@ from pipeline.models import Model, ensemble, load, load_teachers
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.replay import DrawnCrops, Replay, StoredLabels
+from pipeline.timing import Clock
 
 CPU = torch.device("cpu")
 CLASSES = [f"c{i:03d}" for i in range(1000)]
@@ -85,6 +86,17 @@ class StandIn(Model):
     def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
         time.sleep(self.seconds)
         return self.module.bias.expand(len(pixels), -1)
+
+
+class First(Clock):
+    """Also knows when the teachers began."""
+
+    first = 0.0
+
+    def part(self, name: str, *, of_model: bool = False) -> AbstractContextManager:
+        if name == "teachers":
+            self.first = self.first or time.perf_counter()
+        return super().part(name, of_model=of_model)
 
 
 def stand_in(seconds: float) -> StandIn:
@@ -144,7 +156,7 @@ class Place:
 
     @cached_property
     def few(self) -> Path:
-        return self._photographs("few", 128, 1)
+        return self._photographs("few", 256, 1)
 
     def _photographs(self, name: str, different: int, links: int) -> Path:
         rng, photos, folder = np.random.default_rng(0), load_sample_images().images, self.folder / name
@@ -196,13 +208,15 @@ class Place:
         return label.Labeller(config, writer, plan, read, teachers, CPU), units
 
     def labelled(self, config: Config, data: Path, empty: Path, teachers: list[Model]) -> tuple[float, Path]:
-        """Seconds that generate-labels takes from its first claim to its last record, and the store."""
+        """Seconds that generate-labels takes from its first batch at the teachers to its last record, and the store."""
         self.number += 1
         path = Path(shutil.copytree(empty, self.folder / f"{self.number}.zarr"))
         with ExitStack() as stack:
             run, units = self.labeller(config, data, path, teachers, stack)
             shown = stack.enter_context(Progress("", 1, ""))
-            took = seconds(lambda: run(units, shown))
+            run.clock = First()
+            run(units, shown)
+            took = time.perf_counter() - run.clock.first
         assert LabelStore.open(path).finished().all()
         return took, path
 
@@ -220,7 +234,9 @@ def the_teachers(place: Place) -> Iterator[Figure]:
     empty = place.empty(config, place.few, teachers)
     with ExitStack() as stack:
         run, units = place.labeller(config, place.few, empty, teachers, stack)
+        begun = time.process_time()
         pieces = [piece for sent in run._batches(units) for piece in sent.received()]
+        loader = (time.process_time() - begun) / len(os.sched_getaffinity(0))
         for job in run.open:
             job.claims.close()
     crops = sum(piece.cut.stop - piece.cut.start for piece in pieces)
@@ -231,7 +247,10 @@ def the_teachers(place: Place) -> Iterator[Figure]:
     bare()
     found = pairs(bare, lambda: place.labelled(config, place.few, empty, teachers)[0], place.repeats)
     rates = [statistics.median(crops / took for took in side) for side in zip(*found, strict=True)]
-    detail = f"lite1 + lite2, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s"
+    allowed = 1 / (1 + loader / statistics.median(a for a, _ in found))
+    detail = (
+        f"lite1 + lite2, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s; the loader shares the cores, which allows {allowed:.3f}"
+    )
     yield Figure("stage one / bare teachers", [a / b for a, b in found], 0.97, detail)
 
 
@@ -304,7 +323,7 @@ def the_student(place: Place) -> Iterator[Figure]:
         "bare step / label path of it",
         [step / (reading + decoding)],
         100,
-        f"{1e6 * reading / 128:.0f} µs an image to read and {1e6 * decoding / 128:.0f} to decode, {1e3 * step / 128:.1f} ms to train on",
+        f"{1e6 * reading / 256:.0f} µs an image to read and {1e6 * decoding / 256:.0f} to decode, {1e3 * step / 256:.1f} ms to train on",
     )
 
 
@@ -340,7 +359,7 @@ def online(place: Place) -> Iterator[Figure]:
     stored = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
     live = place.config(teachers=place.teachers, store={"batch_size": 32}, train={"online": True})
     teachers = load_teachers(live.teachers, CPU)
-    drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (128, 128), {})
+    drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (256, 256), {})
     asking = place.training(live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers)
     stored.train_pass()
     found = pairs(lambda: seconds(asking.train_pass), lambda: seconds(stored.train_pass), place.repeats)
