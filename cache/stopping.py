@@ -16,6 +16,7 @@ from types import FrameType
 
 _finishing = 0  # how many ``finishing`` blocks the main thread is in
 _asked: int | None = None  # the signal that asked to stop, from then on
+_hurried = False  # whether another one came after it
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,15 +26,15 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def on_signals() -> Iterator[None]:
     """Raise Stopped in the main thread, which must be the caller's, on SIGTERM (what SLURM, Kubernetes and torchrun send first) and on SIGINT."""
-    global _asked
-    _asked = None
+    global _asked, _hurried
+    _asked, _hurried = None, False
     before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked = None
+        _asked, _hurried = None, False
 
 
 @contextmanager
@@ -64,10 +65,15 @@ def check() -> None:
     raise Stopped(signal.Signals(_asked).name)
 
 
+def hurried() -> bool:
+    """Whether a second signal came: nothing is to be waited for any more."""
+    return _hurried
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _asked
-    first, _asked = _asked is None, number
-    if _finishing and first:
+    global _asked, _hurried
+    _hurried, _asked = _asked is not None, number
+    if _finishing and not _hurried:
         return
     while frame is not None:
         if frame.f_code.co_name == "__del__":  # where it would only be printed

@@ -7,10 +7,10 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from cache.stopping import finishing
+from cache.stopping import finishing, hurried
 
 SWITCH = 1e-3  # seconds after which a thread that wants the interpreter gets it
 T = TypeVar("T")
@@ -81,13 +81,21 @@ def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callabl
     """Give items away to a thread that deals with them in their order; at most ``depth`` of them wait: ``with behind(write) as give: give(item)``.
 
     An error of the thread is raised where the next item is given away, or at the end; what waits then is dropped. Leaving the context waits until what was
-    given away has been dealt with, also when an error elsewhere is the reason, or a signal (``finishing``).
+    given away has been dealt with, also when an error elsewhere is the reason. When a signal is, it waits for the one item in hand, and after a second
+    signal for nothing.
     """
     waiting: queue.Queue = queue.Queue(maxsize=depth)
     failed: list[BaseException] = []
+    stop = threading.Event()
 
     def work() -> None:
-        while (item := waiting.get()) is not _END:
+        while not stop.is_set():
+            try:
+                item = waiting.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if item is _END:
+                return
             if not failed:
                 try:
                     deal_with(item)
@@ -95,20 +103,31 @@ def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callabl
                     failed.append(error)
 
     def give(item: T | object) -> None:
-        while not failed:
+        while not failed and not stop.is_set():
             try:
                 return waiting.put(item, timeout=0.1)
             except queue.Full:
                 continue
-        raise failed[0]
+        if failed:
+            raise failed[0]
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
-        yield give
+        thread.start()
+        try:
+            yield give
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+        finally:
+            if not hurried():
+                with finishing():
+                    while thread.is_alive() and not stop.is_set():
+                        with suppress(queue.Full):
+                            waiting.put(_END, timeout=0.1)
+                            break
+                    thread.join()
     finally:
-        with finishing():
-            waiting.put(_END)
-            thread.join()
+        stop.set()
     if failed:
         raise failed[0]

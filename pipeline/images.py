@@ -25,7 +25,7 @@ from pipeline.render import Header, RenderError, WholeDecode, quiet_decoders, th
 
 MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
 LOOKERS = 16  # threads that list folders where that is mostly waiting; elsewhere they would only wait for each other
-FAR = 20e-6  # seconds a file, from which on it is: the disk is another machine's
+FAR, TELLING = 20e-6, 500  # seconds a file, from which on it is: the disk is another machine's; and how many files tell
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
 
@@ -96,12 +96,18 @@ def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.nda
     def look(name: str) -> list[tuple[str, int, int]]:
         return [(path, index[name], size) for path, size in _walk(folder / name, name)]
 
-    begun = time.perf_counter()
-    found = look(names[0])
-    far = time.perf_counter() - begun > FAR * max(1, len(found))
+    found: list[tuple[str, int, int]] = []
+    left = iter(names)
     with Progress("looking for files", len(names), "class folders") as progress, ThreadPoolExecutor(LOOKERS) as pool:
+        begun = time.perf_counter()
+        for name in left:
+            found += look(name)
+            progress.advance(1)
+            if len(found) >= TELLING:
+                break
+        far = time.perf_counter() - begun > FAR * len(found)
         try:
-            for part in (pool.map if far else map)(look, names[1:]):
+            for part in (pool.map if far else map)(look, left):
                 found += part
                 progress.advance(1)
         finally:

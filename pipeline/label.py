@@ -4,9 +4,10 @@ without a gap, so that the teachers wait for nothing but a loader that is slower
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from pipeline.timing import Clock
 from pipeline.transfer import Sender, Sent
 
 AHEAD = 2  # batches that are rendered before the teachers want them
-BEHIND = 4  # forward passes whose labels wait to be coded and written
+BEHIND = 4  # forward passes whose labels wait to be coded
+WRITES = 16  # views of shards that wait to be written
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Unit:
     shard: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A unit whose claims this process holds."""
 
@@ -45,7 +47,9 @@ class Job:
     codes: np.ndarray  # [views, n, codec.columns]
     claims: ExitStack
     left: int  # labels that are still to come, blank ones included
-    writing: bool = False  # right now
+    unwritten: int  # views
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    dropped: bool = False  # nothing of it may be written any more
 
     def rendered_at(self, cut: slice) -> tuple[np.ndarray, np.ndarray]:
         """Boxes int [views, n, 4] and flips bool [views, n]; of an unusable image a pixel."""
@@ -55,12 +59,14 @@ class Job:
 
 @dataclass
 class Piece:
-    """One forward pass: the crops of one view of some rows."""
+    """What one forward pass found: of the crops of one view of some rows."""
 
     job: Job
     view: int  # its place among the unit's
     cut: slice  # the rows' place in the shard
     pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
+    p: torch.Tensor  # float32 [n, classes], the mean of the teachers' softmax
+    finite: torch.Tensor  # bool [n], whether their logits are
 
 
 class Labeller:
@@ -82,6 +88,7 @@ class Labeller:
         self.send, self.clock = Sender(device), clock or Clock()
         self.renderers: dict[int, render.Crops] = {}  # by number of views
         self.open: list[Job] = []
+        self.leaving = threading.Event()
 
     def __call__(self, units: Iterable[Unit], progress: Progress) -> int:
         """Label what nobody else holds. Returns how many of the units were labelled here, at least in part."""
@@ -90,25 +97,44 @@ class Labeller:
         depth = max(AHEAD, cutmix.GROUP // batch_size) if mixed else AHEAD
         done = 0
         share_the_interpreter()
+        self.leaving.clear()
         try:
-            with behind(self._finish, BEHIND) as finish, ahead(self._batches(units), depth) as batches:
-                for sent in self.clock.waits("wait for crops", batches):
-                    for piece in sent.received():
+            with (
+                behind(self._write, WRITES) as self.write,
+                behind(self._code, BEHIND) as code,
+                ahead(self._batches(units), depth) as rendered,
+                ahead(self._sent(rendered), 1) as batches,
+                self._telling_the_renderer(),
+            ):
+                for job, cut, sent in self.clock.waits("wait for crops", batches):
+                    for view, pixels in enumerate(sent.received()):
                         with self.clock.part("teachers", of_model=True):
-                            p, logits = ensemble(self.teachers, piece.pixels, self.config.store.precision, batch_size=batch_size)
+                            p, logits = ensemble(self.teachers, pixels, self.config.store.precision, batch_size=batch_size)
                             finite = torch.isfinite(logits).all(dim=1)
                         with self.clock.part("wait for the writer"):
-                            finish((piece, p, finite))
-                        progress.advance(int(piece.job.usable[piece.cut].sum()))
-                        done += piece.view == 0 and piece.cut.start == 0
+                            code(Piece(job, view, cut, pixels, p, finite))
+                        progress.advance(int(job.usable[cut].sum()))
+                    done += cut.start == 0
         except KeyboardInterrupt:
             self._tell_what_is_dropped()
             raise
         finally:
             for job in self.open:
-                if not job.writing:  # who asks twice to stop doesn't wait for it; its claims end with this process
+                job.dropped = True
+                if job.writing.acquire(
+                    blocking=False
+                ):  # otherwise it is being written: who asks twice to stop doesn't wait, and it ends with this process
                     job.claims.close()
+            self.open = []
         return done
+
+    @contextmanager
+    def _telling_the_renderer(self) -> Iterator[None]:
+        """That nobody wants its crops any more."""
+        try:
+            yield
+        finally:
+            self.leaving.set()
 
     def _tell_what_is_dropped(self) -> None:
         done, of = self.store.progress()
@@ -119,18 +145,24 @@ class Labeller:
         )
         say(f"{done} of {of} shards are done; " + (f"what was in flight is dropped ({what})" if dropped else "nothing is dropped"))
 
-    # ---- in a thread, ahead of the teachers
+    # ---- in threads, ahead of the teachers
 
-    def _batches(self, units: Iterable[Unit]) -> Iterator[Sent[list[Piece]]]:
+    def _batches(self, units: Iterable[Unit]) -> Iterator[tuple[Job, slice, list[dict[int, torch.Tensor]]]]:
         """Rendered crops of those units that can be claimed; all views of some rows together, which share a decode."""
         with self.send.beside():
             for unit in units:
-                job = self._claimed(unit)
+                job = None if self.leaving.is_set() else self._claimed(unit)
                 if job is not None:
                     for cut, views in self._mixed(job) if self.store.mixed else self._rendered(job, range(len(job.rows))):
-                        with self.clock.part("send"):
-                            sent = self.send([Piece(job, i, cut, pixels) for i, pixels in enumerate(views)])
-                        yield sent
+                        yield job, cut, views
+
+    def _sent(self, rendered: Iterable[tuple[Job, slice, list]]) -> Iterator[tuple[Job, slice, Sent[list]]]:
+        """On the device there is room for a few batches, and not for all that is rendered ahead with CutMix."""
+        with self.send.beside():
+            for job, cut, views in rendered:
+                with self.clock.part("send"):
+                    sent = self.send(views)
+                yield job, cut, sent
 
     def _claimed(self, unit: Unit) -> Job | None:
         claims = ExitStack()
@@ -141,7 +173,7 @@ class Labeller:
         store = self.store
         rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
         codes = np.zeros((len(views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype)
-        job = Job(Unit(views, unit.shard), rows, store.images.status[rows] == USABLE, [], codes, claims, len(views) * len(rows))
+        job = Job(Unit(views, unit.shard), rows, store.images.status[rows] == USABLE, [], codes, claims, len(views) * len(rows), len(views))
         self.open.append(job)
         job.kept = [self.plan.crops(view, rows) + (self.plan.mixes(view, rows) if store.mixed else ()) for view in views]
         return job
@@ -149,6 +181,8 @@ class Labeller:
     def _rendered(self, job: Job, part: range) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
         batch_size = self.config.store.batch_size
         for start in range(part.start, part.stop, batch_size):
+            if self.leaving.is_set():
+                return
             cut = slice(start, min(start + batch_size, part.stop))
             usable = job.usable[cut]
             with self.clock.part("read"):
@@ -171,7 +205,7 @@ class Labeller:
                         if size not in whole:
                             whole[size] = p.new_empty(len(part), *p.shape[1:])
                         whole[size][cut.start - first : cut.stop - first] = p
-            for cut in cuts:
+            for cut in () if self.leaving.is_set() else cuts:
                 views = []
                 with self.clock.part("mix"):
                     for (_, _, partner, box), pixels in zip(job.kept, group, strict=True):
@@ -193,34 +227,36 @@ class Labeller:
             )
         return self.renderers[views]
 
-    # ---- in a thread, behind the teachers
+    # ---- in threads, behind the teachers
 
-    def _finish(self, labelled: tuple[Piece, torch.Tensor, torch.Tensor]) -> None:
-        """Code the labels of a piece; with the last one of a unit, write the unit and let go of its claims."""
-        piece, p, finite = labelled
+    def _code(self, piece: Piece) -> None:
+        """Code the labels of a piece; with the last one of a unit, have the unit written."""
         job, good = piece.job, piece.job.usable[piece.cut]
-        if not finite.cpu().numpy()[good].all():
+        if not piece.finite.cpu().numpy()[good].all():
             self._blame(piece, good)
-        p = p.cpu().numpy()  # which waits for a GPU
+        p = piece.p.cpu().numpy()  # which waits for a GPU
         with self.clock.part("code"):
             job.codes[piece.view, piece.cut][good] = self.store.codec.encode(p[good])
         job.left -= len(good)
         if not job.left:
-            job.writing = True
+            for view in range(len(job.unit.views)):
+                self.write((job, view))
+
+    def _write(self, place: tuple[Job, int]) -> None:
+        """Write a view of a unit; with the last one let go of its claims."""
+        job, view = place
+        with job.writing:
+            if job.dropped:
+                return
             try:
-                for view, codes, kept in zip(job.unit.views, job.codes, job.kept, strict=True):
-                    self._write(view, job.unit.shard, codes, kept)
-            finally:
-                job.writing = False
+                with self.clock.part("write"):
+                    self.writer.write(job.unit.views[view], job.unit.shard, job.codes[view], *job.kept[view])
+            except BusyStore as taken:  # its owner now does it, or did
+                say(str(taken))
+        job.unwritten -= 1
+        if not job.unwritten:
             job.claims.close()
             self.open.remove(job)
-
-    def _write(self, view: int, shard: int, codes: np.ndarray, kept: tuple[np.ndarray, ...]) -> None:
-        try:
-            with self.clock.part("write"):
-                self.writer.write(view, shard, codes, *kept)
-        except BusyStore as taken:  # its owner now does it, or did
-            say(str(taken))
 
     def _blame(self, piece: Piece, good: np.ndarray) -> None:
         paths = self.store.images.path[piece.job.rows[piece.cut]]

@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
         if self.reversal:
             student = reverse_gradient(student)
         answers = self.layers(torch.cat([teachers, student])).squeeze(1)
-        truth = torch.cat([torch.ones(len(teachers)), torch.zeros(len(student))]).to(answers.device)
+        truth = torch.cat([torch.ones(len(teachers), device=answers.device), torch.zeros(len(student), device=answers.device)])
         loss = nn.functional.binary_cross_entropy_with_logits(answers, truth)
         right = (answers > 0) == (truth > 0)
         return loss, torch.stack([right[len(teachers) :].float().mean(), right[: len(teachers)].float().mean()])

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 
@@ -83,7 +84,7 @@ class Model:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [n, height, width, 3] → float32 [n, 3, height, width], (x / 255 − mean) / std, on the pixels' device."""
-        mean, std = (torch.tensor(c, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1) for c in (self.mean, self.std))
+        mean, std = (_constant(c, pixels.device) for c in (self.mean, self.std))
         return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
     def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
@@ -113,6 +114,12 @@ class Model:
             "std": list(self.std),
             "interpolation": self.interpolation,
         }
+
+
+@cache
+def _constant(of_rgb: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """float32 [1, 3, 1, 1]; made once, since a GPU is waited for when it is given something."""
+    return torch.tensor(of_rgb, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def imagenet_classes() -> list[str]:
@@ -217,7 +224,7 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
 
 
 def sync_batchnorm(model: Model) -> None:
-    """Let the model's BatchNorm layers take mean and variance over the images of all processes; on GPUs, and only where there are several."""
+    """Let the model's BatchNorm layers take mean and variance over the images of all processes; on GPUs."""
     model.module = timm.layers.convert_sync_batchnorm(model.module)
 
 

@@ -7,11 +7,13 @@ says what went wrong and nobody waits for a process that has given up.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
+from textwrap import shorten
 from typing import TypeVar
 
 import torch
@@ -23,6 +25,7 @@ from pipeline import progress
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # with process 0, which may decode a whole data set meanwhile; a process that dies is noticed at once
+STALL = timedelta(minutes=30)  # with the others in a step, while one's disk doesn't answer
 # DistributedDataParallel is to leave buffers alone: BatchNorm's are averaged at an epoch's end. Of two names for that, a newer torch warns of the old one.
 _KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
 _ALONE = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _KNOWN): False}
@@ -53,32 +56,46 @@ class Processes:
         if self.world == 1:
             return do()
         told: list = [None, False]
-        try:
-            if self.leads:
+        if self.leads:
+            try:
                 told = [do(), True]
-        finally:
-            with _naming_the_dead():
-                distributed.broadcast_object_list(told, group=self.talk)
+            except BaseException:
+                with suppress(MealError):
+                    self._tell(told)
+                raise
+        self._tell(told)
         if not told[1]:
             raise Elsewhere
         return told[0]
 
     def together(self, do: Callable[[], T]) -> T:
-        """What this process finds, once all have found something. An error is raised where it came, and Elsewhere in the others. ``do`` must not speak
-        to the others."""
+        """What this process finds, once all have found something. An error is raised where it came, and Elsewhere in the others, also in those where the very
+        same came. ``do`` must not speak to the others."""
         if self.world == 1:
             return do()
-        well = False
         try:
             found = do()
-            well = True
-        finally:
-            others = [None] * self.world
-            with _naming_the_dead():
-                distributed.all_gather_object(others, well, group=self.talk)
-        if not all(others):
+        except BaseException as error:
+            same = False
+            with suppress(MealError):
+                same = str(error) in self._hear(str(error) or type(error).__name__)[: self.rank]
+            if same and isinstance(error, MealError):
+                raise Elsewhere from None
+            raise
+        if any(self._hear("")):
             raise Elsewhere
         return found
+
+    def _tell(self, told: list) -> None:
+        with _naming_the_dead():
+            distributed.broadcast_object_list(told, group=self.talk)
+
+    def _hear(self, mine: str) -> list[str]:
+        """What each has to say."""
+        heard = [""] * self.world
+        with _naming_the_dead():
+            distributed.all_gather_object(heard, mine, group=self.talk)
+        return heard
 
     def sum(self, figures: torch.Tensor) -> torch.Tensor:
         """The sum over all processes of tensors of one shape, on the tensors' device; in each the same to the last bit."""
@@ -92,13 +109,15 @@ class Processes:
         """The module with process 0's weights in all of them, whose gradients become the mean over all after each backward pass."""
         if self.world == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **_ALONE)
+        with _naming_the_dead():
+            return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **_ALONE)
 
     def average_batchnorm(self, module: nn.Module) -> None:
         """Give all the mean of what each one's BatchNorm layers have seen: they normalise with the images of their own process, as in the paper."""
         if self.world > 1:
             for layer in module.modules():
-                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
+                own = isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+                if own and layer.track_running_stats:
                     for seen in (layer.running_mean, layer.running_var):
                         seen.copy_(self.sum(seen) / self.world)
 
@@ -120,7 +139,7 @@ def joining(device: torch.device) -> Iterator[Processes]:
         yield ALONE
         return
     with _naming_the_dead():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STALL)
         processes = Processes(distributed.get_rank(), world, distributed.new_group(backend="gloo", timeout=PATIENCE))
     if not processes.leads:
         progress.silence()
@@ -135,8 +154,14 @@ def _naming_the_dead() -> Iterator[None]:
         yield
     except RuntimeError as error:
         check()  # asked to stop like the others, this one was waiting for them
-        text = str(error)
-        if not (isinstance(error, distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "Connection", "peer"))):
-            raise
-        lines = "another process of this run has ended; what it said, or torchrun below, says why. Run the same command again to go on"
-        raise Elsewhere(lines if progress.speaks() else "") from None
+        text = " ".join(str(error).split())
+        if "Expected to have finished reduction" in text:
+            raise MealError(
+                "a part of this student takes no part in its output, which DistributedDataParallel can't do; train it in one process"
+            ) from None
+        if re.search(r"Connection (closed|reset)|closed by peer", text):
+            lines = "another process of this run has ended; what it said, or torchrun below, says why. Run the same command again to go on"
+            raise Elsewhere(lines if progress.speaks() else "") from None
+        if isinstance(error, distributed.DistError) or re.search("gloo|NCCL|nccl", text):
+            raise MealError(f"the processes of this run can't speak to each other ({shorten(text, 200, placeholder=' …')})") from None
+        raise

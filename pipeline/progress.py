@@ -76,9 +76,9 @@ class Progress:
         self.seconds = time.monotonic() - self.started
 
 
-def say(message: str) -> None:
-    """A line for people, on stderr: stdout is for results."""
-    if _speaks:
+def say(message: str, *, anyway: bool = False) -> None:
+    """A line for people, on stderr: stdout is for results. anyway: also where another process does the speaking."""
+    if _speaks or anyway:
         print(printable(message), file=sys.stderr, flush=True)
 
 

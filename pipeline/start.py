@@ -142,7 +142,7 @@ def _from_store(
     except StoreError as difference:
         if not allow_renderer_difference:
             raise
-        say(f"warning: {difference}")
+        say(f"warning: {difference}", anyway=True)  # another machine's renderer may be another one
     seen = sorted({t["image_size"] for t in store.provenance["teachers"]})
     if config.train.image_size not in seen:
         say(f"the student trains at {config.train.image_size} px, a size that no teacher of {path} saw ({', '.join(map(str, seen))} px)")
@@ -240,17 +240,30 @@ def _flat(document: object, prefix: str = "") -> dict[str, object]:
     return {prefix: document}
 
 
-def find_validation(data: Path, other: Path | None, source: Source, config: Config) -> Validation | None:
+def find_validation(data: Path, other: Path | None, source: Source, config: Config, processes: Processes = ALONE) -> Validation | None:
     """DATA/val, or the folder that the user named; None if there is neither."""
+    folder = processes.together(lambda: _validation_folder(data, other))
+    if not processes.first(lambda: folder is not None):
+        say("no validation: the data has no val/, and no --val-data was given")
+        return None
+    return Validation(processes.together(lambda: _required(folder, data)), processes.first(lambda: _scanned(folder, source, config)))
+
+
+def _validation_folder(data: Path, other: Path | None) -> Path | None:
     if other is not None:
         if not other.is_dir():
             raise images.DataError(f"--val-data {other} is no folder; it must hold class folders, or val/ with them")
-        folder = images.split_folder(other, "val")
-    elif images.is_split(data, "val"):
-        folder = images.split_folder(data, "val")
-    else:
-        say("no validation: the data has no val/, and no --val-data was given")
-        return None
+        return images.split_folder(other, "val")
+    return images.split_folder(data, "val") if images.is_split(data, "val") else None
+
+
+def _required(folder: Path | None, data: Path) -> Path:
+    if folder is None:
+        raise images.DataError(f"{data} has no val/ here, and has one where the first process runs; put it on every machine")
+    return folder
+
+
+def _scanned(folder: Path, source: Source, config: Config) -> Images:
     found = images.scan(
         folder, source.class_names, exif=source.policy.exif, threads=config.render.threads, max_megapixels=config.render.max_megapixels
     )
@@ -258,4 +271,4 @@ def find_validation(data: Path, other: Path | None, source: Source, config: Conf
         say(line)
     if not (found.status == USABLE).any():
         raise images.DataError(f"{folder} holds no image to validate on")
-    return Validation(folder, found)
+    return found

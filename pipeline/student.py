@@ -17,11 +17,12 @@ from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.evaluate import evaluate
 from pipeline.models import Model, load, sync_batchnorm
-from pipeline.processes import ALONE, Processes
+from pipeline.processes import ALONE, Elsewhere, Processes
 from pipeline.progress import Progress, duration, say
 from pipeline.replay import Batch, Replay, Source
 from pipeline.targets import Goal, Targets
 from pipeline.timing import TRAINING, Clock, advice_on_training, report
+from pipeline.transfer import fetched
 
 LOOK = 16  # steps after which the loss is looked at: on a GPU each look waits for the step
 
@@ -47,7 +48,7 @@ def train(
     """
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
-    _require_enough(config, processes, device)
+    processes.together(lambda: _require_enough(config, processes, device))
     folder, out = images.split_folder(data, "train"), out.absolute()
     if any(part.is_file() for part in (out, *out.parents)):
         raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
@@ -66,7 +67,7 @@ def train(
         if len(source.images.usable) < 2:
             raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
         state = processes.first(lambda: start.state_of_run(out, config, source))
-        validated = processes.first(lambda: start.find_validation(data, validation, source, config))
+        validated = start.find_validation(data, validation, source, config, processes)
         student = processes.together(
             lambda: load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
         )
@@ -79,6 +80,7 @@ def train(
                 config, out, student.to(device), teachers, source, folder, validated, device, processes, Clock(device, exact=profile)
             )
         )
+        run.learner = processes.joined(run.learner)
         with closing(run.replay):
             if state is not None:
                 run.restore(state)
@@ -182,7 +184,7 @@ class Run:
         self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
         self.processes, self.clock = processes, clock or Clock()
         recipe = config.train
-        if recipe.sync_bn:
+        if recipe.sync_bn and processes.world > 1:
             sync_batchnorm(student)
         groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
         self.discriminator = None
@@ -195,8 +197,8 @@ class Run:
         self.optimizer = torch.optim.SGD(
             groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused or None
         )
-        self.targets = Targets(config, source, student.classes, device, teachers)
-        self.learner = processes.joined(Learner(student, self.discriminator, self.targets, recipe.precision, recipe.compile))
+        self.targets = Targets(config, source, student.classes, device, teachers, processes.world)
+        self.learner: nn.Module = Learner(student, self.discriminator, self.targets, recipe.precision, recipe.compile)
         self.replay = Replay(
             source,
             folder,
@@ -243,9 +245,9 @@ class Run:
                 sums += self._step(batch)
                 seen += batch.total
                 if number % LOOK == 1:
-                    note = f"loss {self._require_finite(float(self.processes.sum(sums)[0]) / seen, rate):.3f}"
+                    note = f"loss {self._require_finite(float(fetched(self.processes.sum(sums))[0]) / seen, rate):.3f}"
                 progress.advance(batch.total, note)
-        sums = self.processes.sum(sums).cpu()
+            sums = fetched(self.processes.sum(sums))
         self._require_finite(float(sums[0]), rate)
         if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
             self._require_finite(math.nan, rate)
@@ -279,7 +281,10 @@ class Run:
         say(self._summary(metrics))
 
     def _require_finite(self, loss: float, rate: float) -> float:
+        """The loss, which is the same in all processes."""
         if not math.isfinite(loss):
+            if not self.processes.leads:
+                raise Elsewhere
             raise RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
         return loss
 

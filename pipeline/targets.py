@@ -45,10 +45,10 @@ class Goal:
 class Targets:
     """Goals of batches, which are on the training device, and the student's loss towards them."""
 
-    def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model]) -> None:
+    def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model], world: int = 1) -> None:
         self.recipe, self.classes, self.teachers = config.train, classes, teachers
-        # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be larger than a batch.
-        self.pieces, self.precision = min(config.store.batch_size, config.train.batch_size), config.store.precision
+        # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be larger than a process's part of a batch.
+        self.pieces, self.precision = min(config.store.batch_size, -(-config.train.batch_size // world)), config.store.precision
         codec = source.codec or CODECS[config.store.codec]
         self.floor = codec.floor
         self.soft = self.recipe.labels == "soft"

@@ -6,7 +6,6 @@ while it doesn't wait.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import defaultdict
@@ -112,13 +111,13 @@ def advice_on_training(clock: Clock, config: Config, device: torch.device) -> st
 
 
 def _of_the_loader(clock: Clock, config: Config, device: torch.device, who: str, more: list[str], store: str) -> str:
-    seconds, cores = clock.seconds, len(os.sched_getaffinity(0))
+    seconds, now, most = clock.seconds, threads_for(config.render.threads), threads_for(None)
     if seconds["labels"] > seconds["read"] + seconds["render"]:
         return f"{who} for labels, which are read from the store: put --store on a faster disk"
     if seconds["read"] > seconds["render"]:
         return f"{who} for crops, and reading the files takes most of that: put --data on a faster disk, or set render.threads higher"
-    if threads_for(config.render.threads) < min(16, cores):
-        more = [f"set render.threads to {min(16, cores)} (now {threads_for(config.render.threads)})", *more]
+    if now < most:
+        more = [f"set render.threads to {most} (now {now})", *more]
     if device.type == "cuda" and config.render.backend == "cpu":
         more.append(f"decode on the GPU (render.backend=gpu, with {store})")
     return f"{who} for crops, and decoding takes most of that: " + _or([*more, "give this process more cores"])

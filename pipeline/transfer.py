@@ -1,7 +1,8 @@
-"""Tensors on their way to the device while that is at work: from pinned memory, on a stream of their own. On the CPU nothing moves."""
+"""Tensors on their way to the device while that is at work: from pinned memory, on a stream of their own. From CPU to CPU nothing moves."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -9,12 +10,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from cache.stopping import check
+
 T = TypeVar("T")
 
 
 @dataclass
 class Sent(Generic[T]):
-    """A tensor, or lists, tuples, dicts and dataclasses of them, that may still be under way."""
+    """A tensor, or lists, tuples, dicts and dataclasses of them, which are copied as far as they hold tensors, that may still be under way."""
 
     what: T
     arrival: torch.cuda.Event | None = None
@@ -44,9 +47,19 @@ class Sender:
 
     def __call__(self, what: T) -> Sent[T]:
         if not self.stream:
-            return Sent(what)
+            return Sent(_each(lambda tensor: tensor.to(self.device), what))
         moved = _each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory().to(self.device, non_blocking=True), what)
         return Sent(moved, self.stream.record_event())
+
+
+def fetched(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, once the device has made it. Signals are heard meanwhile: where another process has failed, that may be never."""
+    if tensor.is_cuda:
+        made = torch.cuda.current_stream().record_event()
+        while not made.query():
+            check()
+            time.sleep(1e-4)
+    return tensor.cpu()
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor], what: Any) -> Any:

@@ -20,7 +20,7 @@ from cache import LabelStore
 from cache.claims import claims_of
 from cache.schema import MealError, StoreError
 from cache.writer import StoreWriter
-from pipeline import label, render, student
+from pipeline import label, render, student, transfer
 from pipeline.background import ahead, behind
 from pipeline.config import Config
 from pipeline.generate import generate
@@ -84,7 +84,7 @@ def spied(
 
 def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, small, store_path, tmp_path, monkeypatch):
     rendered, begun, written = Counted(), Counted(), Counted()
-    fingerprint = 1  # batch, rendered before
+    fingerprint = 2  # batches, rendered before
 
     def forward(call: int) -> None:  # of 12: two views × (2 + 2 + 2) batches
         begun.happens()
@@ -101,7 +101,7 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, s
         monkeypatch, StoreWriter, "write", lambda call: begun.wait_for(min(12, 4 + call)), written.happens
     )  # the next unit's labels are being made
     generate(small, photos, tmp_path / "s.zarr", device=CPU)
-    assert (begun.n, written.n) == (12, 6)
+    assert (begun.n, written.n, rendered.n) == (12, 6, 6 + fingerprint)
     assert tree(tmp_path / "s.zarr") == tree(store_path)
 
 
@@ -114,10 +114,24 @@ def test_pictures_are_rendered_while_the_student_trains(photos, small, store_pat
     assert rendered.n == 7
 
 
+def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(photos, small, store_path, tmp_path, monkeypatch):
+    """As it is on a GPU, where every tensor arrives as another one."""
+
+    def sent(self: transfer.Sender, what: object) -> transfer.Sent:
+        return transfer.Sent(transfer._each(lambda tensor: tensor.clone(), what))
+
+    train(small, photos, tmp_path / "plain", store=store_path, device=CPU)
+    monkeypatch.setattr(transfer.Sender, "__call__", sent)
+    generate(small, photos, tmp_path / "s.zarr", device=CPU)
+    assert tree(tmp_path / "s.zarr") == tree(store_path)
+    train(small, photos, tmp_path / "run", store=store_path, device=CPU)
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == (tmp_path / "plain" / "last.safetensors").read_bytes()
+
+
 FAILURES = {
     "the renderer": (render.Crops, "__call__", 3, DataError("a picture"), DataError),
     "a teacher": (label, "ensemble", 5, ModelError("a teacher"), ModelError),
-    "a codec": (label.Labeller, "_blame", 1, ModelError("a label"), ModelError),
+    "a thread behind": (label.Labeller, "_blame", 1, ModelError("a label"), ModelError),
     "the disk": (StoreWriter, "write", 2, OSError(28, "No space left on device"), StoreError),
 }
 
@@ -132,7 +146,7 @@ def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_st
 
     with monkeypatch.context() as broken:
         spied(broken, place, name, fail)
-        if what == "a codec":
+        if what == "a thread behind":
             broken.setattr(label.torch, "isfinite", lambda logits: torch.zeros_like(logits, dtype=torch.bool))
         with pytest.raises(kind, match=str(error.args[-1])):
             generate(small, photos, tmp_path / "s.zarr", device=CPU)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from pipeline.config import ModelSpec
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
 from pipeline.models import load
+from pipeline.render import FINGERPRINT_CROPS
 from pipeline.replay import Replay, StoredLabels
 from pipeline.student import train
 
@@ -47,10 +48,13 @@ class Bench:
     house: House
     store: Path
 
-    def start(self, world: int, out: Path, *options: object, host: int = 0) -> list[Run]:
+    def start(
+        self, world: int, out: Path, *options: object, per_rank: Sequence[tuple] = (), port: int | None = None, only: int | None = None
+    ) -> list[Run]:
+        """per_rank: further options of each. port: where they meet. only: so many of them."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            port = port or probe.getsockname()[1]
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         arguments = ["train-student", f"--config={self.house.config}", f"--data={self.house.data}", f"--out={out}", "--device=cpu"]
         if "--online" not in options and not any("--store" in str(option) for option in options):
@@ -58,9 +62,12 @@ class Bench:
         alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         return [
             self.house.start(
-                *arguments, *options, environment=(together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) if world > 1 else alone
+                *arguments,
+                *options,
+                *(per_rank[rank] if per_rank else ()),
+                environment=(together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) if world > 1 else alone,
             )
-            for rank in range(world)
+            for rank in range(world)[:only]
         ]
 
     def train(self, world: int, out: Path, *options: object) -> list[str]:
@@ -204,7 +211,7 @@ def test_a_run_goes_on_with_another_number_of_processes(bench, tmp_path):
 def test_what_all_would_refuse_is_refused_once(bench, tmp_path):
     runs = bench.start(2, tmp_path / "run", "--set=train.views=9")
     assert "train.views is 9" in runs[0].failed_with()
-    assert runs[1].end() == 1 and ("train.views is 9" in runs[1].said()) == 1  # each finds it by itself, before they speak
+    assert (runs[1].end(), runs[1].said()) == (1, "")  # though each finds it by itself
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     runs = bench.start(3, tmp_path / "full")
@@ -212,7 +219,30 @@ def test_what_all_would_refuse_is_refused_once(bench, tmp_path):
     assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")]
     runs = bench.start(3, tmp_path / "small", "--set=train.batch_size=5")
     assert "train.batch_size 5 is fewer than two images for each of 3 processes; set it to 6 or more" in runs[0].failed_with()
-    assert [run.end() for run in runs] == [1] * 3 and not (tmp_path / "small").exists()
+    assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")] and not (tmp_path / "small").exists()
+
+
+def test_a_run_that_diverges_says_so_once(bench, tmp_path):
+    runs = bench.start(2, tmp_path / "run", "--set=train.lr=1e30")
+    assert "lower train.lr (now 1e+30)" in runs[0].failed_with()
+    assert (runs[1].end(), runs[1].said()) == (1, "")
+
+
+def test_what_one_finds_wrong_before_the_first_step_is_said_by_that_one(bench, tmp_path):
+    """One of two machines has other photographs of the same names, and no val/."""
+    shutil.copytree(bench.house.data / "train", tmp_path / "data" / "train")
+    runs = bench.start(2, tmp_path / "run", per_rank=[(), (f"--data={tmp_path / 'data'}",)])
+    assert "has no val/ here, and has one where the first process runs" in runs[1].failed_with()
+    assert runs[0].end() == 1
+    require_no_trace(runs[0])
+
+
+def test_a_port_that_is_taken_is_named(bench, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        (run, *_) = bench.start(2, tmp_path / "run", port=taken.getsockname()[1], only=1)
+        assert "the processes of this run can't speak to each other (" in run.failed_with() and "EADDRINUSE" in run.said()
 
 
 def test_batchnorm_over_all_processes_is_refused_on_a_cpu(bench, tmp_path):
@@ -236,13 +266,13 @@ def test_when_one_process_is_killed_the_others_end_in_a_line(bench, tmp_path, lo
 
 def test_an_image_that_changes_in_one_processs_part_is_named_by_that_one(bench, tmp_path, recipe):
     data = tmp_path / "data"
-    write_photos(data, 10, seed=3)
+    write_photos(data, 30, seed=3)
     generate(changed(recipe, crops={"views": 1}), data, tmp_path / "s.zarr", device=CPU)
     store = LabelStore.open(tmp_path / "s.zarr")
     replay = Replay(StoredLabels(store, 1), data, sizes=[32], batch_size=16, seed=0, rendering=_Rendering(), rank=1, world=2)
     with replay.epoch(0) as batches:
-        theirs = store.images.path[next(batches).rows[0]]
-    photo = data / theirs
+        theirs = [row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS]  # which nobody looks at before
+    photo = data / store.images.path[theirs[0]]
     photo.write_bytes(photo.read_bytes()[:-1] + b"x")  # of the same size: seen when it is read
     runs = bench.start(2, tmp_path / "run", f"--store={tmp_path / 's.zarr'}", f"--data={data}")
     assert f"{photo} has changed since the manifest was made" in runs[1].failed_with()

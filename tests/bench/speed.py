@@ -6,7 +6,7 @@
 
 A figure is the median of the ratios of some pairs, A B A B …, with the least and the greatest. Photographs are cut from scikit-learn's two samples, to
 about the size of ImageNet's; weights are random, which doesn't matter to speed. What is done once at a start (reading the manifest, loading models,
-the first use of each thread) isn't counted; filling a pipeline and emptying it is.
+the first use of each thread) isn't counted; stage one is timed from its first rendered batch on, to its last record.
 
 A stand-in is a model that does nothing for 1.25 times as long as the loader alone takes for a batch, as an accelerator would seem from here: it shows what
 is lost between the loader and a fast device on a machine that has none. "Serial" is the same work with nothing done beside anything else.
@@ -235,14 +235,14 @@ def the_teachers(place: Place) -> Iterator[Figure]:
     with ExitStack() as stack:
         run, units = place.labeller(config, place.few, empty, teachers, stack)
         begun = time.process_time()
-        pieces = [piece for sent in run._batches(units) for piece in sent.received()]
+        pieces = [(cut, pixels) for _, cut, views in run._batches(units) for pixels in views]
         loader = (time.process_time() - begun) / len(os.sched_getaffinity(0))
         for job in run.open:
             job.claims.close()
-    crops = sum(piece.cut.stop - piece.cut.start for piece in pieces)
+    crops = sum(cut.stop - cut.start for cut, _ in pieces)
 
     def bare() -> float:
-        return seconds(lambda: [ensemble(teachers, piece.pixels, "float32", batch_size=64) for piece in pieces])
+        return seconds(lambda: [ensemble(teachers, pixels, "float32", batch_size=64) for _, pixels in pieces])
 
     bare()
     found = pairs(bare, lambda: place.labelled(config, place.few, empty, teachers)[0], place.repeats)
@@ -252,6 +252,25 @@ def the_teachers(place: Place) -> Iterator[Figure]:
         f"lite1 + lite2, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s; the loader shares the cores, which allows {allowed:.3f}"
     )
     yield Figure("stage one / bare teachers", [a / b for a, b in found], 0.97, detail)
+
+
+def compilation(place: Place) -> Iterator[Figure]:
+    """Of one teacher, one size of batch: store.compile."""
+    (teacher, _) = load_teachers(place.config(teachers=place.teachers).teachers, CPU)
+    fast = teacher.compiled(freezing=True)
+    pixels = {teacher.image_size: torch.randint(0, 256, (64, teacher.image_size, teacher.image_size, 3), dtype=torch.uint8)}
+
+    def of(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+        return ensemble([model], pixels, "float32")
+
+    apart = float((of(teacher)[0] - of(fast)[0]).abs().sum(dim=1).max()) / 2
+    found = pairs(lambda: seconds(lambda: of(teacher)), lambda: seconds(lambda: of(fast)), 2 * place.repeats + 1)
+    yield Figure(
+        "teacher / the same, compiled",
+        [a / b for a, b in found],
+        None,
+        f"seconds; lite1, batches of 64; labels apart {apart:.1g} in total variation",
+    )
 
 
 def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
@@ -264,8 +283,8 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
             run, units = place.labeller(config, place.many, empty, [stand_in(0)], stack)
             made = 0
             begun = time.perf_counter()
-            for sent in run._batches(units):
-                made += len(sent.received())
+            for _, _, views in run._batches(units):
+                made += len(views)
             took = time.perf_counter() - begun
             for job in run.open:
                 job.claims.close()
@@ -471,6 +490,7 @@ def _store_of(path: Path, n: int) -> None:
 
 MEASUREMENTS = {
     "stage one, teachers": the_teachers,
+    "stage one, compiled": compilation,
     "stage one, stand-in": the_stand_in_teachers,
     "stage two, student": the_student,
     "stage two, stand-in": the_stand_in_student,
