@@ -25,7 +25,6 @@ from pipeline.transfer import Sender, Sent
 
 AHEAD = 2  # batches that are rendered before the teachers want them
 BEHIND = 4  # forward passes whose labels wait to be coded
-WRITES = 16  # views of shards that wait to be written
 
 
 @dataclass
@@ -100,7 +99,7 @@ class Labeller:
         self.leaving.clear()
         try:
             with (
-                behind(self._write, WRITES) as self.write,
+                behind(self._write, self.config.store.views_per_decode) as self.write,
                 behind(self._code, BEHIND) as code,
                 ahead(self._batches(units), depth) as rendered,
                 ahead(self._sent(rendered), 1) as batches,
@@ -119,11 +118,11 @@ class Labeller:
             self._tell_what_is_dropped()
             raise
         finally:
-            for job in self.open:
+            for job in list(self.open):
                 job.dropped = True
-                if job.writing.acquire(
-                    blocking=False
-                ):  # otherwise it is being written: who asks twice to stop doesn't wait, and it ends with this process
+                # Who asks twice to stop doesn't wait for a write, and its claims end with this process.
+                if job.writing.acquire(blocking=False):
+                    job.writing.release()
                     job.claims.close()
             self.open = []
         return done

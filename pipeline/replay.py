@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -213,6 +213,7 @@ class Replay:
         self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
         self.send, self.clock = Sender(device or torch.device("cpu")), clock or Clock()
         self.views = crops_per_image
+        self.begun: tuple[int, ExitStack, Iterator[Sent[Batch]]] | None = None
         self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // crops_per_image)
         self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
         self.class_index = source.images.class_index.astype(np.int64)
@@ -229,7 +230,8 @@ class Replay:
         )
 
     def close(self) -> None:
-        """End the threads that read images."""
+        """End all threads."""
+        self.forget()
         self.read.__exit__()
 
     def _mine(self, size: int) -> np.ndarray:
@@ -247,8 +249,23 @@ class Replay:
 
         It replays the views epoch, epoch + 1, …, one for each of ``crops_per_image``, modulo the source's views.
         """
-        with ahead(self._batches(epoch)) as batches:
+        if self.begun is None or self.begun[0] != epoch:
+            self.begin(epoch)
+        (_, context, batches), self.begun = self.begun, None
+        with context:
             yield (sent.received() for sent in batches)
+
+    def begin(self, epoch: int) -> None:
+        """Start to render an epoch that is going to be asked for, while other things are done."""
+        self.forget()
+        context = ExitStack()
+        self.begun = epoch, context, context.enter_context(ahead(self._batches(epoch)))
+
+    def forget(self) -> None:
+        """Drop what was begun."""
+        if self.begun is not None:
+            (_, context, _), self.begun = self.begun, None
+            context.close()
 
     def _batches(self, epoch: int) -> Iterator[Sent[Batch]]:
         sizes = iter(self.sizes)

@@ -248,6 +248,8 @@ class Run:
                     note = f"loss {self._require_finite(float(fetched(self.processes.sum(sums))[0]) / seen, rate):.3f}"
                 progress.advance(batch.total, note)
             sums = fetched(self.processes.sum(sums))
+        if done < recipe.epochs:
+            self.replay.begin(done)
         self._require_finite(float(sums[0]), rate)
         if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
             self._require_finite(math.nan, rate)

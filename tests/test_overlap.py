@@ -114,6 +114,16 @@ def test_pictures_are_rendered_while_the_student_trains(photos, small, store_pat
     assert rendered.n == 7
 
 
+def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(photos, small, store_path, tmp_path, monkeypatch):
+    rendered = Counted()
+    spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
+    spied(
+        monkeypatch, student, "evaluate", lambda call: rendered.wait_for(min(12, 6 * call + 1) + 1)
+    )  # 6 batches an epoch, and the fingerprint
+    train(small, photos, tmp_path / "run", store=store_path, device=CPU)
+    assert rendered.n == 13
+
+
 def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(photos, small, store_path, tmp_path, monkeypatch):
     """As it is on a GPU, where every tensor arrives as another one."""
 
