@@ -25,6 +25,7 @@ from pipeline.transfer import Sender, Sent
 
 AHEAD = 2  # batches that are rendered before the teachers want them
 BEHIND = 4  # forward passes whose labels wait to be coded
+UNITS = 3  # at once: one that is rendered, one that is labelled, one that is written; what is claimed no other worker can do
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Labeller:
         done = 0
         share_the_interpreter()
         self.leaving.clear()
+        self.room = threading.Semaphore(UNITS)
         try:
             with (
                 behind(self._write, self.config.store.views_per_decode) as self.write,
@@ -150,8 +152,14 @@ class Labeller:
         """Rendered crops of those units that can be claimed; all views of some rows together, which share a decode."""
         with self.send.beside():
             for unit in units:
-                job = None if self.leaving.is_set() else self._claimed(unit)
-                if job is not None:
+                while not self.room.acquire(timeout=0.1) and not self.leaving.is_set():
+                    pass
+                if self.leaving.is_set():
+                    return
+                job = self._claimed(unit)
+                if job is None:
+                    self.room.release()
+                else:
                     for cut, views in self._mixed(job) if self.store.mixed else self._rendered(job, range(len(job.rows))):
                         yield job, cut, views
 
@@ -256,6 +264,7 @@ class Labeller:
         if not job.unwritten:
             job.claims.close()
             self.open.remove(job)
+            self.room.release()
 
     def _blame(self, piece: Piece, good: np.ndarray) -> None:
         paths = self.store.images.path[piece.job.rows[piece.cut]]
