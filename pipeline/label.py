@@ -5,9 +5,10 @@ without a gap, so that the teachers wait for nothing but a loader that is slower
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pipeline.progress import Progress, say
 from pipeline.timing import Clock
 from pipeline.transfer import Sender, Sent
 
+T = TypeVar("T")
 AHEAD = 2  # batches that are rendered before the teachers want them
 BEHIND = 4  # forward passes whose labels wait to be coded
 UNITS = 3  # at once: one that is rendered, one that is labelled, one that is written; what is claimed no other worker can do
@@ -101,8 +103,8 @@ class Labeller:
         self.room = threading.Semaphore(UNITS)
         try:
             with (
-                behind(self._write, self.config.store.views_per_decode) as self.write,
-                behind(self._code, BEHIND) as code,
+                behind(self._or_leave(self._write), self.config.store.views_per_decode) as self.write,
+                behind(self._or_leave(self._code), BEHIND) as code,
                 ahead(self._batches(units), depth) as rendered,
                 ahead(self._sent(rendered), 1) as batches,
                 self._telling_the_renderer(),
@@ -128,6 +130,18 @@ class Labeller:
                     job.claims.close()
             self.open = []
         return done
+
+    def _or_leave(self, deal_with: Callable[[T], None]) -> Callable[[T], None]:
+        """The same, but where it fails the renderer ends, which may be waiting for room that there will never be."""
+
+        def deal(item: T) -> None:
+            try:
+                deal_with(item)
+            except BaseException:
+                self.leaving.set()
+                raise
+
+        return deal
 
     @contextmanager
     def _telling_the_renderer(self) -> Iterator[None]:

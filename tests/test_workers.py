@@ -948,7 +948,9 @@ def trained(house, whole) -> Training:
 TRAINING: dict[str, When] = {
     "at its start": When("read", r"3\.zarr/images/path/c/", ""),
     "the first epoch": When("read", r"data/train/.*jpg$", "", nth=10, after=r"run/config\.yaml$"),
-    "the second epoch": When("read", r"data/train/.*jpg$", "", nth=28, after=r"run/config\.yaml$"),  # of 18 pictures; while the first one is validated
+    "the second epoch": When(
+        "read", r"data/train/.*jpg$", "", nth=28, after=r"run/config\.yaml$"
+    ),  # of 18 pictures; while the first one is validated
     "writing the state": When("rename", r"run/state\.pt$", ""),
     "writing the metrics": When("write", r"run/\.metrics\.jsonl\.partial$", "", nth=2),
 }
