@@ -119,7 +119,8 @@ class Model:
 @cache
 def _constant(of_rgb: tuple[float, float, float], device: torch.device) -> torch.Tensor:
     """float32 [1, 3, 1, 1]; made once, since a GPU is waited for when it is given something."""
-    return torch.tensor(of_rgb, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    with torch.inference_mode(False):  # a teacher may ask for it first, and a student that trains next
+        return torch.tensor(of_rgb, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def imagenet_classes() -> list[str]:

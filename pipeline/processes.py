@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -32,10 +32,7 @@ _ALONE = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if
 
 
 class Elsewhere(MealError):
-    """Another process failed, and says itself what is wrong."""
-
-    def __init__(self, message: str = "") -> None:
-        super().__init__(message)
+    """Another process failed, and says itself what is wrong; so the message is often empty, and then nothing is printed."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,9 @@ class Processes:
                     for seen in (layer.running_mean, layer.running_var):
                         seen.copy_(self.sum(seen) / self.world)
 
-    @contextmanager
-    def in_step(self) -> Iterator[None]:
+    def in_step(self) -> AbstractContextManager:
         """For a block in which the processes speak to each other by themselves, as in a backward pass."""
-        with _naming_the_dead() if self.world > 1 else nullcontext():
-            yield
+        return _naming_the_dead() if self.world > 1 else nullcontext()
 
 
 ALONE = Processes()

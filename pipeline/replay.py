@@ -191,7 +191,8 @@ class Replay:
     """Epochs of a source as batches: the same sequence of global batches for every number of processes.
 
     sizes: output sizes in pixels, the first one the student's. batch_size: crops of a global batch. crops_per_image: how many views of each image
-    are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch. device: where the tensors are to be.
+    are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch.
+    rank, world: which of how many processes this is, each of which has a part of every batch. device: where the tensors are to be.
     """
 
     def __init__(

@@ -27,14 +27,13 @@ class Sent(Generic[T]):
         if self.arrival:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.arrival)
-            _each(
-                lambda tensor: tensor.record_stream(stream) or tensor, self.what
-            )  # their memory isn't free before this stream is done with it
+            # Their memory isn't free before this stream is done with it.
+            _each(lambda tensor: tensor.record_stream(stream) or tensor, self.what)
         return self.what
 
 
 class Sender:
-    """Sends to one device, from one thread, which works in ``beside``."""
+    """Sends to one device, from threads that work in ``beside``."""
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"  # of this thread: another one would have another device

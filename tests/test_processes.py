@@ -321,8 +321,6 @@ def test_torchrun_fills_one_store_and_trains_one_student(bench, tmp_path, recipe
     require_same(out, tmp_path / "one", weights=2e-5)
 
 
-def test_a_run_of_several_processes_and_of_one_may_share_a_python_program(photos, recipe, store_path, tmp_path):
-    """Without torchrun nothing of this is asked for: no process group, no environment variable."""
+def test_without_torchrun_nothing_of_this_is_asked_for(photos, recipe, store_path, tmp_path):
     train(changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU)
     assert not torch.distributed.is_initialized()
-    shutil.rmtree(tmp_path / "run")

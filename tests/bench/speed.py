@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from unittest import mock
 
@@ -138,6 +138,11 @@ def seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+def mean_seconds(do: Callable[[], object]) -> float:
+    """Seconds of one of ten."""
+    return seconds(lambda: [do() for _ in range(10)]) / 10
+
+
 def pairs(a: Callable[[], float], b: Callable[[], float], n: int) -> list[tuple[float, float]]:
     """Of seconds, in turn."""
     return [(a(), b()) for _ in range(n)]
@@ -186,10 +191,9 @@ class Place:
         document["train"] = {"image_size": 224, "batch_size": 32, "epochs": 1000, "milestones": [], **document.get("train", {})}
         return validate(document, "bench")
 
-    def scanned(self, folder: Path, name: str) -> images.Images:
-        if name not in self.__dict__:
-            self.__dict__[name] = images.scan(folder, CLASSES, exif="ignore", order_seed=0)
-        return self.__dict__[name]
+    @cached_property
+    def manifest(self) -> images.Images:
+        return images.scan(self.many, CLASSES, exif="ignore", order_seed=0)
 
     def empty(self, config: Config, data: Path, teachers: list[Model]) -> Path:
         self.number += 1
@@ -296,7 +300,7 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
         for _ in range(place.repeats):
             alone, batches = loading()
             teacher = stand_in(alone * SLOWER)
-            bare = batches * seconds(lambda: [ensemble([teacher], pixels, "float32", batch_size=64) for _ in range(10)]) / 10  # noqa: B023
+            bare = batches * mean_seconds(partial(ensemble, [teacher], pixels, "float32", batch_size=64))
             ours.append(bare / place.labelled(config, place.many, empty, [teacher])[0])
         with serial():
             theirs = [bare / place.labelled(config, place.many, empty, [teacher])[0]]
@@ -305,16 +309,16 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
     yield Figure("the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
 
 
-def trained(place: Place, data: Path, config: Config) -> tuple[StoredLabels, Path]:
-    """A store of a view that a stand-in has labelled."""
+def stored(place: Place, data: Path, config: Config) -> StoredLabels:
+    """A view that a stand-in has labelled."""
     made = config.model_copy(update={"crops": config.crops.model_copy(update={"views": 1})})
     path = place.labelled(made, data, place.empty(made, data, [stand_in(0)]), [stand_in(0)])[1]
-    return StoredLabels(LabelStore.open(path), 1), path
+    return StoredLabels(LabelStore.open(path), 1)
 
 
 def the_student(place: Place) -> Iterator[Figure]:
     config = place.config()
-    source, _ = trained(place, place.few, config)
+    source = stored(place, place.few, config)
     run = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
     bare_model = load(config.student, classes=1000, image_size=224)
     optimizer = torch.optim.SGD(bare_model.module.parameters(), lr=0.01, momentum=0.9)
@@ -348,7 +352,7 @@ def the_student(place: Place) -> Iterator[Figure]:
 
 def the_stand_in_student(place: Place) -> Iterator[Figure]:
     config = place.config(train={"batch_size": 64})
-    source, _ = trained(place, place.many, config)
+    source = stored(place, place.many, config)
     loader = Replay(source, place.many, sizes=[224], batch_size=64, seed=0, rendering=config.render)
 
     def loading() -> float:
@@ -363,7 +367,7 @@ def the_stand_in_student(place: Place) -> Iterator[Figure]:
         for _ in range(place.repeats):
             alone = loading()
             run = place.training(config, source, place.many, stand_in(alone * SLOWER))
-            bare = len(loader.sizes) * seconds(lambda: [run._step(batch) for _ in range(10)]) / 10  # noqa: B023
+            bare = len(loader.sizes) * mean_seconds(partial(run._step, batch))
             ours.append(bare / seconds(run.train_pass))
         with serial():
             theirs = [bare / seconds(run.train_pass)]
@@ -374,14 +378,14 @@ def the_stand_in_student(place: Place) -> Iterator[Figure]:
 
 def online(place: Place) -> Iterator[Figure]:
     config = place.config()
-    source, _ = trained(place, place.few, config)
-    stored = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
+    source = stored(place, place.few, config)
+    plain = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
     live = place.config(teachers=place.teachers, store={"batch_size": 32}, train={"online": True})
     teachers = load_teachers(live.teachers, CPU)
     drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (256, 256), {})
     asking = place.training(live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers)
-    stored.train_pass()
-    found = pairs(lambda: seconds(asking.train_pass), lambda: seconds(stored.train_pass), place.repeats)
+    plain.train_pass()
+    found = pairs(lambda: seconds(asking.train_pass), lambda: seconds(plain.train_pass), place.repeats)
     work = estimate(live)
     allowed = (work["teacher_gflop_per_crop"] + work["student_gflop_per_crop"]) / work["student_gflop_per_crop"]
     yield Figure(
@@ -410,7 +414,7 @@ class Torchvision(torch.utils.data.Dataset):
 
 def the_loader(place: Place) -> Iterator[Figure]:
     config = place.config()
-    found = place.scanned(place.many, "manifest of many")
+    found = place.manifest
     processes = len(os.sched_getaffinity(0))
     for crops in (1, 2, 4):
         source = DrawnCrops(found, CLASSES, config.crops.model_copy(update={"views": crops}), "cpu", crops, (len(found),) * 2, {})
