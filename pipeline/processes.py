@@ -34,6 +34,9 @@ _ALONE = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if
 class Elsewhere(MealError):
     """Another process failed, and says itself what is wrong; so the message is often empty, and then nothing is printed."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+
 
 @dataclass(frozen=True)
 class Processes:
