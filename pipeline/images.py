@@ -22,11 +22,13 @@ from cache.schema import UNUSABLE, USABLE, Images, MealError, printable
 from pipeline import philox
 from pipeline.progress import Progress
 from pipeline.render import Header, RenderError, WholeDecode, quiet_decoders, threads_for
+from pipeline.scanned import Scanned
 
 MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
 LOOKERS = 16  # threads that list folders where that is mostly waiting; elsewhere they would only wait for each other
 FAR, TELLING = 20e-6, 500  # seconds a file, from which on it is: the disk is another machine's; and how many files tell
 SCAN_WINDOW = 4096  # files handed to the threads at a time
+_REPAIR = "put the image back as it was, or begin anew, with another store or --out"
 ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this number
 
 
@@ -81,9 +83,9 @@ def read_class_map(path: str | Path) -> list[str]:
     return names
 
 
-def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Every file below the class folders, hidden ones left out: str [n] paths relative to ``folder``, sorted; int32 [n] class index;
-    int64 [n] size in bytes. A class folder that isn't among ``classes`` is an error."""
+    int64 [n] size in bytes; int64 [n] when it was changed last, ns since 1970. A class folder that isn't among ``classes`` is an error."""
     index = {name: i for i, name in enumerate(classes)}
     names = class_names(folder)
     for name in names:
@@ -93,10 +95,10 @@ def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.nda
                 "pass the --class-map that names it, or take the folder away"
             )
 
-    def look(name: str) -> list[tuple[str, int, int]]:
-        return [(path, index[name], size) for path, size in _walk(folder / name, name)]
+    def look(name: str) -> list[tuple[str, int, int, int]]:
+        return [(path, index[name], *about) for path, *about in _walk(folder / name, name)]
 
-    found: list[tuple[str, int, int]] = []
+    found: list[tuple[str, int, int, int]] = []
     left = iter(names)
     with Progress("looking for files", len(names), "class folders") as progress, ThreadPoolExecutor(LOOKERS) as pool:
         begun = time.perf_counter()
@@ -115,12 +117,12 @@ def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.nda
     if not found:
         raise DataError(f"the class folders of {folder} hold no files")
     found.sort()
-    paths, indices, sizes = zip(*found, strict=True)
-    return np.array(paths, dtype=object), np.array(indices, dtype=np.int32), np.array(sizes, dtype=np.int64)
+    paths, indices, sizes, changed = zip(*found, strict=True)
+    return np.array(paths, object), np.array(indices, np.int32), np.array(sizes, np.int64), np.array(changed, np.int64)
 
 
-def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int]]:
-    """(path, size) of every file below; a folder that is reached through a link to one above it is left out."""
+def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
+    """(path, size, time of change) of every file below; a folder that is reached through a link to one above it is left out."""
     waiting: list[tuple[str, str, frozenset]] = [(str(folder), relative, frozenset())]
     while waiting:
         place, name, above = waiting.pop()
@@ -136,10 +138,11 @@ def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int]]:
                 waiting.append((entry.path, path, above | {here}))
             else:
                 try:
-                    size = entry.stat().st_size
+                    status = entry.stat()
                 except OSError:  # a symbolic link to nothing
-                    size = -1
-                yield path, size
+                    yield path, -1, 0
+                else:
+                    yield path, status.st_size, status.st_mtime_ns
 
 
 def scan(
@@ -150,21 +153,28 @@ def scan(
     threads: int | None = None,
     order_seed: int | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    before: Scanned | None = None,
 ) -> Images:
     """Read and decode every file whole, and note size, digest, dimensions, and why a file is unusable.
 
     exif: "ignore" or "apply", as the renderer will decode. order_seed: rows in a random order that depends on the seed and the paths
     (so that a run of rows is a fair sample of the classes); None: sorted by path. max_megapixels: a larger image is unusable, and never decoded: what
-    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes.
+    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes. before: what an earlier scan found, which holds for files that haven't changed since; notes what this one finds.
     """
-    paths, class_index, sizes = list_files(folder, classes)
+    paths, class_index, sizes, changed = list_files(folder, classes)
     n = len(paths)
     if order_seed is not None:
         order = row_order(order_seed, paths)
-        paths, class_index, sizes = paths[order], class_index[order], sizes[order]
+        paths, class_index, sizes, changed = paths[order], class_index[order], sizes[order], changed[order]
     digest = np.zeros((n, 32), np.uint8)
     height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
     reason = np.full(n, "", dtype=object)
+    if before:
+        known, found = before.recall(exif, paths, sizes, changed)
+        for column, values in zip((sizes, digest, height, width), found, strict=True):
+            column[known] = values
+    unknown = np.flatnonzero((height == 0) | (height.astype(np.int64) * width > max_megapixels * 1e6))
+    height[unknown] = width[unknown] = 0
     threads = threads_for(threads)
     decoders = threading.local()
 
@@ -189,15 +199,18 @@ def scan(
         else:
             height[row], width[row] = shape
 
-    with quiet_decoders(), Progress("reading images", n, "images") as progress, ThreadPoolExecutor(threads) as pool:
+    with quiet_decoders(), Progress("reading images", len(unknown), "images") as progress, ThreadPoolExecutor(threads) as pool:
         try:
-            for start in range(0, n, SCAN_WINDOW):
-                for _ in pool.map(examine, range(start, min(start + SCAN_WINDOW, n))):
+            for start in range(0, len(unknown), SCAN_WINDOW):
+                for _ in pool.map(examine, unknown[start : start + SCAN_WINDOW]):
                     progress.advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # when it is stopped, thousands are still waiting
     status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
-    return Images(np.array([_printable(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
+    found = Images(np.array([_printable(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
+    if before:
+        before.note(exif, found, changed)
+    return found
 
 
 def row_order(seed: int, paths: np.ndarray) -> np.ndarray:
@@ -272,13 +285,10 @@ class Reader:
         try:
             blob = path.read_bytes()
         except OSError as error:
-            raise DataError(
-                f"{path} can't be read any more ({error.strerror}); put the image back as it was, or generate a new store"
-            ) from None
+            raise DataError(f"{path} can't be read any more ({error.strerror}); {_REPAIR}") from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
-                f"{path} has changed since the manifest was made (other contents: {len(blob)} bytes now, {self.images.bytes[row]} then); "
-                "put the image back as it was, or generate a new store"
+                f"{path} has changed since the manifest was made (other contents: {len(blob)} bytes now, {self.images.bytes[row]} then); {_REPAIR}"
             )
         return blob
 
@@ -298,7 +308,7 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
 
 def require_same_files(folder: Path, images: Images, classes: Sequence[str], made: str) -> None:
     """Raises DataError unless the folder holds exactly the files of the manifest, with the same sizes (contents are compared when read)."""
-    paths, class_index, sizes = list_files(folder, classes)
+    paths, class_index, sizes, _ = list_files(folder, classes)
     paths = np.array([_printable(p) for p in paths], object)
     here = np.argsort(paths, kind="stable")  # a name that isn't UTF-8 sorts elsewhere when it is printed
     paths, class_index, sizes = paths[here], class_index[here], sizes[here]

@@ -20,6 +20,7 @@ from pipeline.processes import ALONE, Processes
 from pipeline.progress import say
 from pipeline.provenance import layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
+from pipeline.scanned import Scanned
 
 FREE_KEYS = (
     "train.epochs",
@@ -29,6 +30,7 @@ FREE_KEYS = (
     "store",
     "crops.views",
 )  # may change when a run is gone on with
+SCANS = ("training-images.npz", "validation-images.npz")  # files of a run: what was found in the two folders
 
 
 @dataclass
@@ -57,8 +59,10 @@ def choose_source(
     started_views: int | None = None,
     allow_renderer_difference: bool = False,
     processes: Processes = ALONE,
+    before: Scanned | None = None,
 ) -> tuple[Config, Source, list[Model]]:
-    """The config with what the source decides filled in, the source, checked against the folder, and the teachers if they are to be live."""
+    """The config with what the source decides filled in, the source, checked against the folder, and the teachers if they are to be live. before: what an earlier
+    start found in the folder."""
     if path is not None:
         if config.train.online:
             raise ConfigError("train.online asks live teachers and takes no --store; leave one of them out")
@@ -85,6 +89,7 @@ def choose_source(
             threads=config.render.threads,
             order_seed=config.crops.seed,
             max_megapixels=config.render.max_megapixels,
+            before=before,
         )
     )
     for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
@@ -190,7 +195,7 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
     """What a run in ``out`` goes on from; None if it is a new one. Raises RunError unless what is there is a part of this very run."""
     state = checkpoint.load_state(out / "state.pt")
     if state is None:
-        ours = {"config.yaml", "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch's end leaves these
+        ours = {"config.yaml", *SCANS, "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch leaves these
         if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
         if len(_lines(out / "metrics.jsonl")) > 1:
@@ -240,13 +245,15 @@ def _flat(document: object, prefix: str = "") -> dict[str, object]:
     return {prefix: document}
 
 
-def find_validation(data: Path, other: Path | None, source: Source, config: Config, processes: Processes = ALONE) -> Validation | None:
-    """DATA/val, or the folder that the user named; None if there is neither."""
+def find_validation(
+    data: Path, other: Path | None, source: Source, config: Config, processes: Processes = ALONE, before: Scanned | None = None
+) -> Validation | None:
+    """DATA/val, or the folder that the user named; None if there is neither. before: what an earlier start found there."""
     folder = processes.together(lambda: _validation_folder(data, other))
     if not processes.first(lambda: folder is not None):
         say("no validation: the data has no val/, and no --val-data was given")
         return None
-    return Validation(processes.together(lambda: _required(folder, data)), processes.first(lambda: _scanned(folder, source, config)))
+    return Validation(processes.together(lambda: _required(folder, data)), processes.first(lambda: _scan(folder, source, config, before)))
 
 
 def _validation_folder(data: Path, other: Path | None) -> Path | None:
@@ -263,9 +270,14 @@ def _required(folder: Path | None, data: Path) -> Path:
     return folder
 
 
-def _scanned(folder: Path, source: Source, config: Config) -> Images:
+def _scan(folder: Path, source: Source, config: Config, before: Scanned | None) -> Images:
     found = images.scan(
-        folder, source.class_names, exif=source.policy.exif, threads=config.render.threads, max_megapixels=config.render.max_megapixels
+        folder,
+        source.class_names,
+        exif=source.policy.exif,
+        threads=config.render.threads,
+        max_megapixels=config.render.max_megapixels,
+        before=before,
     )
     for line in [*images.unusable_summary(found), *images.empty_classes(found, source.class_names, folder)]:
         say(line)

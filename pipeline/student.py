@@ -20,6 +20,7 @@ from pipeline.models import Model, load, sync_batchnorm
 from pipeline.processes import ALONE, Elsewhere, Processes
 from pipeline.progress import Progress, duration, say
 from pipeline.replay import Batch, Replay, Source
+from pipeline.scanned import Scanned
 from pipeline.targets import Goal, Targets
 from pipeline.timing import TRAINING, Clock, advice_on_training, report
 from pipeline.transfer import fetched
@@ -54,6 +55,7 @@ def train(
         raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
         processes.first(lambda: _require_alone(out, mine))
+        scans = [Scanned(out / name) for name in start.SCANS]
         config, source, teachers = start.choose_source(
             config,
             folder,
@@ -63,18 +65,19 @@ def train(
             started_views=processes.first(lambda: start.views_of_run(out)),
             allow_renderer_difference=allow_renderer_difference,
             processes=processes,
+            before=scans[0],
         )
         if len(source.images.usable) < 2:
             raise images.DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
         state = processes.first(lambda: start.state_of_run(out, config, source))
-        validated = start.find_validation(data, validation, source, config, processes)
+        validated = start.find_validation(data, validation, source, config, processes, scans[1])
         student = processes.together(
             lambda: load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
         )
         student.interpolation = source.policy.interpolation
         for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
-        processes.first(lambda: _make_folder(out, config))
+        processes.first(lambda: _make_folder(out, config, scans))
         run = processes.together(
             lambda: Run(
                 config, out, student.to(device), teachers, source, folder, validated, device, processes, Clock(device, exact=profile)
@@ -110,8 +113,10 @@ def _require_alone(out: Path, mine: set[str]) -> None:
         raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
 
 
-def _make_folder(out: Path, config: Config) -> None:
+def _make_folder(out: Path, config: Config, scans: list[Scanned]) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    for scan in scans:
+        scan.keep()
     checkpoint.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
 
 

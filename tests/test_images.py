@@ -236,7 +236,7 @@ def test_nested_folders_are_found_and_loops_of_links_end(tmp_path):
     write(tmp_path / "bee", {"4.jpg": b"x"})
     (tmp_path / "ant" / "deep" / "loop").symlink_to(tmp_path / "ant")
     (tmp_path / "ant" / "link").symlink_to(tmp_path / ".elsewhere")
-    paths, class_index, sizes = images.list_files(tmp_path, ["ant", "bee"])
+    paths, class_index, sizes, _ = images.list_files(tmp_path, ["ant", "bee"])
     assert list(paths) == ["ant/deep/deeper/1.jpg", "ant/link/linked/3.jpg", "bee/4.jpg"]
     assert list(class_index) == [0, 0, 1] and list(sizes) == [1, 1, 1]
 
@@ -269,7 +269,7 @@ def test_a_class_map_gives_the_class_indices(tmp_path):
     listed.write_text("zebra\npolar bear\n\nant\n")
     classes = images.read_class_map(listed)
     assert classes == ["zebra", "polar bear", "ant"]
-    paths, class_index, _ = images.list_files(tmp_path / "data", classes)
+    paths, class_index, _, _ = images.list_files(tmp_path / "data", classes)
     assert dict(zip(paths, class_index, strict=True)) == {"polar bear/1.jpg": 1, "ant/1.jpg": 2}
     write(tmp_path / "data" / "brown bear", {"1.jpg": b"x"})
     with pytest.raises(DataError, match=r"class folder brown bear .* is not among the 3 classes"):

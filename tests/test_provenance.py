@@ -36,7 +36,7 @@ LATE = 80  # a row of the last shard, which the fingerprint doesn't render and w
 SAME_TEACHERS, SAME_CROPS = "; pass the same teachers and checkpoints", "; use the same crops section, or generate a new store"
 SET_IT_SO = "; set it so, leave it out, or generate another store"
 SAME_FOLDER = "; pass the folder it was made from, or generate a new store"
-PUT_IT_BACK = "; put the image back as it was, or generate a new store"
+PUT_IT_BACK = "; put the image back as it was, or begin anew, with another store or --out"
 
 
 @dataclass(frozen=True)
