@@ -1,7 +1,7 @@
 """How near both stages come to what their bare arithmetic allows: ratios of two things done in one run on one machine.
 
     make bench                                          # all of it: some fifteen minutes on two cores
-    python tests/bench/speed.py --only "stand-in"       # those whose name has these words
+    python tests/bench/speed.py --only stand-in online  # those with one of these words in their name
     python tests/bench/speed.py --out speed.json        # the figures and the machine's description as JSON too
 
 A figure is the median of the ratios of some pairs, A B A B …, with the least and the greatest. Photographs are cut from scikit-learn's two samples, to
@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -60,8 +61,22 @@ from pipeline.timing import Clock
 CPU = torch.device("cpu")
 CLASSES = [f"c{i:03d}" for i in range(1000)]
 FOLDERS = 16
-TEACHERS, STUDENT = ("tf_efficientnet_lite1", "tf_efficientnet_lite2"), "tf_efficientnet_lite0"
 SLOWER = 1.25
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured with."""
+
+    photographs: int = 256  # different ones
+    copies: int = 16
+    teachers: tuple[str, str] = ("tf_efficientnet_lite1", "tf_efficientnet_lite2")
+    student: str = "tf_efficientnet_lite0"
+    rows: int = 100_000  # of labels that are read alone
+    files: int = 1_000  # of labels, one per image
+
+
+SMALL = Extent(32, 2, ("test_resnet", "test_efficientnet"), "test_efficientnet", 2_000, 20)
 
 
 @dataclass
@@ -151,21 +166,21 @@ def pairs(a: Callable[[], float], b: Callable[[], float], n: int) -> list[tuple[
 class Place:
     """Photographs, models, and stores of them, in a temporary folder."""
 
-    def __init__(self, folder: Path, repeats: int) -> None:
-        self.folder, self.repeats, self.number = folder, repeats, 0
+    def __init__(self, folder: Path, repeats: int, extent: Extent) -> None:
+        self.folder, self.repeats, self.extent, self.number = folder, repeats, extent, 0
 
     @cached_property
     def many(self) -> Path:
-        """4,096 photographs, of which 256 are different."""
-        return self._photographs("many", 256, 16)
+        """Photographs, most of them several times."""
+        return self._photographs("many", self.extent.copies)
 
     @cached_property
     def few(self) -> Path:
-        return self._photographs("few", 256, 1)
+        return self._photographs("few", 1)
 
-    def _photographs(self, name: str, different: int, links: int) -> Path:
+    def _photographs(self, name: str, links: int) -> Path:
         rng, photos, folder = np.random.default_rng(0), load_sample_images().images, self.folder / name
-        for i in range(different):
+        for i in range(self.extent.photographs):
             height, width = rng.integers(320, 427), rng.integers(400, 560)
             photo = photos[i % 2]
             top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
@@ -179,7 +194,7 @@ class Place:
     @cached_property
     def teachers(self) -> list[dict]:
         found = []
-        for seed, name in enumerate(TEACHERS):
+        for seed, name in enumerate(self.extent.teachers):
             torch.manual_seed(seed)
             file = self.folder / f"{name}.safetensors"
             safetensors.torch.save_file(timm.create_model(name).state_dict(), file)
@@ -187,7 +202,7 @@ class Place:
         return found
 
     def config(self, **sections: dict) -> Config:
-        document = {"student": {"model": STUDENT, "pretrained": False}, "store": {"batch_size": 64}, **sections}
+        document = {"student": {"model": self.extent.student, "pretrained": False}, "store": {"batch_size": 64}, **sections}
         document["train"] = {"image_size": 224, "batch_size": 32, "epochs": 1000, "milestones": [], **document.get("train", {})}
         return validate(document, "bench")
 
@@ -211,6 +226,14 @@ class Place:
         units = generate._units(store.finished(), config.store.views_per_decode, (0, 1), 0)
         return label.Labeller(config, writer, plan, read, teachers, CPU), units
 
+    def rendered(self, run: label.Labeller, units: list[label.Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
+        """What the loader makes of these units, batch by batch, per view: for nobody."""
+        run.room = threading.Semaphore(len(units))
+        for _, _, views in run._batches(units):
+            yield views
+        for job in run.open:
+            job.claims.close()
+
     def labelled(self, config: Config, data: Path, empty: Path, teachers: list[Model]) -> tuple[float, Path]:
         """Seconds that generate-labels takes from its first batch at the teachers to its last record, and the store."""
         self.number += 1
@@ -232,6 +255,14 @@ class Place:
         return run
 
 
+def of_a_pass(run: student.Run) -> float:
+    """Seconds of one pass over the images, from nothing on: what the one before has rendered ahead is dropped."""
+    run.replay.forget()
+    took = seconds(run.train_pass)
+    run.replay.forget()
+    return took
+
+
 def the_teachers(place: Place) -> Iterator[Figure]:
     config = place.config(teachers=place.teachers, crops={"views": 2}, store={"batch_size": 64, "shard_rows": 64, "views_per_decode": 2})
     teachers = load_teachers(config.teachers, CPU)
@@ -239,22 +270,18 @@ def the_teachers(place: Place) -> Iterator[Figure]:
     with ExitStack() as stack:
         run, units = place.labeller(config, place.few, empty, teachers, stack)
         begun = time.process_time()
-        pieces = [(cut, pixels) for _, cut, views in run._batches(units) for pixels in views]
+        pieces = [pixels for views in place.rendered(run, units) for pixels in views]
         loader = (time.process_time() - begun) / len(os.sched_getaffinity(0))
-        for job in run.open:
-            job.claims.close()
-    crops = sum(cut.stop - cut.start for cut, _ in pieces)
+    crops = sum(len(pixels[teachers[0].image_size]) for pixels in pieces)
 
     def bare() -> float:
-        return seconds(lambda: [ensemble(teachers, pixels, "float32", batch_size=64) for _, pixels in pieces])
+        return seconds(lambda: [ensemble(teachers, pixels, "float32", batch_size=64) for pixels in pieces])
 
     bare()
     found = pairs(bare, lambda: place.labelled(config, place.few, empty, teachers)[0], place.repeats)
     rates = [statistics.median(crops / took for took in side) for side in zip(*found, strict=True)]
     allowed = 1 / (1 + loader / statistics.median(a for a, _ in found))
-    detail = (
-        f"lite1 + lite2, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s; the loader shares the cores, which allows {allowed:.3f}"
-    )
+    detail = f"{' + '.join(place.extent.teachers)}, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s; the loader shares the cores, which allows {allowed:.3f}"
     yield Figure("stage one / bare teachers", [a / b for a, b in found], 0.97, detail)
 
 
@@ -273,7 +300,7 @@ def compilation(place: Place) -> Iterator[Figure]:
         "teacher / the same, compiled",
         [a / b for a, b in found],
         None,
-        f"seconds; lite1, batches of 64; labels apart {apart:.1g} in total variation",
+        f"seconds; {teacher.name}, batches of 64; labels apart {apart:.1g} in total variation",
     )
 
 
@@ -285,14 +312,9 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
         """(seconds of the loader alone for a batch of one view, number of these)."""
         with ExitStack() as stack:
             run, units = place.labeller(config, place.many, empty, [stand_in(0)], stack)
-            made = 0
             begun = time.perf_counter()
-            for _, _, views in run._batches(units):
-                made += len(views)
-            took = time.perf_counter() - begun
-            for job in run.open:
-                job.claims.close()
-        return took / made, made
+            made = sum(len(views) for views in place.rendered(run, units))
+            return (time.perf_counter() - begun) / made, made
 
     ours, pixels = [], {224: torch.zeros(64, 224, 224, 3, dtype=torch.uint8)}
     with one_thread():
@@ -306,7 +328,7 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
             theirs = [bare / place.labelled(config, place.many, empty, [teacher])[0]]
     detail = f"{batches} batches of 64 at 224 px, {64 / alone:,.0f} crops/s from the loader alone"
     yield Figure("stage one / stand-in teacher", ours, 0.95, detail)
-    yield Figure("the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
+    yield Figure("stage one / the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
 
 
 def stored(place: Place, data: Path, config: Config) -> StoredLabels:
@@ -334,10 +356,14 @@ def the_student(place: Place) -> Iterator[Figure]:
             optimizer.step()
 
     bare()
-    found = pairs(lambda: seconds(bare), lambda: seconds(run.train_pass), place.repeats)
-    rates = [statistics.median(len(source.images.usable) / took for took in side) for side in zip(*found, strict=True)]
+    found = pairs(lambda: seconds(bare), lambda: of_a_pass(run), place.repeats)
+    rows = len(source.images.usable)
+    rates = [statistics.median(rows / took for took in side) for side in zip(*found, strict=True)]
     yield Figure(
-        "stage two / bare step", [a / b for a, b in found], 0.97, f"lite0, batches of 32: {rates[1]:.1f} of {rates[0]:.1f} images/s"
+        "stage two / bare step",
+        [a / b for a, b in found],
+        0.97,
+        f"{place.extent.student}, batches of 32: {rates[1]:.1f} of {rates[0]:.1f} images/s",
     )
     reading = min(seconds(lambda: list(run.replay._windows(0))) for _ in range(5))
     decoding = min(seconds(lambda: [run.targets(batch) for batch, *_ in memory]) for _ in range(5))
@@ -346,7 +372,7 @@ def the_student(place: Place) -> Iterator[Figure]:
         "bare step / label path of it",
         [step / (reading + decoding)],
         100,
-        f"{1e6 * reading / 256:.0f} µs an image to read and {1e6 * decoding / 256:.0f} to decode, {1e3 * step / 256:.1f} ms to train on",
+        f"{1e6 * reading / rows:.0f} µs an image to read and {1e6 * decoding / rows:.0f} to decode, {1e3 * step / rows:.1f} ms to train on",
     )
 
 
@@ -368,12 +394,12 @@ def the_stand_in_student(place: Place) -> Iterator[Figure]:
             alone = loading()
             run = place.training(config, source, place.many, stand_in(alone * SLOWER))
             bare = len(loader.sizes) * mean_seconds(partial(run._step, batch))
-            ours.append(bare / seconds(run.train_pass))
+            ours.append(bare / of_a_pass(run))
         with serial():
-            theirs = [bare / seconds(run.train_pass)]
+            theirs = [bare / of_a_pass(run)]
     detail = f"{len(loader.sizes)} batches of 64 at 224 px, {64 / alone:,.0f} images/s from the loader alone"
     yield Figure("stage two / stand-in student", ours, 0.95, detail)
-    yield Figure("the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
+    yield Figure("stage two / the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
 
 
 def online(place: Place) -> Iterator[Figure]:
@@ -382,17 +408,17 @@ def online(place: Place) -> Iterator[Figure]:
     plain = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
     live = place.config(teachers=place.teachers, store={"batch_size": 32}, train={"online": True})
     teachers = load_teachers(live.teachers, CPU)
-    drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (256, 256), {})
+    drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (len(source.images),) * 2, {})
     asking = place.training(live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers)
-    plain.train_pass()
-    found = pairs(lambda: seconds(asking.train_pass), lambda: seconds(plain.train_pass), place.repeats)
+    of_a_pass(plain)
+    found = pairs(lambda: of_a_pass(asking), lambda: of_a_pass(plain), place.repeats)
     work = estimate(live)
     allowed = (work["teacher_gflop_per_crop"] + work["student_gflop_per_crop"]) / work["student_gflop_per_crop"]
     yield Figure(
         "online step / stage two's",
         [a / b for a, b in found],
         None,
-        f"seconds; lite0 taught by lite1 + lite2. Of floating-point operations {allowed:.2f}",
+        f"seconds; {place.extent.student} taught by {' + '.join(place.extent.teachers)}. Of floating-point operations {allowed:.2f}",
     )
 
 
@@ -445,7 +471,7 @@ def the_loader(place: Place) -> Iterator[Figure]:
 
 def labels(place: Place) -> Iterator[Figure]:
     """Rows of an epoch in training order, against a file per image as FKD keeps them: boxes, flips and top-5 labels of 500 crops, of which one is used."""
-    n, files = 100_000, 1_000
+    n, files = place.extent.rows, place.extent.files
     path = place.folder / "labels.zarr"
     _store_of(path, n)
     source = StoredLabels(LabelStore.open(path), 1)
@@ -521,13 +547,15 @@ def machine() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help=f"words of a name: {', '.join(MEASUREMENTS)}")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help=f"of a name: {', '.join(MEASUREMENTS)}")
     parser.add_argument("--repeats", type=int, default=3, help="pairs a figure")
     parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--small", action="store_true", help="tiny models and few images: whether it works; the figures mean nothing")
     given = parser.parse_args()
-    chosen = {name: measure for name, measure in MEASUREMENTS.items() if given.only in name}
-    if not chosen:
-        parser.error(f"--only {given.only}: no measurement has that in its name; there are {', '.join(MEASUREMENTS)}")
+    for words in given.only:
+        if not any(words in name for name in MEASUREMENTS):
+            parser.error(f"--only {words}: no measurement has that in its name; there are {', '.join(MEASUREMENTS)}")
+    chosen = [measure for name, measure in MEASUREMENTS.items() if any(words in name for words in given.only)]
     keep_freed_memory()
     progress.silence()
     about = machine()
@@ -535,8 +563,8 @@ def main() -> None:
     print("| ratio | median | aim | |\n|---|---|---|---|")
     figures = []
     with tempfile.TemporaryDirectory(prefix="speed.") as folder:
-        place = Place(Path(folder), given.repeats)
-        for measure in chosen.values():
+        place = Place(Path(folder), given.repeats, SMALL if given.small else Extent())
+        for measure in chosen:
             for figure in measure(place):
                 print(figure.row(), flush=True)
                 figures.append(figure)
