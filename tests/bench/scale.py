@@ -264,7 +264,8 @@ def reading_epoch(path: Path) -> Iterator[Callable]:
         store.require_finished(view)
 
     def epoch() -> None:
-        assert sum(replay._batches(store.views - 1)) == len(store.usable)
+        with replay.epoch(store.views - 1) as batches:
+            assert sum(batches) == len(store.usable)
 
     yield epoch
 
