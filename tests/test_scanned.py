@@ -62,12 +62,13 @@ def test_only_what_has_no_pixels_is_read_again(data, kept, read):
 
 
 def test_what_has_changed_is_read_again(data, kept, read):
-    victim, content = data / "bee" / "003.jpg", (data / "ant" / "001.jpg").read_bytes()
-    size, when = victim.stat().st_size, victim.stat().st_mtime_ns
-    victim.write_bytes(content.ljust(size, b"\0")[:size])  # a file of the same size, and a little later
-    os.utime(victim, ns=(when, when + 1))
-    (data / "bee" / "005.jpg").write_bytes(content)
-    os.utime(data / "bee" / "005.jpg", ns=(when, when))
+    later, longer = data / "bee" / "003.jpg", data / "bee" / "005.jpg"
+    content, about = (data / "ant" / "001.jpg").read_bytes(), later.stat()
+    later.write_bytes(content.ljust(about.st_size, b"\0")[: about.st_size])  # of the same size
+    os.utime(later, ns=(0, about.st_mtime_ns + 1))
+    when = longer.stat().st_mtime_ns
+    longer.write_bytes(longer.read_bytes() + b"\0")
+    os.utime(longer, ns=(0, when))
     (data / "cat" / "new.jpg").write_bytes(content)
     (data / "cat" / "007.jpg").unlink()
     os.rename(data / "cat" / "008.jpg", data / "ant" / "moved.jpg")
