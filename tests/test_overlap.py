@@ -180,6 +180,26 @@ def test_what_is_whole_when_something_fails_is_written(photos, small, tmp_path, 
     assert LabelStore.open(tmp_path / "s.zarr").finished().tolist() == [[True, False, False]] * 2
 
 
+@pytest.mark.parametrize("what", ["a teacher", "the disk"])
+def test_a_renderer_that_waits_for_room_ends_when_there_will_never_be_any(photos, recipe, tmp_path, monkeypatch, what):
+    """Units of one batch: the fourth can't be begun before the first is written, which it never is."""
+    one_batch = changed(recipe, store={"shard_rows": 16, "batch_size": 16})
+    begun = Counted()
+    place, name, _, error, kind = FAILURES[what]
+
+    def fail(call: int) -> None:
+        begun.wait_for(label.UNITS)
+        time.sleep(0.3)  # until the renderer waits
+        raise error
+
+    spied(monkeypatch, label.Labeller, "_claimed", lambda call: begun.happens())
+    spied(monkeypatch, place, name, fail)
+    with pytest.raises(kind, match=str(error.args[-1])):
+        generate(one_batch, photos, tmp_path / "s.zarr", device=CPU)
+    assert begun.n == label.UNITS
+    assert not LabelStore.open(tmp_path / "s.zarr").finished().any()
+
+
 def test_what_fails_ends_training_and_is_told(photos, small, store_path, tmp_path, monkeypatch):
     def fail(call: int) -> None:
         if call == 4:
