@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,9 +27,9 @@ from conftest import CPU, changed, write_photos
 from safetensors.torch import load_file
 from test_workers import House, Run, require_no_trace
 
-from cache import LabelStore
+from cache import LabelStore, stopping
 from cache.claims import claims_of
-from pipeline import images
+from pipeline import images, processes
 from pipeline.config import ModelSpec
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
@@ -290,6 +291,13 @@ def test_asked_to_stop_all_stop(bench, tmp_path):
         require_no_trace(run)
         assert run.stopped_after() < SOON
     assert "stopped by SIGTERM" in runs[0].said() and "stopped" not in runs[1].said() + runs[2].said()
+
+
+def test_one_that_is_asked_to_stop_while_the_others_have_gone_already_says_so(monkeypatch):
+    """A signal comes to all, and whom it reaches last has lost the others by then."""
+    with stopping.on_signals(), pytest.raises(stopping.Stopped), processes._naming_the_dead():
+        monkeypatch.setattr(stopping, "_asked", signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_torchrun_fills_one_store_and_trains_one_student(bench, tmp_path, recipe):

@@ -66,6 +66,32 @@ def test_the_order_is_a_good_shuffle(rows, block_rows):
         assert (np.abs(np.diff(row)) == 1).mean() < 0.01  # neighbours in the store are no neighbours in the epoch
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_no_process_has_a_single_image_of_a_batch_and_together_they_have_it_once_or_each_whole(store_path, photos, world):
+    """BatchNorm needs two."""
+    source = StoredLabels(LabelStore.open(store_path), 2)
+    each = [
+        Replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=1), rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for size in range(2, 20):
+        parts = [replay._mine(size) for replay in each]
+        assert min(map(len, parts)) >= 2
+        whole = np.arange(size)
+        assert all(np.array_equal(part, whole) for part in parts) if size < 2 * world else np.array_equal(np.concatenate(parts), whole)
+
+
+def test_another_epoch_than_was_begun_is_the_one_that_was_asked_for(store_path, photos):
+    source = StoredLabels(LabelStore.open(store_path), 2)
+    replay = Replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=2))
+    for begun in (0, 1):
+        replay.begin(begun)
+        with replay.epoch(0) as made:
+            rows = np.concatenate([batch.rows for batch in made])
+        assert np.array_equal(rows, np.concatenate([batch.rows for batch in batches(store_path, photos, 0)]))
+    replay.close()
+
+
 def test_batch_sizes_add_up_and_leave_no_row_alone():
     for rows in range(1, 70):
         for batch_size in range(2, 20):
