@@ -159,7 +159,8 @@ def scan(
 
     exif: "ignore" or "apply", as the renderer will decode. order_seed: rows in a random order that depends on the seed and the paths
     (so that a run of rows is a fair sample of the classes); None: sorted by path. max_megapixels: a larger image is unusable, and never decoded: what
-    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes. before: what an earlier scan found, which holds for files that haven't changed since; notes what this one finds.
+    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes. before: what an earlier scan found, which holds for files
+    that haven't changed since; it notes what this one finds.
     """
     paths, class_index, sizes, changed = list_files(folder, classes)
     n = len(paths)
