@@ -128,7 +128,8 @@ def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
 
     assert "is complete: 2 of 2 shards" in command("generate-labels", *common, *chosen, *small).stderr
     assert "epoch 2/2" in command("train-student", *common, *student).stderr
-    assert sorted(os.listdir(tmp_path / "run")) == ["best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "state.pt"]
+    files = ["best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "state.pt", "validation-images.npz"]
+    assert sorted(os.listdir(tmp_path / "run")) == files
     assert "has its 2 epochs already" in command("train-student", *common, *student).stderr
     evaluated = command("eval", "--data", photos, "--model", "test_resnet=run/best.safetensors", "--json")
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
