@@ -172,8 +172,9 @@ def scan(
     reason = np.full(n, "", dtype=object)
     if before:
         known, found = before.recall(exif, paths, sizes, changed)
-        for column, values in zip((sizes, digest, height, width), found, strict=True):
-            column[known] = values
+        columns = {"bytes": sizes, "digest": digest, "height": height, "width": width}
+        for name, values in found.items():
+            columns[name][known] = values
     unknown = np.flatnonzero((height == 0) | (height.astype(np.int64) * width > max_megapixels * 1e6))
     height[unknown] = width[unknown] = 0
     threads = threads_for(threads)

@@ -24,17 +24,17 @@ class Scanned:
         self.file = file
         self._new: dict[str, np.ndarray] = {}
 
-    def recall(self, exif: str, paths: np.ndarray, sizes: np.ndarray, changed: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """int64 [known], which of these files are known; and their ``COLUMNS``, each [known, …]. paths: str [n]. sizes: int64 [n], bytes. changed: int64 [n], ns."""
+    def recall(self, exif: str, paths: np.ndarray, sizes: np.ndarray, changed: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """int64 [known], which of these files are known; and, if any are, their ``COLUMNS``, each [known, …]. paths: str [n]. sizes: int64 [n], bytes. changed: int64 [n], ns."""
         kept = self._read(exif)
         if kept is None:
-            return np.zeros(0, np.int64), [np.zeros(()) for _ in COLUMNS]
+            return np.zeros(0, np.int64), {}
         row_of = {path: row for row, path in enumerate(kept["path"])}
         there = np.array([row_of.get(path, -1) for path in paths], np.int64)
         rows = np.flatnonzero(there >= 0)
         same = (kept["bytes"][there[rows]] == sizes[rows]) & (kept["changed"][there[rows]] == changed[rows])
         rows = rows[same]
-        return rows, [kept[name][there[rows]] for name in COLUMNS]
+        return rows, {name: kept[name][there[rows]] for name in COLUMNS}
 
     def note(self, exif: str, images: Images, changed: np.ndarray) -> None:
         """Remember a scan's result; changed: int64 [images], when each file was changed last, ns since 1970."""

@@ -81,19 +81,7 @@ def choose_source(
             say(line)
     if teachers:
         require_class_count(folder, names, teachers)
-    found = processes.first(
-        lambda: images.scan(
-            folder,
-            names,
-            exif=config.crops.exif,
-            threads=config.render.threads,
-            order_seed=config.crops.seed,
-            max_megapixels=config.render.max_megapixels,
-            before=before,
-        )
-    )
-    for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
-        say(line)
+    found = processes.first(lambda: _scan(folder, names, config, config.crops.exif, before, order_seed=config.crops.seed))
     how: dict = {}  # what labels depend on, beside the images
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
     if teachers:
@@ -253,7 +241,9 @@ def find_validation(
     if not processes.first(lambda: folder is not None):
         say("no validation: the data has no val/, and no --val-data was given")
         return None
-    return Validation(processes.together(lambda: _required(folder, data)), processes.first(lambda: _scan(folder, source, config, before)))
+    return Validation(
+        processes.together(lambda: _required(folder, data)), processes.first(lambda: _to_validate_on(folder, source, config, before))
+    )
 
 
 def _validation_folder(data: Path, other: Path | None) -> Path | None:
@@ -270,17 +260,24 @@ def _required(folder: Path | None, data: Path) -> Path:
     return folder
 
 
-def _scan(folder: Path, source: Source, config: Config, before: Scanned | None) -> Images:
+def _to_validate_on(folder: Path, source: Source, config: Config, before: Scanned | None) -> Images:
+    found = _scan(folder, source.class_names, config, source.policy.exif, before)
+    if not (found.status == USABLE).any():
+        raise images.DataError(f"{folder} holds no image to validate on")
+    return found
+
+
+def _scan(folder: Path, names: list[str], config: Config, exif: str, before: Scanned | None, *, order_seed: int | None = None) -> Images:
+    """What is in a folder of images of these classes; and say what of it can't be used, or is missing."""
     found = images.scan(
         folder,
-        source.class_names,
-        exif=source.policy.exif,
+        names,
+        exif=exif,
         threads=config.render.threads,
+        order_seed=order_seed,
         max_megapixels=config.render.max_megapixels,
         before=before,
     )
-    for line in [*images.unusable_summary(found), *images.empty_classes(found, source.class_names, folder)]:
+    for line in [*images.unusable_summary(found), *images.empty_classes(found, names, folder)]:
         say(line)
-    if not (found.status == USABLE).any():
-        raise images.DataError(f"{folder} holds no image to validate on")
     return found

