@@ -335,6 +335,7 @@ class Run:
             "labels": self.config.train.labels,
             "source": self.source.identity,
             "teachers": self.source.teachers,
+            "class_names": self.source.class_names,
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
         # Without any validation the newest is the best.
