@@ -287,19 +287,49 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
 
 
 @main.command(short_help="What a label store is, who made it, and how complete it is.")
-@options(click.argument("store", type=folder), json_option)
-def inspect(store, as_json):
+@options(
+    click.argument("store", type=folder),
+    click.option("--report", type=folder, help="Write a page of HTML about the store: distributions, agreement, confusions, photographs."),
+    click.option("--data", type=folder, help="With --report: show photographs of this folder, the one that was labelled."),
+    click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
+    click.option("--labels", type=click.IntRange(1), default=200_000, show_default=True, help="With --report: look at so many."),
+    click.option("--no-check", is_flag=True, help="With --report: compare only shards that are looked at with their digests."),
+    click.option("--image", help="Show one image: its views with their crops and labels. A path as in the store, or its end."),
+    json_option,
+)
+def inspect(store, report, data, split, labels, no_check, image, as_json):
     """Show a label store: provenance, completeness, bytes per crop, entropy, agreement with the class folders.
 
     \b
     Example:
       python cli.py inspect labels.zarr
       python cli.py inspect labels.zarr --json
+      python cli.py inspect labels.zarr --report report.html --data imagenet
+      python cli.py inspect labels.zarr --image n01440764_10026.JPEG
     """
-    from pipeline.report import store_facts, store_page
+    from pipeline.report import image_facts, image_page, store_facts, store_page
 
-    facts = store_facts(store)
-    click.echo(_json(facts)) if as_json else store_page(facts)
+    if report and image:
+        raise click.UsageError("--report is of a whole store, --image of one image; give one of them")
+    if data and not report:
+        raise click.UsageError("--data is for the photographs of a --report; name a file for it, or leave --data out")
+    if image:
+        facts = image_facts(store, image)
+        page = image_page
+    elif report:
+        from pipeline import images
+        from pipeline.page import write_report
+        from pipeline.progress import say
+
+        facts = write_report(store, report, data=data and images.split_folder(data, split), labels=labels, check=not no_check)
+        say(f"wrote {report}; open it in a browser")
+        page = None
+    else:
+        facts, page = store_facts(store), store_page
+    if as_json:
+        click.echo(_json(facts))
+    elif page:
+        page(facts)
 
 
 @main.command("verify", short_help="Whether a label store is, to the last bit, what was written.")

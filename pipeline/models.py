@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -128,6 +130,17 @@ def imagenet_classes() -> list[str]:
     return ImageNetInfo("imagenet-1k").label_names()
 
 
+def class_titles(names: Sequence[str]) -> list[str]:
+    """What people call these classes: of WordNet ids their first word (n01440764 → tench), of others the name itself."""
+    if not any(re.fullmatch(r"n\d{8}", name) for name in names):
+        return list(names)
+    told = {}
+    for subset in ("imagenet-22k", "imagenet-1k"):
+        info = ImageNetInfo(subset)
+        told |= dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+    return [told.get(name, name).partition(",")[0] for name in names]
+
+
 def resolve(name: str, *, hub: bool = True) -> str:
     """A timm name with the tag of its weights: ``resnet50`` → ``resnet50.ram_in1k`` (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's choice).
 
@@ -222,6 +235,42 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
         written.get("interpolation") or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
         notes,
     )
+
+
+def save_for_timm(model: Model, folder: Path, class_names: Sequence[str] | None, facts: dict) -> None:
+    """Write config.json and model.safetensors as timm's hub has them: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes the model of them, with its
+    own normalisation and this project's evaluation (shorter side size·256/224, central crop).
+
+    The model is on the CPU, in evaluation mode, and its tensors are laid out contiguously from here on. class_names: of its outputs in order, if they are known.
+    facts: what config.json is to say besides, under METADATA. Raises ModelError unless timm makes the same model of it, its logits equal bit for bit.
+    """
+    module = model.module.to(memory_format=torch.contiguous_format)  # nothing else goes into a safetensors file
+    described = copy.copy(module)
+    architectural = ("architecture", "fixed_input_size", "min_input_size", "first_conv", "classifier")  # all else is of timm's weights
+    described.pretrained_cfg = {key: value for key, value in module.pretrained_cfg.items() if key in architectural} | {
+        "num_classes": model.classes,
+        "input_size": (3, model.image_size, model.image_size),
+        "pool_size": None,
+        "interpolation": model.interpolation,
+        "crop_pct": 224 / 256,
+        "crop_mode": "center",
+        "mean": model.mean,
+        "std": model.std,
+        "custom_load": False,
+    }
+    named = {"label_names": list(class_names)} if class_names else {}
+    timm.models.save_for_hf(described, str(folder), model_config={**named, METADATA: facts}, safe_serialization=True)
+    noise = torch.randint(0, 256, (2, model.image_size, model.image_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode():
+            x = model.normalise(noise)
+            why = (
+                "" if torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x), module(x)) else "its outputs differ"
+            )
+    except Exception as error:  # timm raises whatever it likes
+        why = shorten(str(error), 160, placeholder=" …")
+    if why:
+        raise ModelError(f"timm {timm.__version__} doesn't make {model.name} again of what it saved ({why}); use the checkpoint as it is")
 
 
 def sync_batchnorm(model: Model) -> None:

@@ -12,11 +12,11 @@ from cache import LabelStore
 from cache.codec import divergence
 from cache.schema import DamagedStore, MealError, StoreError
 from cache.verify import verify
-from pipeline import cutmix, images, provenance, render
+from pipeline import images, provenance, render
 from pipeline.config import ModelSpec
 from pipeline.models import ensemble, load_teachers
+from pipeline.pixels import pixels_of
 from pipeline.progress import Progress, say
-from pipeline.replay import policy_of
 
 # Total variation of a row that arithmetic alone may add: other places in a batch of the same device (measured: 1e-6), another device, half precision
 # (bf16 against float32 measured on real teachers: 1.2e-2 on average).
@@ -99,7 +99,7 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
     with images.Reader(folder, store.images) as read, Progress("labelling again", len(places), "crops") as progress:
         for start in range(0, len(places), compute["batch_size"]):
             part = places[start : start + compute["batch_size"]]
-            pixels = {size: p.to(device) for size, p in _pixels(store, part, read, {t.image_size for t in teachers}).items()}
+            pixels = {size: p.to(device) for size, p in pixels_of(store, part, read, {t.image_size for t in teachers}).items()}
             p = ensemble(teachers, pixels, compute["precision"], batch_size=compute["batch_size"])[0].cpu().numpy()
             codes = np.concatenate([store.codes(int(view), [row]) for view, row in part])
             here = slice(start, start + len(part))
@@ -188,28 +188,3 @@ def _choose(store: LabelStore, sample: int, seed: int) -> np.ndarray:
     at = np.searchsorted(ends, chosen, side="right")
     first = np.searchsorted(store.usable, shards[at] * store.shard_rows)
     return np.stack([views[at], store.usable[first + chosen - (ends[at] - usable[shards[at]])]], axis=1)
-
-
-def _pixels(store: LabelStore, places: np.ndarray, read: images.Reader, sizes: set[int]) -> dict[int, torch.Tensor]:
-    """Output size → uint8 [n, size, size, 3]: what the teachers saw of these views and rows [n, 2]."""
-    policy = policy_of(store)
-    shown = [(int(view), int(row)) for view, row in places]
-    own, boxes = np.arange(len(shown)), None
-    partner = own.copy()
-    if store.mixed:
-        mixes = [store.mixes(view, [row]) for view, row in shown]
-        boxes = np.concatenate([box for _, box in mixes])
-        for i, (theirs, _) in enumerate(mixes):
-            if theirs[0] >= 0:
-                partner[i] = len(shown)
-                shown.append((shown[i][0], int(theirs[0])))
-    crops = [store.crops(view, [row]) for view, row in shown]
-    rows = np.array([row for _, row in shown])
-    renderer = render.Crops(
-        sorted(sizes), 1, len(shown), interpolation=policy.interpolation, exif=policy.exif, backend=store.provenance["renderer"]["backend"]
-    )
-    with images.naming(store.images, rows):
-        (pixels,) = renderer(read(rows), np.concatenate([box for box, _ in crops])[None], np.concatenate([flip for _, flip in crops])[None])
-    if boxes is None:
-        return pixels
-    return {size: cutmix.paste(p[: len(places)], p, partner, boxes) for size, p in pixels.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cache import LabelStore
-from cache.schema import RECORD_MAGIC, USABLE, printable
+from cache.codec import entropy
+from cache.schema import RECORD_MAGIC, USABLE, StoreError, printable
 from cache.verify import Finding
 from cache.writer import stored_bytes
 
@@ -72,54 +74,56 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
     return [{"reason": kind, "files": count, "example": example[kind]} for kind, count in kinds.most_common()]
 
 
+def store_lines(facts: dict) -> list[tuple[str, str]]:
+    """What ``store_facts`` found, in words: (name, text), the name empty where the line goes on with the one above."""
+    lines: list[tuple[str, str]] = [("store", facts["store"])]
+    state = "complete" if facts["complete"] else "NOT COMPLETE: run the same generate-labels command again"
+    lines.append(
+        ("state", f"{state} ({facts['finished_shards']} of {facts['shards']} shards, {facts['complete_views']} of {facts['views']} views)")
+    )
+    lines.append(("images", f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} classes"))
+    lines += [("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})") for kind in facts["unusable"]]
+    for i, teacher in enumerate(facts["teachers"]):
+        lines.append(("" if i else "teachers", f"{teacher['model']} at {teacher['image_size']} px, weights {teacher['weights'][:12]}"))
+    crops = facts["crops"]
+    lines.append(
+        (
+            "crops",
+            f"{facts['views']} views of {crops['policy']}, area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to "
+            f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
+        )
+    )
+    if mix := crops.get("cutmix"):
+        what = f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures"
+        lines.append(("CutMix", what))
+    codec = facts["codec"]
+    kl = "" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, "
+    lines.append(("codec", f"{codec['name']} ({codec['dtype']}); no label is off by more than {kl}TV {codec['largest_tv']:.2g}"))
+    if parts := facts["merged"]:
+        lines.append(("averaged", f"of {len(parts)} stores, of {', '.join(str(part['teachers']) for part in parts)} teachers"))
+    if facts["labelled_crops"]:
+        lines.append(("size", f"{facts['label_bytes_per_crop']:.0f} bytes per crop, {facts['store_bytes'] / 2**20:,.1f} MiB in all"))
+        lines.append(("entropy", f"{facts['entropy']:.3f} nats on average"))
+        if facts["agreement"] is not None:
+            lines.append(("agreement", f"{facts['agreement']:.2f} % of the labels put the class folder first"))
+    compute = facts["compute"]
+    lines.append(
+        (
+            "made on",
+            f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, rendered on {facts['renderer']['backend']}",
+        )
+    )
+    lines.append(("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items())))
+    return [*lines, ("identity", facts["identity"])]
+
+
 def store_page(facts: dict) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-
-    def row(name: str, text: object) -> None:
-        table.add_row(name, Text(printable(str(text))))  # Text: a name may look like markup
-
-    state = "complete" if facts["complete"] else "NOT COMPLETE: run the same generate-labels command again"
-    row("store", facts["store"])
-    row("state", f"{state} ({facts['finished_shards']} of {facts['shards']} shards, {facts['complete_views']} of {facts['views']} views)")
-    row("images", f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} classes")
-    for kind in facts["unusable"]:
-        row("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})")
-    for i, teacher in enumerate(facts["teachers"]):
-        row("" if i else "teachers", f"{teacher['model']} at {teacher['image_size']} px, weights {teacher['weights'][:12]}")
-    crops = facts["crops"]
-    row(
-        "crops",
-        f"{facts['views']} views of {crops['policy']}, area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to "
-        f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
-    )
-    if mix := crops.get("cutmix"):
-        row(
-            "CutMix",
-            f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures",
-        )
-    codec = facts["codec"]
-    row(
-        "codec",
-        f"{codec['name']} ({codec['dtype']}); no label is off by more than "
-        + ("" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, ")
-        + f"TV {codec['largest_tv']:.2g}",
-    )
-    if parts := facts["merged"]:
-        row("averaged", f"of {len(parts)} stores, of {', '.join(str(part['teachers']) for part in parts)} teachers")
-    if facts["labelled_crops"]:
-        row("size", f"{facts['label_bytes_per_crop']:.0f} bytes per crop, {facts['store_bytes'] / 2**20:,.1f} MiB in all")
-        row("entropy", f"{facts['entropy']:.3f} nats on average")
-        if facts["agreement"] is not None:
-            row("agreement", f"{facts['agreement']:.2f} % of the labels put the class folder first")
-    compute = facts["compute"]
-    row(
-        "made on",
-        f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, rendered on {facts['renderer']['backend']}",
-    )
-    row("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()))
-    row("identity", facts["identity"])
+    for name, text in store_lines(facts):
+        style = ("green" if facts["complete"] else "red") if name == "state" else ""
+        table.add_row(name, Text(printable(text), style))  # Text: a name may look like markup
     results().print(table)
 
 
@@ -183,3 +187,89 @@ def evaluation_table(result: dict) -> None:
     console = results()
     console.print(table)
     console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))
+
+
+def image_facts(path: Path, name: str) -> dict:
+    """One image of a store and its finished views, each with crop and label. name: its path in the store, or how that ends. Raises StoreError."""
+    from pipeline.models import class_titles  # takes seconds, since it knows timm
+
+    store = LabelStore.open(path)
+    row = _row_of(store, name)
+    images, titles = store.images, class_titles(store.class_names)
+    usable, own = bool(images.status[row] == USABLE), int(images.class_index[row])
+    views = np.flatnonzero(store.finished()[:, row // store.shard_rows]).tolist() if usable else []
+    return {
+        "store": str(path),
+        "path": str(images.path[row]),
+        "row": row,
+        "class": store.class_names[own] if own >= 0 else None,
+        "title": titles[own] if own >= 0 else None,
+        "bytes": int(images.bytes[row]),
+        "height": int(images.height[row]),
+        "width": int(images.width[row]),
+        "sha256": images.digest[row].tobytes().hex(),
+        "unusable": None if usable else str(images.reason[row]),
+        "views": [_view_facts(store, view, row, titles) for view in views],
+    }
+
+
+def _view_facts(store: LabelStore, view: int, row: int, titles: list[str]) -> dict:
+    p = store.probabilities(view, [row])[0]
+    box, flip = (column[0] for column in store.crops(view, [row]))
+    partner = int(store.mixes(view, [row])[0][0]) if store.mixed else -1
+    return {
+        "view": view,
+        "box": box.tolist(),  # top, left, height, width in pixels
+        "flip": bool(flip),
+        "pasted": str(store.images.path[partner]) if partner >= 0 else None,
+        "entropy": float(entropy(p[None])[0]),
+        "folder_probability": float(p[store.images.class_index[row]]) if store.images.class_index[row] >= 0 else None,
+        "top5": [{"class": store.class_names[c], "title": titles[c], "probability": float(p[c])} for c in p.argsort()[::-1][:5].tolist()],
+    }
+
+
+def _row_of(store: LabelStore, name: str) -> int:
+    paths = store.images.path.tolist()
+    if name in paths:
+        return paths.index(name)
+    tail = "/" + name.replace("\\", "/").lstrip("/")
+    # A path of the machine ends as the store does.
+    found = [row for row, path in enumerate(paths) if path.endswith(name) or tail.endswith("/" + path)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise StoreError(
+            f"{len(found)} images of {store.path} end in {name}, like {paths[found[0]]} and {paths[found[1]]}; name more of the path"
+        )
+    close = difflib.get_close_matches(name, paths, 1, 0.5)
+    raise StoreError(
+        f"{store.path} has no image {name}" + (f"; did you mean {close[0]}?" if close else f"; its paths look like {paths[0]}")
+    )
+
+
+def image_page(facts: dict) -> None:
+    console = results()
+    told = f"{facts['height']} × {facts['width']} pixels, {facts['bytes']:,} bytes, row {facts['row']}"
+    folder = "" if facts["class"] is None else f", folder {facts['class']}" + (f" ({facts['title']})" * (facts["title"] != facts["class"]))
+    console.print(Text.assemble((printable(facts["path"]), "bold"), printable(f"{folder}, {told}")), soft_wrap=True)
+    if facts["unusable"]:
+        console.print(Text(f"unusable, without labels: {printable(facts['unusable'])}", "red"))
+    elif not facts["views"]:
+        console.print(Text("no view of it is finished", "red"))
+    table = Table(box=None, pad_edge=False)
+    for name in ("view", "top", "left", "height", "width"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_column("nats", justify="right")
+    table.add_column("label", overflow="fold")
+    for view in facts["views"]:
+        label = Text(", ").join(
+            Text(f"{printable(one['title'])} {100 * one['probability']:.1f} %", "bold" if one["class"] == facts["class"] else "")
+            for one in view["top5"]
+        )
+        if view["pasted"]:
+            label = Text.assemble(label, printable(f" (pasted in: {view['pasted']})"))
+        mirrored = "mirrored" if view["flip"] else ""
+        table.add_row(str(view["view"]), *map(str, view["box"]), mirrored, f"{view['entropy']:.2f}", label)
+    if facts["views"]:
+        console.print(table)
