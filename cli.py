@@ -401,21 +401,101 @@ def merge_stores(stores, out, codec):
       python cli.py merge senet.zarr resnet.zarr --out both.zarr
     """
     from cache import LabelStore
-    from cache.codec import CODECS
     from cache.merge import merge
     from pipeline.progress import Progress, say
 
-    if codec is not None and codec not in CODECS:
-        raise click.BadParameter(f"{codec!r} must be one of {', '.join(CODECS)}", param_hint="--codec")
+    chosen = codec and _codec(codec)
     total = max(LabelStore.open(store).finished().size for store in stores)
     with Progress("merging", total, "shards") as progress:
-        made = merge(stores, out, codec=codec and CODECS[codec], say=say, progress=progress.advance)
+        made = merge(stores, out, codec=chosen, say=say, progress=progress.advance)
     done, of = made.progress()
     say(
         f"{out} is complete: {of} of {of} shards"
         if done == of
         else f"{done} of {of} shards of {out}; the others aren't in the stores yet, or another merge is at them; run this command again later"
     )
+
+
+@main.command("import-labels", short_help="Labels that others published, as a store: no stage one.")
+@options(
+    click.argument("directory", type=folder),
+    click.option("--format", "form", default="fkd", show_default=True, metavar="fkd", help="Of the label files."),
+    data_option,
+    click.option("--store", required=True, type=folder, help="Label store: made, or finished."),
+    click.option(
+        "--teacher", "teachers", multiple=True, metavar="NAME", help="Who made the labels, as far as you know; give it several times."
+    ),
+    click.option("--image-size", type=click.IntRange(8, 4096), help="What the teachers saw, in pixels, if you know it."),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["bilinear", "bicubic"]),
+        default="bicubic",
+        show_default=True,
+        help="Of the crops that were labelled: FKD's generator has bicubic.",
+    ),
+    click.option("--views", type=click.IntRange(1), help="The first so many crops of each image.  [default: all]"),
+    click.option("--codec", default="pow8", show_default=True, help="How the store keeps labels."),
+    click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
+    class_map_option,
+)
+def import_labels(directory, form, data, store, teachers, image_size, interpolation, views, codec, split, class_map):
+    """Make a label store of the label files in DIRECTORY, one an image, and of the images that were labelled.
+
+    FKD (arXiv 2112.01528) publishes such files, its generator makes them, and MEAL V2's authors use them for "Fast MEAL V2". Crops, flips and labels are taken
+    as they are; what no file says (weights, normalisation, how crops were drawn) is recorded as unknown. Images without a label file are left out.
+    Files are read as tensors only: nothing in them is executed. Run again, it goes on where it was stopped.
+
+    \b
+    Example:
+      python cli.py import-labels FKD_soft_label_500_crops_marginal_smoothing_k_5 --data imagenet --store fkd.zarr \\
+          --teacher tf_efficientnet_l2_ns_475 --image-size 475
+    """
+    from pipeline import exchange
+    from pipeline.fkd import LabelFileError
+
+    if form in exchange.REFUSED:
+        raise LabelFileError(f"{form} label sets can't be imported: {exchange.REFUSED[form]}; make labels with generate-labels")
+    if form != "fkd":
+        raise click.BadParameter(
+            f"{form!r} must be fkd ({' and '.join(exchange.REFUSED)} can't be replayed exactly)", param_hint="--format"
+        )
+    exchange.import_labels(
+        directory,
+        data,
+        store,
+        split=split,
+        classes=_class_map(class_map),
+        teachers=teachers,
+        image_size=image_size,
+        interpolation=interpolation,
+        views=views,
+        codec=_codec(codec).name,
+    )
+
+
+@main.command("export-labels", short_help="A store's labels as files for FKD's training code.")
+@options(
+    click.argument("store", type=folder),
+    click.option("--out", required=True, type=folder, help="Folder of label files: made, or gone on with."),
+    click.option(
+        "--labels", type=click.Choice(["full", "top5", "top10"]), default="top5", show_default=True, help="Classes that are kept."
+    ),
+    click.option("--views", type=click.IntRange(1), help="The first so many crops of each image.  [default: all]"),
+    click.option("--split", default="train", show_default=True, help="Folder of the images in the data set, which is in the files' paths."),
+)
+def export_labels(store, out, labels, views, split):
+    """Write a label file for each image, OUT/SPLIT/CLASS/NAME.tar, as FKD (github.com/szq0214/FKD) reads them.
+
+    top5 and top10 are its marginal_smoothing_k5 and _k10: the likeliest classes, and what is left even over the others. Crops become shares of the image's
+    height and width.
+
+    \b
+    Example:
+      python cli.py export-labels labels.zarr --out soft_labels --labels top10
+    """
+    from pipeline.exchange import export_labels
+
+    export_labels(store, out, labels=labels, views=views, split=split)
 
 
 @main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")
@@ -458,6 +538,17 @@ def _recipe(path: Path, settings: tuple[str, ...], overrides: dict[str, Any]) ->
     from pipeline import config
 
     return config.load(path, {key: value for key, value in overrides.items() if value not in (None, [])}, list(settings))
+
+
+def _codec(name: str) -> Any:
+    from cache.codec import CODECS
+
+    if name not in CODECS:
+        close = difflib.get_close_matches(name, CODECS, 1)
+        raise click.BadParameter(
+            f"{name!r} must be one of {', '.join(CODECS)}" + (f"; did you mean {close[0]}?" if close else ""), param_hint="--codec"
+        )
+    return CODECS[name]
 
 
 def _class_map(name: str | None) -> list[str] | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from cache import disk, schema, sense
+from cache.claims import claim, claims_of
 from cache.reader import LabelStore
-from cache.schema import StoreError
+from cache.schema import DamagedStore, StoreError
+from cache.writer import BusyStore, StoreWriter
 
 
 def folder_of(path: Path) -> Path:
@@ -36,13 +38,34 @@ def described(attributes: dict) -> dict:
     return {key: attributes[key] for key in ("codec", "class_names", "provenance", "fingerprint", "made_with") if key in attributes}
 
 
+def opened(path: Path, make: Callable[[Path, int], object], say: Callable[[str], None]) -> StoreWriter:
+    """The store at ``path``, made if there is none, its description made anew if that is damaged. make: makes an empty store of the same description at
+    another path, with so many views at least."""
+    if not path.exists():
+        make(path, 0)
+    try:
+        writer = StoreWriter(path)
+        _ = writer.store.images
+    except DamagedStore as damage:
+        say(str(damage))
+        with claim(claims_of(path), "create", "grow") as mine:
+            if len(mine) < 2:
+                raise BusyStore(f"{path} is being mended by another process right now; run this command again in a minute") from None
+            with scratch(path) as fresh:
+                make(fresh, views_of(path))
+                for file in mend(path, fresh):
+                    say(f"made {file} of {path} anew")
+        writer = StoreWriter(path)
+    return writer
+
+
 def attributes_of(path: Path) -> tuple[dict | None, bool]:
     """(the attributes of a damaged store, if they are what was written, or may be; whether they surely are)."""
     whole = _document(path / "zarr.json")
     if not whole:
         return None, False
     attributes = whole.get("attributes", {})
-    if sense.first_broken(attributes, sense.RULES, sense.IF_THERE) or ("seal" in attributes and not _sealed(whole)):
+    if sense.broken_attribute(attributes) or ("seal" in attributes and not _sealed(whole)):
         return None, False
     return attributes, "seal" in attributes  # none: older than the seal
 

@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from cache import mend, schema
-from cache.claims import claim, claims_of
 from cache.codec import Codec
 from cache.reader import LabelStore
-from cache.schema import DamagedStore, StoreError
-from cache.writer import BusyStore, StoreWriter
+from cache.schema import StoreError
 
 ALIKE = ("crops", "renderer", "data")  # sections of the provenance that say which crops of which images, as which pixels
 
@@ -51,7 +49,7 @@ def merge(
     if not joining and (most := max(store.views for store in stores)) > views:
         say(f"views {views} to {most - 1} are not in all of the stores, and are left out")
     attributes = dict(stores[0].attributes) if joining else _averaged(stores, codec or stores[0].codec)
-    writer = _opened(out, stores[0], attributes, views, say)
+    writer = mend.opened(out, lambda at, least: _make(at, stores[0], attributes, max(views, least)), say)
     if _recipe(writer.store.provenance) != _recipe(attributes["provenance"]):
         raise StoreError(f"{out} is there already and was made from other stores; choose another --out, or remove it")
     if writer.store.views < views or writer.uneven:
@@ -59,27 +57,20 @@ def merge(
     say(f"{'joining' if joining else 'averaging'} {len(stores)} stores into {out}: {views} views, codec {writer.store.codec.name}")
     lost: list[str] = []
     for shard in range(writer.store.shards):
-        for view in range(views):
-            if writer.store.is_finished(view, shard) and (fault := writer.store.fault(view, shard)) and writer.discard(view, shard):
-                say(f"{_place(writer.store, view, shard)}: damaged, and will be made anew: {fault}")
+        writer.discard_damaged(shard, views, say)
         with writer.claimed(list(range(views)), shard) as missing:
             for view in missing:
                 content, fault = _first(stores, view, shard) if joining else _mean(stores, writer.store, view, shard)
                 if content is not None:
                     writer.write(view, shard, *content)
                 elif fault is not None:
-                    lost.append(f"{_place(writer.store, view, shard)} of {fault}")
+                    lost.append(f"{writer.store.place(view, shard)} of {fault}")
             progress(views)
     if lost:
         raise StoreError(
             f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend that store with its generate-labels command, then merge again"
         )
     return LabelStore.open(out)
-
-
-def _place(store: LabelStore, view: int, shard: int) -> str:
-    rows = store.shard_slice(shard)
-    return f"view {view}, rows {rows.start} to {rows.stop - 1}"
 
 
 def _recipe(provenance: dict) -> bytes:
@@ -108,18 +99,23 @@ def _require_alike(first: LabelStore, other: LabelStore) -> None:
         raise StoreError(f"{where}: they were made on machines that render other pixels (at {', '.join(sorted(differing))} px)")
 
 
+def _known_by(teacher: dict) -> str:
+    """The digest of its weights, or, of labels that others made, of their files."""
+    return teacher["weights"] or teacher["files"]
+
+
 def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
     """Attributes of the averaged store."""
     seen: dict[str, LabelStore] = {}
     for store in stores:
         for teacher in store.provenance["teachers"]:
-            if other := seen.get(teacher["weights"]):
+            if other := seen.get(_known_by(teacher)):
                 where, one, another = schema.first_difference("", other.provenance, store.provenance) or ("nothing", "", "")
                 raise StoreError(
                     f"{other.path} and {store.path} both have labels of {teacher['model']}, which would count twice; leave one of them out (they can't be "
                     f"joined either, since they differ in {where}: {one} and {another})"
                 )
-        seen |= {teacher["weights"]: store for teacher in store.provenance["teachers"]}
+        seen |= {_known_by(teacher): store for teacher in store.provenance["teachers"]}
     first = stores[0]
     provenance = {
         **first.provenance,
@@ -143,26 +139,6 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
         "provenance": provenance,
         "fingerprint": {**first.attributes["fingerprint"], "digests": digests},
     }
-
-
-def _opened(out: Path, like: LabelStore, attributes: dict, views: int, say: Callable[[str], None]) -> StoreWriter:
-    """The store at ``out``, made if there is none, its description made anew if that is damaged."""
-    if not out.exists():
-        _make(out, like, attributes, views)
-    try:
-        writer = StoreWriter(out)
-        _ = writer.store.images
-    except DamagedStore as damage:
-        say(str(damage))
-        with claim(claims_of(out), "create", "grow") as mine:
-            if len(mine) < 2:
-                raise BusyStore(f"{out} is being mended by another process right now; run this command again in a minute") from None
-            with mend.scratch(out) as fresh:
-                _make(fresh, like, attributes, max(views, mend.views_of(out)))
-                for file in mend.mend(out, fresh):
-                    say(f"made {file} of {out} anew")
-        writer = StoreWriter(out)
-    return writer
 
 
 def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
@@ -195,9 +171,7 @@ def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int)
     crops = [[*store.crops(view, rows), *(store.mixes(view, rows) if store.mixed else ())] for store in stores]
     for store, kept in zip(stores[1:], crops[1:], strict=True):
         if not all(map(np.array_equal, crops[0], kept)):
-            raise StoreError(
-                f"{stores[0].path} and {store.path} have other crops in view {view}, rows {rows.start} to {rows.stop - 1}; they can't be averaged"
-            )
+            raise StoreError(f"{stores[0].path} and {store.path} have other crops in {made.place(view, shard)}; they can't be averaged")
     weights = [len(store.provenance["teachers"]) for store in stores]
     for first in range(0, len(usable), made.chunk_rows):
         part = slice(first, first + made.chunk_rows)

@@ -68,7 +68,7 @@ class LabelStore:
         if found != schema.FORMAT and not (ours and "seal" in attributes):
             raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
         if (type(version) is not int or version not in schema.VERSIONS) and not _only_its_version_is_wrong(attributes, whole):
-            newer = isinstance(version, int) and version > schema.VERSION
+            newer = isinstance(version, int) and version > schema.VERSIONS[-1]
             raise StoreError(
                 f"{path} has label store format {version}, this program reads {schema.VERSIONS[0]} to {schema.VERSIONS[-1]}; "
                 + ("it was made by a newer version: update this program" if newer else "use the version of this program that made it")
@@ -98,6 +98,11 @@ class LabelStore:
     def identity(self) -> bytes:
         """sha256 of the provenance, which every completion record is bound to."""
         return schema.canonical_digest(self.provenance)
+
+    @property
+    def made_by(self) -> str:
+        """The command that made the store, and finishes and mends it."""
+        return "import-labels" if "imported" in self.provenance else "merge" if "merged" in self.provenance else "generate-labels"
 
     @cached_property
     def max_error(self) -> tuple[float | None, float]:
@@ -258,16 +263,15 @@ class LabelStore:
         if len(missing):
             raise StoreError(
                 f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} shards missing or damaged, the first is {missing[0]}); "
-                "run the same generate-labels command again to finish it"
+                f"run the same {self.made_by} command again to finish it"
             )
 
     def require_sound(self, view: int, shard: int) -> None:
         """Read a finished shard whole, once per process, and raise StoreError unless it is what was written there."""
         if (view, shard) not in self._sound and (fault := self.fault(view, shard)):
-            rows = self.shard_slice(shard)
             raise StoreError(
-                f"view {view}, rows {rows.start} to {rows.stop - 1} of {self.path} are not what was written there: {fault}; "
-                "run the same generate-labels command again to make them anew"
+                f"{self.place(view, shard)} of {self.path} are not what was written there: {fault}; "
+                f"run the same {self.made_by} command again to make them anew"
             )
 
     def fault(self, view: int, shard: int) -> str | None:
@@ -339,6 +343,11 @@ class LabelStore:
 
     def shard_slice(self, shard: int) -> slice:
         return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.array("labels").shape[1]))
+
+    def place(self, view: int, shard: int) -> str:
+        """A shard, as a user is told of it."""
+        rows = self.shard_slice(shard)
+        return f"view {view}, rows {rows.start} to {rows.stop - 1}"
 
     def file(self, name: str, view: int, shard: int) -> Path:
         """Where Zarr keeps a shard: its grid indices as folders, the last axes being one chunk."""
@@ -443,9 +452,9 @@ def _require_seal(path: Path, documents: dict[str, dict]) -> None:
 
 def _only_its_version_is_wrong(attributes: dict, whole: dict) -> bool:
     """Whether it is a store of this version, in whose version number something flipped."""
-    mended = {**whole, "attributes": {**attributes, "format_version": schema.VERSION}}
     seal = attributes.get("seal")
-    return isinstance(seal, dict) and seal.get("zarr.json") == schema.seals({"zarr.json": mended})["zarr.json"]
+    mended = ({**whole, "attributes": {**attributes, "format_version": version}} for version in (schema.VERSION, schema.IMPORTED))
+    return isinstance(seal, dict) and any(seal.get("zarr.json") == schema.seals({"zarr.json": one})["zarr.json"] for one in mended)
 
 
 def _one_line(error: Exception) -> str:

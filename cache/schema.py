@@ -40,8 +40,8 @@ from cache.claims import alive
 from cache.disk import make_folder, replace_file, sync_folder, sync_tree
 
 FORMAT = "meal-v2-label-store"
-VERSION = 3  # what is made now
-VERSIONS = (1, 2, 3)  # what can be read: 2 brought CutMix, 3 the seal
+VERSION, IMPORTED = 3, 4  # what is made now: of labels that were made here, and of others'
+VERSIONS = (1, 2, 3, 4)  # what can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making less is known
 SEALED = 3
 
 # What is kept per crop beside its label: dtype, and the names of an entry's own dimensions (edge: 4).
@@ -281,7 +281,7 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
         zarr_format=3,
         attributes={
             "format": FORMAT,
-            "format_version": VERSION,
+            "format_version": IMPORTED if "imported" in attributes["provenance"] else VERSION,
             "views": views,
             "how_to_read": how_to_read(attributes["codec"], mixed),
             "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
@@ -396,7 +396,7 @@ def damaged(path: Path, file: str, why: str) -> DamagedStore:
     fault = f"not what was written there ({' '.join(why.split())[:160]})"
     return DamagedStore(
         f"{path} is damaged: {file} is {fault}; "
-        "run the command that made the store (generate-labels or merge) again, which makes the file anew, or restore it from a copy",
+        "run the command that made the store (generate-labels, merge or import-labels) again, which makes the file anew, or restore it from a copy",
         file,
         f"{fault}; without it nothing can be told of the labels",
     )

@@ -58,6 +58,10 @@ def section(value: Any) -> bool:
     return isinstance(value, dict) and bool(value)
 
 
+def or_unknown(rule: Rule) -> Rule:
+    return lambda value: value is None or rule(value)
+
+
 def rising(rule: Rule) -> Rule:
     return lambda value: several(2, rule)(value) and value[0] <= value[1]
 
@@ -84,7 +88,8 @@ def within(place: str, rules: dict[str, Rule]) -> dict[str, Rule]:
 
 def parts(value: Any) -> bool:
     """The stores that were averaged into one, each of which may be an average."""
-    rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", COMPUTE)}
+    compute = {key: or_unknown(rule) for key, rule in COMPUTE.items()}
+    rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", compute)}
     may = {**within("codec", CODEC_IF_THERE), **within("compute", COMPUTE_IF_THERE), "merged": parts}
     return several(None, section)(value) and bool(value) and all(first_broken(part, rules, may) is None for part in value)
 
@@ -113,7 +118,15 @@ RULES: dict[str, Rule] = {
     "provenance.teachers.*.mean": several(3, number(0, 1)),
     "provenance.teachers.*.std": several(3, number(1e-6, 1e3)),
 }
+# What need not be known of labels that others made.
+UNKNOWN = (
+    *within("provenance.compute", COMPUTE),
+    *(f"provenance.crops.{key}" for key in ("scale", "ratio", "flip")),
+    *(f"provenance.teachers.*.{key}" for key in ("weights", "image_size", "mean", "std")),
+)
 IF_THERE: dict[str, Rule] = {
+    "provenance.imported": lambda value: section(value) and all(text(value.get(key)) for key in ("format", "labels")),
+    "provenance.teachers.*.files": sha256,
     "views": whole(1, MOST_VIEWS),
     **within("codec", CODEC_IF_THERE),
     **within("provenance.compute", COMPUTE_IF_THERE),
@@ -136,7 +149,7 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
     def nonsense(what: str, value: object) -> StoreError:
         return StoreError(f"{path} says of itself what can't be: {what} is {value!r:.80}; don't use this store, or generate a new one")
 
-    if broken := first_broken(attributes, RULES, IF_THERE):
+    if broken := broken_attribute(attributes):
         raise nonsense(*broken)
     codec, layout = attributes["codec"], attributes["provenance"]["layout"]
     if codec != attributes["provenance"]["codec"]:
@@ -160,6 +173,13 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
             raise nonsense(f"the chunk grid of {name}", found.get("chunk_grid"))
         if not _known(found.get("codecs")):
             raise nonsense(f"codecs of {name}", found.get("codecs"))
+
+
+def broken_attribute(attributes: dict) -> tuple[str, object] | None:
+    """The first attribute of a store that no store could have, and its value."""
+    provenance = attributes.get("provenance")
+    loose = UNKNOWN if isinstance(provenance, dict) and "imported" in provenance else ()
+    return first_broken(attributes, {key: or_unknown(rule) if key in loose else rule for key, rule in RULES.items()}, IF_THERE)
 
 
 def first_broken(document: dict, rules: dict[str, Rule], if_there: dict[str, Rule]) -> tuple[str, object] | None:

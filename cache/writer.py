@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,6 +92,12 @@ class StoreWriter:
                 return False
             self._clear("records", view, shard)
             return True
+
+    def discard_damaged(self, shard: int, views: int, say: Callable[[str], None]) -> None:
+        """Read a shard again in those of the first views in which it is finished, and take the record away where it is not what was written."""
+        for view in range(views):
+            if self.store.is_finished(view, shard) and (fault := self.store.fault(view, shard)) and self.discard(view, shard):
+                say(f"{self.store.place(view, shard)}: damaged, and will be made anew: {fault}")
 
     def write(self, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> None:
         """Store one whole shard of one view: codes as ``codec.encode`` gives them, zeros where unusable, and the arrays of ``store.crop_arrays`` in their

@@ -82,7 +82,7 @@ def _first_of_each_image(found: Survey, key: np.ndarray, among: np.ndarray | Non
 
 def _cards(store: LabelStore, found: Survey, chosen: np.ndarray, folder: Path, titles: Sequence[str]) -> list[Card]:
     rows, views, manifest = found.row[chosen], found.view[chosen], store.images
-    size = max(t["image_size"] for t in store.provenance["teachers"])
+    size = max(t["image_size"] or CROP for t in store.provenance["teachers"])
     with images.Reader(folder, manifest) as read:
         crops = pixels_of(store, np.stack([views, rows], axis=1), read, {size}, backend="cpu")[size]
         wholes = _whole(store, rows, read)

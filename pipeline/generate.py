@@ -81,6 +81,10 @@ def generate(
             # Nobody may extend meanwhile what is being put right.
             _once(path, "create", lambda: not _opened(path)[1], lambda: _mend(config, folder, path, names, teachers, device), leads, "grow")
             writer = StoreWriter(path)
+        if "imported" in writer.store.provenance:
+            raise StoreError(
+                f"{path} holds labels that others made, which no teacher here can go on with; finish or mend it with import-labels, or choose another --store"
+            )
         provenance.require_same_recipe(writer.store, config, teachers, device)
         provenance.require_same_classes(writer.store, classes, "pass that one again, or generate a new store")
         images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))

@@ -90,6 +90,10 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
     arithmetic puts it (``allowed``); of an average also than its parts' codecs may have put it. Raises MealError if images, teachers or pixels aren't
     the store's.
     """
+    if "imported" in store.provenance:
+        raise StoreError(
+            f"{store.path} holds labels of teachers whose weights aren't known, so they can't be made again; leave --sample out"
+        )
     images.require_same_files(folder, store.images, store.class_names, str(store.path))
     teachers = _teachers(store, specs, device)
     provenance.require_same_pixels(store, folder, None)

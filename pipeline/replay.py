@@ -105,8 +105,8 @@ def blocks_of(chunk_rows: int, shard_rows: int, policy: Crops) -> tuple[int, int
 
 
 def policy_of(store: LabelStore) -> Crops:
-    """The crop policy that a store was made with, and its number of views."""
-    kept = {key: value for key, value in store.provenance["crops"].items() if key in Crops.model_fields}
+    """The crop policy that a store was made with, as far as it is known, and its number of views."""
+    kept = {key: value for key, value in store.provenance["crops"].items() if key in Crops.model_fields and value is not None}
     return Crops(**kept, views=store.views)
 
 

@@ -59,6 +59,8 @@ def store_facts(path: Path) -> dict:
         "codec": store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
         **{key: store.provenance[key] for key in ("teachers", "crops", "renderer", "compute", "data", "layout")},
         "merged": store.provenance.get("merged", []),
+        "imported": store.provenance.get("imported"),
+        "made_by": store.made_by,
         "made_with": store.attributes.get("made_with", {}),
         "identity": store.identity.hex(),
     }
@@ -77,22 +79,28 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
 def store_lines(facts: dict) -> list[tuple[str, str]]:
     """What ``store_facts`` found, in words: (name, text), the name empty where the line goes on with the one above."""
     lines: list[tuple[str, str]] = [("store", facts["store"])]
-    state = "complete" if facts["complete"] else "NOT COMPLETE: run the same generate-labels command again"
+    state = "complete" if facts["complete"] else f"NOT COMPLETE: run the same {facts['made_by']} command again"
     lines.append(
         ("state", f"{state} ({facts['finished_shards']} of {facts['shards']} shards, {facts['complete_views']} of {facts['views']} views)")
     )
     lines.append(("images", f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} classes"))
     lines += [("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})") for kind in facts["unusable"]]
     for i, teacher in enumerate(facts["teachers"]):
-        lines.append(("" if i else "teachers", f"{teacher['model']} at {teacher['image_size']} px, weights {teacher['weights'][:12]}"))
-    crops = facts["crops"]
-    lines.append(
-        (
-            "crops",
-            f"{facts['views']} views of {crops['policy']}, area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to "
-            f"{crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, {crops['interpolation']}, EXIF {crops['exif']}",
+        lines.append(("" if i else "teachers", _teacher(teacher)))
+    if imported := facts["imported"]:
+        half = ", half precision" if imported.get("half_precision") else ""
+        lines.append(("imported", f"{imported['format']} label files, {imported['labels']}{half}; the teachers are named as the user told"))
+        lines.append(
+            ("", "UNKNOWN: weights, normalisation and precision of the teachers, how crops were drawn; pixels were rendered by other code")
         )
+    crops = facts["crops"]
+    drawn = (
+        ""
+        if crops["scale"] is None
+        else f"area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to {crops['ratio'][1]:.3g}, flip {crops['flip']:g}, "
+        f"seed {crops['seed']}, "
     )
+    lines.append(("crops", f"{facts['views']} views of {crops['policy']}, {drawn}{crops['interpolation']}, EXIF {crops['exif']}"))
     if mix := crops.get("cutmix"):
         what = f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures"
         lines.append(("CutMix", what))
@@ -107,14 +115,16 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
         if facts["agreement"] is not None:
             lines.append(("agreement", f"{facts['agreement']:.2f} % of the labels put the class folder first"))
     compute = facts["compute"]
-    lines.append(
-        (
-            "made on",
-            f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, rendered on {facts['renderer']['backend']}",
-        )
-    )
+    if not facts["imported"]:
+        labelled = f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, "
+        lines.append(("made on", f"{labelled}rendered on {facts['renderer']['backend']}"))
     lines.append(("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items())))
     return [*lines, ("identity", facts["identity"])]
+
+
+def _teacher(teacher: dict) -> str:
+    size = f"{teacher['image_size']} px" if teacher["image_size"] else "an unknown size"
+    return f"{teacher['model']} at {size}, " + (f"weights {teacher['weights'][:12]}" if teacher["weights"] else "weights unknown")
 
 
 def store_page(facts: dict) -> None:

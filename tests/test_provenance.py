@@ -407,7 +407,7 @@ STAGES = {
 @pytest.mark.parametrize(
     ("version", "says"),
     [
-        (schema.VERSION + 1, "it was made by a newer version: update this program"),
+        (schema.VERSIONS[-1] + 1, "it was made by a newer version: update this program"),
         (2**40, "it was made by a newer version: update this program"),
         (0, "use the version of this program that made it"),
         ("new", "use the version of this program that made it"),

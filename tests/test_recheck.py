@@ -14,7 +14,7 @@ from conftest import CPU, changed, edit_store, write_teacher
 from cache import LabelStore, StoreError
 from cache.writer import StoreWriter
 from cli import main
-from pipeline import recheck as rechecking
+from pipeline import cutmix
 from pipeline.config import Config
 from pipeline.generate import generate
 from pipeline.recheck import recheck
@@ -50,7 +50,7 @@ def test_every_labelled_crop_may_be_asked_for_once(photos, recipe, store_path):
 def test_mixed_pictures_are_mixed_again(photos, recipe, tmp_path, monkeypatch):
     generate(changed(recipe, crops={"cutmix": {"prob": 0.8}}), photos, tmp_path / "s.zarr", device=CPU)
     assert looked_at(tmp_path / "s.zarr", photos, recipe)["trusted"]
-    monkeypatch.setattr(rechecking.cutmix, "paste", lambda pixels, others, place, box: pixels)
+    monkeypatch.setattr(cutmix, "paste", lambda pixels, others, place, box: pixels)
     assert not looked_at(tmp_path / "s.zarr", photos, recipe)["trusted"]
 
 
