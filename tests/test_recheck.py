@@ -15,6 +15,7 @@ from cache import LabelStore, StoreError
 from cache.writer import StoreWriter
 from cli import main
 from pipeline import cutmix
+from pipeline import recheck as rechecking
 from pipeline.config import Config
 from pipeline.generate import generate
 from pipeline.recheck import recheck
