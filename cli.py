@@ -105,8 +105,11 @@ MODEL = TeacherType()
 @main.command("generate-labels", short_help="Stage one: label every crop with the teachers.")
 @options(
     config_option,
-    data_option,
-    click.option("--store", required=True, type=folder, help="Label store: made, finished or extended."),
+    click.option("--data", type=folder, help="Folder of class folders, or of train/ and val/ that hold them."),
+    click.option("--store", type=folder, help="Label store: made, finished or extended."),
+    click.option(
+        "--plan", is_flag=True, help="Make nothing: tell crops, hours and bytes, from a short timing. Needs neither --data nor --store."
+    ),
     click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Replaces the config's teachers; give it several times."),
     click.option("--views", type=int, help="Crops per image; more than the store has extends it."),
     click.option("--split", default="train", show_default=True, help="Folder of --data to label."),
@@ -123,21 +126,47 @@ MODEL = TeacherType()
     set_option,
 )
 def generate_labels(
-    config, data, store, teachers, views, split, class_map, device, batch_size, worker, first_view, strict, no_check, profile, settings
+    config,
+    data,
+    store,
+    plan,
+    teachers,
+    views,
+    split,
+    class_map,
+    device,
+    batch_size,
+    worker,
+    first_view,
+    strict,
+    no_check,
+    profile,
+    settings,
 ):
     """Label every crop of every image once, with the mean softmax of the teachers, into a Zarr store.
 
-    Run again, it finishes what is missing and touches nothing that is done. With more --views it extends the store.
+    Run again, it finishes what is missing and touches nothing that is done. With more --views it extends the store. --plan tells beforehand what it will take.
 
     \b
     Example:
+      python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --plan
       python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr
       python cli.py generate-labels --config configs/smoke_cpu.yaml --data photos --store labels.zarr \\
           --teacher tf_efficientnet_lite1=lite1.safetensors --teacher tf_efficientnet_lite2=lite2.safetensors --views 2
     """
+    recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
+    if plan:
+        from pipeline.preview import preview, preview_page
+
+        preview_page(
+            preview(recipe, data, store, split=split, classes=_class_map(class_map), device=_device(device), workers=_worker(worker)[1])
+        )
+        return
+    for option, value in (("--data", data), ("--store", store)):
+        if value is None:
+            raise click.UsageError(f"Missing option '{option}'; only --plan does without it")
     from pipeline.generate import generate
 
-    recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
     generate(
         recipe,
         data,

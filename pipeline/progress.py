@@ -83,8 +83,10 @@ def say(message: str, *, anyway: bool = False) -> None:
 
 
 def duration(seconds: float) -> str:
-    """3723 → "1 h 02 min"."""
+    """3723 → "1 h 02 min"; beyond some days, days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
+    if minutes >= 6000:
+        return f"{minutes / 1440:,.0f} days"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

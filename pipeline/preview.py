@@ -1,0 +1,235 @@
+"""What filling a store will take, from a short timing on this machine: ``generate-labels --plan``. Nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numcodecs import Zstd
+from rich.table import Table
+
+from cache import LabelStore
+from cache.codec import CODECS
+from cache.schema import MealError, printable
+from pipeline import cost, crops, images, philox, render
+from pipeline.config import Config
+from pipeline.models import Model, ModelError, ensemble, load, load_teachers
+from pipeline.progress import duration, say
+from pipeline.provenance import layout_of, require_class_count
+from pipeline.report import results
+
+IMAGES = 64  # that are read, rendered and labelled for the timing
+SECONDS = 2.0  # that a timing takes at least
+SLOW = 8  # crops of a forward pass that is timed on a CPU, where a crop costs the same in any batch
+CLASSES = 1000  # of the labels whose sizes cost.py knows
+
+
+def preview(
+    config: Config,
+    data: Path | None,
+    path: Path | None,
+    *,
+    split: str = "train",
+    classes: list[str] | None = None,
+    device: torch.device,
+    workers: int = 1,
+) -> dict:
+    """Crops, hours and bytes of the store that ``config`` asks for.
+
+    data: its images are counted, and some read, rendered and labelled; None: as many as ImageNet has, and the teachers alone are timed, on noise. path: what is
+    finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. Teachers whose
+    weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
+    """
+    teachers, real = _teachers(config, device)
+    count, pixels, rendering, boxes = cost.IMAGENET_IMAGES, None, None, None
+    if data is not None:
+        folder = images.split_folder(data, split)
+        names = classes or images.class_names(folder)
+        require_class_count(folder, names, teachers)
+        paths = images.list_files(folder, names)[0]
+        count = len(paths)
+        pixels, boxes, rendering = _rendered(config, folder, paths, {t.image_size for t in teachers})
+    n = config.store.batch_size if device.type == "cuda" else min(config.store.batch_size, SLOW)
+    if pixels is None:
+        pixels = {t.image_size: torch.randint(256, (n, t.image_size, t.image_size, 3), dtype=torch.uint8) for t in teachers}
+    p, forward = _labelled(config, teachers, pixels, n, device)
+    # On a device of its own the teachers don't wait for the loader unless it is slower; on a CPU they share the cores.
+    per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
+    bytes_per_crop = _bytes_per_crop(config, p, boxes, teachers[0].classes) if real and boxes is not None else None
+    total = count * config.crops.views
+    finished = _finished(path) if path is not None and path.exists() else 0.0
+    left = total * (1 - finished)
+    size = bytes_per_crop or (cost.BYTES_PER_MIXED_CROP if config.crops.cutmix else cost.BYTES_PER_CROP) * teachers[0].classes / CLASSES
+    shards = -(-count // layout_of(config, count, teachers[0].classes)[1]) * config.crops.views
+    gflop = sum(cost.flops(t.model, t.image_size)[0] for t in config.teachers) / 1e9
+    return {
+        "images": count,
+        "counted": data is not None,
+        "views": config.crops.views,
+        "crops": total,
+        "finished": finished,
+        "classes": teachers[0].classes,
+        "teachers": [t.name for t in teachers],
+        "real_weights": real,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "precision": config.store.precision,
+        "teachers_per_second": 1 / forward,
+        "loader_per_second": 1 / rendering if rendering else None,
+        "crops_per_second": 1 / per_crop,
+        "hours": left * per_crop / 3600,
+        "workers": workers,
+        "gflop_per_crop": gflop,
+        "gpu_hours": left * gflop * 1e9 / (3600 * cost.GPU_FLOPS),
+        "codec": config.store.codec,
+        "bytes_per_crop": size,
+        "bytes_measured": bytes_per_crop is not None,
+        "store_bytes": total * size,
+        "shards": shards,
+        "files": shards * (4 + 2 * bool(config.crops.cutmix) + bool(CODECS[config.store.codec].tail)),
+        "free_bytes": _free(path),
+    }
+
+
+def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
+    """The teachers, and whether their weights are their own."""
+    try:
+        return load_teachers(config.teachers, device), True
+    except ModelError as error:
+        if "can't be fetched" not in str(error):
+            raise
+        say(f"timed with random weights instead: {error}")
+    specs = [spec if spec.checkpoint else spec.model_copy(update={"pretrained": False}) for spec in config.teachers]
+    return [load(spec, seed=i).to(device) for i, spec in enumerate(specs)], False
+
+
+def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
+    """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the seconds that reading and rendering a crop took."""
+    chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
+    header = render.Header(config.crops.exif)
+    with render.quiet_decoders():
+        shapes = {path: header(blob) for path in chosen if (blob := _read(folder / path))}
+    good = [path for path, shape in shapes.items() if shape]
+    if not good:
+        raise images.DataError(
+            f"none of {len(chosen)} images of {folder} that were looked at can be decoded; look at them, or pass another --data"
+        )
+    views = min(config.crops.views, config.store.views_per_decode)
+    identity = philox.identities(np.array(good, object))
+    height, width = np.array([shapes[path] for path in good]).T
+    drawn = [crops.draw(config.crops, identity, height, width, view) for view in range(views)]
+    boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
+    renderer = render.Crops(
+        sorted(sizes),
+        views,
+        len(good),
+        interpolation=config.crops.interpolation,
+        exif=config.crops.exif,
+        backend=config.render.backend,
+        threads=config.render.threads,
+    )
+    made = renderer([_read(folder / path) for path in good], boxes, flips)
+    seconds = _timed(lambda: renderer([_read(folder / path) for path in good], boxes, flips))
+    return {size: torch.cat([view[size] for view in made]) for size in sizes}, boxes.reshape(-1, 4), seconds / (views * len(good))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise images.DataError(f"{path} can't be read ({error.strerror}); mend that, or take it away") from None
+
+
+def _labelled(
+    config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], n: int, device: torch.device
+) -> tuple[np.ndarray, float]:
+    """Labels of crops, as many as the codec's size is judged by, and the seconds that the teachers took for a crop."""
+    pixels = {size: p.to(device) for size, p in pixels.items()}
+    few = {size: p[:n] for size, p in pixels.items()}
+    most = {size: p[:IMAGES] for size, p in pixels.items()}
+
+    def forward(what: dict[int, torch.Tensor]) -> torch.Tensor:
+        p = ensemble(teachers, what, config.store.precision, batch_size=n)[0]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return p
+
+    forward(few)
+    seconds = _timed(lambda: forward(few))
+    return forward(most).cpu().numpy(), seconds / n
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Seconds of one call, the mean of as many as SECONDS allow."""
+    begun, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - begun < SECONDS:
+        work()
+        calls += 1
+    return (time.perf_counter() - begun) / calls
+
+
+def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray, classes: int) -> float:
+    """Of label, box and flip as they are compressed; with CutMix also partner and rectangle, which hardly can be."""
+    codec = CODECS[config.store.codec]
+    boxes = np.ascontiguousarray(boxes[: len(p)], np.int32)
+    label = len(Zstd(level=codec.compression).encode(np.ascontiguousarray(codec.encode(p))))
+    return (label + len(Zstd(level=3).encode(boxes))) / len(p) + 1 / 8 + (20 if config.crops.cutmix else 0)
+
+
+def _finished(path: Path) -> float:
+    """Share of the shards of a store that are finished."""
+    try:
+        done, of = LabelStore.open(path).progress()
+    except MealError as error:
+        say(f"{path} is not counted: {error}")
+        return 0.0
+    return done / of
+
+
+def _free(path: Path | None) -> int | None:
+    """Bytes that are free where the store is to be."""
+    place = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
+    return shutil.disk_usage(place).free if place else None
+
+
+def preview_page(result: dict) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    counted = "" if result["counted"] else " (ImageNet's; --data counts yours)"
+    table.add_row("crops", f"{result['images']:,} images{counted} × {result['views']} views = {result['crops']:,}")
+    if result["finished"]:
+        table.add_row("", f"{100 * result['finished']:.1f} % of the store are finished")
+    table.add_row("teachers", printable(" + ".join(result["teachers"])) + f", {result['gflop_per_crop']:.3g} GFLOP a crop")
+    loader = (
+        f", loader {result['loader_per_second']:,.1f}; together {result['crops_per_second']:,.1f}"
+        if result["loader_per_second"]
+        else " (the loader is timed with --data)"
+    )
+    table.add_row(
+        "measured", f"crops/s on this {result['device']}, {result['precision']}: teachers {result['teachers_per_second']:,.1f}{loader}"
+    )
+    workers = (
+        f", {duration(3600 * result['hours'] / result['workers'])} with {result['workers']} workers like it"
+        if result["workers"] > 1
+        else ""
+    )
+    table.add_row("time", f"{duration(3600 * result['hours'])} on one such device{workers}")
+    if result["device"] == "cpu":
+        hours = duration(3600 * result["gpu_hours"])
+        table.add_row("", f"{hours} on a GPU that does {cost.GPU_FLOPS / 1e12:.0f} TFLOP/s: arithmetic alone, not measured")
+    how = "measured on some crops" if result["bytes_measured"] else "of real labels of that many classes, not measured here"
+    table.add_row("store", f"{_bytes(result['store_bytes'])}, {result['bytes_per_crop']:.0f} bytes a crop ({result['codec']}, {how})")
+    table.add_row("", f"{result['shards']:,} shards in {result['files']:,} files")
+    if result["free_bytes"] is not None:
+        short = "" if result["free_bytes"] > result["store_bytes"] else ": NOT ENOUGH"
+        table.add_row("", f"{_bytes(result['free_bytes'])} are free there{short}")
+    results().print(table)
+
+
+def _bytes(n: float) -> str:
+    power = min(4, max(0, len(f"{n:.0f}") - 1) // 3)
+    return f"{n / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,78 @@
+"""What stage one will take: ``generate-labels --plan`` counts what is to be labelled, times what it can, and writes nothing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from conftest import CPU, changed, tree, write_teacher
+from test_cli import SMOKE, run
+
+from cache import LabelStore
+from pipeline import cost, preview
+from pipeline.models import ModelError
+from pipeline.report import store_facts
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(preview, "SECONDS", 0.05)
+
+
+def test_crops_hours_and_bytes_are_those_of_the_store(recipe, photos, store_path, tmp_path):
+    told = preview.preview(recipe, photos, tmp_path / "s.zarr", device=CPU, workers=4)
+    facts = store_facts(store_path)
+    assert told["images"] == 90 and told["crops"] == facts["labelled_crops"] == 180 and told["shards"] == facts["shards"] == 6
+    store = LabelStore.open(store_path)
+    files = (file for name in (*store.shard_arrays, "records") for file in (store_path / name / "c").rglob("*") if file.is_file())
+    assert told["files"] == sum(1 for _ in files)
+    assert told["bytes_measured"] and 0.5 < told["bytes_per_crop"] / (facts["label_bytes_per_crop"] + 12) < 2
+    assert told["teachers_per_second"] > told["crops_per_second"] < told["loader_per_second"]  # on a CPU they share the cores
+    assert told["hours"] == pytest.approx(180 / told["crops_per_second"] / 3600)
+
+
+def test_what_is_finished_is_not_counted_again(recipe, photos, store_path):
+    told = preview.preview(changed(recipe, crops={"views": 2}), photos, store_path, device=CPU)
+    assert told["finished"] == 1 and told["hours"] == 0
+
+
+def test_nothing_is_needed_and_nothing_is_written(tmp_path, monkeypatch, teachers):
+    monkeypatch.chdir(tmp_path)
+    chosen = [f"--teacher={t['model']}={t['checkpoint']}" for t in teachers]
+    status, out, _ = run("generate-labels", "--config", SMOKE, "--plan", *chosen, "--views", 180, "--worker", "0/8", "--device", "cpu")
+    assert status == 0 and "1,281,167 images (ImageNet's; --data counts yours) × 180 views = 230,610,060" in out and "8 workers" in out
+    assert tree(tmp_path) == {}
+
+
+def test_a_disk_that_is_too_small_is_told(recipe, photos, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preview.shutil, "disk_usage", lambda place: usage._replace(free=100))
+    told = preview.preview(recipe, photos, tmp_path / "deep" / "s.zarr", device=CPU)
+    preview.preview_page(told)
+    assert told["free_bytes"] == 100 and "NOT ENOUGH" in capsys.readouterr().out
+
+
+def test_teachers_whose_weights_are_not_at_hand_are_timed_with_random_ones(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, out, err = run("generate-labels", "--config", SMOKE, "--plan", "--teacher", "test_resnet", "--device", "cpu")
+    assert status == 0 and "timed with random weights instead: the weights of test_resnet.r160_in1k can't be fetched" in err
+    assert f"{cost.BYTES_PER_CROP} bytes a crop (pow8, of real labels of that many classes, not measured here)" in out
+
+
+def test_what_stage_one_would_refuse_is_refused(recipe, photos, tmp_path):
+    other = write_teacher(tmp_path / "t.safetensors", "test_resnet", 3, classes=5)
+    with pytest.raises(Exception, match="has 3 classes, the teachers have 5"):
+        _preview(recipe, other, photos)
+    with pytest.raises(ModelError, match=r"there is no checkpoint gone\.pth"):
+        _preview(recipe, "gone.pth", photos)
+    for left in (["--data", photos], ["--store", "s"]):
+        status, _, err = run("generate-labels", "--config", SMOKE, *left)
+        assert status == 2 and "only --plan does without it" in err
+
+
+def _preview(recipe, checkpoint, photos):
+    from pipeline.config import ModelSpec
+
+    spec = ModelSpec(model="test_resnet", checkpoint=str(checkpoint))
+    return preview.preview(recipe.model_copy(update={"teachers": (spec,)}), photos, None, device=CPU)
