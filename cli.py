@@ -151,7 +151,7 @@ def generate_labels(
     Example:
       python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --plan
       python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr
-      python cli.py generate-labels --config configs/smoke_cpu.yaml --data photos --store labels.zarr \\
+      python cli.py generate-labels --config configs/smoke_cpu.yaml --data photos --store photos.zarr \\
           --teacher tf_efficientnet_lite1=lite1.safetensors --teacher tf_efficientnet_lite2=lite2.safetensors --views 2
     """
     recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
@@ -285,7 +285,7 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     \b
     Example:
       python cli.py eval --data imagenet --model resnet50.ram_in1k
-      python cli.py eval --data photos --class-map imagenet-1k --model resnet18=run/best.safetensors --teacher resnet50=a.pth
+      python cli.py eval --data imagenet --model resnet50=run/best.safetensors --teacher senet154 --teacher resnet152_v1s
     """
     from pipeline import images
     from pipeline.config import ModelSpec, validate
@@ -409,6 +409,63 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
     click.echo(_json(result)) if as_json else verdict_page(result)
     if not result["trusted"]:
         raise SystemExit(1)
+
+
+@main.command("compare", short_help="Training runs beside each other: figures, settings that differ, curves.")
+@options(
+    click.argument("runs", type=folder, nargs=-1, required=True),
+    click.option("--figure", type=folder, default="comparison.png", show_default=True, help="Picture of the curves: .png, .pdf or .svg."),
+    json_option,
+)
+def compare_runs(runs, figure, as_json):
+    """Compare run directories of train-student: what each reached, which settings differ, and their curves in one picture.
+
+    Runs may still be training, and may have any number of epochs. With --json the whole metrics are told too.
+
+    \b
+    Example:
+      python cli.py compare run reference
+      python cli.py compare run reference --figure curves.svg --json
+    """
+    from pipeline.compare import compare, comparison_page, draw
+    from pipeline.progress import say
+
+    result = compare(runs)
+    draw(result, figure)
+    click.echo(_json(result)) if as_json else comparison_page(result)
+    say(f"wrote {figure}")
+
+
+@main.command("export", short_help="A trained student for others: for timm and the hub, and for ONNX Runtime.")
+@options(
+    click.argument("run", type=folder),
+    click.option("--out", required=True, type=folder, help="Folder to make: config.json, model.safetensors, model.onnx and README.md."),
+    click.option(
+        "--weights",
+        type=click.Choice(["best", "last"]),
+        default="best",
+        show_default=True,
+        help="Of the epoch with the highest validation top-1, or of the last one.",
+    ),
+    click.option("--no-onnx", is_flag=True, help="Leave out model.onnx, which needs onnx, onnxscript and onnxruntime."),
+    click.option("--store", type=folder, help="The label store of the run, from which the card tells more of the teachers."),
+    json_option,
+)
+def export_run(run, out, weights, no_onnx, store, as_json):
+    """Make a folder of a trained student that needs nothing of this tool: for timm, as its hub has it, for ONNX Runtime, and with a model card.
+
+    timm.create_model("local-dir:OUT", pretrained=True) is the student, bit for bit; model.onnx is compared with it on random inputs, and refused if its
+    softmax is off by more than 1e-4 in total variation. The card says how the student was made, and what the run measured of it. RUN stays as it is.
+
+    \b
+    Example:
+      python cli.py export run --out resnet50-meal-v2 --store labels.zarr
+      python cli.py export run --out resnet50-last --weights last --no-onnx
+    """
+    from pipeline.export import export, summary
+
+    result = export(run, out, weights=weights, onnx=not no_onnx, store=store)
+    click.echo(_json(result) if as_json else "\n".join(summary(result)))
 
 
 @main.command("merge", short_help="Several label stores of the same crops as one.")

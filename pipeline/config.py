@@ -280,6 +280,15 @@ def validate(document: dict, source: str, section: type[Section] | None = None) 
         raise ConfigError(f"{source}: {problems[0]}{more}") from None
 
 
+def flat(document: object, prefix: str = "") -> dict[str, object]:
+    """Sections as dotted keys, and lists of sections too (teachers.0.model), as --set takes them."""
+    if isinstance(document, list) and document and all(isinstance(value, dict) for value in document):
+        document = dict(enumerate(document))
+    if not isinstance(document, dict):
+        return {prefix: document}
+    return {k: v for key, value in document.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
 def _put(document: dict, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     place: Any = document

@@ -40,6 +40,7 @@ class Source(Protocol):
     codec: Codec | None  # of ``labels``
     how: dict  # what live teachers' labels depend on, beside images and classes
     teachers: list[str]  # timm names with tags of who made the labels; empty if nobody did
+    imported: dict | None  # what is known of labels that others made
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
@@ -64,6 +65,7 @@ class StoredLabels:
         self.identity = store.identity.hex()
         self.codec, self.how = (None if hard else store.codec), {}
         self.teachers = [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
+        self.imported = None if hard else store.provenance.get("imported")
 
     def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.store.crops(view, rows)
@@ -90,7 +92,7 @@ class DrawnCrops:
         self.crops, self.mixes = self.plan.crops, self.plan.mixes
         self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names}).hex()
         self.codec, self.how = None, how
-        self.teachers = [teacher["model"] for teacher in how.get("teachers", ())]
+        self.teachers, self.imported = [teacher["model"] for teacher in how.get("teachers", ())], None
 
     def labels(self, view: int, rows: np.ndarray) -> None:
         return None

@@ -14,7 +14,8 @@ from cache.codec import CODECS
 from cache.schema import USABLE, Images, StoreError, first_difference
 from pipeline import checkpoint, images
 from pipeline.checkpoint import RunError
-from pipeline.config import Config, ConfigError, CutMix, validate
+from pipeline.config import Config, ConfigError, CutMix, flat, validate
+from pipeline.curves import EVENTS, PICTURE
 from pipeline.models import Model, load_teachers
 from pipeline.processes import ALONE, Processes
 from pipeline.progress import say
@@ -136,8 +137,8 @@ def _from_store(
         if not allow_renderer_difference:
             raise
         say(f"warning: {difference}", anyway=True)  # another machine's renderer may be another one
-    seen = sorted({t["image_size"] for t in store.provenance["teachers"]})
-    if config.train.image_size not in seen:
+    seen = sorted({t["image_size"] for t in store.provenance["teachers"] if t["image_size"]})
+    if seen and config.train.image_size not in seen:
         say(f"the student trains at {config.train.image_size} px, a size that no teacher of {path} saw ({', '.join(map(str, seen))} px)")
     _say_repeats(config, views)
     filled = config.model_copy(
@@ -160,7 +161,8 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
     kept = policy_of(store)
     for name in config.crops.model_fields_set - {"views"}:
         ours, theirs = getattr(config.crops, name), getattr(kept, name)
-        if ours != theirs:
+        unknown = store.provenance["crops"].get(name, theirs) is None and name != "cutmix"  # of labels that others made
+        if ours != theirs and not unknown:
             cheaper = "; or mix by area with this one: train.cutmix" if name == "cutmix" and ours else ""
             raise ConfigError(
                 f"crops.{name} is {_plain(ours)}, {store.path} was made with {_plain(theirs)}; set it so, leave it out, or generate another "
@@ -183,13 +185,14 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
     """What a run in ``out`` goes on from; None if it is a new one. Raises RunError unless what is there is a part of this very run."""
     state = checkpoint.load_state(out / "state.pt")
     if state is None:
-        ours = {"config.yaml", *SCANS, "last.safetensors", "best.safetensors", "metrics.jsonl"}  # a kill in the first epoch leaves these
-        if out.exists() and any(p.name not in ours and not p.name.startswith(".") for p in out.iterdir()):
+        # A kill in the first epoch leaves these.
+        ours = {"config.yaml", *SCANS, "last.safetensors", "best.safetensors", "metrics.jsonl", PICTURE}
+        if out.exists() and any(p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
         if len(_lines(out / "metrics.jsonl")) > 1:
             raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
     else:
-        before, now = _flat(_started_config(out).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+        before, now = flat(_started_config(out).model_dump(mode="json")), flat(config.model_dump(mode="json"))
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(
@@ -225,12 +228,6 @@ def _free(key: str, config: Config) -> bool:
 
 def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
-
-
-def _flat(document: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(document, dict):
-        return {k: v for key, value in document.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
-    return {prefix: document}
 
 
 def find_validation(

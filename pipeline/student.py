@@ -15,6 +15,7 @@ from pipeline import checkpoint, images, losses, philox, schedule, start
 from pipeline.background import share_the_interpreter
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
+from pipeline.curves import Curves
 from pipeline.evaluate import evaluate
 from pipeline.models import Model, load, sync_batchnorm
 from pipeline.processes import ALONE, Elsewhere, Processes
@@ -221,6 +222,7 @@ class Run:
         share_the_interpreter()
         self.epoch = 0
         self.metrics: list[dict] = []
+        self.curves = Curves(out, config)
 
     def restore(self, state: dict) -> None:
         self.student.module.load_state_dict(state["model"])
@@ -229,6 +231,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.metrics = state["epoch"], state["metrics"]
         say(f"going on with {self.out} after {self.epoch} epochs")
+        self.processes.first(lambda: self.curves.show(self.metrics))
 
     def train_pass(self) -> None:
         """One pass over the images, which is as many epochs as it shows crops of each; then validation, and the checkpoints."""
@@ -327,7 +330,8 @@ class Run:
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 
     def _save(self) -> None:
-        """The student for others first, then what this run goes on from: after a kill between the two, the epoch is done again, to the same end."""
+        """The student for others first, then what this run goes on from: after a kill between the two, the epoch is done again, to the same end. Curves
+        come last, since they are made anew of the metrics."""
         newest = self.metrics[-1]
         facts = {
             "epoch": newest["epoch"],
@@ -336,6 +340,7 @@ class Run:
             "source": self.source.identity,
             "teachers": self.source.teachers,
             "class_names": self.source.class_names,
+            **({"imported": self.source.imported} if self.source.imported else {}),
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
         # Without any validation the newest is the best.
@@ -353,6 +358,7 @@ class Run:
             "how": self.source.how,
         }
         checkpoint.save_state(self.out / "state.pt", state)
+        self.curves.show(self.metrics)
 
     def _summary(self, m: dict) -> str:
         parts = [f"epoch {m['epoch'] + 1}/{self.config.train.epochs}", f"view {m['view']}", f"lr {m['lr']:g}", f"loss {m['loss']:.4f}"]

@@ -128,8 +128,9 @@ def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
 
     assert "is complete: 2 of 2 shards" in command("generate-labels", *common, *chosen, *small).stderr
     assert "epoch 2/2" in command("train-student", *common, *student).stderr
-    files = ["best.safetensors", "config.yaml", "last.safetensors", "metrics.jsonl", "state.pt", "validation-images.npz"]
-    assert sorted(os.listdir(tmp_path / "run")) == files
+    files = ["best.safetensors", "config.yaml", "curves.png", "last.safetensors", "metrics.jsonl", "state.pt", "validation-images.npz"]
+    found = sorted(os.listdir(tmp_path / "run"))
+    assert [name for name in found if not name.startswith("events.out.tfevents.")] == files and len(found) == len(files) + 1
     assert "has its 2 epochs already" in command("train-student", *common, *student).stderr
     evaluated = command("eval", "--data", photos, "--model", "test_resnet=run/best.safetensors", "--json")
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
