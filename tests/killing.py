@@ -1,4 +1,4 @@
-"""Runs of ``cli.py generate-labels`` that are killed with SIGKILL at a chosen moment.
+"""Runs of commands, mostly ``generate-labels``, that are killed with SIGKILL at a chosen moment.
 
 A run takes half a second, not nine: it is forked from a server that has imported everything already. (DALI, torch and Zarr start no thread while
 they are imported, so forking is safe; ``Server`` looks.) An event is a call that changes something beside or in the store, or the reading of an
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["pytest", "torch", "timm", "zarr", "nvidia.dali", "pipeline.generate", "cli", "killing"]
+HEAVY = ["pytest", "torch", "timm", "zarr", "nvidia.dali", "pipeline.generate", "pipeline.exchange", "cli", "killing"]
 HANGS = 300  # seconds: no run takes that long
 
 
@@ -87,9 +87,13 @@ class Server:
         assert imported == HEAVY and threads == 1, f"forked with {threads} threads, after the import of {imported}"
 
     def start(self, store: Path, *options: str, moment: Moment | None = None) -> Run:
+        return self.command(store, ["generate-labels", f"--config={self.config}", "--device=cpu", *options], moment)
+
+    def command(self, store: Path, command: list[str], moment: Moment | None = None) -> Run:
+        """Any command that takes --data and --store."""
         folder = self.folder / f"run{next(self.number)}"
         folder.mkdir()
-        arguments = ["generate-labels", f"--config={self.config}", f"--data={self.data}", f"--store={store}", "--device=cpu", *options]
+        arguments = [*command, f"--data={self.data}", f"--store={store}"]
         return Run(self.context, folder, arguments, store, self.data, moment)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, changed, edit_store, tree
+from killing import Moment, Run, Server
 from PIL import Image
 from test_cli import run
 from torchvision.transforms import functional
@@ -119,6 +120,28 @@ def test_an_import_that_was_stopped_goes_on_and_damage_is_mended(imported, publi
     (path / "boxes" / "zarr.json").unlink()
     import_labels(published, photos, path, codec="float32", teachers=["somebody's b4"])
     assert tree(path) == tree(imported)
+
+
+def test_killed_at_any_moment_an_import_goes_on_to_the_same_bytes(imported, published, photos, tmp_path):
+    server = Server(tmp_path, tmp_path, photos)
+    command = ["import-labels", str(published), "--codec=float32", "--teacher=somebody's b4"]
+
+    def start(path: Path, moment: Moment | None = None) -> Run:
+        path.parent.mkdir(exist_ok=True)
+        return server.command(path, command, moment)
+
+    whole = start(tmp_path / "whole" / imported.name)
+    assert whole.end() == 0, whole.said()
+    assert tree(tmp_path / "whole" / imported.name) == tree(imported)
+    events = whole.events()
+    shards = next(i for i, event in enumerate(events) if "/c/" in event.path and event.path.startswith(f"{imported.name}/labels"))
+    for number, event in enumerate([*range(10, shards, shards // 3), *range(shards, len(events), (len(events) - shards) // 6)]):
+        path = tmp_path / f"killed{number}" / imported.name
+        killed = start(path, Moment(event, part=0.5))
+        assert killed.end() == -9, f"{events[event]}: {killed.said()}"
+        again = start(path)
+        assert again.end() == 0, again.said()
+        assert tree(path) == tree(imported), events[event]
 
 
 @pytest.mark.parametrize(
