@@ -102,7 +102,7 @@ class LabelStore:
     @property
     def made_by(self) -> str:
         """The command that made the store, and finishes and mends it."""
-        return "import-labels" if "imported" in self.provenance else "merge" if "merged" in self.provenance else "generate-labels"
+        return "merge" if "merged" in self.provenance else "import-labels" if "imported" in self.provenance else "generate-labels"
 
     @cached_property
     def max_error(self) -> tuple[float | None, float]:

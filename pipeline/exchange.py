@@ -50,7 +50,7 @@ def import_labels(
 
     directory: holds CLASS/NAME.tar, or one or two folders above that (IMAGENET/TRAIN/CLASS). data: the images that were labelled. Images without a label file
     are unusable. teachers, image_size: what the user knows of who made the labels, which no file says. interpolation: of the crops that were labelled; FKD's
-    generator has bicubic. views: the first so many crops; otherwise all. seed: of the row order. Raises MealError for what the user can mend: a damaged
+    generator has bicubic. views: the first so many crops, otherwise all; more than the store has extend it. seed: of the row order. Raises MealError for what the user can mend: a damaged
     file, crops that are no whole pixels of these images, labels of another kind or number than the first file's.
     """
     folder = images.split_folder(data, split)
@@ -69,8 +69,9 @@ def import_labels(
                 raise StoreError(f"{path} was imported with {where} {theirs}, this is {ours}; pass the same, or choose another --store")
         provenance.require_same_classes(store, classes, "pass that one again, or choose another --store")
         images.require_same_files(folder, store.images, store.class_names, str(path))
-        if writer.uneven:
-            writer.grow(store.views)
+        source.show(max(source.views, store.views))
+        if writer.uneven or source.views > store.views:
+            writer.grow(source.views)
         _fill(writer, source)
         return LabelStore.open(path)
 
@@ -91,13 +92,19 @@ class _Source:
             )
         first = fkd.read(self.file(there[0]), len(classes))
         self.kind, self.crops, self.half, self.classes = first.kind, len(first.coords), first.coords.dtype == np.float16, len(classes)
-        if views is not None and views > self.crops:
-            raise LabelFileError(f"--views is {views}, and {self.file(there[0])} has {self.crops} crops; lower it, or leave it out for all")
-        self.views = views or self.crops
+        self.show(views or self.crops)
         digest = hashlib.sha256(json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode())
         for image in there[:TELLING]:
             digest.update(self.file(image).read_bytes())
         self.digest = digest.hexdigest()
+
+    def show(self, views: int) -> None:
+        """Take so many crops of each image. Raises LabelFileError if there aren't as many."""
+        if views > self.crops:
+            raise LabelFileError(
+                f"{views} views are wanted, and the label files have {self.crops} crops; lower --views, or leave it out for all"
+            )
+        self.views = views
 
     def file(self, image: str) -> Path:
         return self.root / self.files[image].split("/", self.below)[-1]

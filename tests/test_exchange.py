@@ -180,6 +180,19 @@ def test_label_sets_of_the_same_crops_are_averaged_and_none_counts_twice(importe
         merge([tmp_path / "b.zarr", tmp_path / "c.zarr"], tmp_path / "d.zarr", **quiet)
 
 
+def test_more_views_extend_an_import_and_fewer_take_nothing_away(imported, published, photos, tmp_path):
+    path, how = tmp_path / imported.name, {"codec": "float32", "teachers": ["somebody's b4"]}
+    assert import_labels(published, photos, path, views=1, **how).views == 1
+    assert import_labels(published, photos, path, **how).progress() == (3, 3)
+    (path / "records" / "c" / "2" / "0" / "0").unlink()
+    assert import_labels(published, photos, path, views=2, **how).progress() == (3, 3)
+    assert {file: content for file, content in tree(path).items() if file != "zarr.json"} == {
+        file: content for file, content in tree(imported).items() if file != "zarr.json"
+    }
+    with pytest.raises(MealError, match="9 views are wanted, and the label files have 3 crops"):
+        import_labels(published, photos, path, views=9, **how)
+
+
 def test_an_image_without_labels_is_left_out_with_the_reason(published, photos, tmp_path):
     shutil.copytree(published, tmp_path / "labels")
     (tmp_path / "labels" / "imagenet" / "train" / "bee" / "004.tar").unlink()
