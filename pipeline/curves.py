@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import checkpoint
 from pipeline.config import Config
+from pipeline.progress import say
 
 if TYPE_CHECKING:  # imported where they are needed: matplotlib takes 0.4 s, tensorboard's format 0.05 s
     from matplotlib.axes import Axes
@@ -88,7 +89,17 @@ class Curves:
         self.drawn, self.cost = time.monotonic(), FIRST  # when the last drawing ended, and its seconds
 
     def show(self, metrics: Sequence[dict]) -> None:
-        """metrics: of all passes so far, the newest last, one at least."""
+        """metrics: of all passes so far, the newest last, one at least. No training ends for want of a picture: what fails is said, and begun anew after
+        the next pass."""
+        try:
+            self._show(metrics)
+        except Exception as error:  # a library that is broken here, a font, a disk
+            self.events, self.written = None, 0
+            say(
+                f"warning: the curves in {self.out} could not be brought up to date ({type(error).__name__}: {error}); training goes on without them"
+            )
+
+    def _show(self, metrics: Sequence[dict]) -> None:
         if self.events is None:
             self._begin()
         self._append(metrics[self.written :])

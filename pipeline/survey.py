@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from pipeline.render import threads_for
 
 LABELS = 200_000  # that are looked at, of a larger store
 VIEWS = 8  # in which the same images are looked at, at most
-SPREAD = 1 << 26  # numbers: of so many images × classes the mean label over the views is kept
+SPREAD = 1 << 25  # numbers: of so many images × classes the mean label over the views is kept
 THREADS = 8  # each holds a shard
 
 DONE, MISSING, DAMAGED = range(3)  # the worse the greater
@@ -57,22 +58,28 @@ def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threa
     places = [(int(view), int(shard)) for view, shard in np.argwhere(finished if check else finished & wanted)]
 
     sums, entropies, seen = np.zeros((len(spread), store.classes), np.float32), np.zeros(len(spread)), np.zeros(len(spread), np.int64)
+    adding = threading.Lock()
+
+    def look(place: tuple[int, int]) -> tuple[str | None, dict]:
+        fault, part, means = _look(store, *place, rows if wanted[place] else rows[:0], spread)
+        if part:
+            at = np.searchsorted(spread, part["row"][: len(means)])
+            with adding:  # here, so that no labels wait to be added
+                sums[at] += means
+                entropies[at] += part["entropy"][: len(means)]
+                seen[at] += 1
+        return fault, part
+
     coverage, faults, parts = np.where(finished, DONE, MISSING).astype(np.uint8), [], []
     threads = min(threads_for(threads), THREADS)
     with Progress("looking at labels", len(places), "shards") as progress, ThreadPoolExecutor(threads) as pool:
         try:
-            for (view, shard), (fault, part, means) in zip(
-                places, pool.map(lambda place: _look(store, *place, rows if wanted[place] else rows[:0], spread), places), strict=True
-            ):
+            for (view, shard), (fault, part) in zip(places, pool.map(look, places), strict=True):
                 if fault:
                     coverage[view, shard] = DAMAGED
                     faults.append((view, shard, fault))
                 elif part:
                     parts.append(part)
-                    at = np.searchsorted(spread, part["row"][: len(means)])
-                    sums[at] += means
-                    entropies[at] += part["entropy"][: len(means)]
-                    seen[at] += 1
                 progress.advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

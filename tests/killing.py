@@ -24,7 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["pytest", "torch", "timm", "zarr", "nvidia.dali", "pipeline.generate", "pipeline.exchange", "cli", "killing"]
+HEAVY = [
+    *("pytest", "torch", "timm", "zarr", "nvidia.dali", "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg"),
+    *("tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2"),
+    *("pipeline.generate", "pipeline.exchange", "cli", "killing"),
+]
 HANGS = 300  # seconds: no run takes that long
 
 

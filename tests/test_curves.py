@@ -312,3 +312,16 @@ def test_a_config_of_an_older_version_differs_in_what_it_says_alone(judged, tmp_
     differences = compare([judged, run])["differences"]
     assert differences["teachers.1.model"] == {"soft": gone["model"], "older": None}
     assert all(key.startswith("teachers.1.") for key in differences)
+
+
+def test_no_training_ends_for_want_of_a_picture(tmp_path, recipe, monkeypatch, capsys):
+    """A broken library, a font that isn't there: it is said, and the next pass makes everything anew."""
+    passes = [{"epoch": epoch, "loss": 1.0 / (epoch + 1), "seconds": 1.0, "lr": 0.1, "images_per_second": 5.0} for epoch in range(3)]
+    curves = Curves(tmp_path, recipe)
+    with monkeypatch.context() as broken:
+        broken.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", lambda self, data: 1 / 0)
+        curves.show(passes[:1])
+    assert "could not be brought up to date (ZeroDivisionError" in capsys.readouterr().err
+    curves.show(passes[:2])
+    curves.show(passes)
+    assert read(EventAccumulator(str(tmp_path))) == as_events(passes)
