@@ -117,6 +117,20 @@ def store_path(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFa
     return path
 
 
+SHORT = ("--set=train.epochs=2", "--set=train.milestones=[]", "--set=crops.views=2")  # of the demo; in full it is a minute and a half
+
+
+@pytest.fixture(scope="session")
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo's folder, and what it printed as JSON."""
+    from test_cli import run
+
+    folder = tmp_path_factory.mktemp("story") / "demo"
+    status, out, err = run("demo", "--out", folder, "--json", "--device", "cpu", *SHORT)
+    assert status == 0, err
+    return folder, out
+
+
 def changed(recipe: Config, **sections: dict) -> Config:
     """The recipe with some values of some sections replaced."""
     document = recipe.model_dump(mode="json", exclude_unset=True)

@@ -141,12 +141,10 @@ def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["labels.zarr", "run"]
 
 
-def test_the_demo_tells_the_whole_story(tmp_path):
+def test_the_demo_tells_the_whole_story(short_demo):
     """Shortened to two epochs and two views; the table itself is measured by running it in full."""
-    short = ["--set", "train.epochs=2", "--set", "train.milestones=[]", "--set", "crops.views=2"]
-    status, out, _ = run("demo", "--out", tmp_path / "demo", "--json", "--device", "cpu", *short)
-    result = json.loads(out)
-    assert status == 0 and result["labelled_crops"] == 2 * 1297
+    result = json.loads(short_demo[1])
+    assert result["labelled_crops"] == 2 * 1297
     assert [row["name"] for row in result["rows"]][2:] == ["ensemble", "student from soft labels", "student from hard labels"]
     assert all(0 <= row["top1"] <= 100 for row in result["rows"])
     assert result["rows"][0]["top1"] > 15  # it has learned something: ten classes
