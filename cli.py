@@ -158,9 +158,8 @@ def generate_labels(
     if plan:
         from pipeline.preview import preview, preview_page
 
-        preview_page(
-            preview(recipe, data, store, split=split, classes=_class_map(class_map), device=_device(device), workers=_worker(worker)[1])
-        )
+        share = {"workers": _worker(worker)[1], "first_view": first_view}
+        preview_page(preview(recipe, data, store, split=split, classes=_class_map(class_map), device=_device(device), **share))
         return
     for option, value in (("--data", data), ("--store", store)):
         if value is None:

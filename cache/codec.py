@@ -348,4 +348,4 @@ def divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def entropy(p: np.ndarray) -> np.ndarray:
     """float [n, classes] → float64 [n]: −Σ p·log p, in nats."""
-    return -np.sum(p * np.log(np.maximum(p, np.finfo(np.float32).tiny)), axis=1, dtype=np.float64)
+    return 0.0 - np.sum(p * np.log(np.maximum(p, np.finfo(np.float32).tiny)), axis=1, dtype=np.float64)

@@ -68,7 +68,7 @@ def merge(
             progress(views)
     if lost:
         raise StoreError(
-            f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend that store with its generate-labels command, then merge again"
+            f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend that store with the command that made it, then merge again"
         )
     return LabelStore.open(out)
 
@@ -94,6 +94,8 @@ def _require_alike(first: LabelStore, other: LabelStore) -> None:
         if "fingerprint" not in store.attributes:
             raise StoreError(f"{where}: {store.path} has no fingerprint of its pixels; restore it from a copy or generate a new store")
     ours, theirs = (store.attributes["fingerprint"] for store in (first, other))
+    if any(ours[key] != theirs[key] for key in ("rows", "boxes", "flips")):
+        raise StoreError(f"{where}: their crops are others; labels are averaged only of the same ones")
     differing = [size for size in ours["digests"].keys() & theirs["digests"].keys() if ours["digests"][size] != theirs["digests"][size]]
     if differing:
         raise StoreError(f"{where}: they were made on machines that render other pixels (at {', '.join(sorted(differing))} px)")
@@ -127,7 +129,7 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
                 "teachers": len(store.provenance["teachers"]),
                 "codec": store.codec.describe(),
                 "compute": store.provenance["compute"],
-                **{key: store.provenance[key] for key in ("merged",) if key in store.provenance},
+                **{key: store.provenance[key] for key in ("merged", "imported") if key in store.provenance},
             }
             for store in stores
         ],

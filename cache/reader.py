@@ -255,7 +255,7 @@ class LabelStore:
     def require_finished(self, view: int, shards: np.ndarray | None = None) -> None:
         """Raises StoreError unless every shard of the view (or those given) is finished."""
         if not 0 <= view < self.views:
-            raise StoreError(f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with generate-labels --views {view + 1}")
+            raise StoreError(f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with {self.made_by} --views {view + 1}")
         shards = np.arange(self.shards) if shards is None else shards
         if not self._finished[view, shards].all():
             self.__dict__.pop("_finished")  # another process may have finished it since

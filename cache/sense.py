@@ -86,11 +86,15 @@ def within(place: str, rules: dict[str, Rule]) -> dict[str, Rule]:
     return {f"{place}.{key}": rule for key, rule in rules.items()}
 
 
+def imported(value: Any) -> bool:
+    return section(value) and all(text(value.get(key)) for key in ("format", "labels"))
+
+
 def parts(value: Any) -> bool:
     """The stores that were averaged into one, each of which may be an average."""
     compute = {key: or_unknown(rule) for key, rule in COMPUTE.items()}
     rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", compute)}
-    may = {**within("codec", CODEC_IF_THERE), **within("compute", COMPUTE_IF_THERE), "merged": parts}
+    may = {**within("codec", CODEC_IF_THERE), **within("compute", COMPUTE_IF_THERE), "merged": parts, "imported": imported}
     return several(None, section)(value) and bool(value) and all(first_broken(part, rules, may) is None for part in value)
 
 
@@ -125,7 +129,7 @@ UNKNOWN = (
     *(f"provenance.teachers.*.{key}" for key in ("weights", "image_size", "mean", "std")),
 )
 IF_THERE: dict[str, Rule] = {
-    "provenance.imported": lambda value: section(value) and all(text(value.get(key)) for key in ("format", "labels")),
+    "provenance.imported": imported,
     "provenance.teachers.*.files": sha256,
     "views": whole(1, MOST_VIEWS),
     **within("codec", CODEC_IF_THERE),
@@ -178,8 +182,16 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
 def broken_attribute(attributes: dict) -> tuple[str, object] | None:
     """The first attribute of a store that no store could have, and its value."""
     provenance = attributes.get("provenance")
-    loose = UNKNOWN if isinstance(provenance, dict) and "imported" in provenance else ()
-    return first_broken(attributes, {key: or_unknown(rule) if key in loose else rule for key, rule in RULES.items()}, IF_THERE)
+    if not isinstance(provenance, dict) or "imported" not in provenance:
+        return first_broken(attributes, RULES, IF_THERE)
+    broken = first_broken(attributes, {key: or_unknown(rule) if key in UNKNOWN else rule for key, rule in RULES.items()}, IF_THERE)
+    if broken:
+        return broken
+    drawn = [provenance["crops"].get(key) for key in ("scale", "ratio", "flip")]
+    if not text(provenance["crops"].get("policy")) or len({value is None for value in drawn}) > 1:
+        return "provenance.crops", provenance["crops"]
+    nameless = [teacher for teacher in provenance["teachers"] if teacher["weights"] is None and "files" not in teacher]
+    return ("provenance.teachers", nameless) if nameless else None
 
 
 def first_broken(document: dict, rules: dict[str, Rule], if_there: dict[str, Rule]) -> tuple[str, object] | None:

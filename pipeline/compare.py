@@ -144,6 +144,7 @@ def draw(result: dict, file: Path) -> None:
     Raises RunError."""
     from matplotlib.lines import Line2D
 
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
     kind = file.suffix[1:].lower()
     if kind not in KINDS:
         raise RunError(

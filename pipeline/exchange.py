@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -16,6 +18,7 @@ import numpy as np
 from cache import LabelStore, disk, mend, schema
 from cache.codec import CODECS
 from cache.schema import UNUSABLE, USABLE, Images, StoreError
+from cache.sense import MOST_VIEWS
 from cache.stopping import check, finishing
 from cache.writer import StoreWriter
 from pipeline import fkd, images, provenance, render
@@ -25,6 +28,18 @@ from pipeline.progress import Progress, say
 AT_ONCE = 1 << 30  # bytes of labels that are held at once
 SIZE = 224  # pixels at which the fingerprint is rendered where the teachers' size isn't known
 TELLING = 64  # label files by whose bytes a label set is known, beside all names and sizes
+LISTED = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # what torchvision's ImageFolder, and so FKD's code, takes for images
+SPLITS = {"train", "val", "test", "validation"}
 REFUSED = {
     "tinyvit": "its crops follow from a seed and timm's augmentation code of that day, and its teachers saw RandAugment, erasing and mixing, which a store of "
     "crops can't replay",
@@ -53,6 +68,7 @@ def import_labels(
     generator has bicubic. views: the first so many crops, otherwise all; more than the store has extend it. seed: of the row order. Raises MealError for what the user can mend: a damaged
     file, crops that are no whole pixels of these images, labels of another kind or number than the first file's.
     """
+    _require_a_name(split)
     folder = images.split_folder(data, split)
     names = classes or images.class_names(folder)
     path = path.absolute()
@@ -81,13 +97,16 @@ class _Source:
 
     def __init__(self, directory: Path, split: str, folder: Path, classes: Sequence[str], views: int | None) -> None:
         paths, _, _, _ = images.list_files(folder, classes)
-        self.files = _named(paths, split)
-        self.root, self.below = _root_of(directory, list(self.files.values()))
-        self.sizes = {image: _size(self.file(image)) for image in self.files}
+        self.places = _named(paths, split, fkd.generated)
+        self.root, self.below = _root_of(directory, split, list(self.places))
+        if self.root != directory:
+            say(f"label files are looked for in {self.root}")
+        self.split, self.files = split, {}
+        self.sizes = {image: self._find(image) for image in self.places.values()}
         there = [image for image in sorted(self.files) if self.sizes[image] >= 0]
         if not there:
             raise LabelFileError(
-                f"{directory} has no label file for any of the {len(paths):,} images of {folder}, like {self.files[paths[0]]}; "
+                f"{directory} has no label file for any of the {len(paths):,} images of {folder}, like {fkd.generated(paths[0], split)}; "
                 "name the folder that holds the class folders of label files, and the images that were labelled"
             )
         first = fkd.read(self.file(there[0]), len(classes))
@@ -100,14 +119,22 @@ class _Source:
 
     def show(self, views: int) -> None:
         """Take so many crops of each image. Raises LabelFileError if there aren't as many."""
-        if views > self.crops:
+        if views > min(self.crops, MOST_VIEWS):
             raise LabelFileError(
                 f"{views} views are wanted, and the label files have {self.crops} crops; lower --views, or leave it out for all"
             )
         self.views = views
 
+    def _find(self, image: str) -> int:
+        """Bytes of an image's label file, where the generator puts it or where training looks for it; -1 if there is none."""
+        for place in dict.fromkeys((fkd.generated(image, self.split), fkd.place_of(image, self.split))):
+            self.files[image] = place.split("/", self.below)[-1]
+            if (size := _size(self.file(image))) >= 0:
+                return size
+        return -1
+
     def file(self, image: str) -> Path:
-        return self.root / self.files[image].split("/", self.below)[-1]
+        return self.root / self.files[image]
 
     def read(self, image: str) -> LabelFile:
         """The first ``views`` crops of an image. Raises LabelFileError if they are of another kind or fewer than the first file's."""
@@ -121,37 +148,48 @@ class _Source:
         return replace(found, coords=found.coords[: self.views], flips=found.flips[: self.views], labels=found.labels[: self.views])
 
 
-def _root_of(directory: Path, files: Sequence[str]) -> tuple[Path, int]:
-    """The folder below which the label files are, which is ``directory`` or one in it; and 1 if it is the split's folder itself, otherwise 0."""
+def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, int]:
+    """The folder below which the label files are, which is ``directory`` or one in it; and 1 if it is the split's folder itself, otherwise 0. That of
+    another split isn't: its images may have the same names."""
     if not directory.is_dir():
         raise LabelFileError(f"there is no folder {directory}; name the one that holds the label files")
     below = sorted(entry for entry in directory.iterdir() if entry.is_dir())
     some = files[:: max(1, len(files) // 1000)]
     for root in (directory, *below):
-        for skipped in (0, 1):
+        for skipped in (0,) if root.name in SPLITS - {split} else (0, 1):
             if any((root / file.split("/", skipped)[-1]).is_file() for file in some):
                 return root, skipped
     return directory, 0
 
 
-def _named(paths: np.ndarray, split: str) -> dict[str, str]:
-    """Image → its label file. Raises LabelFileError where two images would have the same."""
+def _named(paths: np.ndarray, split: str, place: Callable[[str, str], str]) -> dict[str, str]:
+    """Label file → its image, of those files that FKD's code takes for images. Raises LabelFileError where two would have the same."""
     taken: dict[str, str] = {}
     for image in paths.tolist():
-        file = fkd.place_of(image, split)
+        if not image.lower().endswith(LISTED):
+            continue
+        file = place(image, split)
         if file in taken:
             raise LabelFileError(
                 f"FKD keeps the labels of {taken[file]} and {image} in one file, {file}, so that those of one are lost; rename or remove one of the images"
             )
         taken[file] = image
-    return {image: file for file, image in taken.items()}
+    return taken
+
+
+def _require_a_name(split: str) -> None:
+    if not split or "/" in split or split in (".", ".."):
+        raise LabelFileError(f"--split is {split!r}; it must be the name of a folder of --data, like train")
 
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        found = file.stat()
     except OSError:
         return -1
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        raise LabelFileError(f"{file} is no ordinary file; remove it")
+    return found.st_size
 
 
 def _about(
@@ -238,28 +276,33 @@ def _image(source: _Source, manifest: Images, row: int) -> tuple[np.ndarray, np.
 
 
 def _fill(writer: StoreWriter, source: _Source) -> None:
-    """Write whatever is missing or damaged, a shard's images read once for as many views as memory has room for."""
+    """Write whatever is missing or damaged, a shard's images read once for as many views as memory has room for; what another import is at is waited for,
+    and done here if that one dies."""
     store = writer.store
     usable = store.images.status == USABLE
-    with Progress("importing", int(usable.sum()) * store.views, "crops") as progress, ThreadPoolExecutor(render.threads_for(None)) as pool:
+    total, waited = int(usable.sum()) * store.views, False
+    with Progress("importing", total, "crops") as progress, ThreadPoolExecutor(render.threads_for(None)) as pool:
         for shard in range(store.shards):
-            here = store.shard_slice(shard)
-            rows = np.arange(here.start, here.stop)
-            good = rows[usable[rows]]
             writer.discard_damaged(shard, store.views, say)
-            group = _group(source, store, good)
-            for first in range(0, store.views, group):
-                wanted = list(range(first, min(first + group, store.views)))
-                with writer.claimed(wanted, shard) as missing:
-                    if missing:
-                        _write(writer, source, shard, missing, good, pool)
-                progress.advance(len(wanted) * len(good))
-    done, of = store.progress()
-    say(
-        f"{store.path} is complete: {of} of {of} shards"
-        if done == of
-        else f"{done} of {of} shards of {store.path}; another import is at the others"
-    )
+        while not (finished := store.finished()).all():
+            for shard in np.flatnonzero(~finished.all(axis=0)).tolist():
+                here = store.shard_slice(shard)
+                rows = np.arange(here.start, here.stop)
+                good = rows[usable[rows]]
+                group = _group(source, store, good)
+                for first in range(0, store.views, group):
+                    with writer.claimed(list(range(first, min(first + group, store.views))), shard) as missing:
+                        if missing:
+                            _write(writer, source, shard, missing, good, pool)
+                        progress.advance(len(missing) * len(good))
+            if not store.finished().all():
+                if not waited:
+                    say(f"waiting for another import into {store.path}")
+                waited = True
+                time.sleep(0.5)
+                check()
+    _, of = store.progress()
+    say(f"{store.path} is complete: {of} of {of} shards")
 
 
 def _group(source: _Source, store: LabelStore, good: np.ndarray) -> int:
@@ -312,7 +355,12 @@ def _dense(labels: np.ndarray, source: _Source, store: LabelStore, rows: np.ndar
 def export_labels(path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train") -> int:
     """Write a store's labels as FKD's training code reads them (``--softlabel_path OUT``), a file an image; or go on with what is there. labels: full, top5
     or top10. views: the first so many; otherwise all. Returns how many files there are. Raises StoreError where FKD can't say what the store says."""
+    _require_a_name(split)
     store = LabelStore.open(path)
+    if store.provenance["crops"]["exif"] == "apply":
+        raise StoreError(
+            f"{path} has crops of photographs that were turned by their EXIF, and FKD's code doesn't turn them; make a store with crops.exif: ignore"
+        )
     if store.mixed:
         raise StoreError(
             f"{path} holds labels of mixed pictures (CutMix), and FKD's files don't say what was mixed; make a store without crops.cutmix"
@@ -325,7 +373,12 @@ def export_labels(path: Path, out: Path, *, labels: str = "top5", views: int | N
     for view in range(views):
         store.require_finished(view)
     manifest, total = store.images, len(store.usable)
-    files = _named(manifest.path[store.usable], split)
+    files = {image: file for file, image in _named(manifest.path[store.usable], split, fkd.place_of).items()}
+    if len(files) < total:
+        other = next(image for image in manifest.path[store.usable].tolist() if image not in files)
+        raise StoreError(
+            f"FKD's code takes no {Path(other).suffix or 'file without an ending'} for an image ({other}); rename or leave out such images"
+        )
     _require_same_export(out, {"store": store.identity.hex(), "labels": labels, "views": views})
     if total < len(manifest):
         say(

@@ -14,6 +14,7 @@ Tensors in the files of other people may be numpy's arrays, since FKD's own gene
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,8 +44,14 @@ class LabelFile:
 
 
 def place_of(image: str, split: str) -> str:
-    """Where FKD looks for the labels of an image SPLIT/CLASS/…/NAME: the last three parts of its path, up to the first dot."""
+    """Where FKD's training looks for the labels of an image CLASS/…/NAME: the last three parts of SPLIT/CLASS/…/NAME, up to the first dot."""
     return "/".join([split, *image.split("/")][-3:]).split(".")[0] + ".tar"
+
+
+def generated(image: str, split: str) -> str:
+    """Where FKD's generator puts them: the same, but where a folder has a dot in its name, or is nested."""
+    folder, _, name = image.rpartition("/")
+    return f"{split}/{folder}/{name.split('.')[0]}.tar"
 
 
 class _Numpy:
@@ -82,6 +89,8 @@ def reading() -> Iterator[None]:
 def read(path: Path, classes: int) -> LabelFile:
     """Read a label file; tensors only: nothing in it is executed. Raises LabelFileError."""
     try:
+        size = path.stat().st_size
+        _require_uncompressed(path, size)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
         said = " ".join(str(error).split())
@@ -90,16 +99,32 @@ def read(path: Path, classes: int) -> LabelFile:
     if not isinstance(content, (list, tuple)) or len(content) != 3:
         raise _foreign(path, "it doesn't hold coords, flips and labels")
     try:
+        for one in content:  # a tensor of a few bytes may say that it repeats them for ever
+            if isinstance(one, torch.Tensor) and one.numel() * one.element_size() > size:
+                raise ValueError(f"a tensor of {one.numel():,} elements in a file of {size:,} bytes")
         coords, flips, labels = (one.array() if isinstance(one, _Numpy) else one.numpy() for one in content)
     except Exception as error:  # whatever a stranger's arrays can't be made into
         raise _foreign(path, f"it holds other things than tensors: {' '.join(str(error).split())[:80]}") from None
     n = len(coords) if coords.ndim else 0
-    if coords.shape != (n, 4) or n == 0 or coords.dtype.kind != "f" or flips.shape != (n,) or len(labels) != n:
+    if coords.shape != (n, 4) or n == 0 or coords.dtype.kind != "f" or flips.shape != (n,) or labels.shape[:1] != (n,):
         raise _foreign(path, f"its shapes are {coords.shape}, {flips.shape} and {labels.shape}")
+    if not np.isin(flips, (0, 1)).all():
+        raise _foreign(path, "its flips are neither true nor false")
     kind = kind_of(labels, classes)
     if kind is None:
         raise _foreign(path, f"its labels are {labels.dtype} {list(labels.shape)}, which no kind of label of {classes} classes is")
     return LabelFile(coords, flips.astype(bool), labels, kind)
+
+
+def _require_uncompressed(path: Path, size: int) -> None:
+    """Raises ValueError for a zip file, as torch writes them, that holds more than its own size: a bomb."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            if (
+                any(one.compress_type != zipfile.ZIP_STORED for one in packed.infolist())
+                or sum(one.file_size for one in packed.infolist()) > size
+            ):
+                raise ValueError("it is compressed, as torch never writes it")
 
 
 def _foreign(path: Path, why: str) -> LabelFileError:
@@ -109,6 +134,8 @@ def _foreign(path: Path, why: str) -> LabelFileError:
 def kind_of(labels: np.ndarray, classes: int) -> str | None:
     """Which kind of label an array is; None if it is none."""
     shape = labels.shape[1:]
+    if labels.dtype.kind == "f" and shape == (2,) and classes == 2 and (labels[:, 0] == np.rint(labels[:, 0])).all():
+        return None  # class and probability of the likeliest, or probabilities of two classes?
     if labels.dtype.kind == "f" and shape == (classes,):
         return "full"
     if labels.dtype.kind == "f" and len(shape) == 2 and shape[0] == 2 and 1 <= shape[1] <= classes:
@@ -159,9 +186,11 @@ def boxes_of(coords: np.ndarray, height: int, width: int) -> np.ndarray:
     apart = np.abs(exact - boxes) > scale * float(np.finfo(coords.dtype).epsneg) / 2 + 1e-6
     outside = (boxes < 0).any(axis=1) | (boxes[:, 2:] < 1).any(axis=1) | (boxes[:, :2] + boxes[:, 2:] > scale[:2]).any(axis=1)
     if coords.dtype == np.float16:  # an edge may have moved by a pixel where an image has more than a thousand
-        boxes[:, 2:] = np.clip(boxes[:, 2:], 1, scale[:2])
-        boxes[:, :2] = np.clip(boxes[:, :2], 0, scale[:2] - boxes[:, 2:])
-        outside[:] = False
+        within = boxes.copy()
+        within[:, 2:] = np.clip(boxes[:, 2:], 1, scale[:2])
+        within[:, :2] = np.clip(boxes[:, :2], 0, scale[:2] - within[:, 2:])
+        outside = (np.abs(within - boxes) > 1).any(axis=1)
+        boxes = within
     if apart.any() or outside.any():
         place = int(np.argmax(apart.any(axis=1) | outside))
         raise ValueError(f"crop {place} is {exact[place].round(2).tolist()} pixels, not whole ones inside {height} × {width}")

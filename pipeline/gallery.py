@@ -24,6 +24,9 @@ THUMBNAIL = 224  # pixels of a photograph's longer side
 CROP = 160  # pixels
 
 
+SURELY = ": wrong folders, several objects, crops that miss the object. A hard label would teach the folder's class here."
+
+
 @dataclass
 class Card:
     """One crop of one image."""
@@ -49,8 +52,7 @@ class Sheet:
 
 def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]) -> list[Sheet]:
     """The most certain crops of those that were looked at, the most uncertain, and those whose label is surest of another class than the folder's; one of an
-    image. titles: of the classes. Pixels are rendered on the CPU. Raises DataError if the folder's images aren't the store's."""
-    images.require_same_files(folder, store.images, store.class_names, str(store.path))
+    image. folder: has the store's images. titles: of the classes. Pixels are rendered on the CPU. Raises DataError if an image has changed."""
     apart = found.confidence - found.folder
     apart[found.first == store.images.class_index[found.row]] = -1
     ways = (
@@ -58,8 +60,8 @@ def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]
         ("The most uncertain", "Crops whose soft label has the most entropy: what is seen of the class there?", -found.entropy, None),
         (
             "Where the teachers disagree with the folder",
-            "Crops whose label is surest of another class than their image's folder: wrong folders, several objects, crops that miss the object. A hard "
-            "label would teach the folder's class here.",
+            "Crops whose label is surest of another class than their image's folder"
+            + ("; these pictures are mixed, so that it may be the pasted one's." if store.mixed else SURELY),
             -apart,
             apart > 0,
         ),

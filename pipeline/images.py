@@ -182,24 +182,15 @@ def scan(
 
     def examine(row: int) -> None:
         """Fill in the columns of one file."""
-        blob = _read_any(folder, paths[row])
-        if isinstance(blob, str):
-            reason[row] = blob
+        if not hasattr(decoders, "look"):
+            decoders.look = Look(folder, exif, max_megapixels)
+        blob, shape, reason[row] = decoders.look(paths[row])
+        if blob is None:
             sizes[row] = max(sizes[row], 0)
             return
         sizes[row] = len(blob)
         digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
-        if not hasattr(decoders, "whole"):
-            decoders.header, decoders.whole = Header(exif), WholeDecode(exif)
-        shape = decoders.header(blob)
-        if shape is not None and shape[0] * shape[1] > max_megapixels * 1e6:
-            reason[row] = _too_large(*shape, max_megapixels)
-            return
-        shape = shape and decoders.whole(blob)
-        if shape is None:
-            reason[row] = why_undecodable(blob, max_megapixels)
-        else:
-            height[row], width[row] = shape
+        height[row], width[row] = shape or (0, 0)
 
     with quiet_decoders(), Progress("reading images", len(unknown), "images") as progress, ThreadPoolExecutor(threads) as pool:
         try:
@@ -213,6 +204,25 @@ def scan(
     if before:
         before.note(exif, found, changed)
     return found
+
+
+class Look:
+    """Looks at one file after the other, in one thread: bytes (None if they can't be read), height and width in pixels (None if it can't be used), and
+    the reason, empty if there is none."""
+
+    def __init__(self, folder: Path, exif: str, max_megapixels: float) -> None:
+        self.folder, self.max_megapixels = folder, max_megapixels
+        self.header, self.whole = Header(exif), WholeDecode(exif)
+
+    def __call__(self, path: str) -> tuple[bytes | None, tuple[int, int] | None, str]:
+        blob = _read_any(self.folder, path)
+        if isinstance(blob, str):
+            return None, None, blob
+        shape = self.header(blob)
+        if shape is not None and shape[0] * shape[1] > self.max_megapixels * 1e6:
+            return blob, None, _too_large(*shape, self.max_megapixels)
+        shape = shape and self.whole(blob)
+        return blob, shape, "" if shape else why_undecodable(blob, self.max_megapixels)
 
 
 def row_order(seed: int, paths: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -133,14 +134,16 @@ def imagenet_classes() -> list[str]:
 
 
 def class_titles(names: Sequence[str]) -> list[str]:
-    """What people call these classes: of WordNet ids their first word (n01440764 → tench), of others the name itself."""
+    """What people call these classes: of WordNet ids their first word (n01440764 → tench), with the id where two have the same; of others the name itself."""
     if not any(re.fullmatch(r"n\d{8}", name) for name in names):
         return list(names)
     told = {}
     for subset in ("imagenet-22k", "imagenet-1k"):
         info = ImageNetInfo(subset)
         told |= dict(zip(info.label_names(), info.label_descriptions(), strict=True))
-    return [told.get(name, name).partition(",")[0] for name in names]
+    titles = [told.get(name, name).partition(",")[0] for name in names]
+    count = Counter(titles)
+    return [title if count[title] == 1 else f"{title} ({name})" for title, name in zip(titles, names, strict=True)]
 
 
 def resolve(name: str, *, hub: bool = True) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from cache import LabelStore
-from cache.disk import replace_file
+from cache.disk import make_folder, replace_file
 from cache.schema import StoreError, printable
+from pipeline import images
 from pipeline import survey as surveys
 from pipeline.gallery import sheets
 from pipeline.models import class_titles
@@ -43,6 +44,9 @@ def write_report(path: Path, file: Path, *, data: Path | None = None, labels: in
     if path.resolve() in file.resolve().parents:
         raise StoreError(f"{file} is inside the store, where only its own files may be; name another place for --report")
     facts, store = store_facts(path), LabelStore.open(path)
+    if data is not None:  # before the store is read, which may take an hour
+        images.require_same_files(data, store.images, store.class_names, str(path))
+    make_folder(file.absolute().parent)
     found = surveys.survey(store, labels=labels, check=check)
     titles = class_titles(store.class_names)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("pipeline"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -52,6 +56,7 @@ def write_report(path: Path, file: Path, *, data: Path | None = None, labels: in
         lines=store_lines(facts)[1:],
         found=found,
         looked=len(np.unique(found.row)),
+        seen_views=len(np.unique(found.view)),
         coverage=_coverage(found),
         histograms=_histograms(store, found),
         by_area=_by_area(store, found),
@@ -61,7 +66,6 @@ def write_report(path: Path, file: Path, *, data: Path | None = None, labels: in
         data=data,
         worst=WORST,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, page.encode())
     return facts
 
@@ -162,6 +166,7 @@ def _views(found: Survey) -> dict | None:
 def _classes(store: LabelStore, found: Survey, titles: list[str]) -> dict:
     folders = store.images.class_index[found.row]
     return {
+        "seen": len(np.unique(folders)),
         "agreement": float((found.first == folders).mean()),
         "rows": [
             {"title": titles[row["class"]], "name": store.class_names[row["class"]]}

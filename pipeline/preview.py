@@ -14,18 +14,30 @@ from rich.table import Table
 
 from cache import LabelStore
 from cache.codec import CODECS
-from cache.schema import MealError, printable
+from cache.schema import MealError, StoreError, printable
 from pipeline import cost, crops, images, philox, render
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.models import Model, ModelError, ensemble, load, load_teachers
 from pipeline.progress import duration, say
-from pipeline.provenance import layout_of, require_class_count
+from pipeline.provenance import layout_of, require_class_count, require_same_recipe
 from pipeline.report import results
 
 IMAGES = 64  # that are read, rendered and labelled for the timing
 SECONDS = 2.0  # that a timing takes at least
 SLOW = 8  # crops of a forward pass that is timed on a CPU, where a crop costs the same in any batch
-CLASSES = 1000  # of the labels whose sizes cost.py knows
+CLASSES = 1000  # of the labels whose sizes are known
+BOX = 12  # bytes of box and flip of a crop, compressed, measured
+# Bytes of such labels by codec (README, "The label store": measured with two real teachers; the default's as cost.py has it).
+KNOWN = {
+    "float32": 3590,
+    "float16": 1738,
+    "cbrt8": 584,
+    "pow8": cost.BYTES_PER_CROP - BOX,
+    "sqrt8": 413,
+    "tail255": 214,
+    "tail80": 55,
+    "tail40": 26,
+}
 
 
 def preview(
@@ -37,12 +49,13 @@ def preview(
     classes: list[str] | None = None,
     device: torch.device,
     workers: int = 1,
+    first_view: int = 0,
 ) -> dict:
     """Crops, hours and bytes of the store that ``config`` asks for.
 
     data: its images are counted, and some read, rendered and labelled; None: as many as ImageNet has, and the teachers alone are timed, on noise. path: what is
-    finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. Teachers whose
-    weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
+    finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. first_view: earlier views
+    are not to be labelled. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
     """
     teachers, real = _teachers(config, device)
     count, pixels, rendering, boxes = cost.IMAGENET_IMAGES, None, None, None
@@ -60,16 +73,19 @@ def preview(
     # On a device of its own the teachers don't wait for the loader unless it is slower; on a CPU they share the cores.
     per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
     bytes_per_crop = _bytes_per_crop(config, p, boxes, teachers[0].classes) if real and boxes is not None else None
-    total = count * config.crops.views
-    finished = _finished(path) if path is not None and path.exists() else 0.0
+    views = config.crops.views - first_view
+    if views < 1:
+        raise ConfigError(f"--first-view {first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
+    total = count * views
+    finished = _finished(path, config, teachers if real else [], device, first_view) if path is not None and path.exists() else 0.0
     left = total * (1 - finished)
-    size = bytes_per_crop or (cost.BYTES_PER_MIXED_CROP if config.crops.cutmix else cost.BYTES_PER_CROP) * teachers[0].classes / CLASSES
-    shards = -(-count // layout_of(config, count, teachers[0].classes)[1]) * config.crops.views
-    gflop = sum(cost.flops(t.model, t.image_size)[0] for t in config.teachers) / 1e9
+    size = bytes_per_crop or _bytes_known(config, teachers[0].classes)
+    shards = -(-count // layout_of(config, count, teachers[0].classes)[1]) * views
+    gflop = sum(cost.flops(t.name, t.image_size)[0] for t in teachers) / 1e9
     return {
         "images": count,
         "counted": data is not None,
-        "views": config.crops.views,
+        "views": views,
         "crops": total,
         "finished": finished,
         "classes": teachers[0].classes,
@@ -88,6 +104,7 @@ def preview(
         "bytes_per_crop": size,
         "bytes_measured": bytes_per_crop is not None,
         "store_bytes": total * size,
+        "bytes_left": left * size,
         "shards": shards,
         "files": shards * (4 + 2 * bool(config.crops.cutmix) + bool(CODECS[config.store.codec].tail)),
         "free_bytes": _free(path),
@@ -109,10 +126,10 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
 def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
     """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the seconds that reading and rendering a crop took."""
     chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
-    header = render.Header(config.crops.exif)
+    look = images.Look(folder, config.crops.exif, config.render.max_megapixels)
     with render.quiet_decoders():
-        shapes = {path: header(blob) for path in chosen if (blob := _read(folder / path))}
-    good = [path for path, shape in shapes.items() if shape]
+        shapes = {path: shape for path in chosen if (shape := look(path)[1])}
+    good = list(shapes)
     if not good:
         raise images.DataError(
             f"none of {len(chosen)} images of {folder} that were looked at can be decoded; look at them, or pass another --data"
@@ -131,16 +148,9 @@ def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) 
         backend=config.render.backend,
         threads=config.render.threads,
     )
-    made = renderer([_read(folder / path) for path in good], boxes, flips)
-    seconds = _timed(lambda: renderer([_read(folder / path) for path in good], boxes, flips))
+    made = renderer([(folder / path).read_bytes() for path in good], boxes, flips)
+    seconds = _timed(lambda: renderer([(folder / path).read_bytes() for path in good], boxes, flips))
     return {size: torch.cat([view[size] for view in made]) for size in sizes}, boxes.reshape(-1, 4), seconds / (views * len(good))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise images.DataError(f"{path} can't be read ({error.strerror}); mend that, or take it away") from None
 
 
 def _labelled(
@@ -179,14 +189,25 @@ def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray, classes: i
     return (label + len(Zstd(level=3).encode(boxes))) / len(p) + 1 / 8 + (20 if config.crops.cutmix else 0)
 
 
-def _finished(path: Path) -> float:
-    """Share of the shards of a store that are finished."""
+def _bytes_known(config: Config, classes: int) -> float:
+    """Of a crop, from labels of real teachers for 1,000 classes."""
+    label = KNOWN[config.store.codec] * classes / CLASSES * (cost.BYTES_PER_MIXED_CROP / cost.BYTES_PER_CROP if config.crops.cutmix else 1)
+    return label + BOX + (20 if config.crops.cutmix else 0)
+
+
+def _finished(path: Path, config: Config, teachers: list[Model], device: torch.device, first_view: int) -> float:
+    """Share of what is to be labelled that is finished in a store; none of one that this command would refuse, as far as that is known (without
+    teachers it isn't)."""
     try:
-        done, of = LabelStore.open(path).progress()
+        store = LabelStore.open(path)
+        if store.made_by != "generate-labels":
+            raise StoreError(f"it was made by {store.made_by}; choose another --store")
+        if teachers:
+            require_same_recipe(store, config, teachers, device)
     except MealError as error:
         say(f"{path} is not counted: {error}")
         return 0.0
-    return done / of
+    return float(store.finished()[first_view : config.crops.views].sum() / ((config.crops.views - first_view) * store.shards))
 
 
 def _free(path: Path | None) -> int | None:
@@ -202,7 +223,7 @@ def preview_page(result: dict) -> None:
     counted = "" if result["counted"] else " (ImageNet's; --data counts yours)"
     table.add_row("crops", f"{result['images']:,} images{counted} × {result['views']} views = {result['crops']:,}")
     if result["finished"]:
-        table.add_row("", f"{100 * result['finished']:.1f} % of the store are finished")
+        table.add_row("", f"{100 * result['finished']:.1f} % of them are finished")
     table.add_row("teachers", printable(" + ".join(result["teachers"])) + f", {result['gflop_per_crop']:.3g} GFLOP a crop")
     loader = (
         f", loader {result['loader_per_second']:,.1f}; together {result['crops_per_second']:,.1f}"
@@ -225,7 +246,7 @@ def preview_page(result: dict) -> None:
     table.add_row("store", f"{_bytes(result['store_bytes'])}, {result['bytes_per_crop']:.0f} bytes a crop ({result['codec']}, {how})")
     table.add_row("", f"{result['shards']:,} shards in {result['files']:,} files")
     if result["free_bytes"] is not None:
-        short = "" if result["free_bytes"] > result["store_bytes"] else ": NOT ENOUGH"
+        short = "" if result["free_bytes"] > result["bytes_left"] else ": NOT ENOUGH"
         table.add_row("", f"{_bytes(result['free_bytes'])} are free there{short}")
     results().print(table)
 

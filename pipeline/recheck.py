@@ -40,14 +40,15 @@ def recheck(
 
     Raises StoreError if there is no store to look at.
     """
+    made_by = "generate-labels, merge or import-labels"
     try:
         store = LabelStore.open(path)
-        total = store.views * store.shards
+        total, made_by = store.views * store.shards, store.made_by
     except DamagedStore:
         total = 0
     with Progress("verifying", total, "shards") as progress:
         verdict = verify(path, threads=min(render.threads_for(threads), THREADS), progress=progress.advance)
-    result = {"store": str(path), **verdict.document(), "problems": [], "images": None, "sample": None}
+    result = {"store": str(path), "made_by": made_by, **verdict.document(), "problems": [], "images": None, "sample": None}
     if folder is not None and not verdict.damaged:
         store = LabelStore.open(path)
         try:
@@ -185,7 +186,7 @@ def _choose(store: LabelStore, sample: int, seed: int) -> np.ndarray:
     """int64 [n, 2]: views and rows of random labelled crops, each at most once, in the order of the store."""
     views, shards = np.nonzero(store.finished())
     if len(views) == 0:
-        raise StoreError(f"{store.path} has no label yet; run generate-labels first")
+        raise StoreError(f"{store.path} has no label yet; run the same {store.made_by} command again")
     usable = np.bincount(store.usable // store.shard_rows, minlength=store.shards)
     ends = np.cumsum(usable[shards])
     chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(sample, ends[-1]), replace=False))

@@ -19,6 +19,7 @@ from cache.verify import Finding
 from cache.writer import stored_bytes
 
 FINDINGS = 20  # lines of a kind on a page
+NAMES = 5000  # among which the nearest is looked for
 
 
 def results() -> Console:
@@ -87,9 +88,11 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
     lines += [("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})") for kind in facts["unusable"]]
     for i, teacher in enumerate(facts["teachers"]):
         lines.append(("" if i else "teachers", _teacher(teacher)))
-    if imported := facts["imported"]:
-        half = ", half precision" if imported.get("half_precision") else ""
-        lines.append(("imported", f"{imported['format']} label files, {imported['labels']}{half}; the teachers are named as the user told"))
+    if facts["imported"]:
+        several = [part["imported"] for part in facts["merged"] if "imported" in part] or [facts["imported"]]
+        kinds = [one["labels"] + (" in half precision" if one.get("half_precision") else "") for one in several]
+        told = f"{facts['imported']['format']} label files, {', '.join(dict.fromkeys(kinds))}; the teachers are named as the user told"
+        lines.append(("imported", told))
         lines.append(
             ("", "UNKNOWN: weights, normalisation and precision of the teachers, how crops were drawn; pixels were rendered by other code")
         )
@@ -167,13 +170,13 @@ def verdict_page(result: dict) -> None:
     if result["trusted"]:
         summary = "every digest is right"
     elif result["sound"] and not result["problems"]:
-        summary = "NOT COMPLETE, and sound as far as it goes: run the same generate-labels command again to finish it"
+        summary = f"NOT COMPLETE, and sound as far as it goes: run the same {result['made_by']} command again to finish it"
     elif result["sound"]:
         summary = "the files are sound, and the labels are NOT TO BE TRUSTED with these images and teachers"
     elif not (result["damaged"] or result["foreign"]):
         summary = "NOT ALL OF IT COULD BE READ: mend that, and verify again"
     else:
-        summary = "NOT SOUND: run the same generate-labels command again, which makes anew what is damaged; remove what is foreign"
+        summary = f"NOT SOUND: run the same {result['made_by']} command again, which makes anew what is damaged; remove what is foreign"
     console.print(
         f"{printable(result['store'])}: {result['checked']:,} of {result['shards']:,} shards read, {result['labelled']:,} labels; {summary}",
         markup=False,
@@ -224,6 +227,8 @@ def image_facts(path: Path, name: str) -> dict:
 
 
 def _view_facts(store: LabelStore, view: int, row: int, titles: list[str]) -> dict:
+    if fault := store.fault(view, row // store.shard_rows):
+        return {"view": view, "fault": fault}
     p = store.probabilities(view, [row])[0]
     box, flip = (column[0] for column in store.crops(view, [row]))
     partner = int(store.mixes(view, [row])[0][0]) if store.mixed else -1
@@ -251,7 +256,8 @@ def _row_of(store: LabelStore, name: str) -> int:
         raise StoreError(
             f"{len(found)} images of {store.path} end in {name}, like {paths[found[0]]} and {paths[found[1]]}; name more of the path"
         )
-    close = difflib.get_close_matches(name, paths, 1, 0.5)
+    near = [path for path in paths if path.startswith(name.rpartition("/")[0])] if len(paths) > NAMES else paths
+    close = difflib.get_close_matches(name, near[:NAMES], 1, 0.5)
     raise StoreError(
         f"{store.path} has no image {name}" + (f"; did you mean {close[0]}?" if close else f"; its paths look like {paths[0]}")
     )
@@ -273,6 +279,9 @@ def image_page(facts: dict) -> None:
     table.add_column("nats", justify="right")
     table.add_column("label", overflow="fold")
     for view in facts["views"]:
+        if "fault" in view:
+            table.add_row(str(view["view"]), *[""] * 6, Text(printable(f"damaged: {view['fault']}"), "red"))
+            continue
         label = Text(", ").join(
             Text(f"{printable(one['title'])} {100 * one['probability']:.1f} %", "bold" if one["class"] == facts["class"] else "")
             for one in view["top5"]

@@ -121,10 +121,10 @@ def _from_store(
     views = config.train.views or started_views or store.views
     if views > store.views:
         raise StoreError(
-            f"train.views is {views} but {path} has {store.views}; extend it with generate-labels --views {views}, or lower train.views"
+            f"train.views is {views} but {path} has {store.views}; extend it with {store.made_by} --views {views}, or lower train.views"
         )
     if config.train.crops_per_image > views:
-        repair = "raise train.views" if views < store.views else f"extend it with generate-labels --views {config.train.crops_per_image}"
+        repair = "raise train.views" if views < store.views else f"extend it with {store.made_by} --views {config.train.crops_per_image}"
         raise StoreError(
             f"train.crops_per_image is {config.train.crops_per_image}, but the run replays {views} of {path}'s views; {repair}, or lower "
             "train.crops_per_image"

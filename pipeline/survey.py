@@ -49,9 +49,10 @@ def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threa
     finished = store.finished()
     begun = np.flatnonzero(finished.any(axis=1))
     if len(begun) == 0:
-        raise StoreError(f"{store.path} has no label yet; run generate-labels first")
+        raise StoreError(f"{store.path} has no label yet; run the same {store.made_by} command again")
     views = begun[_evenly(len(begun), VIEWS)]
-    rows = store.usable[_evenly(len(store.usable), max(1, labels // len(views)))]
+    rows = store.usable[finished[views].any(axis=0)[store.usable // store.shard_rows]]
+    rows = rows[_evenly(len(rows), max(1, labels // len(views)))]
     spread = rows[: SPREAD // store.classes]
     wanted = np.zeros_like(finished)
     wanted[np.ix_(views, np.unique(rows // store.shard_rows))] = True
@@ -85,7 +86,7 @@ def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threa
             pool.shutdown(wait=False, cancel_futures=True)
     if not parts:
         raise StoreError(
-            f"{store.path} has no sound label to look at; run the same generate-labels command again, which makes damaged ones anew"
+            f"{store.path} has no sound label to look at; run the same {store.made_by} command again, which makes damaged ones anew"
         )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     several = seen > 1

@@ -167,7 +167,6 @@ def test_an_imported_store_is_not_gone_on_with_by_teachers_nor_the_other_way_rou
 
 
 def test_label_sets_of_the_same_crops_are_averaged_and_none_counts_twice(imported, photos, tmp_path):
-    """As the authors of MEAL V2 made an ensemble's: FKD's --reference_path labels the same crops with another teacher."""
     other = write_set(tmp_path / "set" / "imagenet", photos / "train", seed=1)
     import_labels(other, photos, tmp_path / "b.zarr", codec="float32")
     quiet = {"say": lambda line: None, "progress": lambda n: None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -36,6 +37,39 @@ def test_what_is_finished_is_not_counted_again(recipe, photos, store_path):
     assert told["finished"] == 1 and told["hours"] == 0
 
 
+def test_an_extension_is_what_is_counted(recipe, photos, store_path, tmp_path):
+    told = preview.preview(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU)
+    assert told["finished"] == pytest.approx(2 / 8) and told["crops"] == 720 and told["hours"] > 0
+    assert told["bytes_left"] == pytest.approx(0.75 * told["store_bytes"])
+    assert preview.preview(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU, first_view=2)["finished"] == 0
+
+
+def test_a_store_that_would_be_refused_counts_nothing(recipe, photos, store_path, capsys):
+    told = preview.preview(changed(recipe, store={"codec": "float16"}), photos, store_path, device=CPU)
+    assert told["finished"] == 0 and "is not counted" in capsys.readouterr().err
+
+
+def test_bad_images_are_left_out_as_stage_one_leaves_them_out(recipe, photos, tmp_path):
+    shutil.copytree(photos / "train", tmp_path / "train")
+    good = (tmp_path / "train" / "ant" / "000.jpg").read_bytes()
+    (tmp_path / "train" / "ant" / "001.jpg").write_bytes(good[: len(good) // 2])
+    (tmp_path / "train" / "ant" / "002.jpg").unlink()
+    (tmp_path / "train" / "ant" / "002.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "train" / "ant" / "003a.jpg")
+    (tmp_path / "train" / "ant" / os.fsdecode(b"n\xff.jpg")).write_bytes(good)
+    assert preview.preview(recipe, tmp_path, None, device=CPU)["images"] == 92
+
+
+def test_own_teachers_count_at_their_own_size(recipe, photos, tmp_path):
+    """A checkpoint of this tool knows it, and the config says nothing."""
+    from pipeline.student import train
+
+    hard = {"labels": "hard", "epochs": 1, "milestones": []}
+    train(changed(recipe, student={"model": "test_resnet", "image_size": 32}, train=hard), photos, tmp_path / "t", device=CPU)
+    told = _preview(recipe, tmp_path / "t" / "best.safetensors", photos)
+    assert told["gflop_per_crop"] == pytest.approx(cost.flops("test_resnet", 32)[0] / 1e9)
+
+
 def test_nothing_is_needed_and_nothing_is_written(tmp_path, monkeypatch, teachers):
     monkeypatch.chdir(tmp_path)
     chosen = [f"--teacher={t['model']}={t['checkpoint']}" for t in teachers]
@@ -58,6 +92,10 @@ def test_teachers_whose_weights_are_not_at_hand_are_timed_with_random_ones(monke
     status, out, err = run("generate-labels", "--config", SMOKE, "--plan", "--teacher", "test_resnet", "--device", "cpu")
     assert status == 0 and "timed with random weights instead: the weights of test_resnet.r160_in1k can't be fetched" in err
     assert f"{cost.BYTES_PER_CROP} bytes a crop (pow8, of real labels of that many classes, not measured here)" in out
+    tail = run(
+        "generate-labels", "--config", SMOKE, "--plan", "--teacher", "test_resnet", "--device", "cpu", "--set", "store.codec=tail40"
+    )[1]
+    assert "38 bytes a crop (tail40," in tail
 
 
 def test_what_stage_one_would_refuse_is_refused(recipe, photos, tmp_path):

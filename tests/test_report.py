@@ -103,7 +103,7 @@ def test_a_store_without_labels_says_so(store_path, tmp_path):
     shutil.copytree(store_path, tmp_path / "s.zarr")
     shutil.rmtree(tmp_path / "s.zarr" / "records" / "c")
     status, _, err = run("inspect", tmp_path / "s.zarr", "--report", tmp_path / "r.html")
-    assert status == 1 and "has no label yet; run generate-labels first" in err and not (tmp_path / "r.html").exists()
+    assert status == 1 and "has no label yet; run the same generate-labels command again" in err and not (tmp_path / "r.html").exists()
 
 
 def test_a_histogram_has_all_values():
