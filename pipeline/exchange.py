@@ -143,7 +143,7 @@ class _Source:
         if found.kind != self.kind or len(found.coords) < self.views:
             raise LabelFileError(
                 f"{path} has {len(found.coords)} crops with labels of kind {found.kind}, others have {self.crops} of kind {self.kind}; "
-                "get it anew, remove it to leave its image out, or take fewer with --views"
+                "get it anew, take fewer with --views, or leave its image out: remove the file, and take a new --store"
             )
         return replace(found, coords=found.coords[: self.views], flips=found.flips[: self.views], labels=found.labels[: self.views])
 
@@ -271,7 +271,7 @@ def _image(source: _Source, manifest: Images, row: int) -> tuple[np.ndarray, np.
         return fkd.boxes_of(found.coords, int(manifest.height[row]), int(manifest.width[row])), found.flips, found.labels
     except ValueError as error:
         raise LabelFileError(
-            f"{source.file(image)} doesn't fit {image}: {error}; pass the images that were labelled, in their size, or remove the file to leave the image out"
+            f"{source.file(image)} doesn't fit {image}: {error}; pass the images that were labelled, in their size, or leave this one out: remove the file, and take a new --store"
         ) from None
 
 

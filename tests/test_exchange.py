@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,16 @@ def test_label_sets_of_the_same_crops_are_averaged_and_none_counts_twice(importe
     import_labels(other, photos, tmp_path / "c.zarr", codec="float32", teachers=["the same under another name"])
     with pytest.raises(StoreError, match="would count twice"):
         merge([tmp_path / "b.zarr", tmp_path / "c.zarr"], tmp_path / "d.zarr", **quiet)
+    assert (
+        "import-labels" not in run("verify", tmp_path / "both.zarr")[1]
+        and "marginal_smoothing_k2" in run("inspect", tmp_path / "both.zarr")[1]
+    )
+    turned = tmp_path / "set" / "imagenet" / "train" / "ant" / "000.tar"
+    coords, flips, labels = torch.load(turned, weights_only=False)
+    torch.save([coords, ~flips, labels], turned)
+    import_labels(other, photos, tmp_path / "e.zarr", codec="float32")
+    with pytest.raises(StoreError, match="their crops are others|have other crops"):
+        merge([imported, tmp_path / "e.zarr"], tmp_path / "f.zarr", **quiet)
 
 
 def test_more_views_extend_an_import_and_fewer_take_nothing_away(imported, published, photos, tmp_path):
@@ -227,6 +238,10 @@ def broken(content: object) -> object:
             "a class that is named twice",
         ),
         (broken([torch.tensor([[0.0, 0, 1, 1]] * 2), torch.zeros(2, dtype=torch.bool), torch.zeros(2, 2, 2)]), "has 2 crops"),
+        (
+            broken([torch.tensor([[-3.0, 0, 1, 1]] * 3).half(), torch.zeros(3, dtype=torch.bool), torch.zeros(3, 2, 2)]),
+            "doesn't fit bee/004.jpg",
+        ),
     ],
 )
 def test_a_bad_label_file_is_named(published, photos, tmp_path, spoil, says):
@@ -235,6 +250,100 @@ def test_a_bad_label_file_is_named(published, photos, tmp_path, spoil, says):
     with pytest.raises(MealError, match=says) as error:
         import_labels(tmp_path / "labels", photos, tmp_path / "s.zarr")
     assert "\n" not in str(error.value) and "004" in str(error.value)
+
+
+def a_bomb(path: Path) -> None:
+    """A label file that is small on the disk and large in memory."""
+    torch.save([torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), torch.zeros(3, 2, 2), torch.zeros(1 << 24)], path)
+    with zipfile.ZipFile(path) as whole:
+        content = {one.filename: whole.read(one) for one in whole.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, part in content.items():
+            packed.writestr(name, part)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: os.mkfifo(path), "is no ordinary file; remove it"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no ordinary file; remove it"),
+        (a_bomb, "it is compressed, as torch never writes it"),
+        (lambda path: path.touch(), "can't be read"),
+        (broken([torch.zeros(3, 4), torch.zeros(1, dtype=torch.bool).expand(10**12), torch.zeros(3, 2, 2)]), "elements in a file of"),
+        (broken([torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), torch.zeros(())]), "its shapes are"),
+        (broken([torch.zeros(3, 4), torch.full((3,), float("nan")), torch.zeros(3, 2, 2)]), "its flips are neither true nor false"),
+        (broken([torch.zeros(100_001, 4), torch.zeros(100_001, dtype=torch.bool), torch.zeros(100_001, 2, 2)]), "100001 views are wanted"),
+    ],
+)
+def test_a_hostile_label_file_neither_hangs_nor_fills_the_memory(published, photos, tmp_path, spoil, says):
+    shutil.copytree(published, tmp_path / "labels")
+    file = tmp_path / "labels" / "imagenet" / "train" / "ant" / "000.tar"
+    file.unlink()
+    spoil(file)
+    with pytest.raises(MealError, match=says) as error:
+        import_labels(tmp_path / "labels", photos, tmp_path / "s.zarr")
+    assert "\n" not in str(error.value) and not (tmp_path / "s.zarr").exists()
+
+
+def test_labels_of_two_classes_are_not_guessed():
+    """[0, 0.999]: the first class almost surely, or the second one?"""
+    assert fkd.kind_of(np.array([[0.0, 0.999], [1.0, 0.8]], np.float32), 2) is None
+    assert fkd.kind_of(np.array([[0.3, 0.7], [0.5, 0.5]], np.float32), 2) == "full"
+
+
+def test_labels_of_another_split_are_not_taken(published, photos, tmp_path):
+    """Images of both may have the same names and sizes."""
+    with pytest.raises(MealError, match="has no label file for any of the 21 images"):
+        import_labels(published, photos, tmp_path / "s.zarr", split="val")
+    for split in ("", "../train", "a/b"):
+        with pytest.raises(MealError, match="must be the name of a folder of --data"):
+            import_labels(published, photos, tmp_path / "s.zarr", split=split)
+        with pytest.raises(MealError, match="must be the name of a folder of --data"):
+            export_labels(tmp_path / "s.zarr", tmp_path / "out", split=split)
+
+
+def test_files_that_fkd_takes_for_no_images_don_t_matter(published, photos, tmp_path):
+    shutil.copytree(photos / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "train" / "ant" / "000.json").write_text("{}")
+    assert len(import_labels(published, tmp_path / "data", tmp_path / "s.zarr", views=1).usable) == 90
+
+
+def test_folders_with_dots_and_nested_ones_are_found_where_fkds_generator_puts_them(photos, tmp_path):
+    shutil.copytree(photos / "train", tmp_path / "data" / "train")
+    (tmp_path / "data" / "train" / "ant").rename(tmp_path / "data" / "train" / "ant.v1")
+    write_set(tmp_path / "set" / "imagenet", tmp_path / "data" / "train")
+    assert len(import_labels(tmp_path / "set", tmp_path / "data", tmp_path / "s.zarr", views=1).usable) == 90
+    nested = tmp_path / "data" / "train" / "bee" / "more"
+    nested.mkdir()
+    (tmp_path / "data" / "train" / "bee" / "007.jpg").rename(nested / "007.jpg")
+    labels = tmp_path / "set" / "imagenet" / "train" / "bee"
+    (labels / "more").mkdir()
+    (labels / "007.tar").rename(labels / "more" / "007.tar")
+    assert len(import_labels(tmp_path / "set", tmp_path / "data", tmp_path / "n.zarr", views=1).usable) == 90
+
+
+def test_crops_of_turned_photographs_are_not_exported(photos, recipe, tmp_path):
+    from pipeline.generate import generate
+
+    generate(changed(recipe, crops={"views": 1, "exif": "apply"}), photos, tmp_path / "t.zarr", device=CPU)
+    with pytest.raises(StoreError, match="turned by their EXIF, and FKD's code doesn't turn them"):
+        export_labels(tmp_path / "t.zarr", tmp_path / "out", labels="full")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda provenance: provenance["teachers"][0].pop("files"),
+        lambda provenance: provenance["crops"].update(scale=[0.1, 1]),
+        lambda provenance: provenance["crops"].pop("policy"),
+        lambda provenance: provenance["imported"].pop("labels"),
+    ],
+)
+def test_an_imported_store_of_a_stranger_must_make_sense(imported, tmp_path, edit):
+    shutil.copytree(imported, tmp_path / "s.zarr")
+    edit_store(tmp_path / "s.zarr", lambda attributes: edit(attributes["provenance"]))
+    with pytest.raises(StoreError, match="says of itself what can't be"):
+        LabelStore.open(tmp_path / "s.zarr")
 
 
 class Program:

@@ -21,6 +21,7 @@ from cache import LabelStore
 from cache.codec import entropy
 from pipeline import survey
 from pipeline.gallery import sheets
+from pipeline.models import class_titles
 from pipeline.page import COLOURS, histogram
 from pipeline.survey import DAMAGED, DONE, MISSING
 
@@ -97,6 +98,33 @@ def test_missing_and_damaged_shards_are_shown_where_they_are(store_path, tmp_pat
     picture = re.search(r'class="coverage".*?base64,([^"]+)"', page)[1]
     pixels = np.array(Image.open(io.BytesIO(base64.b64decode(picture))))
     assert np.array_equal(pixels, COLOURS[found.coverage])
+
+
+def test_a_store_that_was_just_begun_is_looked_at_where_it_has_labels(store_path, tmp_path):
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store_path, path)
+    shutil.rmtree(path / "records" / "c" / "1")
+    for shard in (0, 1):
+        (path / "records" / "c" / "0" / str(shard) / "0").unlink()
+    found = survey.survey(LabelStore.open(path), labels=1)
+    assert found.row.tolist() == [64] and not found.faults
+    assert len(survey.survey(LabelStore.open(path)).row) == 26
+
+
+def test_classes_of_one_name_are_told_apart():
+    assert class_titles(["n02012849", "n03126707", "n01440764"]) == ["crane (n02012849)", "crane (n03126707)", "tench"]
+    assert class_titles(["ant", "bee"]) == ["ant", "bee"]
+
+
+def test_an_image_is_shown_though_one_of_its_views_is_damaged(store_path, tmp_path):
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store_path, path)
+    store = LabelStore.open(path)
+    shard = store.images.path.tolist().index("bee/003.jpg") // store.shard_rows
+    (path / "boxes" / "c" / "0" / str(shard) / "0").write_bytes(b"torn")
+    facts = json.loads(run("inspect", path, "--image", "bee/003.jpg", "--json")[1])
+    assert "boxes/c/0" in facts["views"][0]["fault"] and len(facts["views"][1]["top5"]) == 3
+    assert "damaged: boxes/c/0" in run("inspect", path, "--image", "bee/003.jpg")[1]
 
 
 def test_a_store_without_labels_says_so(store_path, tmp_path):
