@@ -20,6 +20,7 @@ from cache.codec import Codec
 from cache.schema import Images
 from pipeline import config as configs
 from pipeline.config import Config
+from pipeline.curves import Curves
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -32,6 +33,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared/data (ImageNet photographs and weights), which is not here")
     return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures() -> Iterator[Callable]:
+    """Drawing its curves takes a third of a second at the end of every training. The tests of curves draw, and so does every process of its own."""
+    draw = Curves._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Curves, "_draw", lambda self, metrics: None)
+        yield draw
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,13 @@ from pipeline.curves import CURVES, EVENTS, FIRST, PICTURE, SHARE, Curves, point
 from pipeline.student import train
 
 JUDGED = {"discriminator": {"lr": 0.1}, "milestones": [1]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures(no_pictures) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Curves, "_draw", no_pictures)
+        yield
 
 
 def metrics_of(run: Path) -> list[dict]:
