@@ -160,7 +160,7 @@ def resolve(name: str, *, hub: bool = True) -> str:
         name = full if hub else full.partition(".")[0]
     family, _, tag = name.partition(".")
     if not timm.is_model(family):
-        raise ModelError(f"timm has no model {family}{_nearest(family, timm.list_models() + list(ALIASES))}")
+        raise ModelError(f"timm has no model {family}{_nearest(family, list(dict.fromkeys([*timm.list_models(), *ALIASES])))}")
     known = [n for n in timm.list_pretrained(family) if n.partition(".")[0] == family]
     if tag and name not in known and not _has_tag(name):
         raise ModelError(f"timm has no weights {tag} of {family}{_nearest(name, known)}")

@@ -24,7 +24,8 @@ from pipeline.report import results
 
 IMAGES = 64  # that are read, rendered and labelled for the timing
 SECONDS = 2.0  # that a timing takes at least
-SLOW = 8  # crops of a forward pass that is timed on a CPU, where a crop costs the same in any batch
+SLOW = 8  # crops of a forward pass that is timed on a CPU, unless whole batches take no longer than LONG
+LONG = 2.0  # seconds
 CLASSES = 1000  # of the labels whose sizes are known
 BOX = 12  # bytes of box and flip of a crop, compressed, measured
 # Bytes of such labels by codec (README, "The label store": measured with two real teachers; the default's as cost.py has it).
@@ -66,10 +67,10 @@ def preview(
         paths = images.list_files(folder, names)[0]
         count = len(paths)
         pixels, boxes, rendering = _rendered(config, folder, paths, {t.image_size for t in teachers})
-    n = config.store.batch_size if device.type == "cuda" else min(config.store.batch_size, SLOW)
     if pixels is None:
+        n = config.store.batch_size
         pixels = {t.image_size: torch.randint(256, (n, t.image_size, t.image_size, 3), dtype=torch.uint8) for t in teachers}
-    p, forward = _labelled(config, teachers, pixels, n, device)
+    p, forward = _labelled(config, teachers, pixels, device)
     # On a device of its own the teachers don't wait for the loader unless it is slower; on a CPU they share the cores.
     per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
     bytes_per_crop = _bytes_per_crop(config, p, boxes, teachers[0].classes) if real and boxes is not None else None
@@ -153,23 +154,27 @@ def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) 
     return {size: torch.cat([view[size] for view in made]) for size in sizes}, boxes.reshape(-1, 4), seconds / (views * len(good))
 
 
-def _labelled(
-    config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], n: int, device: torch.device
-) -> tuple[np.ndarray, float]:
+def _labelled(config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], device: torch.device) -> tuple[np.ndarray, float]:
     """Labels of crops, as many as the codec's size is judged by, and the seconds that the teachers took for a crop."""
     pixels = {size: p.to(device) for size, p in pixels.items()}
-    few = {size: p[:n] for size, p in pixels.items()}
-    most = {size: p[:IMAGES] for size, p in pixels.items()}
+    batch = config.store.batch_size
 
-    def forward(what: dict[int, torch.Tensor]) -> torch.Tensor:
-        p = ensemble(teachers, what, config.store.precision, batch_size=n)[0]
+    def forward(n: int) -> torch.Tensor:
+        p = ensemble(teachers, {size: p[:n] for size, p in pixels.items()}, config.store.precision, batch_size=min(n, batch))[0]
         if device.type == "cuda":
             torch.cuda.synchronize()
         return p
 
-    forward(few)
-    seconds = _timed(lambda: forward(few))
-    return forward(most).cpu().numpy(), seconds / n
+    def timed(n: int) -> float:
+        forward(n)
+        return _timed(lambda: forward(n)) / n
+
+    most = len(next(iter(pixels.values())))
+    few = min(batch, most, SLOW)
+    per_crop = timed(few) if device.type != "cuda" else 0.0
+    if per_crop * batch <= LONG:  # small models are slower in small batches
+        per_crop = timed(min(batch, most))
+    return forward(min(IMAGES, most)).cpu().numpy(), per_crop
 
 
 def _timed(work: Callable[[], object]) -> float:
