@@ -28,17 +28,8 @@ from pipeline.progress import Progress, say
 AT_ONCE = 1 << 30  # bytes of labels that are held at once
 SIZE = 224  # pixels at which the fingerprint is rendered where the teachers' size isn't known
 TELLING = 64  # label files by whose bytes a label set is known, beside all names and sizes
-LISTED = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".ppm",
-    ".bmp",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)  # what torchvision's ImageFolder, and so FKD's code, takes for images
+# What torchvision's ImageFolder, and so FKD's code, takes for images.
+LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "val", "test", "validation"}
 REFUSED = {
     "tinyvit": "its crops follow from a seed and timm's augmentation code of that day, and its teachers saw RandAugment, erasing and mixing, which a store of "
