@@ -89,9 +89,10 @@ def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threa
             f"{store.path} has no sound label to look at; run the same {store.made_by} command again, which makes damaged ones anew"
         )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    several = seen > 1
-    means = sums[several] / seen[several, None]
-    divergence = np.maximum(0, entropy(means) - entropies[several] / seen[several])
+    several = np.flatnonzero(seen > 1)
+    chunks = np.array_split(several, max(1, len(several) // store.chunk_rows))  # all at once would take several times what the sums take
+    of_means = np.concatenate([entropy(sums[chunk] / seen[chunk, None]) for chunk in chunks])
+    divergence = np.maximum(0, of_means - entropies[several] / seen[several])
     return Survey(coverage, faults, check, **columns, loyalty=_loyalty(columns["row"], columns["first"]), divergence=divergence)
 
 
