@@ -293,8 +293,9 @@ def test_labels_of_two_classes_are_not_guessed():
 
 def test_labels_of_another_split_are_not_taken(published, photos, tmp_path):
     """Images of both may have the same names and sizes."""
-    with pytest.raises(MealError, match="has no label file for any of the 21 images"):
-        import_labels(published, photos, tmp_path / "s.zarr", split="val")
+    for folder in (published, published / "imagenet", published / "imagenet" / "train"):
+        with pytest.raises(MealError, match="has no label file for any of the 21 images"):
+            import_labels(folder, photos, tmp_path / "s.zarr", split="val")
     for split in ("", "../train", "a/b"):
         with pytest.raises(MealError, match="must be the name of a folder of --data"):
             import_labels(published, photos, tmp_path / "s.zarr", split=split)

@@ -108,6 +108,7 @@ def test_a_store_that_was_just_begun_is_looked_at_where_it_has_labels(store_path
         (path / "records" / "c" / "0" / str(shard) / "0").unlink()
     found = survey.survey(LabelStore.open(path), labels=1)
     assert found.row.tolist() == [64] and not found.faults
+    assert len(found.loyalty) == len(found.divergence) == 0  # of one view there is nothing to tell
     assert len(survey.survey(LabelStore.open(path)).row) == 26
 
 
