@@ -417,8 +417,8 @@ def test_an_exported_set_is_what_fkds_loader_reads(store_path, photos, tmp_path)
                     share * side for share, side in zip(coords[view].tolist(), [photo.height, photo.width] * 2, strict=True)
                 )
                 cut = functional.resized_crop(photo, top, left, height, width, [32, 32])
-                t, l, h, w = store.crops(view, [row])[0][0].tolist()  # noqa: E741
-                assert np.array_equal(cut, functional.resized_crop(photo, t, l, h, w, [32, 32]))
+                box = store.crops(view, [row])[0][0].tolist()
+                assert np.array_equal(cut, functional.resized_crop(photo, *box, [32, 32]))
                 assert flips[view] == store.crops(view, [row])[1][0]
                 assert np.array_equal(labels[view], store.probabilities(view, [row])[0])
 
