@@ -1,0 +1,278 @@
+"""Does it work? The paper's claims, and this project's, tried on CIFAR-10 and on photographs: every row of the README's table, over three seeds.
+
+    make study CIFAR10=cifar10.tar                                                  # all of CIFAR-10's rows: some two hours on two cores
+    python tests/bench/study/study.py --cifar10 cifar10.tar --only online --again   # one row once more
+    python tests/bench/study/study.py --photographs imagenet_sample --weights DIR   # the rows with 1,000 classes
+    python tests/bench/study/study.py --show "hard label 0.5"                       # the command lines that a row is made with
+    python tests/bench/study/study.py                                               # table and figure of what is recorded
+
+What is done is recorded in results.json, a step at a time, and not done again; kill it as often as you like. A step counts as done if its commands, its config and
+all steps before it are the same. Everything is made in study/, of which 2 GB can be removed at the end. Each of --jobs processes has its own cores.
+
+cifar10: a folder, or a tar of one, with train/ and val/ of class folders of images, of which the first 1,000 a class are trained on. photographs: class folders
+named by WordNet id, of which two in five are for evaluation. weights: tf_efficientnet_lite0.safetensors, …lite1…, …lite2…, of ImageNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rows import EXPERIMENTS, WORK, Experiment, Row, Step
+from tell import draw, table
+
+ROOT = Path(__file__).parents[3]
+RESULTS = Path(__file__).parent / "results.json"
+TRAINING = 1_000  # images of a class of CIFAR-10
+
+
+class Records:
+    """What is done: a file of records by step, which is the committed one, and one of what this work folder holds."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.of = json.loads(file.read_text()) if file and file.exists() else {}
+
+    def has(self, step: Step) -> bool:
+        return self.of.get(step.name, {}).get("identity") == step.identity
+
+    def add(self, step: Step, record: dict) -> None:
+        self.of[step.name] = record
+        scratch = self.file.with_name(f".{self.file.name}.partial")
+        scratch.write_text(json.dumps(dict(sorted(self.of.items())), indent=1) + "\n")
+        os.replace(scratch, self.file)
+
+
+def steps_of(wanted: Iterable[Step], results: Records, here: Records) -> list[Step]:
+    """Wanted steps that aren't recorded, each after what it needs and this folder hasn't."""
+    found: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if not here.has(step) and step.name not in found:
+            for need in step.needs:
+                visit(need)
+            found[step.name] = step
+
+    for step in wanted:
+        if not results.has(step):
+            visit(step)
+    return list(found.values())
+
+
+def perform(step: Step, work: Path) -> dict:
+    """Run a step's commands in this process; its record. Raises RuntimeError with the command's last line if one fails."""
+    from machine import machine
+
+    from cli import main
+
+    for made in step.makes:
+        shutil.rmtree(placed(made, work), ignore_errors=True)
+    log = work / "logs" / f"{step.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    record: dict = {
+        "identity": step.identity,
+        "commands": [" ".join(map(shlex.quote, ("python", "cli.py", *words))) for words in step.commands],
+    }
+    began, used = time.monotonic(), time.process_time()
+    for words in step.commands:
+        out = StringIO()
+        with open(log, "a") as told, redirect_stdout(out), redirect_stderr(told):
+            status = main.main([placed(word, work) for word in words], prog_name="cli.py", standalone_mode=False)
+        if status:
+            raise RuntimeError(f"{words[0]} of {step.name} failed: {log.read_text().splitlines()[-1]}")
+        if "--json" in words:
+            record["figures"] = json.loads(out.getvalue())
+    record |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - used, "machine": machine()}
+    if step.run:
+        passes = [json.loads(line) for line in Path(placed(step.run, work), "metrics.jsonl").read_text().splitlines()]
+        record["training"] = {
+            "seconds": sum(one["seconds"] for one in passes),
+            "images": sum(one["images"] for one in passes),
+            "last": {key: value for key, value in passes[-1].items() if value is not None},
+        }
+    return record
+
+
+def placed(word: str, work: Path) -> str:
+    """A word of a command line, with the work folder where it is."""
+    return word.replace(f"{WORK}/", f"{work}/") if word.startswith(f"{WORK}/") or f"={WORK}/" in word else word
+
+
+def begin(cores: multiprocessing.Queue) -> None:
+    """A process that runs steps, on cores of its own, as long as its parent lives."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    mine = cores.get()
+    os.sched_setaffinity(0, mine)
+    os.chdir(ROOT)
+    import torch
+
+    torch.set_num_threads(len(mine))
+
+
+def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Records) -> list[str]:
+    """Run the steps, each when those before it are done. Returns what failed, a line each."""
+    every = sorted(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    for job in range(jobs):
+        cores.put(every[job * len(every) // jobs : (job + 1) * len(every) // jobs])
+    waiting, running, failed = list(steps), {}, []
+    with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(cores,)) as pool:
+        while waiting or running:
+            ready = [step for step in waiting if all(here.has(need) for need in step.needs)]
+            for step in ready[: jobs - len(running)]:
+                waiting.remove(step)
+                running[pool.submit(perform, step, work)] = step
+            if not running:  # what is left needs what failed
+                break
+            done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
+            for future in done:
+                step = running.pop(future)
+                try:
+                    record = future.result()
+                except Exception as error:
+                    failed.append(str(error) if isinstance(error, RuntimeError) else "".join(traceback.format_exception(error)))
+                    print(f"failed: {failed[-1]}", flush=True)
+                    continue
+                here.add(step, record)
+                results.add(step, record)
+                told = record.get("figures", {}).get("models", ())
+                print(
+                    f"{time.strftime('%H:%M:%S')} {step.name}: {record['seconds']:.0f} s"
+                    + "".join(f", {model['name']} {model['top1']:.2f} %" for model in told)
+                    + f"; {len(waiting) + len(running)} steps to go",
+                    flush=True,
+                )
+    return failed
+
+
+def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
+    """Copy the images that the study uses, the first so many of each class, whole or not at all."""
+    scratch = place.with_name("data.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if source.is_file():
+        with tarfile.open(source) as tar:
+            tar.extractall(unpacked := place.with_name("unpacked"), filter="data")
+        source = next(path.parent for path in sorted(unpacked.glob("**/train")))
+    for split in ("train", "val"):
+        for folder in sorted((source / split).iterdir()):
+            (scratch / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[: most[split]]:
+                shutil.copyfile(file, scratch / split / folder.name / file.name)
+    scratch.rename(place)
+    shutil.rmtree(place.with_name("unpacked"), ignore_errors=True)
+
+
+def lay_photographs(source: Path, weights: Path, place: Path, most: int | None) -> None:
+    """Copy the first so many classes, two in five of them to be evaluated on, and the models' weights."""
+    scratch = place.with_name("data.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for i, folder in enumerate(sorted(path for path in source.iterdir() if path.is_dir())[:most]):
+        shutil.copytree(folder, scratch / ("val" if i % 5 in (1, 3) else "train") / folder.name)
+    (place.parent / "weights").mkdir(exist_ok=True)
+    for i in (0, 1, 2):
+        shutil.copyfile(weights / f"tf_efficientnet_lite{i}.safetensors", place.parent / "weights" / f"tf_efficientnet_lite{i}.safetensors")
+    scratch.rename(place)
+
+
+def lay(experiment: Experiment, given: argparse.Namespace) -> None:
+    """The experiment's images into its folder, if they aren't there yet."""
+    place = Path(placed(f"{experiment.folder}/data", given.work))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        return
+    if experiment.name == "cifar10":
+        lay_cifar10(given.cifar10, place, {"train": 8, "val": 4} if given.small else {"train": TRAINING, "val": None})
+    else:
+        lay_photographs(given.photographs, given.weights, place, 20 if given.small else None)
+
+
+def chosen(words: list[str]) -> list[tuple[Experiment, Row]]:
+    return [
+        (experiment, row)
+        for experiment in EXPERIMENTS
+        for row in experiment.rows
+        if any(word in f"{experiment.name}/{row.name}" for word in words)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--cifar10", type=Path, help="folder, or tar of it: run its rows")
+    parser.add_argument("--photographs", type=Path, help="folder: run the rows with 1,000 classes")
+    parser.add_argument("--weights", type=Path, help="folder of the photographs' models")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="of a row's name, like online or photographs/tail")
+    parser.add_argument("--show", metavar="ROW", help="print the command lines of a row and of what it needs, and run nothing")
+    parser.add_argument("--again", action="store_true", help="though it is recorded")
+    parser.add_argument("--seeds", type=int, default=3, help="the first so many")
+    parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0))), help="processes, which share the cores")
+    parser.add_argument("--work", type=Path, default=ROOT / WORK, help="folder in which everything is made")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of records")
+    parser.add_argument("--small", action="store_true", help="few images, two epochs: whether it works; the figures mean nothing")
+    given = parser.parse_args()
+    given.work = given.work.absolute()
+    for words in [*given.only, *([given.show] if given.show else ())]:
+        if not chosen([words]):
+            names = ", ".join(f"{experiment.name}/{row.name}" for experiment in EXPERIMENTS for row in experiment.rows)
+            parser.error(f"{words}: no row has that in its name; there are {names}")
+    if bool(given.photographs) != bool(given.weights):
+        parser.error("--photographs and --weights go together: the rows with 1,000 classes need both")
+    for place in (given.cifar10, given.photographs, given.weights):
+        if place and not place.exists():
+            parser.error(f"there is no {place}")
+    experiments = {e.name: small(e) if given.small else e for e in EXPERIMENTS}
+    results, here = Records(given.results), Records(given.work / "records.json")
+    if given.show:
+        shown = [experiments[e.name].trained(row, seed) for e, row in chosen([given.show]) for seed in row.seeds[:1]]
+        for step in steps_of(shown, Records(None), Records(None)):
+            print(f"# {step.name}", *(f"python cli.py {shlex.join(words)}" for words in step.commands), sep="\n")
+        return
+    wanted: list[Step] = []
+    for experiment in experiments.values():
+        if given.cifar10 if experiment.name == "cifar10" else given.photographs:
+            lay(experiment, given)
+            rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
+            wanted += [experiment.teachers_alone()]
+            wanted += [experiment.trained(row, seed) for seed in range(given.seeds) for row in rows if seed in row.seeds]
+    if given.again:
+        for step in wanted:
+            results.of.pop(step.name, None), here.of.pop(step.name, None)
+    failed = run(steps_of(wanted, results, here), given.work, given.jobs, results, here)
+    for experiment in experiments.values():
+        print(table(experiment, results.of))
+    if not given.small:
+        draw(EXPERIMENTS, results.of, given.results.with_suffix(".png"))
+    sys.exit(1 if failed else 0)
+
+
+def small(experiment: Experiment) -> Experiment:
+    training = ("--set", "train.epochs=4", "--set", "train.milestones=[2]", "--set", "train.batch_size=8", "--set", "train.image_size=32")
+    return replace(experiment, small_training=training, small_labelling=("--views", "4" if experiment.class_map else "16"))
+
+
+if __name__ == "__main__":
+    main()
