@@ -83,7 +83,7 @@ def test_another_config_command_or_step_before_makes_another_step(study, tmp_pat
     assert one.identity == experiment.trained(row, 0).identity
     assert one.identity != experiment.trained(row, 1).identity
     assert one.identity != experiment.trained(replace(row, sets=("train.lr=0.5",)), 0).identity
-    assert one.identity != replace(experiment, crop_seeds=(2, 5)).trained(row, 0).identity  # a teacher's
+    assert one.identity != replace(experiment, made=(experiment.made[0], ("crops.seed=5",))).trained(row, 0).identity  # a teacher's
 
 
 def records_of(study, experiment, top1: dict[str, tuple[float, ...]], loss: float = 0.5) -> dict:
@@ -109,7 +109,7 @@ def test_a_difference_is_called_one_beyond_the_pooled_spread_alone(study):
     def row(mean: float) -> tuple[float, ...]:
         return tuple(starts + mean + rng.normal(0, 0.2, 3))
 
-    noise = ("float16", "tail40", "top-5", "1 view", "4 views", "16 views", "2 crops", "4 crops")
+    noise = ("float16", "tail40", "top-5", "1 view", "4 views", "8 views", "2 crops", "4 crops")
     records = records_of(study, experiment, {"soft": row(0), "online": row(3), "hard": row(-3)} | {name: row(0) for name in noise})
     outcome = study.tell.Outcome(experiment, records)
     margin = outcome.margin(study.tell.TOP1, 3)

@@ -61,14 +61,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """teachers: MODEL=CHECKPOINT. crop_seeds: of each teacher's training, other crops than those it labels; empty if the checkpoints are given. small: words that make every
+    """teachers: MODEL=CHECKPOINT. made: what each one's training sets; empty if the checkpoints are given. small: words that make every
     training and labelling short."""
 
     name: str
     student: str
     teachers: tuple[str, str]
     claims: tuple[Claim, ...]
-    crop_seeds: tuple[int, ...] = ()
+    made: tuple[tuple[str, ...], ...] = ()
     class_map: tuple[str, ...] = ()
     small_training: tuple[str, ...] = ()
     small_labelling: tuple[str, ...] = ()
@@ -109,10 +109,11 @@ class Experiment:
     def taught(self) -> tuple[Step, ...]:
         """The teachers' training."""
         steps = []
-        for teacher, seed in zip(self.teachers, self.crop_seeds, strict=bool(self.crop_seeds)):
+        for teacher, sets in zip(self.teachers, self.made, strict=bool(self.made)):
             model, _, checkpoint = teacher.partition("=")
             run = str(Path(checkpoint).parent)
-            command = self.training(f"{self.name}_teacher", run, "--student", model, "--set", f"crops.seed={seed}")
+            words = [word for setting in sets for word in ("--set", setting)]
+            command = self.training(f"{self.name}_teacher", run, "--student", model, *words)
             steps.append(self.step(f"teacher {model}", command, run=run))
         return tuple(steps)
 
@@ -189,7 +190,7 @@ CIFAR10 = (
     ),
     Claim("Does the store cost accuracy? (3)", (Row("online", store=None, online=True),)),
     Claim("Which codec? (4)", (Row("float16", store="float16"), Row("tail40", store="tail40"), Row("top-5", store="top5"))),
-    Claim("How many views? (5)", tuple(Row(f"{views} view{'s' * (views > 1)}", (f"train.views={views}",)) for views in (1, 4, 16))),
+    Claim("How many views? (5)", tuple(Row(f"{views} view{'s' * (views > 1)}", (f"train.views={views}",)) for views in (1, 4, 8))),
     Claim(
         "The discriminator? (6)",
         (
@@ -233,9 +234,9 @@ EXPERIMENTS = (
     Experiment(
         "cifar10",
         "test_byobnet",
-        tuple(f"{model}=study/cifar10/teachers/{model}/last.safetensors" for model in ("test_resnet", "test_efficientnet")),
+        tuple(f"{model}=study/cifar10/teachers/{model}/last.safetensors" for model in ("test_resnet", "resnet10t")),
         CIFAR10,
-        crop_seeds=(2, 3),
+        made=(("crops.seed=2",), ("crops.seed=3", "train.image_size=32", "train.epochs=32")),  # other crops than those that are labelled
     ),
     Experiment(
         "photographs",

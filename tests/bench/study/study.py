@@ -101,6 +101,8 @@ def perform(step: Step, work: Path) -> dict:
             raise RuntimeError(f"{words[0]} of {step.name} failed: {log.read_text().splitlines()[-1]}")
         if "--json" in words:
             record["figures"] = json.loads(out.getvalue())
+            for model in record["figures"]["models"]:
+                del model["checkpoint"]  # a path of this machine
     record |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - used, "machine": machine()}
     if step.run:
         passes = [json.loads(line) for line in Path(placed(step.run, work), "metrics.jsonl").read_text().splitlines()]

@@ -124,7 +124,7 @@ def differs(row: Row, experiment: Experiment) -> str:
     }
     words = [labels.get(row.store, f"`store.codec={row.store}`"), "`--online`" if row.online else ""]
     words += [f"`{setting}`" for setting in row.sets if setting != "train.discriminator=null" or "train.labels=hard" not in row.sets]
-    if experiment.crop_seeds and not row.start:
+    if experiment.made and not row.start:
         words.append("random weights")
     return ", ".join(word for word in words if word)
 
