@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,21 +52,14 @@ def test_the_readme_tells_what_is_recorded(study, recorded):
 
 
 def test_every_record_is_of_a_row_as_it_is_now(study, recorded):
-    steps = {}
-
-    def visit(step) -> None:
-        steps[step.name] = step
-        for need in step.needs:
-            visit(need)
-
-    for experiment in study.EXPERIMENTS:
-        visit(experiment.teachers_alone())
-        for row in experiment.rows:
-            for seed in row.seeds:
-                visit(experiment.trained(row, seed))
+    wanted = [experiment.teachers_alone() for experiment in study.EXPERIMENTS]
+    wanted += [experiment.trained(row, seed) for experiment in study.EXPERIMENTS for row in experiment.rows for seed in row.seeds]
+    steps = {step.name: step for step in study.with_needs(wanted)}
     assert {name: record["identity"] for name, record in recorded.items()} == {name: step.identity for name, step in steps.items()}
     for record in recorded.values():
-        assert record["seconds"] > 0 and record["commands"] and record["machine"]["processor"] and record["machine"]["torch"]
+        assert record.get("seconds", 0) > 0 or record["training"]["images"] > 0
+        assert record["commands"] and record["machine"]["processor"] and record["machine"]["torch"]
+        assert str(ROOT) not in json.dumps(record)
 
 
 def test_every_command_line_is_the_programs(study):
@@ -71,7 +67,7 @@ def test_every_command_line_is_the_programs(study):
 
     for experiment in study.EXPERIMENTS:
         for row in experiment.rows:
-            for step in study.steps_of([experiment.trained(row, 0)], study.Records(None), study.Records(None)):
+            for step in study.with_needs([experiment.trained(row, 0)]):
                 for command, *words in step.commands:
                     main.commands[command].make_context(command, list(words))
 
@@ -84,6 +80,16 @@ def test_another_config_command_or_step_before_makes_another_step(study, tmp_pat
     assert one.identity != experiment.trained(row, 1).identity
     assert one.identity != experiment.trained(replace(row, sets=("train.lr=0.5",)), 0).identity
     assert one.identity != replace(experiment, made=(experiment.made[0], ("crops.seed=5",))).trained(row, 0).identity  # a teacher's
+    shutil.copytree(STUDY, tmp_path / study.rows.FOLDER)
+    monkeypatch.setattr(study.rows, "ROOT", tmp_path)
+    assert one.identity == experiment.trained(row, 0).identity
+    config = tmp_path / study.rows.FOLDER / "cifar10.yaml"
+    labels = experiment.store("both").identity
+    config.write_text(config.read_text() + "render: {threads: 7}\n")
+    assert one.identity != experiment.trained(row, 0).identity
+    assert labels == experiment.store("both").identity  # stage one reads other sections
+    config.write_text(config.read_text().replace("views: 16", "views: 5"))
+    assert labels != experiment.store("both").identity
 
 
 def records_of(study, experiment, top1: dict[str, tuple[float, ...]], loss: float = 0.5) -> dict:
@@ -101,22 +107,24 @@ def records_of(study, experiment, top1: dict[str, tuple[float, ...]], loss: floa
     return records
 
 
-def test_a_difference_is_called_one_beyond_the_pooled_spread_alone(study):
+def test_a_difference_is_called_one_beyond_the_spread_of_all_rows(study):
     experiment = study.EXPERIMENTS[0]
     rng = np.random.default_rng(0)
+    noise = {"soft": 0.0, "online": 3.0, "hard": -3.0} | dict.fromkeys(("float16", "tail40", "top-5", "1 view", "4 views", "2 crops"), 0.0)
     starts = rng.normal(50, 5, 3)  # good and bad seeds, which pairing takes out
-
-    def row(mean: float) -> tuple[float, ...]:
-        return tuple(starts + mean + rng.normal(0, 0.2, 3))
-
-    noise = ("float16", "tail40", "top-5", "1 view", "4 views", "8 views", "2 crops", "4 crops")
-    records = records_of(study, experiment, {"soft": row(0), "online": row(3), "hard": row(-3)} | {name: row(0) for name in noise})
-    outcome = study.tell.Outcome(experiment, records)
+    figures = {name: tuple(starts + mean + rng.normal(0, 0.2, 3)) for name, mean in noise.items()}
+    figures["hard from scratch"] = (10.0, 90.0, 50.0)  # sees other crops
+    outcome = study.tell.Outcome(experiment, records_of(study, experiment, figures))
+    table = np.array([figures[name] for name in noise])
+    effects = table - table.mean(axis=1, keepdims=True)
+    chance = ((effects - effects.mean(axis=0)) ** 2).sum() / (8 * 2)
     margin = outcome.margin(study.tell.TOP1, 3)
-    assert 0.1 < margin < 1  # 2.1 · 0.2 · √2 / √3 = 0.34
+    assert margin == pytest.approx(2.1199 * np.sqrt(chance * 2 / 3), rel=1e-4)  # Student's t of 16 degrees of freedom, from a table
     told = {row.name: outcome.told_difference(row, study.tell.TOP1) for row in experiment.rows}
     assert told["soft"] == "" and told["online"].startswith("**+") and told["hard"].startswith("**−")
-    assert sum(told[name].startswith("**") for name in noise) <= 1
+    for name in list(noise)[3:]:
+        assert told[name].startswith("**") == (abs(np.mean(np.subtract(figures[name], figures["soft"]))) > margin)
+    assert told["hard from scratch"] == ""
 
 
 def test_records_of_different_teachers_make_no_table(study):
@@ -151,29 +159,66 @@ def command(pictures: Path, work: Path, *words: str) -> list[str]:
     return [sys.executable, str(STUDY / "study.py"), "--small", "--seeds=1", "--jobs=1", *where, *words]
 
 
+def alive(session: int) -> list[str]:
+    """Processes of a session, but for dead ones that nobody has waited for."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            found += [stat.parent.name] if int(its) == session and state not in "ZX" else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tmp_path):
-    only = ("--only", "online", "top-5", "CutMix faithful")
+    rows = ("online", "top-5", "CutMix faithful")
+    only = ("--only", *rows)
     work = tmp_path / "study"
     with subprocess.Popen(command(pictures, work, *only), stdout=subprocess.PIPE, text=True, start_new_session=True) as begun:
-        for line in begun.stdout:  # a step that is done
-            if "/first: " in line:
-                break
-        begun.send_signal(signal.SIGKILL)
+        try:
+            next(line for line in begun.stdout if "/first: " in line)  # a step that is done
+            begun.send_signal(signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while alive(begun.pid) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert not alive(begun.pid)  # its processes end with it
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(begun.pid, signal.SIGKILL)
     before = json.loads((work / "results.json").read_text())
-    deadline = time.monotonic() + 60
-    while (
-        orphans := subprocess.run(["pgrep", "-s", str(begun.pid)], capture_output=True, text=True).stdout.split()
-    ) and time.monotonic() < deadline:
-        subprocess.run(["kill", "-9", *orphans], check=False)
     done = subprocess.run(command(pictures, work, *only), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     after = json.loads((work / "results.json").read_text())
     assert before.items() <= after.items()
-    assert {"cifar10/online/0", "cifar10/top-5/0", "cifar10/CutMix faithful/0"} < set(after)
-    assert all(f"| {name} |" in done.stdout for name in ("online", "top-5", "CutMix faithful", "ensemble"))
+    assert {f"cifar10/{row}/0" for row in rows} < set(after)
+    assert all(f"| {name} |" in done.stdout for name in (*rows, "ensemble"))
+
+    (work / "results.json").write_text(json.dumps({"cifar10/online/0": after["cifar10/online/0"]}))  # another branch's, perhaps
     again = subprocess.run(command(pictures, work, *only), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "to go" not in again.stdout
     assert json.loads((work / "results.json").read_text()) == after
+
+    anew = subprocess.run(command(pictures, work, "--only", "online", "--again"), capture_output=True, text=True, timeout=300)
+    assert anew.returncode == 0
+    assert [line.split(" ", 1)[1].partition(":")[0] for line in anew.stdout.splitlines() if "to go" in line] == [
+        "cifar10/teachers",
+        "cifar10/online/0",
+    ]
+    anew_record = json.loads((work / "results.json").read_text())["cifar10/online/0"]
+    assert anew_record["training"]["seconds"] != after["cifar10/online/0"]["training"]["seconds"]  # it was trained
+    assert anew_record["figures"] == after["cifar10/online/0"]["figures"]  # to the same weights
+
+
+def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
+    work = tmp_path / "study"
+    shutil.copytree(pictures, work / "cifar10" / "data")
+    for broken in (work / "cifar10" / "data" / "train").glob("*/*"):
+        broken.write_bytes(b"no picture")
+    done = subprocess.run(command(pictures, work, "--only", "cifar10/soft"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and all("train-student of cifar10/teacher" in line and "error: " in line for line in failed)
+    assert not (work / "results.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +227,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         (("--only", "ofline"), "ofline: no row has that in its name; there are cifar10/hard from scratch, "),
         (("--photographs", "tests"), "--photographs and --weights go together"),
         (("--cifar10", "nowhere"), "there is no nowhere"),
+        (("--small",), "--small needs a --work and a --results of its own"),
     ],
 )
 def test_what_is_not_there_is_refused_in_a_line(words, line):

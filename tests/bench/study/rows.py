@@ -13,6 +13,13 @@ from pipeline.config import load
 ROOT = Path(__file__).parents[3]
 FOLDER = "tests/bench/study"  # of configs
 WORK = "study"  # in which everything is made
+# Stores by way of label files: from which store, the classes that are kept, codec.
+COPIES = {
+    "top5": ("float16", "top5", "float16"),
+    "top10": ("float16", "top10", "float16"),
+    "first-alone": ("first", "full", "pow8"),
+    "second-alone": ("second", "full", "pow8"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Step:
 
     @property
     def identity(self) -> str:
-        """Another one if anything differs that the outcome depends on: commands, config, or a step before."""
+        """Another one if the commands differ, what their configs set, or a step before. Defaults of the program and the images aren't in it."""
         told = json.dumps([self.commands, self.recipe, [step.identity for step in self.needs]])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
@@ -61,8 +68,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """teachers: MODEL=CHECKPOINT. made: what each one's training sets; empty if the checkpoints are given. small: words that make every
-    training and labelling short."""
+    """teachers: MODEL=CHECKPOINT. made: what each one's training sets; empty if the checkpoints are given. small_training: words
+    that make every training short."""
 
     name: str
     student: str
@@ -71,7 +78,6 @@ class Experiment:
     made: tuple[tuple[str, ...], ...] = ()
     class_map: tuple[str, ...] = ()
     small_training: tuple[str, ...] = ()
-    small_labelling: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -101,7 +107,7 @@ class Experiment:
 
     def labelling(self, path: str, *words: str) -> tuple[str, ...]:
         where = ("--config", f"{FOLDER}/{self.name}.yaml", "--data", f"{self.folder}/data/train", "--store", path)
-        return ("generate-labels", *where, *self.class_map, *words, *self.small_labelling)
+        return ("generate-labels", *where, *self.class_map, *words)
 
     def evaluation(self, *words: str) -> tuple[str, ...]:
         return ("eval", "--data", f"{self.folder}/data", "--batch-size", "100", *self.class_map, "--json", *words)
@@ -134,13 +140,14 @@ class Experiment:
             words = [word for teacher in self.teachers for word in ("--teacher", teacher)]
             words += ["--set", "crops.cutmix={prob: 1.0, beta: 1.0}"]
             return self.step(name, self.labelling(path, *words), needs=self.taught(), **made)
-        if name.startswith("top"):
+        if name in COPIES:
+            source, kept, codec = COPIES[name]
             files = f"{self.folder}/{name}"
             made["makes"] += (files,)
-            export = ("export-labels", f"{self.folder}/float16.zarr", "--out", files, "--labels", name)
+            export = ("export-labels", f"{self.folder}/{source}.zarr", "--out", files, "--labels", kept)
             data = ("--data", f"{self.folder}/data/train", *self.class_map)
-            load = ("import-labels", files, *data, "--store", path, "--codec", "float16", "--interpolation", "bilinear")
-            return self.step(name, export, load, needs=(self.store("float16"),), **made)
+            load = ("import-labels", files, *data, "--store", path, "--codec", codec, "--interpolation", "bilinear")
+            return self.step(name, export, load, needs=(self.store(source),), **made)
         parts = (self.store("first"), self.store("second"))
         codec = "pow8" if name == "both" else name
         return self.step(name, ("merge", *(part.makes[0] for part in parts), "--out", path, "--codec", codec), needs=parts, **made)
@@ -174,7 +181,7 @@ CIFAR10 = (
     Claim(
         "Do soft labels help? (1, 2)",
         (
-            Row("hard from scratch", (*HARD, "train.lr=0.05", "crops.seed=1"), store=None, start=None),
+            Row("hard from scratch", (*HARD, "train.lr=0.05", "crops.seed=1"), store=None, start=None, against=None),
             Row("hard", HARD),
             Row("soft", against=None),
             Row("soft from scratch", ("train.lr=0.05",), start=None, against="hard from scratch"),
@@ -183,7 +190,7 @@ CIFAR10 = (
     Claim(
         "At other learning rates?",
         tuple(
-            Row(f"{labels} lr {lr}", (*(HARD if labels == "hard" else ()), f"train.lr={lr}"), seeds=(0,))
+            Row(f"{labels} lr {lr}", (*(HARD if labels == "hard" else ()), f"train.lr={lr}"), against=labels, seeds=(0,))
             for lr in ("0.01", "0.1")
             for labels in ("hard", "soft")
         ),
@@ -199,7 +206,7 @@ CIFAR10 = (
         ),
     ),
     Claim("The hard label mixed in? (7)", tuple(Row(f"hard label {weight}", (f"train.hard_weight={weight}",)) for weight in (0.1, 0.5))),
-    Claim("Is the ensemble needed? (8)", (Row("first teacher", store="first"), Row("second teacher", store="second"))),
+    Claim("Is the ensemble needed? (8)", (Row("first teacher", store="first-alone"), Row("second teacher", store="second-alone"))),
     Claim(
         "CutMix? (9)",
         (

@@ -16,6 +16,7 @@ named by WordNet id, of which two in five are for evaluation. weights: tf_effici
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -46,36 +48,51 @@ TRAINING = 1_000  # images of a class of CIFAR-10
 
 
 class Records:
-    """What is done: a file of records by step, which is the committed one, and one of what this work folder holds."""
+    """What is done, by step, in a file that several studies may change."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self.of = json.loads(file.read_text()) if file and file.exists() else {}
+        self.of = self._read()
+
+    def _read(self) -> dict:
+        return json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
 
     def has(self, step: Step) -> bool:
         return self.of.get(step.name, {}).get("identity") == step.identity
 
-    def add(self, step: Step, record: dict) -> None:
-        self.of[step.name] = record
-        scratch = self.file.with_name(f".{self.file.name}.partial")
-        scratch.write_text(json.dumps(dict(sorted(self.of.items())), indent=1) + "\n")
-        os.replace(scratch, self.file)
+    def change(self, added: dict[str, dict], removed: Iterable[str] = ()) -> None:
+        """Whole or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file.with_name(f".{self.file.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.of = {name: record for name, record in self._read().items() if name not in set(removed)} | added
+            scratch = self.file.with_name(f".{self.file.name}.partial")
+            scratch.write_text(json.dumps(dict(sorted(self.of.items())), indent=1) + "\n")
+            scratch.replace(self.file)
 
 
-def steps_of(wanted: Iterable[Step], results: Records, here: Records) -> list[Step]:
-    """Wanted steps that aren't recorded, each after what it needs and this folder hasn't."""
+def with_needs(steps: Iterable[Step]) -> list[Step]:
+    """Each after what it needs, and once."""
     found: dict[str, Step] = {}
 
     def visit(step: Step) -> None:
-        if not here.has(step) and step.name not in found:
+        if step.name not in found:
             for need in step.needs:
                 visit(need)
             found[step.name] = step
 
-    for step in wanted:
-        if not results.has(step):
-            visit(step)
+    for step in steps:
+        visit(step)
     return list(found.values())
+
+
+def to_do(wanted: list[Step], results: Records, here: Records) -> list[Step]:
+    """Wanted steps that aren't recorded in the results, each after what it needs and this work folder hasn't."""
+
+    def missing(steps: Iterable[Step]) -> list[Step]:
+        return [one for step in steps if not here.has(step) for one in (*missing(step.needs), step)]
+
+    return list({step.name: step for step in missing(step for step in wanted if not results.has(step))}.values())
 
 
 def perform(step: Step, work: Path) -> dict:
@@ -84,26 +101,27 @@ def perform(step: Step, work: Path) -> dict:
 
     from cli import main
 
+    log, begun = work / "logs" / f"{step.name}.log", work / "begun" / step.name
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begun.parent.mkdir(parents=True, exist_ok=True)
     for made in step.makes:
         shutil.rmtree(placed(made, work), ignore_errors=True)
-    log = work / "logs" / f"{step.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    record: dict = {
-        "identity": step.identity,
-        "commands": [" ".join(map(shlex.quote, ("python", "cli.py", *words))) for words in step.commands],
-    }
-    began, used = time.monotonic(), time.process_time()
+    if step.run and (not begun.exists() or begun.read_text() != step.identity):  # a training that was another one
+        shutil.rmtree(placed(step.run, work), ignore_errors=True)
+    begun.write_text(step.identity)
+    record: dict = {"identity": step.identity, "commands": [shlex.join(("python", "cli.py", *words)) for words in step.commands]}
+    began = time.monotonic()
     for words in step.commands:
         out = StringIO()
         with open(log, "a") as told, redirect_stdout(out), redirect_stderr(told):
             status = main.main([placed(word, work) for word in words], prog_name="cli.py", standalone_mode=False)
         if status:
-            raise RuntimeError(f"{words[0]} of {step.name} failed: {log.read_text().splitlines()[-1]}")
+            raise RuntimeError(f"{words[0]} of {step.name} failed: {(log.read_text().splitlines() or ['silently'])[-1]}")
         if "--json" in words:
             record["figures"] = json.loads(out.getvalue())
             for model in record["figures"]["models"]:
                 del model["checkpoint"]  # a path of this machine
-    record |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - used, "machine": machine()}
+    record["machine"] = machine()
     if step.run:
         passes = [json.loads(line) for line in Path(placed(step.run, work), "metrics.jsonl").read_text().splitlines()]
         record["training"] = {
@@ -111,6 +129,8 @@ def perform(step: Step, work: Path) -> dict:
             "images": sum(one["images"] for one in passes),
             "last": {key: value for key, value in passes[-1].items() if value is not None},
         }
+    else:
+        record["seconds"] = time.monotonic() - began
     return record
 
 
@@ -124,7 +144,9 @@ def begin(cores: multiprocessing.Queue) -> None:
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # ends the command, as after any such signal
+        time.sleep(20)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
     mine = cores.get()
@@ -135,14 +157,15 @@ def begin(cores: multiprocessing.Queue) -> None:
     torch.set_num_threads(len(mine))
 
 
-def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Records) -> list[str]:
-    """Run the steps, each when those before it are done. Returns what failed, a line each."""
+def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Records) -> int:
+    """Run the steps, each when those before it are done. Returns how many failed; a line says why."""
     every = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     for job in range(jobs):
         cores.put(every[job * len(every) // jobs : (job + 1) * len(every) // jobs])
-    waiting, running, failed = list(steps), {}, []
+    waiting, failed = list(steps), 0
+    running: dict[Future, Step] = {}
     with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(cores,)) as pool:
         while waiting or running:
             ready = [step for step in waiting if all(here.has(need) for need in step.needs)]
@@ -151,22 +174,24 @@ def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Record
                 running[pool.submit(perform, step, work)] = step
             if not running:  # what is left needs what failed
                 break
-            done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
-            for future in done:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 step = running.pop(future)
                 try:
                     record = future.result()
+                except BrokenProcessPool:
+                    sys.exit(
+                        f"error: a process ended while it did {step.name} or a step beside it; run the same command again, or with fewer --jobs"
+                    )
                 except Exception as error:
-                    failed.append(str(error) if isinstance(error, RuntimeError) else "".join(traceback.format_exception(error)))
-                    print(f"failed: {failed[-1]}", flush=True)
+                    failed += 1
+                    print(f"failed: {error if isinstance(error, RuntimeError) else ''.join(traceback.format_exception(error))}", flush=True)
                     continue
-                here.add(step, record)
-                results.add(step, record)
-                told = record.get("figures", {}).get("models", ())
+                here.change({step.name: record})
+                results.change({step.name: record})
+                told = [f"{model['name']} {model['top1']:.2f} %" for model in record.get("figures", {}).get("models", ())]
+                took = record["training"]["seconds"] if step.run else record["seconds"]
                 print(
-                    f"{time.strftime('%H:%M:%S')} {step.name}: {record['seconds']:.0f} s"
-                    + "".join(f", {model['name']} {model['top1']:.2f} %" for model in told)
-                    + f"; {len(waiting) + len(running)} steps to go",
+                    f"{time.strftime('%H:%M:%S')} {', '.join([f'{step.name}: {took:.0f} s', *told])}; {len(waiting) + len(running)} to go",
                     flush=True,
                 )
     return failed
@@ -214,29 +239,29 @@ def lay(experiment: Experiment, given: argparse.Namespace) -> None:
 
 
 def chosen(words: list[str]) -> list[tuple[Experiment, Row]]:
-    return [
-        (experiment, row)
-        for experiment in EXPERIMENTS
-        for row in experiment.rows
-        if any(word in f"{experiment.name}/{row.name}" for word in words)
-    ]
+    """Rows with one of these names, and where none has it those with it in their name."""
+    rows = {f"{experiment.name}/{row.name}": (experiment, row) for experiment in EXPERIMENTS for row in experiment.rows}
+    names = {name for word in words for name in ([n for n in rows if word in (n, n.partition("/")[2])] or [n for n in rows if word in n])}
+    return [rows[name] for name in rows if name in names]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    processors = len(os.sched_getaffinity(0))
     parser.add_argument("--cifar10", type=Path, help="folder, or tar of it: run its rows")
     parser.add_argument("--photographs", type=Path, help="folder: run the rows with 1,000 classes")
     parser.add_argument("--weights", type=Path, help="folder of the photographs' models")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="of a row's name, like online or photographs/tail")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="ROW", help="a row's name, or a part of it, like online or photographs/tail"
+    )
     parser.add_argument("--show", metavar="ROW", help="print the command lines of a row and of what it needs, and run nothing")
     parser.add_argument("--again", action="store_true", help="though it is recorded")
-    parser.add_argument("--seeds", type=int, default=3, help="the first so many")
-    parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0))), help="processes, which share the cores")
-    parser.add_argument("--work", type=Path, default=ROOT / WORK, help="folder in which everything is made")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of records")
-    parser.add_argument("--small", action="store_true", help="few images, two epochs: whether it works; the figures mean nothing")
+    parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="the first so many")
+    parser.add_argument("--jobs", type=int, default=processors, choices=range(1, processors + 1), help="processes, which share the cores")
+    parser.add_argument("--work", type=Path, help="folder in which everything is made  [default: study/]")
+    parser.add_argument("--results", type=Path, help="file of records  [default: the one in the repository]")
+    parser.add_argument("--small", action="store_true", help="few images, four epochs: whether it works; the figures mean nothing")
     given = parser.parse_args()
-    given.work = given.work.absolute()
     for words in [*given.only, *([given.show] if given.show else ())]:
         if not chosen([words]):
             names = ", ".join(f"{experiment.name}/{row.name}" for experiment in EXPERIMENTS for row in experiment.rows)
@@ -246,34 +271,39 @@ def main() -> None:
     for place in (given.cifar10, given.photographs, given.weights):
         if place and not place.exists():
             parser.error(f"there is no {place}")
+    if given.small and not (given.work and given.results):
+        parser.error("--small needs a --work and a --results of its own, so that its figures don't replace real ones")
+    given.work, given.results = (given.work or ROOT / WORK).absolute(), given.results or RESULTS
     experiments = {e.name: small(e) if given.small else e for e in EXPERIMENTS}
-    results, here = Records(given.results), Records(given.work / "records.json")
     if given.show:
-        shown = [experiments[e.name].trained(row, seed) for e, row in chosen([given.show]) for seed in row.seeds[:1]]
-        for step in steps_of(shown, Records(None), Records(None)):
+        for step in with_needs(experiments[e.name].trained(row, 0) for e, row in chosen([given.show])):
             print(f"# {step.name}", *(f"python cli.py {shlex.join(words)}" for words in step.commands), sep="\n")
         return
+    results, here = Records(given.results), Records(given.work / "records.json")
     wanted: list[Step] = []
     for experiment in experiments.values():
-        if given.cifar10 if experiment.name == "cifar10" else given.photographs:
+        rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
+        if rows and (given.cifar10 if experiment.name == "cifar10" else given.photographs):
             lay(experiment, given)
-            rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
             wanted += [experiment.teachers_alone()]
             wanted += [experiment.trained(row, seed) for seed in range(given.seeds) for row in rows if seed in row.seeds]
     if given.again:
-        for step in wanted:
-            results.of.pop(step.name, None), here.of.pop(step.name, None)
-    failed = run(steps_of(wanted, results, here), given.work, given.jobs, results, here)
+        again = [step.name for step in wanted]
+        results.change({}, again), here.change({}, again)
+        for name in again:
+            (given.work / "begun" / name).unlink(missing_ok=True)
+    if kept := {step.name: here.of[step.name] for step in with_needs(wanted) if here.has(step) and not results.has(step)}:
+        results.change(kept)
+    failed = run(to_do(wanted, results, here), given.work, given.jobs, results, here)
     for experiment in experiments.values():
         print(table(experiment, results.of))
-    if not given.small:
-        draw(EXPERIMENTS, results.of, given.results.with_suffix(".png"))
+    draw(tuple(experiments.values()), results.of, given.results.with_suffix(".png"))
     sys.exit(1 if failed else 0)
 
 
 def small(experiment: Experiment) -> Experiment:
     training = ("--set", "train.epochs=4", "--set", "train.milestones=[2]", "--set", "train.batch_size=8", "--set", "train.image_size=32")
-    return replace(experiment, small_training=training, small_labelling=("--views", "4" if experiment.class_map else "16"))
+    return replace(experiment, small_training=training)
 
 
 if __name__ == "__main__":

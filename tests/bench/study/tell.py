@@ -1,8 +1,9 @@
 """What came out, of the records: a table for the README, and a figure.
 
-A difference is between a row and the row it is compared with, seed by seed, since both begin with the same student and see the images in the same order. How far
-differences of one row scatter over the seeds is pooled over all rows of an experiment, whose few seeds tell little each: with s² their pooled variance and n the row's seeds, a mean
-difference beyond t₀.₉₇₅ · s / √n is called one, and what is below lies within the spread. One row in twenty is beyond it by chance.
+A difference is between a row and the row that it is compared with, seed by seed: with the same seed both begin with the same student and see the images in the same order. How
+much chance is in one is taken from all rows of an experiment together, since the few seeds of one tell little: figures are row + seed + chance, whose variance s² is that of what
+row and seed means leave, with (rows − 1)(seeds − 1) degrees of freedom. A mean difference over n seeds beyond t₀.₉₇₅ · s · √(2/n) is called one; what is below lies
+within the spread. So is one in twenty beyond it by chance, and since most rows are compared with the same one, such errors come together.
 """
 
 from __future__ import annotations
@@ -64,13 +65,16 @@ class Outcome:
         return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     def margin(self, measure: Measure, n: int) -> float:
-        """Half-width of the 95 % interval of a mean difference of n seeds."""
-        scatters = [found - found.mean() for row in self.experiment.rows if len(found := self.differences(row, measure)) > 1]
-        freedom = sum(len(one) - 1 for one in scatters)
-        if not freedom or not n:
+        """Half-width of the 95 % interval of a mean difference of n seeds; NaN if one can't be told. Rows that start elsewhere don't count: they see other crops."""
+        start = self.experiment.row("soft").start
+        found = [self.values(row, measure) for row in self.experiment.rows if row.start == start]
+        most = max(map(len, found))
+        table = np.array([list(values.values()) for values in found if len(values) == most])
+        freedom = (len(table) - 1) * (most - 1)
+        if freedom < 1 or not n:
             return float("nan")
-        pooled = (np.concatenate(scatters) ** 2).sum() / freedom
-        return float(stats.t.ppf(0.975, freedom) * np.sqrt(pooled / n))
+        left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        return float(stats.t.ppf(0.975, freedom) * np.sqrt((left**2).sum() / freedom * 2 / n))
 
     def told_difference(self, row: Row, measure: Measure) -> str:
         """Bold beyond the margin."""
@@ -86,8 +90,8 @@ class Outcome:
         return f"{np.mean(found):.{measure.digits}f}{spread}" if found else ""
 
     def labelling_seconds(self, row: Row) -> float | None:
-        """Stage one, from the teachers to the row's store."""
-        if not row.store or "train.labels=hard" in row.sets:
+        """Stage one, from the teachers to the row's store. None for rows that need no labels, or not all of the store's."""
+        if not row.store or "train.labels=hard" in row.sets or any(setting.startswith("train.views=") for setting in row.sets):
             return None
         steps: dict[str, Step] = {}
 
@@ -116,8 +120,8 @@ def differs(row: Row, experiment: Experiment) -> str:
     labels = {
         None: "",
         "both": "",
-        "first": f"one `--teacher {experiment.teachers[0].partition('=')[0]}`",
-        "second": f"one `--teacher {experiment.teachers[1].partition('=')[0]}`",
+        "first-alone": f"one `--teacher {experiment.teachers[0].partition('=')[0]}`",
+        "second-alone": f"one `--teacher {experiment.teachers[1].partition('=')[0]}`",
         "cutmix": "store with `crops.cutmix`",
         "top5": "`export-labels --labels top5`, `import-labels`",
         "top10": "`export-labels --labels top10`, `import-labels`",
@@ -156,8 +160,24 @@ def table(experiment: Experiment, records: dict) -> str:
             cells += [outcome.told(row, AGREEMENT), *("" if seconds is None else duration(seconds) for seconds in times)]
             lines.append(f"| {' | '.join(cells)} |")
     n = max(map(len, outcome.of.values()))
-    margins = f"{outcome.margin(TOP1, n):.2f} % in top-1 and {outcome.margin(KL, n):.4f} in KL"
-    return "\n".join(lines) + f"\n\nWithin the spread: a mean difference of {n} seeds below {margins}. {machines(outcome)}\n"
+    spread = f"Within the spread: a mean difference of {n} seeds below {outcome.margin(TOP1, n):.2f} % in top-1 and {outcome.margin(KL, n):.4f} in KL."
+    told = spread if n > 1 else "One seed: how far seeds scatter isn't known."
+    return "\n".join(lines) + f"\n\n{told} {costs(outcome)}{machines(outcome)}.\n"
+
+
+def costs(outcome: Outcome) -> str:
+    """What further students cost, where one was trained online too."""
+    names = {row.name for row in outcome.experiment.rows}
+    if not {"soft", "online"} <= names:
+        return ""
+    soft, online = outcome.experiment.row("soft"), outcome.experiment.row("online")
+    label, train, live = outcome.labelling_seconds(soft), outcome.training_seconds(soft), outcome.training_seconds(online)
+    if None in (label, train, live):
+        return ""
+    return (
+        f"With the teachers there, the first student costs {label + train:.0f} s, of which {label:.0f} for labels, each further one {train:.0f} s; "
+        f"online each costs {live:.0f} s, {live / train:.1f} times as much. "
+    )
 
 
 def machines(outcome: Outcome) -> str:
