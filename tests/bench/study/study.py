@@ -101,7 +101,7 @@ def perform(step: Step, work: Path) -> dict:
 
     from cli import main
 
-    log, begun = work / "logs" / f"{step.name}.log", work / "begun" / step.name
+    log, begun = work / "logs" / f"{step.name}.log", work / "begun" / f"{step.name}.txt"  # a step may be named like the rows below it
     log.parent.mkdir(parents=True, exist_ok=True)
     begun.parent.mkdir(parents=True, exist_ok=True)
     for made in step.makes:
@@ -280,21 +280,22 @@ def main() -> None:
             print(f"# {step.name}", *(f"python cli.py {shlex.join(words)}" for words in step.commands), sep="\n")
         return
     results, here = Records(given.results), Records(given.work / "records.json")
-    wanted: list[Step] = []
+    wanted: list[tuple[int, Step]] = []  # by seed, so that what is there at any time is of all rows
     for experiment in experiments.values():
         rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
         if rows and (given.cifar10 if experiment.name == "cifar10" else given.photographs):
             lay(experiment, given)
-            wanted += [experiment.teachers_alone()]
-            wanted += [experiment.trained(row, seed) for seed in range(given.seeds) for row in rows if seed in row.seeds]
+            wanted += [(-1, experiment.teachers_alone())]
+            wanted += [(seed, experiment.trained(row, seed)) for row in rows for seed in row.seeds if seed < given.seeds]
+    steps = [step for _, step in sorted(wanted, key=lambda one: one[0])]
     if given.again:
-        again = [step.name for step in wanted]
+        again = [step.name for step in steps]
         results.change({}, again), here.change({}, again)
         for name in again:
-            (given.work / "begun" / name).unlink(missing_ok=True)
-    if kept := {step.name: here.of[step.name] for step in with_needs(wanted) if here.has(step) and not results.has(step)}:
+            (given.work / "begun" / f"{name}.txt").unlink(missing_ok=True)
+    if kept := {step.name: here.of[step.name] for step in with_needs(steps) if here.has(step) and not results.has(step)}:
         results.change(kept)
-    failed = run(to_do(wanted, results, here), given.work, given.jobs, results, here)
+    failed = run(to_do(steps, results, here), given.work, given.jobs, results, here)
     for experiment in experiments.values():
         print(table(experiment, results.of))
     draw(tuple(experiments.values()), results.of, given.results.with_suffix(".png"))
