@@ -19,6 +19,7 @@ import argparse
 import fcntl
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import shlex
 import shutil
@@ -45,6 +46,7 @@ from tell import draw, table
 ROOT = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results.json"
 TRAINING = 1_000  # images of a class of CIFAR-10
+STEPS = 8  # that a process does, since what it has freed it keeps: forty trainings in one came to 8 GB
 
 
 class Records:
@@ -150,6 +152,7 @@ def begin(cores: multiprocessing.Queue) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     mine = cores.get()
+    multiprocessing.util.Finalize(None, cores.put, (mine,), exitpriority=0)  # for the process that comes after it
     os.sched_setaffinity(0, mine)
     os.chdir(ROOT)
     import torch
@@ -166,7 +169,7 @@ def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Record
         cores.put(every[job * len(every) // jobs : (job + 1) * len(every) // jobs])
     waiting, failed = list(steps), 0
     running: dict[Future, Step] = {}
-    with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(cores,)) as pool:
+    with ProcessPoolExecutor(jobs, context, begin, (cores,), max_tasks_per_child=STEPS) as pool:
         while waiting or running:
             ready = [step for step in waiting if all(here.has(need) for need in step.needs)]
             for step in ready[: jobs - len(running)]:

@@ -17,7 +17,6 @@ from rows import Experiment, Row, Step
 from scipy import stats
 
 from pipeline.curves import COLOURS
-from pipeline.progress import duration
 
 SAME = 1e-4  # nats by which the ensemble's own loss may differ between records of the same teachers
 
@@ -147,7 +146,7 @@ def table(experiment: Experiment, records: dict) -> str:
             step = experiment.taught()[i : i + 1]
             trained = [record["training"]["seconds"] for one in step if (record := outcome.record(one))]
             name = figures["name"] if figures["name"] == "ensemble" else f"teacher {figures['name']}"
-            lines.append(f"| {name} | | {figures['top1']:.2f} | | | | | | {duration(trained[0]) if trained else ''} |")
+            lines.append(f"| {name} | | {figures['top1']:.2f} | | | | | | {f'{trained[0]:,.0f} s' if trained else ''} |")
     for claim in experiment.claims:
         rows = [row for row in claim.rows if outcome.of[row.name]]
         if rows:
@@ -157,7 +156,7 @@ def table(experiment: Experiment, records: dict) -> str:
             for measure in (TOP1, KL):
                 cells += [outcome.told(row, measure), outcome.told_difference(row, measure)]
             times = [outcome.labelling_seconds(row), outcome.training_seconds(row)]
-            cells += [outcome.told(row, AGREEMENT), *("" if seconds is None else duration(seconds) for seconds in times)]
+            cells += [outcome.told(row, AGREEMENT), *("" if seconds is None else f"{seconds:,.0f} s" for seconds in times)]
             lines.append(f"| {' | '.join(cells)} |")
     n = max(map(len, outcome.of.values()))
     spread = f"Within the spread: a mean difference of {n} seeds below {outcome.margin(TOP1, n):.2f} % in top-1 and {outcome.margin(KL, n):.4f} in KL."
