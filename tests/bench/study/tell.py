@@ -159,7 +159,7 @@ def table(experiment: Experiment, records: dict) -> str:
             cells += [outcome.told(row, AGREEMENT), *("" if seconds is None else f"{seconds:,.0f} s" for seconds in times)]
             lines.append(f"| {' | '.join(cells)} |")
     n = max(map(len, outcome.of.values()))
-    spread = f"Within the spread: a mean difference of {n} seeds below {outcome.margin(TOP1, n):.2f} % in top-1 and {outcome.margin(KL, n):.4f} in KL."
+    spread = f"Within the spread: a mean difference of {n} seeds below {outcome.margin(TOP1, n):.2f} points of top-1 and {outcome.margin(KL, n):.4f} of KL."
     told = spread if n > 1 else "One seed: how far seeds scatter isn't known."
     return "\n".join(lines) + f"\n\n{told} {costs(outcome)}{machines(outcome)}.\n"
 
