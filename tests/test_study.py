@@ -155,7 +155,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(pictures: Path, work: Path, *words: str) -> list[str]:
-    where = ("--cifar10", str(pictures), "--work", str(work), "--results", str(work / "results.json"))
+    where = ("--cifar10", str(pictures), "--work", str(work))
     return [sys.executable, str(STUDY / "study.py"), "--small", "--seeds=1", "--jobs=1", *where, *words]
 
 
@@ -185,18 +185,21 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(begun.pid, signal.SIGKILL)
-    before = json.loads((work / "results.json").read_text())
+    before = json.loads((work / "records.json").read_text())
     done = subprocess.run(command(pictures, work, *only), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    after = json.loads((work / "results.json").read_text())
+    after = json.loads((work / "records.json").read_text())
     assert before.items() <= after.items()
     assert {f"cifar10/{row}/0" for row in rows} < set(after)
     assert all(f"| {name} |" in done.stdout for name in (*rows, "ensemble"))
 
-    (work / "results.json").write_text(json.dumps({"cifar10/online/0": after["cifar10/online/0"]}))  # another branch's, perhaps
-    again = subprocess.run(command(pictures, work, *only), capture_output=True, text=True, timeout=300)
+    kept = tmp_path / "kept.json"
+    kept.write_text('{"another": {}}')
+    again = subprocess.run(command(pictures, work, *only, "--keep", str(kept)), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "to go" not in again.stdout
-    assert json.loads((work / "results.json").read_text()) == after
+    assert json.loads((work / "records.json").read_text()) == after
+    assert json.loads(kept.read_text()) == {"another": {}} | after
+    assert kept.with_suffix(".png").read_bytes() == (work / "results.png").read_bytes()
 
     anew = subprocess.run(command(pictures, work, "--only", "online", "--again"), capture_output=True, text=True, timeout=300)
     assert anew.returncode == 0
@@ -204,7 +207,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         "cifar10/teachers",
         "cifar10/online/0",
     ]
-    anew_record = json.loads((work / "results.json").read_text())["cifar10/online/0"]
+    anew_record = json.loads((work / "records.json").read_text())["cifar10/online/0"]
     assert anew_record["training"]["seconds"] != after["cifar10/online/0"]["training"]["seconds"]  # it was trained
     assert anew_record["figures"] == after["cifar10/online/0"]["figures"]  # to the same weights
 
@@ -218,7 +221,7 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2 and all("train-student of cifar10/teacher" in line and "error: " in line for line in failed)
-    assert not (work / "results.json").exists()
+    assert not (work / "records.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +230,7 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
         (("--only", "ofline"), "ofline: no row has that in its name; there are cifar10/hard from scratch, "),
         (("--photographs", "tests"), "--photographs and --weights go together"),
         (("--cifar10", "nowhere"), "there is no nowhere"),
-        (("--small",), "--small needs a --work and a --results of its own"),
+        (("--small",), "--small needs a --work of its own"),
     ],
 )
 def test_what_is_not_there_is_refused_in_a_line(words, line):

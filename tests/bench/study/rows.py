@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +43,21 @@ class Step:
         """Another one if the commands differ, what their configs set, or a step before. Defaults of the program and the images aren't in it."""
         told = json.dumps([self.commands, self.recipe, [step.identity for step in self.needs]])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def with_needs(steps: Iterable[Step]) -> list[Step]:
+    """Each after what it needs, and once."""
+    found: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.name not in found:
+            for need in step.needs:
+                visit(need)
+            found[step.name] = step
+
+    for step in steps:
+        visit(step)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Does it work? The paper's claims, and this project's, tried on CIFAR-10 and on photographs: every row of the README's table, over three seeds.
 
     make study CIFAR10=cifar10.tar                                                  # all of CIFAR-10's rows: some two hours on two cores
-    python tests/bench/study/study.py --cifar10 cifar10.tar --only online --again   # one row once more
+    python tests/bench/study/study.py --cifar10 cifar10.tar --only online           # one row, with what it needs
     python tests/bench/study/study.py --photographs imagenet_sample --weights DIR   # the rows with 1,000 classes
     python tests/bench/study/study.py --show "hard label 0.5"                       # the command lines that a row is made with
-    python tests/bench/study/study.py                                               # table and figure of what is recorded
+    python tests/bench/study/study.py                                               # the tables of the README, from results.json
 
-What is done is recorded in results.json, a step at a time, and not done again; kill it as often as you like. A step counts as done if its commands, its config and
-all steps before it are the same. Everything is made in study/, of which 2 GB can be removed at the end. Each of --jobs processes has its own cores.
+Everything is made in study/ (2 GB), with a record of each step that is done; kill it as often as you like. A step counts as done if its commands, what its config
+says and all steps before it are the same. Each of --jobs processes has its own cores. results.json holds the records of the README's tables.
 
 cifar10: a folder, or a tar of one, with train/ and val/ of class folders of images, of which the first 1,000 a class are trained on. photographs: class folders
 named by WordNet id, of which two in five are for evaluation. weights: tf_efficientnet_lite0.safetensors, …lite1…, …lite2…, of ImageNet.
@@ -23,7 +23,6 @@ import multiprocessing.util
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tarfile
 import threading
@@ -40,7 +39,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rows import EXPERIMENTS, WORK, Experiment, Row, Step
+from rows import EXPERIMENTS, WORK, Experiment, Row, Step, with_needs
 from tell import draw, table
 
 ROOT = Path(__file__).parents[3]
@@ -52,12 +51,12 @@ STEPS = 8  # that a process does, since what it has freed it keeps: forty traini
 class Records:
     """What is done, by step, in a file that several studies may change."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self.of = self._read()
 
     def _read(self) -> dict:
-        return json.loads(self.file.read_text()) if self.file and self.file.exists() else {}
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def has(self, step: Step) -> bool:
         return self.of.get(step.name, {}).get("identity") == step.identity
@@ -71,30 +70,6 @@ class Records:
             scratch = self.file.with_name(f".{self.file.name}.partial")
             scratch.write_text(json.dumps(dict(sorted(self.of.items())), indent=1) + "\n")
             scratch.replace(self.file)
-
-
-def with_needs(steps: Iterable[Step]) -> list[Step]:
-    """Each after what it needs, and once."""
-    found: dict[str, Step] = {}
-
-    def visit(step: Step) -> None:
-        if step.name not in found:
-            for need in step.needs:
-                visit(need)
-            found[step.name] = step
-
-    for step in steps:
-        visit(step)
-    return list(found.values())
-
-
-def to_do(wanted: list[Step], results: Records, here: Records) -> list[Step]:
-    """Wanted steps that aren't recorded in the results, each after what it needs and this work folder hasn't."""
-
-    def missing(steps: Iterable[Step]) -> list[Step]:
-        return [one for step in steps if not here.has(step) for one in (*missing(step.needs), step)]
-
-    return list({step.name: step for step in missing(step for step in wanted if not results.has(step))}.values())
 
 
 def perform(step: Step, work: Path) -> dict:
@@ -146,9 +121,7 @@ def begin(cores: multiprocessing.Queue) -> None:
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)  # ends the command, as after any such signal
-        time.sleep(20)
-        os._exit(1)
+        os._exit(1)  # any command may be killed at any moment
 
     threading.Thread(target=watch, daemon=True).start()
     mine = cores.get()
@@ -160,7 +133,7 @@ def begin(cores: multiprocessing.Queue) -> None:
     torch.set_num_threads(len(mine))
 
 
-def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Records) -> int:
+def run(steps: list[Step], work: Path, jobs: int, records: Records) -> int:
     """Run the steps, each when those before it are done. Returns how many failed; a line says why."""
     every = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
@@ -171,7 +144,7 @@ def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Record
     running: dict[Future, Step] = {}
     with ProcessPoolExecutor(jobs, context, begin, (cores,), max_tasks_per_child=STEPS) as pool:
         while waiting or running:
-            ready = [step for step in waiting if all(here.has(need) for need in step.needs)]
+            ready = [step for step in waiting if all(records.has(need) for need in step.needs)]
             for step in ready[: jobs - len(running)]:
                 waiting.remove(step)
                 running[pool.submit(perform, step, work)] = step
@@ -189,8 +162,7 @@ def run(steps: list[Step], work: Path, jobs: int, results: Records, here: Record
                     failed += 1
                     print(f"failed: {error if isinstance(error, RuntimeError) else ''.join(traceback.format_exception(error))}", flush=True)
                     continue
-                here.change({step.name: record})
-                results.change({step.name: record})
+                records.change({step.name: record})
                 told = [f"{model['name']} {model['top1']:.2f} %" for model in record.get("figures", {}).get("models", ())]
                 took = record["training"]["seconds"] if step.run else record["seconds"]
                 print(
@@ -258,11 +230,13 @@ def main() -> None:
         "--only", nargs="+", default=[""], metavar="ROW", help="a row's name, or a part of it, like online or photographs/tail"
     )
     parser.add_argument("--show", metavar="ROW", help="print the command lines of a row and of what it needs, and run nothing")
-    parser.add_argument("--again", action="store_true", help="though it is recorded")
+    parser.add_argument("--again", action="store_true", help="though it is done")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="the first so many")
     parser.add_argument("--jobs", type=int, default=processors, choices=range(1, processors + 1), help="processes, which share the cores")
     parser.add_argument("--work", type=Path, help="folder in which everything is made  [default: study/]")
-    parser.add_argument("--results", type=Path, help="file of records  [default: the one in the repository]")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="add what was recorded to a file of records, like results.json, and draw it"
+    )
     parser.add_argument("--small", action="store_true", help="few images, four epochs: whether it works; the figures mean nothing")
     given = parser.parse_args()
     for words in [*given.only, *([given.show] if given.show else ())]:
@@ -274,15 +248,18 @@ def main() -> None:
     for place in (given.cifar10, given.photographs, given.weights):
         if place and not place.exists():
             parser.error(f"there is no {place}")
-    if given.small and not (given.work and given.results):
-        parser.error("--small needs a --work and a --results of its own, so that its figures don't replace real ones")
-    given.work, given.results = (given.work or ROOT / WORK).absolute(), given.results or RESULTS
+    if given.small and not given.work:
+        parser.error("--small needs a --work of its own, so that its figures don't replace real ones")
+    given.work = (given.work or ROOT / WORK).absolute()
     experiments = {e.name: small(e) if given.small else e for e in EXPERIMENTS}
     if given.show:
         for step in with_needs(experiments[e.name].trained(row, 0) for e, row in chosen([given.show])):
             print(f"# {step.name}", *(f"python cli.py {shlex.join(words)}" for words in step.commands), sep="\n")
         return
-    results, here = Records(given.results), Records(given.work / "records.json")
+    if not (given.cifar10 or given.photographs or given.keep):
+        print(*(table(experiment, Records(RESULTS).of) for experiment in experiments.values()), sep="\n")
+        return
+    records = Records(given.work / "records.json")
     wanted: list[tuple[int, Step]] = []  # by seed, so that what is there at any time is of all rows
     for experiment in experiments.values():
         rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
@@ -292,16 +269,17 @@ def main() -> None:
             wanted += [(seed, experiment.trained(row, seed)) for row in rows for seed in row.seeds if seed < given.seeds]
     steps = [step for _, step in sorted(wanted, key=lambda one: one[0])]
     if given.again:
-        again = [step.name for step in steps]
-        results.change({}, again), here.change({}, again)
-        for name in again:
-            (given.work / "begun" / f"{name}.txt").unlink(missing_ok=True)
-    if kept := {step.name: here.of[step.name] for step in with_needs(steps) if here.has(step) and not results.has(step)}:
-        results.change(kept)
-    failed = run(to_do(steps, results, here), given.work, given.jobs, results, here)
-    for experiment in experiments.values():
-        print(table(experiment, results.of))
-    draw(tuple(experiments.values()), results.of, given.results.with_suffix(".png"))
+        records.change({}, [step.name for step in steps])
+        for step in steps:
+            (given.work / "begun" / f"{step.name}.txt").unlink(missing_ok=True)
+    failed = run([step for step in with_needs(steps) if not records.has(step)], given.work, given.jobs, records)
+    shown = tuple(experiments.values())
+    print(*(table(experiment, records.of) for experiment in shown), sep="\n")
+    draw(shown, records.of, given.work / "results.png")
+    if given.keep:
+        kept = Records(given.keep)
+        kept.change(records.of)
+        draw(shown, kept.of, given.keep.with_suffix(".png"))
     sys.exit(1 if failed else 0)
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from rows import Experiment, Row, Step
+from rows import Experiment, Row, Step, with_needs
 from scipy import stats
 
 from pipeline.curves import COLOURS
@@ -92,16 +92,7 @@ class Outcome:
         """Stage one, from the teachers to the row's store. None for rows that need no labels, or not all of the store's."""
         if not row.store or "train.labels=hard" in row.sets or any(setting.startswith("train.views=") for setting in row.sets):
             return None
-        steps: dict[str, Step] = {}
-
-        def visit(step: Step) -> None:
-            steps[step.name] = step
-            for need in step.needs:
-                if need.makes:
-                    visit(need)
-
-        visit(self.experiment.store(row.store))
-        records = [self.record(step) for step in steps.values()]
+        records = [self.record(step) for step in with_needs([self.experiment.store(row.store)]) if step.makes]
         return None if None in records else sum(record["seconds"] for record in records)
 
     def training_seconds(self, row: Row) -> float | None:
