@@ -176,7 +176,7 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
     work = tmp_path / "study"
     with subprocess.Popen(command(pictures, work, *only), stdout=subprocess.PIPE, text=True, start_new_session=True) as begun:
         try:
-            next(line for line in begun.stdout if "/first: " in line)  # a step that is done
+            next(line for line in begun.stdout if "/teachers: " in line)  # more steps to come than a process does
             begun.send_signal(signal.SIGKILL)
             deadline = time.monotonic() + 60
             while alive(begun.pid) and time.monotonic() < deadline:
