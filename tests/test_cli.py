@@ -143,8 +143,11 @@ def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
 
 def test_the_demo_tells_the_whole_story(short_demo):
     """Shortened to two epochs and two views; the table itself is measured by running it in full."""
-    result = json.loads(short_demo[1])
+    folder, out = short_demo
+    result = json.loads(out)
     assert result["labelled_crops"] == 2 * 1297
     assert [row["name"] for row in result["rows"]][2:] == ["ensemble", "student from soft labels", "student from hard labels"]
     assert all(0 <= row["top1"] <= 100 for row in result["rows"])
-    assert result["rows"][0]["top1"] > 15  # it has learned something: ten classes
+    runs = ["teacher-resnet10t", "teacher-test_resnet", "student-from-soft-labels", "student-from-hard-labels"]
+    for metrics in (folder / run / "metrics.jsonl" for run in runs):  # top-1 after two epochs is another one on another processor
+        assert json.loads(metrics.read_text().splitlines()[-1])["agreement"] > 30  # it has learned something: ten classes
