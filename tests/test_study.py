@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -226,11 +227,20 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
     ("words", "line"),
     [
         (("--only", "ofline"), "ofline: no row has that in its name; there are cifar10/hard from scratch, "),
-        (("--photographs", "tests"), "--photographs and --weights go together"),
-        (("--cifar10", "nowhere"), "there is no nowhere"),
+        (("--photographs", "hollow"), "--photographs and --weights go together"),
+        (("--cifar10", "nowhere"), "--cifar10: there is no nowhere"),
+        (("--cifar10", "hollow"), "--cifar10: hollow has no train/ and val/ with a folder of images for each class"),
+        (("--cifar10", "note.txt"), "--cifar10: note.txt is neither a folder nor a tar of one"),
+        (("--cifar10", "hollow.tar", "--small", "--work", "made"), "--cifar10: hollow.tar has no train/ and val/"),
+        (("--photographs", "hollow", "--weights", "hollow"), "--photographs: hollow has no class folders"),
+        (("--photographs", ".", "--weights", "hollow"), "--weights: hollow has no tf_efficientnet_lite0.safetensors, tf_eff"),
         (("--small",), "--small needs a --work of its own"),
     ],
 )
-def test_what_is_not_there_is_refused_in_a_line(words, line):
-    done = subprocess.run([sys.executable, str(STUDY / "study.py"), *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and line in done.stderr.splitlines()[-1]
+def test_what_is_not_there_is_refused_in_a_line(words, line, tmp_path):
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "note.txt").write_text("no tar")
+    with tarfile.open(tmp_path / "hollow.tar", "w") as tar:
+        tar.add(tmp_path / "hollow", "hollow")
+    done = subprocess.run([sys.executable, str(STUDY / "study.py"), *words], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode in (1, 2) and line in done.stderr.splitlines()[-1]

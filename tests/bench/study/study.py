@@ -172,6 +172,32 @@ def run(steps: list[Step], work: Path, jobs: int, records: Records) -> int:
     return failed
 
 
+def classes(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def weights_files(folder: Path) -> list[Path]:
+    return [folder / f"tf_efficientnet_lite{i}.safetensors" for i in (0, 1, 2)]
+
+
+def amiss(given: argparse.Namespace) -> str | None:
+    """What is wrong with the data that is given, or None."""
+    for option, place in (("--cifar10", given.cifar10), ("--photographs", given.photographs), ("--weights", given.weights)):
+        if place and not place.exists():
+            return f"{option}: there is no {place}"
+    if given.cifar10 and given.cifar10.is_file() and not tarfile.is_tarfile(given.cifar10):
+        return f"--cifar10: {given.cifar10} is neither a folder nor a tar of one"
+    if given.cifar10 and given.cifar10.is_dir() and not all(classes(given.cifar10 / split) for split in ("train", "val")):
+        return f"--cifar10: {given.cifar10} has no train/ and val/ with a folder of images for each class"
+    if bool(given.photographs) != bool(given.weights):
+        return "--photographs and --weights go together: the rows with 1,000 classes need both"
+    if given.photographs and not classes(given.photographs):
+        return f"--photographs: {given.photographs} has no class folders, which are named by WordNet id, like n01440764"
+    if given.weights and (lacks := [file.name for file in weights_files(given.weights) if not file.is_file()]):
+        return f"--weights: {given.weights} has no {', '.join(lacks)}"
+    return None
+
+
 def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
     """Copy the images that the study uses, the first so many of each class, whole or not at all."""
     scratch = place.with_name("data.partial")
@@ -179,9 +205,12 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
     if source.is_file():
         with tarfile.open(source) as tar:
             tar.extractall(unpacked := place.with_name("unpacked"), filter="data")
-        source = next(path.parent for path in sorted(unpacked.glob("**/train")))
+        found = [path.parent for path in sorted(unpacked.glob("**/train")) if classes(path) and classes(path.with_name("val"))]
+        if not found:
+            sys.exit(f"error: --cifar10: {source} has no train/ and val/ with a folder of images for each class")
+        source = found[0]
     for split in ("train", "val"):
-        for folder in sorted((source / split).iterdir()):
+        for folder in classes(source / split):
             (scratch / split / folder.name).mkdir(parents=True)
             for file in sorted(folder.iterdir())[: most[split]]:
                 shutil.copyfile(file, scratch / split / folder.name / file.name)
@@ -193,11 +222,11 @@ def lay_photographs(source: Path, weights: Path, place: Path, most: int | None) 
     """Copy the first so many classes, two in five of them to be evaluated on, and the models' weights."""
     scratch = place.with_name("data.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    for i, folder in enumerate(sorted(path for path in source.iterdir() if path.is_dir())[:most]):
+    for i, folder in enumerate(classes(source)[:most]):
         shutil.copytree(folder, scratch / ("val" if i % 5 in (1, 3) else "train") / folder.name)
     (place.parent / "weights").mkdir(exist_ok=True)
-    for i in (0, 1, 2):
-        shutil.copyfile(weights / f"tf_efficientnet_lite{i}.safetensors", place.parent / "weights" / f"tf_efficientnet_lite{i}.safetensors")
+    for file in weights_files(weights):
+        shutil.copyfile(file, place.parent / "weights" / file.name)
     scratch.rename(place)
 
 
@@ -243,11 +272,8 @@ def main() -> None:
         if not chosen([words]):
             names = ", ".join(f"{experiment.name}/{row.name}" for experiment in EXPERIMENTS for row in experiment.rows)
             parser.error(f"{words}: no row has that in its name; there are {names}")
-    if bool(given.photographs) != bool(given.weights):
-        parser.error("--photographs and --weights go together: the rows with 1,000 classes need both")
-    for place in (given.cifar10, given.photographs, given.weights):
-        if place and not place.exists():
-            parser.error(f"there is no {place}")
+    if wrong := amiss(given):
+        parser.error(wrong)
     if given.small and not given.work:
         parser.error("--small needs a --work of its own, so that its figures don't replace real ones")
     given.work = (given.work or ROOT / WORK).absolute()
