@@ -237,10 +237,14 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
         (("--small",), "--small needs a --work of its own"),
     ],
 )
-def test_what_is_not_there_is_refused_in_a_line(words, line, tmp_path):
+def test_what_is_not_there_is_refused_in_a_line(study, words, line, tmp_path, monkeypatch, capsys):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "note.txt").write_text("no tar")
     with tarfile.open(tmp_path / "hollow.tar", "w") as tar:
         tar.add(tmp_path / "hollow", "hollow")
-    done = subprocess.run([sys.executable, str(STUDY / "study.py"), *words], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode in (1, 2) and line in done.stderr.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", *words])
+    with pytest.raises(SystemExit) as refused:
+        study.main()
+    told = refused.value.code if isinstance(refused.value.code, str) else capsys.readouterr().err
+    assert refused.value.code and line in told.splitlines()[-1]
