@@ -234,6 +234,7 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
         (("--cifar10", "hollow.tar", "--small", "--work", "made"), "--cifar10: hollow.tar has no train/ and val/"),
         (("--photographs", "hollow", "--weights", "hollow"), "--photographs: hollow has no class folders"),
         (("--photographs", ".", "--weights", "hollow"), "--weights: hollow has no tf_efficientnet_lite0.safetensors, tf_eff"),
+        (("--records", "none.json"), "--records: there is no file none.json"),
         (("--small",), "--small needs a --work of its own"),
     ],
 )

@@ -266,12 +266,21 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="FILE", help="add what was recorded to a file of records, like results.json, and draw it"
     )
+    parser.add_argument(
+        "--records",
+        type=Path,
+        default=RESULTS,
+        metavar="FILE",
+        help="whose tables are printed if no data are given  [default: results.json]",
+    )
     parser.add_argument("--small", action="store_true", help="few images, four epochs: whether it works; the figures mean nothing")
     given = parser.parse_args()
     for words in [*given.only, *([given.show] if given.show else ())]:
         if not chosen([words]):
             names = ", ".join(f"{experiment.name}/{row.name}" for experiment in EXPERIMENTS for row in experiment.rows)
             parser.error(f"{words}: no row has that in its name; there are {names}")
+    if not given.records.is_file():
+        parser.error(f"--records: there is no file {given.records}")
     if wrong := amiss(given):
         parser.error(wrong)
     if given.small and not given.work:
@@ -283,7 +292,7 @@ def main() -> None:
             print(f"# {step.name}", *(f"python cli.py {shlex.join(words)}" for words in step.commands), sep="\n")
         return
     if not (given.cifar10 or given.photographs or given.keep):
-        print(*(table(experiment, Records(RESULTS).of) for experiment in experiments.values()), sep="\n")
+        print(*(table(experiment, Records(given.records).of) for experiment in experiments.values()), sep="\n")
         return
     records = Records(given.work / "records.json")
     wanted: list[tuple[int, Step]] = []  # by seed, so that what is there at any time is of all rows
