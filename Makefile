@@ -1,7 +1,7 @@
 # make setup   the virtual environment .venv alone
 # make demo    the whole story on handwritten digits, no network needed after the installation
 # make bench   how near both stages come to what their bare arithmetic allows; some fifteen minutes
-# make study CIFAR10=FOLDER   the paper's claims, tried on CIFAR-10; some hours on two cores
+# make study CIFAR10=FOLDER   the paper's claims, tried on CIFAR-10; one to two hours on two cores
 # make test    the tests        make lint    the linters        make format    lay the code out as the linters want it
 # Each sets up .venv by itself: a minute or two and some 6 GB, since torch and DALI come with their CUDA libraries.
 

@@ -41,21 +41,29 @@ def recorded() -> dict:
     return json.loads((STUDY / "results.json").read_text())
 
 
-def test_the_readme_tells_what_is_recorded(study, recorded):
+@pytest.fixture(scope="module")
+def again() -> dict:
+    return json.loads((STUDY / "again.json").read_text())
+
+
+def test_the_readme_tells_what_is_recorded(study, recorded, again):
     readme = (ROOT / "README.md").read_text()
     for experiment in study.EXPERIMENTS:
         told = study.tell.table(experiment, recorded)
         assert told and told in readme, (
             f"the README has another table of {experiment.name}; python {STUDY.relative_to(ROOT)}/study.py prints it"
         )
+    beside = study.tell.beside(study.EXPERIMENTS[0], recorded, again)
+    assert beside and beside in readme
 
 
-def test_every_record_is_of_a_row_as_it_is_now(study, recorded):
-    wanted = [experiment.teachers_alone() for experiment in study.EXPERIMENTS]
-    wanted += [experiment.trained(row, seed) for experiment in study.EXPERIMENTS for row in experiment.rows for seed in row.seeds]
-    steps = {step.name: step for step in study.with_needs(wanted)}
-    assert {name: record["identity"] for name, record in recorded.items()} == {name: step.identity for name, step in steps.items()}
-    for record in recorded.values():
+def test_every_record_is_of_a_row_as_it_is_now(study, recorded, again):
+    for records, experiments in ((recorded, study.EXPERIMENTS), (again, study.EXPERIMENTS[:1])):
+        wanted = [experiment.teachers_alone() for experiment in experiments]
+        wanted += [experiment.trained(row, seed) for experiment in experiments for row in experiment.rows for seed in row.seeds]
+        steps = {step.name: step for step in study.with_needs(wanted)}
+        assert {name: record["identity"] for name, record in records.items()} == {name: step.identity for name, step in steps.items()}
+    for record in (*recorded.values(), *again.values()):
         assert record.get("seconds", 0) > 0 or record["training"]["images"] > 0
         assert record["commands"] and record["machine"]["processor"] and record["machine"]["torch"]
         assert str(ROOT) not in json.dumps(record)

@@ -1,10 +1,10 @@
 """Does it work? The paper's claims, and this project's, tried on CIFAR-10 and on photographs: every row of the README's table, over three seeds.
 
-    make study CIFAR10=cifar10.tar                                                  # all of CIFAR-10's rows: some two hours on two cores
+    make study CIFAR10=cifar10.tar                                                  # all of CIFAR-10's rows: one to two hours on two cores
     python tests/bench/study/study.py --cifar10 cifar10.tar --only online           # one row, with what it needs
     python tests/bench/study/study.py --photographs imagenet_sample --weights DIR   # the rows with 1,000 classes
     python tests/bench/study/study.py --show "hard label 0.5"                       # the command lines that a row is made with
-    python tests/bench/study/study.py                                               # the tables of the README, from results.json
+    python tests/bench/study/study.py                                               # the tables of the README, from results.json and again.json
 
 Everything is made in study/ (2 GB), with a record of each step that is done; kill it as often as you like. A step counts as done if its commands, what its config
 says and all steps before it are the same. Each of --jobs processes has its own cores. results.json holds the records of the README's tables.
@@ -40,10 +40,11 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rows import EXPERIMENTS, WORK, Experiment, Row, Step, with_needs
-from tell import draw, table
+from tell import beside, draw, table
 
 ROOT = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results.json"
+AGAIN = Path(__file__).parent / "again.json"  # the whole of CIFAR-10 on another machine, whose teachers therefore are others
 TRAINING = 1_000  # images of a class of CIFAR-10
 STEPS = 8  # that a process does, since what it has freed it keeps: evaluating photographs comes to 7 GB, and grows
 
@@ -293,6 +294,8 @@ def main() -> None:
         return
     if not (given.cifar10 or given.photographs or given.keep):
         print(*(table(experiment, Records(given.records).of) for experiment in experiments.values()), sep="\n")
+        if given.records == RESULTS:
+            print(beside(experiments["cifar10"], Records(RESULTS).of, Records(AGAIN).of))
         return
     records = Records(given.work / "records.json")
     wanted: list[tuple[int, Step]] = []  # by seed, so that what is there at any time is of all rows

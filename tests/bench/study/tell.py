@@ -155,6 +155,23 @@ def table(experiment: Experiment, records: dict) -> str:
     return "\n".join(lines) + f"\n\n{told} {costs(outcome)}{machines(outcome)}.\n"
 
 
+def beside(experiment: Experiment, records: dict, again: dict) -> str:
+    """Markdown: the differences that the whole found twice, each in bold beyond its own spread; empty without both."""
+    outcomes = Outcome(experiment, records), Outcome(experiment, again)
+    rows = [row for row in experiment.rows if row.against and all(outcome.of[row.name] for outcome in outcomes)]
+    if not rows:
+        return ""
+    lines = [f"| {experiment.name} | Δ top-1, first | again | Δ KL, first | again |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [outcome.told_difference(row, measure) for measure in (TOP1, KL) for outcome in outcomes]
+        lines.append(f"| {' | '.join((row.name, *cells))} |")
+    spreads = [[outcome.margin(measure, max(map(len, outcome.of.values()))) for outcome in outcomes] for measure in (TOP1, KL)]
+    top1, kl = (
+        f"{first:.{measure.digits}f} and {second:.{measure.digits}f}" for measure, (first, second) in zip((TOP1, KL), spreads, strict=True)
+    )
+    return "\n".join(lines) + f"\n\nWithin the spread: below {top1} points of top-1, {kl} of KL. Again on {machines(outcomes[1])}.\n"
+
+
 def costs(outcome: Outcome) -> str:
     """What further students cost, where one was trained online too."""
     names = {row.name for row in outcome.experiment.rows}
