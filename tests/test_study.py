@@ -242,6 +242,8 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
         (("--cifar10", "hollow.tar", "--small", "--work", "made"), "--cifar10: hollow.tar has no train/ and val/"),
         (("--photographs", "hollow", "--weights", "hollow"), "--photographs: hollow has no class folders"),
         (("--photographs", ".", "--weights", "hollow"), "--weights: hollow has no tf_efficientnet_lite0.safetensors, tf_eff"),
+        (("--records", "note.txt"), "note.txt is no file of records"),
+        (("--records", "list.json"), "list.json is no file of records"),
         (("--records", "none.json"), "--records: there is no file none.json"),
         (("--small",), "--small needs a --work of its own"),
     ],
@@ -249,6 +251,7 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
 def test_what_is_not_there_is_refused_in_a_line(study, words, line, tmp_path, monkeypatch, capsys):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "note.txt").write_text("no tar")
+    (tmp_path / "list.json").write_text("[]")
     with tarfile.open(tmp_path / "hollow.tar", "w") as tar:
         tar.add(tmp_path / "hollow", "hollow")
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@
     python tests/bench/study/study.py                                               # the tables of the README, from results.json and again.json
 
 Everything is made in study/ (2 GB), with a record of each step that is done; kill it as often as you like. A step counts as done if its commands, what its config
-says and all steps before it are the same. Each of --jobs processes has its own cores. results.json holds the records of the README's tables.
+says and all steps before it are the same. Each of --jobs processes has its own cores. results.json and again.json hold the records of the README's tables.
 
 cifar10: a folder, or a tar of one, with train/ and val/ of class folders of images, of which the first 1,000 a class are trained on. photographs: class folders
 named by WordNet id, of which two in five are for evaluation. weights: tf_efficientnet_lite0.safetensors, …lite1…, …lite2…, of ImageNet.
@@ -31,7 +31,7 @@ import traceback
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -57,7 +57,12 @@ class Records:
         self.of = self._read()
 
     def _read(self) -> dict:
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
+        if not self.file.exists():
+            return {}
+        with suppress(ValueError):  # of what is no JSON
+            if isinstance(read := json.loads(self.file.read_text()), dict):
+                return read
+        sys.exit(f"error: {self.file} is no file of records; move it away, or name another one")
 
     def has(self, step: Step) -> bool:
         return self.of.get(step.name, {}).get("identity") == step.identity
@@ -201,11 +206,12 @@ def amiss(given: argparse.Namespace) -> str | None:
 
 def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
     """Copy the images that the study uses, the first so many of each class, whole or not at all."""
-    scratch = place.with_name("data.partial")
+    scratch, unpacked = place.with_name("data.partial"), place.with_name("unpacked")
     shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(unpacked, ignore_errors=True)  # perhaps of another tar
     if source.is_file():
         with tarfile.open(source) as tar:
-            tar.extractall(unpacked := place.with_name("unpacked"), filter="data")
+            tar.extractall(unpacked, filter="data")
         found = [path.parent for path in sorted(unpacked.glob("**/train")) if classes(path) and classes(path.with_name("val"))]
         if not found:
             sys.exit(f"error: --cifar10: {source} has no train/ and val/ with a folder of images for each class")
@@ -216,7 +222,7 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
             for file in sorted(folder.iterdir())[: most[split]]:
                 shutil.copyfile(file, scratch / split / folder.name / file.name)
     scratch.rename(place)
-    shutil.rmtree(place.with_name("unpacked"), ignore_errors=True)
+    shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def lay_photographs(source: Path, weights: Path, place: Path, most: int | None) -> None:
