@@ -251,7 +251,9 @@ def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
 def test_what_is_not_there_is_refused_in_a_line(study, words, line, tmp_path, monkeypatch, capsys):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "note.txt").write_text("no tar")
-    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "list.json").write_text("[1]")
+    for split in ("train", "val"):  # unpacked of another tar, by a study that was killed
+        (tmp_path / "made" / "cifar10" / "unpacked" / split / "class").mkdir(parents=True)
     with tarfile.open(tmp_path / "hollow.tar", "w") as tar:
         tar.add(tmp_path / "hollow", "hollow")
     monkeypatch.chdir(tmp_path)
