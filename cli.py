@@ -653,10 +653,10 @@ def _device(name: str | None) -> Any:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi")
-    if name == "cpu" or not torch.cuda.is_available():
-        from pipeline.memory import keep_freed_memory
+    from pipeline.memory import keep_freed_memory
 
-        keep_freed_memory()
+    keep_freed_memory()
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if place >= count:

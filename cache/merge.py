@@ -129,6 +129,7 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
                 "teachers": len(store.provenance["teachers"]),
                 "codec": store.codec.describe(),
                 "compute": store.provenance["compute"],
+                **({"gpu": gpu} if (gpu := store.attributes.get("made_with", {}).get("gpu")) else {}),
                 **{key: store.provenance[key] for key in ("merged", "imported") if key in store.provenance},
             }
             for store in stores

@@ -40,8 +40,10 @@ from cache.claims import alive
 from cache.disk import make_folder, replace_file, sync_folder, sync_tree
 
 FORMAT = "meal-v2-label-store"
-VERSION, IMPORTED = 3, 4  # what is made now: of labels that were made here, and of others'
-VERSIONS = (1, 2, 3, 4)  # what can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making less is known
+# What is made now: of labels that were made here, of others', and of labels of which older programs don't know how they were made.
+VERSION, IMPORTED, ON_GPU = 3, 4, 5
+# What can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making less is known, 5 TF32 and the hardware decoder of GPUs.
+VERSIONS = (1, 2, 3, 4, 5)
 SEALED = 3
 
 # What is kept per crop beside its label: dtype, and the names of an entry's own dimensions (edge: 4).
@@ -193,6 +195,15 @@ def architecture(name: str) -> str:
     return name.partition(".")[0] if ":" not in name else name
 
 
+def format_version(provenance: dict) -> int:
+    """The version of the format that a store of this provenance has: the lowest whose readers know all that it names."""
+    if "imported" in provenance:
+        return IMPORTED
+    backend = provenance.get("renderer", {}).get("backend")
+    parts = [provenance.get("compute", {}).get("precision"), *(part["compute"]["precision"] for part in provenance.get("merged", ()))]
+    return ON_GPU if backend == "gpu-hardware" or "tf32" in parts else VERSION
+
+
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
     """Where two documents differ first, and the values there."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
@@ -281,7 +292,7 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
         zarr_format=3,
         attributes={
             "format": FORMAT,
-            "format_version": IMPORTED if "imported" in attributes["provenance"] else VERSION,
+            "format_version": format_version(attributes["provenance"]),
             "views": views,
             "how_to_read": how_to_read(attributes["codec"], mixed),
             "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],

@@ -76,7 +76,7 @@ CODEC: dict[str, Rule] = {
 CODEC_IF_THERE: dict[str, Rule] = {"tail": whole(2, 255), "dead_zone": number(0, 1000), "compression": whole(-(1 << 17), 22)}
 COMPUTE: dict[str, Rule] = {
     "batch_size": whole(1, 65_536),
-    "precision": one_of("float32", "bfloat16", "float16"),
+    "precision": one_of("float32", "tf32", "bfloat16", "float16"),
     "device": one_of("cpu", "cuda"),
 }
 COMPUTE_IF_THERE: dict[str, Rule] = {"compile": one_of(True)}
@@ -94,7 +94,7 @@ def parts(value: Any) -> bool:
     """The stores that were averaged into one, each of which may be an average."""
     compute = {key: or_unknown(rule) for key, rule in COMPUTE.items()}
     rules = {"identity": sha256, "teachers": whole(1, 10_000), **within("codec", CODEC), **within("compute", compute)}
-    may = {**within("codec", CODEC_IF_THERE), **within("compute", COMPUTE_IF_THERE), "merged": parts, "imported": imported}
+    may = {**within("codec", CODEC_IF_THERE), **within("compute", COMPUTE_IF_THERE), "merged": parts, "imported": imported, "gpu": text}
     return several(None, section)(value) and bool(value) and all(first_broken(part, rules, may) is None for part in value)
 
 
@@ -108,7 +108,7 @@ RULES: dict[str, Rule] = {
     "provenance.layout.shard_rows": whole(1, MOST_IMAGES),
     "provenance.data.manifest": sha256,
     **within("provenance.compute", COMPUTE),
-    "provenance.renderer.backend": one_of("cpu", "gpu"),
+    "provenance.renderer.backend": one_of("cpu", "gpu", "gpu-hardware"),
     "provenance.crops.scale": rising(number(1e-9, 1)),
     "provenance.crops.ratio": rising(number(1e-9, 1e9)),
     "provenance.crops.flip": number(0, 1),

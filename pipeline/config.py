@@ -17,7 +17,7 @@ from cache.schema import MealError
 Pair = Annotated[tuple[float, float], Strict(False)]
 Colour = Annotated[tuple[float, float, float], Strict(False)]
 Interpolation = Literal["bilinear", "bicubic"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
 class ConfigError(MealError):
@@ -96,7 +96,10 @@ class Store(Section):
         DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), tail255, tail80 or tail40 (few bytes), float16 or float32"
     )
     batch_size: int = Field(64, ge=1, le=65_536, description="crops per forward pass of a teacher")
-    precision: Precision = Field("float32", description="of the teachers' forward pass; their softmax and mean are float32 always")
+    precision: Precision = Field(
+        "float32",
+        description="of the teachers' forward pass: float32, tf32 (GPUs from compute capability 8.0 on), float16 or bfloat16; softmax and mean are float32 always",
+    )
     compile: bool = Field(
         False, description="let torch.compile make the teachers faster, which takes a minute at each start; labels are the same to rounding"
     )
@@ -114,8 +117,10 @@ class Store(Section):
 
 
 class Render(Section):
-    backend: Literal["cpu", "gpu"] = Field(
-        "cpu", description="where images are decoded and resized; a store is replayed on the one it was made on"
+    backend: Literal["cpu", "gpu", "gpu-hardware"] = Field(
+        "cpu",
+        description="where images are decoded and resized: cpu, gpu (CUDA), or gpu-hardware (the GPU's JPEG decoder for baseline JPEGs; "
+        "not yet seen on a card). A store is replayed on the one it was made on",
     )
     threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
     max_megapixels: float = Field(
@@ -160,8 +165,9 @@ class Train(Section):
     gamma: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of forward and backward pass; weights and loss are float32 always"
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="of forward and backward pass: float32, tf32 (GPUs from compute capability 8.0 on) or bfloat16; weights and loss are float32 always",
     )
     compile: bool = Field(False, description="let torch.compile make the steps faster; the first ones take a minute more")
     sync_bn: bool = Field(

@@ -16,6 +16,7 @@ from pipeline.images import Reader, naming
 from pipeline.models import Model, mean_softmax
 from pipeline.processes import ALONE, Processes
 from pipeline.progress import Progress
+from pipeline.transfer import Sender, Sent
 
 
 @dataclass
@@ -90,19 +91,20 @@ def evaluate(
     together = Figures("ensemble") if len(models) > 1 else None
     taught = Figures("teachers") if teachers else None
     look = {id(model): (model.image_size, model.interpolation) for model in (*models, *teachers)}
-    renderer = render.Centre(list(look.values()), batch_size, exif=exif, backend=backend, threads=threads)
+    send = Sender(device)
+    renderer = render.Centre(list(look.values()), batch_size, exif=exif, backend=backend, threads=threads, pinned=device.type == "cuda")
     with Progress(what, sum(map(len, cuts)), "images") as progress, Reader(folder, images, threads) as read, torch.inference_mode():
 
-        def rendered() -> Iterator[tuple[np.ndarray, dict]]:
-            for cut in cuts:
-                with naming(images, cut):
-                    views = renderer(read(cut), images.height[cut], images.width[cut])
-                yield cut, views
+        def rendered() -> Iterator[tuple[np.ndarray, Sent[tuple]]]:
+            with send.beside():
+                for cut in cuts:
+                    with naming(images, cut):
+                        views = renderer(read(cut), images.height[cut], images.width[cut])
+                    yield cut, send((views, torch.from_numpy(images.class_index[cut].astype(np.int64))))
 
         with ahead(rendered()) as batches:
-            for cut, views in batches:
-                views = {key: pixels.to(device) for key, pixels in views.items()}
-                target = torch.from_numpy(images.class_index[cut].astype(np.int64)).to(device)
+            for cut, sent in batches:
+                views, target = sent.received()
                 reference = mean_softmax([t(views[look[id(t)]]) for t in teachers]) if teachers else None
                 logits = [model(views[look[id(model)]]) for model in models]
                 for entry, model_logits in zip(figures, logits, strict=True):

@@ -18,11 +18,11 @@ from cache.writer import BusyStore, StoreWriter
 from pipeline import cutmix, images, render
 from pipeline.background import ahead, behind, share_the_interpreter
 from pipeline.config import Config
-from pipeline.models import Model, ModelError, ensemble
+from pipeline.models import Model, ModelError, ensemble, fixed_shapes
 from pipeline.plan import Plan
 from pipeline.progress import Progress, say
 from pipeline.timing import Clock
-from pipeline.transfer import Sender, Sent
+from pipeline.transfer import Returning, Sender, Sent
 
 T = TypeVar("T")
 AHEAD = 2  # batches that are rendered before the teachers want them
@@ -67,8 +67,7 @@ class Piece:
     view: int  # its place among the unit's
     cut: slice  # the rows' place in the shard
     pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
-    p: torch.Tensor  # float32 [n, classes], the mean of the teachers' softmax
-    finite: torch.Tensor  # bool [n], whether their logits are
+    found: Returning  # float32 [n, classes], the mean of the teachers' softmax; bool [n], whether their logits are finite
 
 
 class Labeller:
@@ -86,7 +85,7 @@ class Labeller:
         clock: Clock | None = None,
     ) -> None:
         self.config, self.writer, self.store, self.plan, self.read = config, writer, writer.store, plan, read
-        self.teachers = [teacher.compiled(freezing=True) for teacher in teachers] if config.store.compile else teachers
+        self.teachers = [t.compiled_to_label(config.store.precision) for t in teachers] if config.store.compile else teachers
         self.send, self.clock = Sender(device), clock or Clock()
         self.renderers: dict[int, render.Crops] = {}  # by number of views
         self.open: list[Job] = []
@@ -103,6 +102,7 @@ class Labeller:
         self.room = threading.Semaphore(UNITS)
         try:
             with (
+                fixed_shapes(),  # ensemble fills batches up
                 behind(self._or_leave(self._write), self.config.store.views_per_decode) as self.write,
                 behind(self._or_leave(self._code), BEHIND) as code,
                 ahead(self._batches(units), depth) as rendered,
@@ -113,9 +113,9 @@ class Labeller:
                     for view, pixels in enumerate(sent.received()):
                         with self.clock.part("teachers", of_model=True):
                             p, logits = ensemble(self.teachers, pixels, self.config.store.precision, batch_size=batch_size)
-                            finite = torch.isfinite(logits).all(dim=1)
+                            found = Returning(p, torch.isfinite(logits).all(dim=1))
                         with self.clock.part("wait for the writer"):
-                            code(Piece(job, view, cut, pixels, p, finite))
+                            code(Piece(job, view, cut, pixels, found))
                         progress.advance(int(job.usable[cut].sum()))
                     done += cut.start == 0
         except KeyboardInterrupt:
@@ -210,7 +210,7 @@ class Labeller:
                 blobs = iter(self.read(job.rows[cut][usable]))
             filled = [next(blobs) if good else render.BLANK for good in usable]
             with self.clock.part("render"), images.naming(self.store.images, job.rows[cut]):
-                views = self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut))
+                views = list(self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut)))
             yield cut, views
 
     def _mixed(self, job: Job) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
@@ -245,6 +245,7 @@ class Labeller:
                 exif=self.config.crops.exif,
                 backend=self.config.render.backend,
                 threads=self.config.render.threads,
+                pinned=self.send.device.type == "cuda" and not self.store.mixed,  # mixed pictures are new tensors
             )
         return self.renderers[views]
 
@@ -253,9 +254,9 @@ class Labeller:
     def _code(self, piece: Piece) -> None:
         """Code the labels of a piece; with the last one of a unit, have the unit written."""
         job, good = piece.job, piece.job.usable[piece.cut]
-        if not piece.finite.cpu().numpy()[good].all():
+        p, finite = (tensor.numpy() for tensor in piece.found.arrived())  # which waits for a GPU
+        if not finite[good].all():
             self._blame(piece, good)
-        p = piece.p.cpu().numpy()  # which waits for a GPU
         with self.clock.part("code"):
             job.codes[piece.view, piece.cut][good] = self.store.codec.encode(p[good])
         job.left -= len(good)

@@ -54,6 +54,7 @@ ALIASES = {
     "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",  # timm makes 32x8d of these two without a word
     "ig_resnext101_32x32d": "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
 }
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GONE = dict.fromkeys(("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"), "resnext101_32x32d.fb_wsl_ig1b_ft_in1k")
 
 
@@ -87,6 +88,14 @@ class Model:
         rounding."""
         return replace(self, module=torch.compile(self.module, dynamic=False, options=options or None))
 
+    def compiled_to_label(self, precision: str) -> Model:
+        """A compiled teacher, whose weights don't change any more.
+
+        Freezing folds BatchNorm into the convolutions. In half precision that would be done with rounded weights, which multiplies the outputs' error
+        (github.com/pytorch/pytorch/pull/145623 saw fourfold in float16 and eightfold in bfloat16), so there it is left out.
+        """
+        return self.compiled(freezing=True) if precision not in HALF else self.compiled()
+
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [n, height, width, 3] → float32 [n, 3, height, width], (x / 255 − mean) / std, on the pixels' device."""
         mean, std = (_constant(c, pixels.device) for c in (self.mean, self.std))
@@ -95,7 +104,8 @@ class Model:
     def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
         """uint8 [n, height, width, 3] on the model's device → float32 logits [n, classes]; ``precision`` of the forward pass."""
         x = self.normalise(pixels)
-        with torch.autocast(x.device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
+        half = HALF.get(precision)
+        with arithmetic(precision), torch.autocast(x.device.type, dtype=half, enabled=half is not None):
             return self.module(x).float()
 
     def digest(self) -> str:
@@ -119,6 +129,40 @@ class Model:
             "std": list(self.std),
             "interpolation": self.interpolation,
         }
+
+
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """Have GPUs compute in float32 what is float32, convolutions and matrix products; with ``tf32`` in TF32, which keeps 10 bits of the mantissa.
+
+    By default torch lets convolutions be TF32 and matrix products not. A backward pass needs the same block around it as its forward pass.
+    """
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    try:
+        convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """Let cuDNN try its algorithms on the first batch of each shape and go on with the fastest: for batches of few different sizes."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def require_arithmetic(precision: str, device: torch.device, key: str) -> None:
+    """Raises ModelError if ``precision``, the value of a config's ``key``, is one that the device doesn't have."""
+    if precision != "tf32" or (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)):
+        return
+    here = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    raise ModelError(f"{key} tf32 needs a GPU of compute capability 8.0 or later, and this runs on {here}; set {key}=float32")
 
 
 @cache

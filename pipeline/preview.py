@@ -17,7 +17,7 @@ from cache.codec import CODECS
 from cache.schema import MealError, StoreError, printable
 from pipeline import cost, crops, images, philox, render
 from pipeline.config import Config, ConfigError
-from pipeline.models import Model, ModelError, ensemble, load, load_teachers
+from pipeline.models import Model, ModelError, ensemble, fixed_shapes, load, load_teachers
 from pipeline.progress import duration, say
 from pipeline.provenance import layout_of, require_class_count, require_same_recipe
 from pipeline.report import results
@@ -149,32 +149,42 @@ def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) 
         backend=config.render.backend,
         threads=config.render.threads,
     )
-    made = renderer([(folder / path).read_bytes() for path in good], boxes, flips)
-    seconds = _timed(lambda: renderer([(folder / path).read_bytes() for path in good], boxes, flips))
+
+    def work() -> render.Rendered:
+        made = renderer([(folder / path).read_bytes() for path in good], boxes, flips)
+        if renderer.gpu:
+            torch.cuda.synchronize()
+        return made
+
+    made, seconds = work(), _timed(work)
     return {size: torch.cat([view[size] for view in made]) for size in sizes}, boxes.reshape(-1, 4), seconds / (views * len(good))
 
 
 def _labelled(config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], device: torch.device) -> tuple[np.ndarray, float]:
     """Labels of crops, as many as the codec's size is judged by, and the seconds that the teachers took for a crop."""
     pixels = {size: p.to(device) for size, p in pixels.items()}
-    batch = config.store.batch_size
+    batch, most = config.store.batch_size, len(next(iter(pixels.values())))
+    if config.store.compile:
+        teachers = [teacher.compiled_to_label(config.store.precision) for teacher in teachers]
+    only_batches = device.type == "cuda" or config.store.compile  # whose size is that of the work: others have other kernels
 
-    def forward(n: int) -> torch.Tensor:
-        p = ensemble(teachers, {size: p[:n] for size, p in pixels.items()}, config.store.precision, batch_size=min(n, batch))[0]
+    def forward(crops: dict[int, torch.Tensor], batch_size: int) -> torch.Tensor:
+        p = ensemble(teachers, crops, config.store.precision, batch_size=batch_size)[0]
         if device.type == "cuda":
             torch.cuda.synchronize()
         return p
 
     def timed(n: int) -> float:
-        forward(n)
-        return _timed(lambda: forward(n)) / n
+        crops = {size: p[torch.arange(n, device=device) % most] for size, p in pixels.items()}
+        forward(crops, n)
+        return _timed(lambda: forward(crops, n)) / n
 
-    most = len(next(iter(pixels.values())))
-    few = min(batch, most, SLOW)
-    per_crop = timed(few) if device.type != "cuda" else 0.0
-    if per_crop * batch <= LONG:  # small models are slower in small batches
-        per_crop = timed(min(batch, most))
-    return forward(min(IMAGES, most)).cpu().numpy(), per_crop
+    with fixed_shapes():
+        per_crop = timed(batch if only_batches else min(batch, most, SLOW))
+        if not only_batches and per_crop * batch <= LONG:  # small models are slower in small batches
+            per_crop = timed(min(batch, most))
+        few = {size: p[:IMAGES] for size, p in pixels.items()}
+        return forward(few, batch if only_batches else min(batch, most, IMAGES)).cpu().numpy(), per_crop
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -18,9 +18,6 @@ from pipeline.models import ensemble, load_teachers
 from pipeline.pixels import pixels_of
 from pipeline.progress import Progress, say
 
-# Total variation of a row that arithmetic alone may add: other places in a batch of the same device (measured: 1e-6), another device, half precision
-# (bf16 against float32 measured on real teachers: 1.2e-2 on average).
-SAME, OTHER_DEVICE, HALF = 1e-3, 2e-2, 0.1
 WORST = 5  # crops that are named
 THREADS = 8  # each holds a shard, and a chunk of it decoded
 
@@ -113,7 +110,9 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
             unexplained[here] = store.codec.distance(p, codes)
             progress.advance(len(part))
     most_kl, most_tv = store.max_error
-    allowed = _arithmetic(store.provenance, compute["precision"], device) + most_tv - store.codec.max_error(store.classes)[1]
+    allowed = (
+        _arithmetic(store.provenance, store.attributes.get("made_with", {}), device) + most_tv - store.codec.max_error(store.classes)[1]
+    )
     worst = np.lexsort((-tv, -unexplained))[:WORST]
     return {
         "crops": len(places),
@@ -140,14 +139,13 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
     }
 
 
-def _arithmetic(made: dict, precision: str, device: torch.device) -> float:
-    """Total variation that other arithmetic than that of a provenance may add to a label. An average of stores has the mean of what its parts have, by
-    number of teachers."""
-    if parts := made.get("merged"):
-        return sum(part["teachers"] * _arithmetic(part, precision, device) for part in parts) / sum(part["teachers"] for part in parts)
-    if not precision == made["compute"]["precision"] == "float32":
-        return HALF
-    return SAME if made["compute"]["device"] == device.type else OTHER_DEVICE
+def _arithmetic(origin: dict, made_with: dict, device: torch.device) -> float:
+    """Total variation that arithmetic alone may add to a label of this provenance (``provenance.rounding``). An average of stores has the mean of what its
+    parts have, by number of teachers."""
+    if parts := origin.get("merged"):
+        each = [part["teachers"] * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device) for part in parts]
+        return sum(each) / sum(part["teachers"] for part in parts)
+    return provenance.rounding(origin["compute"], made_with, device)
 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:

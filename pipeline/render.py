@@ -2,6 +2,12 @@
 
 A crop is cut out of the decoded image and then resized (``fn.resize`` with a region gives other pixels). Where one crop of an image is
 wanted, only its region is decoded; on the CPU that equals the whole decode bit for bit. Pixels don't depend on the batch or on threads.
+
+A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. By default DALI gives the largest 65 % of a batch to the hardware, so that
+an image's pixels would depend on the others in its batch. Here the file alone decides (``backend``):
+
+- ``gpu``: CUDA decodes everything.
+- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each in a DALI pipeline of its own.
 """
 
 from __future__ import annotations
@@ -10,8 +16,8 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -22,9 +28,16 @@ from cache.schema import USABLE, Images, MealError
 
 STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
 FINGERPRINT_CROPS = 64
+OTHER_BATCHES = 3  # in which the fingerprint's crops are rendered once more
 dali_version: str = dali.__version__
 # A black pixel (PPM): what is rendered in the place of an unusable image, so that the others keep their place in the batch.
 BLANK = b"P6 1 1 255\n\0\0\0"
+GPU_BACKENDS = ("gpu", "gpu-hardware")
+# What of each backend decides about pixels beside its name, as a store records it.
+DECODERS = {
+    "gpu": {"decoder": "CUDA (hw_decoder_load 0.0)"},
+    "gpu-hardware": {"decoder": "hardware for baseline JPEG (hw_decoder_load 1.0, batches filled up), otherwise CUDA (0.0)"},
+}
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -41,53 +54,137 @@ def threads_for(threads: int | None) -> int:
     return threads or max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-class _Graph:
-    """A DALI pipeline fed with encoded images, rebuilt when an undecodable one has killed it."""
+def is_baseline_jpeg(blob: bytes) -> bool:
+    """Tell whether an encoded image is a baseline JPEG of one or three components with 8 bits each, which hardware decoders are made for.
 
-    def __init__(self, batch_size: int, threads: int, backend: str) -> None:
-        self.batch_size, self.threads, self.gpu = batch_size, threads, backend == "gpu"
+    Reads the marker segments up to the frame header (ITU-T T.81, Annex B): SOF0 is baseline; any other frame, as a progressive one, is not.
+    """
+    place = 2
+    while blob[:2] == b"\xff\xd8" and place + 10 <= len(blob) and blob[place] == 0xFF:
+        marker = blob[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return marker == 0xC0 and blob[place + 4] == 8 and blob[place + 9] in (1, 3)
+        else:
+            place += 2 + int.from_bytes(blob[place + 2 : place + 4], "big")
+    return False
+
+
+class _Graph:
+    """DALI pipelines fed with encoded images, rebuilt when an undecodable one has killed them.
+
+    pinned: results of a renderer on the CPU are to lie in pinned memory, from where they are copied to a GPU without another copy.
+    """
+
+    def __init__(self, batch_size: int, threads: int, backend: str, *, pinned: bool = False) -> None:
+        self.batch_size, self.threads, self.backend = batch_size, threads, backend
+        self.gpu, self.by_hardware = backend in GPU_BACKENDS, backend == "gpu-hardware"
+        self.pinned = pinned and not self.gpu
         if self.gpu and not torch.cuda.is_available():
             raise RenderError(
-                "pixels rendered on a GPU (render.backend: gpu) need one, and torch finds none here; use a machine that has one"
+                f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds none here; use a machine that has one"
             )
         self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
-        self.pipe: dali.Pipeline | None = None
+        self.pipes: dict[bool, dali.Pipeline] = {}  # by whether the hardware decodes
+        self.lent: dict[bool, tuple] = {}  # outputs of a GPU that are being copied, and the event of that copy
 
-    def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        """Outputs of the pipeline for encoded images. ``decode``: encoded → decoded whole."""
         raise NotImplementedError
 
-    def run(self, blobs: Sequence[bytes], **arguments: np.ndarray) -> Sequence:
-        """Feed encoded images and named arrays [len(blobs), …], and return DALI's outputs."""
-        if self.pipe is None:
-            self.pipe = dali.Pipeline(
-                batch_size=self.batch_size,
-                num_threads=self.threads,
-                device_id=self.device,
-                prefetch_queue_depth=1,
-                exec_async=False,
-                exec_pipelined=False,
-            )
-            with self.pipe:
-                self.pipe.set_outputs(*self.define(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)))
-            self.pipe.build()
-        self.pipe.feed_input("encoded", [np.frombuffer(blob, np.uint8) for blob in blobs])
+    def run(self, blobs: Sequence[bytes], *, by_hardware: bool = False, **arguments: np.ndarray) -> Sequence:
+        """Feed encoded images and named arrays [len(blobs), …], and return DALI's outputs: on a GPU in the order of torch's current stream."""
+        if by_hardware not in self.pipes:
+            self.pipes[by_hardware] = self._built(by_hardware)
+        pipe = self.pipes[by_hardware]
+        pipe.feed_input("encoded", [np.frombuffer(blob, np.uint8) for blob in blobs])
         for name, array in arguments.items():
-            self.pipe.feed_input(name, np.ascontiguousarray(array))
+            pipe.feed_input(name, np.ascontiguousarray(array))
         try:
-            return self.pipe.run()
+            return pipe.run(torch.cuda.current_stream()) if self.gpu else pipe.run()
         except RuntimeError as error:
-            self.pipe = None  # DALI's pipelines don't outlive an error
-            place = next((i for i, blob in enumerate(blobs) if len(blobs) > 1 and WholeDecode("ignore")(blob) is None), None)
-            raise RenderError(f"DALI could not render it ({_reason(error)})", 0 if len(blobs) == 1 else place) from None
+            self.pipes.clear()  # DALI's pipelines don't outlive an error
+            raise RenderError(f"DALI could not render it ({_reason(error)})", self._culprit(blobs)) from None
 
-    def decode(self, encoded: dali.data_node.DataNode, exif: str) -> dali.data_node.DataNode:
-        return fn.decoders.image(
-            encoded,
-            device="mixed" if self.gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=exif == "apply",
-            jpeg_fancy_upsampling=True,
+    def fill(self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray) -> None:
+        """Render into ``targets``, one for each output, uint8 [len(blobs), …] on the renderer's device.
+
+        With ``gpu-hardware`` baseline JPEGs and other images go through pipelines of their own. How many images of a batch the hardware takes is fixed by its
+        first batch, so each of its batches is filled up to the same size.
+        """
+        for by_hardware, rows in self._parts(blobs):
+            filled = rows
+            if by_hardware:
+                smallest = min(rows, key=lambda row: len(blobs[row]))
+                filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
+            try:
+                outputs = self.run(
+                    [blobs[row] for row in filled], by_hardware=by_hardware, **{name: array[filled] for name, array in arguments.items()}
+                )
+            except RenderError as error:
+                if error.place is not None:
+                    error.place = int(filled[error.place])
+                raise
+            for target, output in zip(targets, outputs, strict=True):
+                if self.gpu:
+                    made = torch.from_dlpack(output.as_tensor())[: len(rows)]
+                    target.copy_(made) if len(rows) == len(blobs) else target.index_copy_(0, torch.from_numpy(rows).to(target.device), made)
+                else:
+                    target.numpy()[slice(None) if len(rows) == len(blobs) else rows] = output.as_array()[: len(rows)]
+            if self.gpu:
+                # DALI may use its memory again once it is let go of: not before it has been copied.
+                if by_hardware in self.lent:
+                    self.lent[by_hardware][1].synchronize()
+                self.lent[by_hardware] = outputs, torch.cuda.current_stream().record_event()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the interpreter's end there may be no GPU to ask
+            for _, copied in self.lent.values():
+                copied.synchronize()
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Memory for results, uint8, on the renderer's device."""
+        try:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device if self.gpu else "cpu", pin_memory=self.pinned)
+        except torch.OutOfMemoryError:  # of a GPU
+            raise
+        except RuntimeError:  # a stranger's store may ask for more than there is
+            raise RenderError(f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory") from None
+
+    def _parts(self, blobs: Sequence[bytes]) -> list[tuple[bool, np.ndarray]]:
+        """Which images go together through which pipeline: (whether the hardware decodes them, their places in the batch)."""
+        if not self.by_hardware:
+            return [(False, np.arange(len(blobs)))]
+        baseline = np.array([is_baseline_jpeg(blob) for blob in blobs], dtype=bool)
+        return [(kind, rows) for kind in (True, False) if len(rows := np.flatnonzero(baseline == kind))]
+
+    def _built(self, by_hardware: bool) -> dali.Pipeline:
+        # DALI's default executor returns what a GPU makes without waiting for it, and its outputs may be kept; on the CPU it has no advantage here.
+        executor = {} if self.gpu else {"exec_async": False, "exec_pipelined": False}
+        pipe = dali.Pipeline(
+            batch_size=self.batch_size, num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1, **executor
         )
+        with pipe:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            pipe.set_outputs(*self.define(encoded, lambda encoded, exif: self._decoded(encoded, exif, by_hardware)))
+        pipe.build()
+        return pipe
+
+    def _decoded(self, encoded: dali.data_node.DataNode, exif: str, by_hardware: bool) -> dali.data_node.DataNode:
+        share = {"device": "mixed", "hw_decoder_load": 1.0 if by_hardware else 0.0} if self.gpu else {"device": "cpu"}
+        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif == "apply", jpeg_fancy_upsampling=True, **share)
+
+    def _culprit(self, blobs: Sequence[bytes]) -> int | None:
+        """The place of the image that can't be decoded alone, neither on the CPU nor, where this renderer decodes there, on the GPU."""
+        if len(blobs) == 1:
+            return 0
+        for backend in dict.fromkeys(("cpu", self.backend)):
+            look = WholeDecode("ignore", backend)
+            for place, blob in enumerate(blobs):
+                if look(blob) is None:
+                    return place
+        return None
 
 
 class Crops(_Graph):
@@ -103,16 +200,17 @@ class Crops(_Graph):
         exif: str,
         backend: str = "cpu",
         threads: int | None = None,
+        pinned: bool = False,
     ) -> None:
-        super().__init__(batch_size, threads_for(threads), backend)
+        super().__init__(batch_size, threads_for(threads), backend, pinned=pinned)
         self.sizes, self.views, self.interpolation, self.exif = sorted(set(sizes)), views, interpolation, exif
 
-    def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
         def argument(name: str, dtype: types.DALIDataType, ndim: int) -> dali.data_node.DataNode:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
         outputs = []
-        image = None if self.views == 1 and not self.gpu else self.decode(encoded, self.exif)
+        image = None if self.views == 1 and not self.gpu else decode(encoded, self.exif)
         for view in range(self.views):
             start, shape = argument(f"start{view}", types.INT32, 1), argument(f"shape{view}", types.INT32, 1)
             flip = argument(f"flip{view}", types.INT32, 0)
@@ -133,7 +231,7 @@ class Crops(_Graph):
                 outputs.append(fn.flip(resized, horizontal=flip))
         return outputs
 
-    def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> list[dict[int, torch.Tensor]]:
+    def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
         """blobs: n encoded images; boxes int [views, n, 4] top, left, height, width in pixels; flips bool [views, n].
 
         Returns per view a dict: output size → uint8 [n, size, size, 3], on the renderer's device.
@@ -142,21 +240,41 @@ class Crops(_Graph):
         for view in range(self.views):
             box = boxes[view].astype(np.int32)
             arguments |= {f"start{view}": box[:, :2], f"shape{view}": box[:, 2:], f"flip{view}": flips[view].astype(np.int32)}
-        outputs = iter(self.run(blobs, **arguments))
-        return [{size: _tensor(next(outputs)) for size in self.sizes} for _ in range(self.views)]
+        rendered = Rendered({size: self.empty(self.views, len(blobs), size, size, 3) for size in self.sizes})
+        self.fill([view[size] for view in rendered for size in self.sizes], blobs, **arguments)
+        return rendered
+
+
+class Rendered(list[dict[int, torch.Tensor]]):
+    """Crops per view: output size → uint8 [n, size, size, 3].
+
+    all_views: the same memory, output size → uint8 [views, n, size, size, 3].
+    """
+
+    def __init__(self, all_views: dict[int, torch.Tensor]) -> None:
+        self.all_views = all_views
+        views = len(next(iter(all_views.values())))
+        super().__init__({size: pixels[view] for size, pixels in all_views.items()} for view in range(views))
 
 
 class Centre(_Graph):
     """Evaluation's view: the shorter side resized to size · 256 / 224 (rounded down, as timm does), then the central square (He et al., arXiv 1512.03385, as in the paper)."""
 
     def __init__(
-        self, looks: Sequence[tuple[int, str]], batch_size: int, *, exif: str, backend: str = "cpu", threads: int | None = None
+        self,
+        looks: Sequence[tuple[int, str]],
+        batch_size: int,
+        *,
+        exif: str,
+        backend: str = "cpu",
+        threads: int | None = None,
+        pinned: bool = False,
     ) -> None:
-        super().__init__(batch_size, threads_for(threads), backend)
+        super().__init__(batch_size, threads_for(threads), backend, pinned=pinned)
         self.looks, self.exif = sorted(set(looks)), exif
 
-    def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
-        image = self.decode(encoded, self.exif)
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        image = decode(encoded, self.exif)
         outputs = []
         for i, (size, interpolation) in enumerate(self.looks):
             whole = fn.external_source(name=f"whole{i}", dtype=types.FLOAT, ndim=1)
@@ -174,23 +292,24 @@ class Centre(_Graph):
             whole = np.stack([short * height.astype(np.int64) // shorter, short * width.astype(np.int64) // shorter], axis=1)
             arguments[f"whole{i}"] = whole.astype(np.float32)
             arguments[f"start{i}"] = np.rint((whole - size) / 2).astype(np.int32)
-        outputs = self.run(blobs, **arguments)
-        return {look: _tensor(out) for look, out in zip(self.looks, outputs, strict=True)}
+        made = {look: self.empty(len(blobs), look[0], look[0], 3) for look in self.looks}
+        self.fill(list(made.values()), blobs, **arguments)
+        return made
 
 
 class _OneImage(_Graph):
     """Looks at one image. One a pipeline, and a pipeline a thread: destroying a pipeline in which one image of several has failed crashes DALI 2.4
     (a segmentation fault within a few dozen failures, measured), while its other images are still being decoded."""
 
-    def __init__(self, exif: str) -> None:
-        super().__init__(1, 1, "cpu")
+    def __init__(self, exif: str, backend: str = "cpu") -> None:
+        super().__init__(1, 1, backend)
         self.exif = exif
 
 
 class Header(_OneImage):
     """What the decoder will take an image's size to be, from its header alone."""
 
-    def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
         return [fn.peek_image_shape(encoded, adjust_orientation=self.exif == "apply")]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
@@ -205,8 +324,8 @@ class Header(_OneImage):
 class WholeDecode(_OneImage):
     """Decodes an image whole, for what that tells: height and width, or that the bytes are no image."""
 
-    def define(self, encoded: dali.data_node.DataNode) -> list[dali.data_node.DataNode]:
-        return [self.decode(encoded, self.exif)]
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        return [decode(encoded, self.exif)]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
         """(height, width) of the decoded image; None if it can't be decoded whole."""
@@ -220,9 +339,23 @@ class WholeDecode(_OneImage):
 def fingerprint(blobs: Sequence[bytes], rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sizes: Sequence[int], **how) -> dict:
     """Digests of rendered crops, by which a later run knows whether it renders the same pixels.
 
-    rows [n], boxes [n, 4], flips [n], blobs: the first usable images and their crops of view 0. Returns what the store keeps.
+    rows [n], boxes [n, 4], flips [n], blobs: the first usable images and their crops of view 0. Returns what the store keeps. The crops are rendered in two
+    ways: all in one batch, and in another order in several smaller ones. Raises RenderError if a crop's pixels depend on that.
     """
     rendered = Crops(sizes, 1, max(1, len(rows)), **how)(blobs, boxes[None], flips[None])[0] if len(rows) else {}
+    parts = [part for part in np.array_split(np.arange(len(rows))[::-1], OTHER_BATCHES) if len(part)]
+    again = Crops(sizes, 1, max(map(len, parts)), **how) if parts else None
+    for part in parts:
+        others = again([blobs[i] for i in part], boxes[None, part], flips[None, part])[0]
+        for size, pixels in others.items():
+            differs = (rendered[size][torch.from_numpy(part.copy())] != pixels).flatten(1).any(dim=1)
+            if differs.any():
+                backend = how.get("backend", "cpu")
+                raise RenderError(
+                    f"render.backend {backend} makes other pixels of an image when others are rendered with it ({int(differs.sum())} of {len(part)} crops "
+                    f"differ at {size} px), so no student would see what the teachers saw; use render.backend: {'gpu' if backend == 'gpu-hardware' else 'cpu'}, "
+                    "and a new store"
+                )
     return {
         "rows": rows.tolist(),
         "boxes": boxes.tolist(),
@@ -233,15 +366,6 @@ def fingerprint(blobs: Sequence[bytes], rows: np.ndarray, boxes: np.ndarray, fli
 
 def fingerprint_rows(images: Images) -> np.ndarray:
     return np.flatnonzero(images.status == USABLE)[:FINGERPRINT_CROPS]
-
-
-def _tensor(output: object) -> torch.Tensor:
-    """A copy of a dense DALI output, which DALI reuses for the next batch."""
-    if isinstance(output, dali.backend.TensorListCPU):
-        return torch.from_numpy(np.array(output.as_array()))
-    copy = torch.from_dlpack(output.as_tensor()).clone()
-    torch.cuda.current_stream(copy.device).synchronize()  # DALI may write to its buffer again as soon as this returns
-    return copy
 
 
 def _reason(error: RuntimeError) -> str:

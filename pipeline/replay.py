@@ -230,6 +230,7 @@ class Replay:
             exif=source.policy.exif,
             backend=source.backend,
             threads=rendering.threads,
+            pinned=self.send.device.type == "cuda" and not (mix or source.policy.cutmix),  # mixed pictures are new tensors
         )
 
     def close(self) -> None:
@@ -328,7 +329,7 @@ class Replay:
         rows, boxes, flips = rows[mine], boxes[mine], flips[mine]
         mixed = None
         if not mixes:
-            views = self._render(rows, boxes, flips)
+            pixels = {size: p.flatten(0, 1) for size, p in self._render(rows, boxes, flips).all_views.items()}
         else:
             partner, their_boxes, their_flips, mix_box = mixes
             partner = np.where(mix_box.any(axis=2), partner, rows[:, None])
@@ -339,16 +340,16 @@ class Replay:
                     {size: cutmix.paste(p[: len(rows)], p, at[:, j], mix_box[:, j]) for size, p in view.items()}
                     for j, view in enumerate(views)
                 ]
+            pixels = {size: torch.cat([view[size] for view in views]) if len(views) > 1 else views[0][size] for size in views[0]}
             mixed = Mixed(
                 torch.from_numpy(cutmix.area(_flat(mix_box), self.size)),
                 torch.from_numpy(self.class_index[_flat(partner)]),
                 None if by_area is None else torch.from_numpy(by_area),
             )
-        pixels = {size: torch.cat([view[size] for view in views]) if len(views) > 1 else views[0][size] for size in views[0]}
         classes = torch.from_numpy(np.tile(self.class_index[rows], self.views))
         return Batch(rows, pixels, labels, classes, mixed, total, self.world, copies)
 
-    def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> list[dict[int, torch.Tensor]]:
+    def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> render.Rendered:
         """Boxes [n, views, 4] and flips [n, views] of some rows → per view: output size → uint8 [n, size, size, 3]."""
         with self.clock.part("read"):
             blobs = self.read(rows)

@@ -17,7 +17,7 @@ from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.curves import Curves
 from pipeline.evaluate import evaluate
-from pipeline.models import Model, load, sync_batchnorm
+from pipeline.models import Model, arithmetic, fixed_shapes, load, require_arithmetic, sync_batchnorm
 from pipeline.processes import ALONE, Elsewhere, Processes
 from pipeline.progress import Progress, duration, say
 from pipeline.replay import Batch, Replay, Source
@@ -51,6 +51,9 @@ def train(
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
     processes.together(lambda: _require_enough(config, processes, device))
+    require_arithmetic(config.train.precision, device, "train.precision")
+    if config.train.online:
+        require_arithmetic(config.store.precision, device, "store.precision")
     folder, out = images.split_folder(data, "train"), out.absolute()
     if any(part.is_file() for part in (out, *out.parents)):
         raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
@@ -85,7 +88,7 @@ def train(
             )
         )
         run.learner = processes.joined(run.learner)
-        with closing(run.replay):
+        with closing(run.replay), fixed_shapes():
             if state is not None:
                 run.restore(state)
             if run.epoch >= config.train.epochs:
@@ -228,7 +231,10 @@ class Run:
         self.student.module.load_state_dict(state["model"])
         if self.discriminator:
             self.discriminator.load_state_dict(state["discriminator"])
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # of this device, whatever the run was on before
         self.epoch, self.metrics = state["epoch"], state["metrics"]
         say(f"going on with {self.out} after {self.epoch} epochs")
         self.processes.first(lambda: self.curves.show(self.metrics))
@@ -304,7 +310,7 @@ class Run:
         with self.clock.part("labels and teachers", of_model=True):
             goal = self.targets(batch)
         pixels = batch.pixels[self.config.train.image_size]
-        with self.clock.part("forward and backward", of_model=True), self.processes.in_step():
+        with self.clock.part("forward and backward", of_model=True), self.processes.in_step(), arithmetic(self.config.train.precision):
             total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)
             (total * batch.weight).backward()  # whose gradient becomes the mean over the processes

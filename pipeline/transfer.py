@@ -1,4 +1,4 @@
-"""Tensors on their way to the device while that is at work: from pinned memory, on a stream of their own. From CPU to CPU nothing moves."""
+"""Tensors on their way to the device and back while that is at work: through pinned memory. From CPU to CPU nothing moves."""
 
 from __future__ import annotations
 
@@ -30,6 +30,27 @@ class Sent(Generic[T]):
             # Their memory isn't free before this stream is done with it.
             _each(lambda tensor: tensor.record_stream(stream) or tensor, self.what)
         return self.what
+
+
+class Returning:
+    """Tensors that come from the device to the CPU as soon as it has made them.
+
+    Each is copied to pinned memory on the current stream, right behind the work that makes it. Who waits for them waits for that work, and not for what the
+    device was told to do since.
+    """
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors: tuple[torch.Tensor, ...] = tensors
+        self.arrival: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self.tensors = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
+            self.arrival = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def arrived(self) -> tuple[torch.Tensor, ...]:
+        """The tensors, on the CPU."""
+        if self.arrival:
+            self.arrival.synchronize()
+        return self.tensors
 
 
 class Sender:

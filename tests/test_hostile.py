@@ -931,7 +931,7 @@ ABSURD_IN_TRAINING: dict[str, list[tuple[str, str, object]]] = {
     **attribute("fingerprint.digests", ...),
     **attribute("provenance.crops.views", 2),
     **attribute("provenance.crops.cutmix", {"prob": 0, "beta": 1}),
-    **attribute("fingerprint.digests", {}, {"1000000000": "0" * 64}, {"-1": "0" * 64}, {"abc": "0" * 64}, None),
+    **attribute("fingerprint.digests", {}, {"1000000000": "0" * 64}, {"100000000": "0" * 64}, {"-1": "0" * 64}, {"abc": "0" * 64}, None),
     **attribute("provenance.crops.scale", [5, -1], "x", None),
     **attribute("provenance.crops.seed", -1, 10**40, "0"),
     **attribute("provenance.crops.flip", NAN, 7),

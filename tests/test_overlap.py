@@ -28,6 +28,7 @@ from pipeline.images import DataError
 from pipeline.models import ModelError
 from pipeline.student import train
 
+FINGERPRINT = 1 + render.OTHER_BATCHES  # batches in which its crops are rendered
 PATIENCE = 20.0  # seconds, after which a part that waits for another gives up
 
 
@@ -84,7 +85,7 @@ def spied(
 
 def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, small, store_path, tmp_path, monkeypatch):
     rendered, begun, written = Counted(), Counted(), Counted()
-    fingerprint = 2  # batches, rendered before
+    fingerprint = 2 * FINGERPRINT  # rendered when the store is made, and again when it is filled
 
     def forward(call: int) -> None:  # of 12: two views × (2 + 2 + 2) batches
         begun.happens()
@@ -109,19 +110,21 @@ def test_pictures_are_rendered_while_the_student_trains(photos, small, store_pat
     rendered = Counted()
     epochs = changed(small, train={"epochs": 1})
     spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
-    spied(monkeypatch, student.Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + 1))  # 6 batches, and the fingerprint
+    spied(
+        monkeypatch, student.Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT)
+    )  # 6 batches, and the fingerprint
     train(epochs, photos, tmp_path / "run", store=store_path, device=CPU)
-    assert rendered.n == 7
+    assert rendered.n == 6 + FINGERPRINT
 
 
 def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(photos, small, store_path, tmp_path, monkeypatch):
     rendered = Counted()
     spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
     spied(
-        monkeypatch, student, "evaluate", lambda call: rendered.wait_for(min(12, 6 * call + 1) + 1)
+        monkeypatch, student, "evaluate", lambda call: rendered.wait_for(min(12, 6 * call + 1) + FINGERPRINT)
     )  # 6 batches an epoch, and the fingerprint
     train(small, photos, tmp_path / "run", store=store_path, device=CPU)
-    assert rendered.n == 13
+    assert rendered.n == 12 + FINGERPRINT
 
 
 def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(photos, small, store_path, tmp_path, monkeypatch):
@@ -139,7 +142,7 @@ def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(pho
 
 
 FAILURES = {
-    "the renderer": (render.Crops, "__call__", 3, DataError("a picture"), DataError),
+    "the renderer": (render.Crops, "__call__", 2 * FINGERPRINT + 1, DataError("a picture"), DataError),
     "a teacher": (label, "ensemble", 5, ModelError("a teacher"), ModelError),
     "a thread behind": (label.Labeller, "_blame", 1, ModelError("a label"), ModelError),
     "the disk": (StoreWriter, "write", 2, OSError(28, "No space left on device"), StoreError),
@@ -202,7 +205,7 @@ def test_a_renderer_that_waits_for_room_ends_when_there_will_never_be_any(photos
 
 def test_what_fails_ends_training_and_is_told(photos, small, store_path, tmp_path, monkeypatch):
     def fail(call: int) -> None:
-        if call == 4:
+        if call == FINGERPRINT + 3:
             raise MealError("a picture")
 
     spied(monkeypatch, render.Crops, "__call__", fail)

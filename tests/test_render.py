@@ -242,3 +242,145 @@ def test_an_image_that_fails_later_is_an_error_of_one_line_and_the_renderer_live
     first = before.clone()
     renderer([blob], np.array([[[3, 3, 37, 37]]]), flips)
     assert torch.equal(before, first)  # what was handed out is a copy
+
+
+# ---- what decides pixels on a GPU, tried where there is none
+
+
+def test_baseline_jpegs_are_known_by_their_header():
+    """What a GPU's hardware decoder is for: of these files all that are sequential JPEGs of one or three components."""
+    files = odd_files()
+    photo = cut(151, 203)
+    files |= {
+        "long comment": encoded(photo, "JPEG", comment=b"\xff\xc2" * 30_000),  # which looks like a progressive frame
+        "filled": b"\xff\xd8" + b"\xff" * 7 + encoded(photo, "JPEG")[3:],  # fill bytes before the first marker
+        "cut short": encoded(photo, "JPEG")[:100],
+        "empty": b"",
+        "no image": b"\xff\xd8\xff\xc0",
+        "blank": render.BLANK,
+    }
+    baseline = {name for name, blob in files.items() if render.is_baseline_jpeg(blob)}
+    assert baseline == {"colour", "finest", "grey", "turned", "pixel", "line", "long comment", "filled"}
+
+
+def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
+    whole = render.WholeDecode("ignore")
+    height, width = np.array([whole(blob) for blob in blobs]).T
+    identity = philox.identities(np.array([str(i) for i in range(len(blobs))], object))
+    boxes, flips = zip(*(crops.draw(Crops(), identity, height, width, view) for view in range(views)), strict=True)
+    return np.stack(boxes), np.stack(flips)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
+    """As with render.backend gpu-hardware: batches of baseline JPEGs filled up, the others apart."""
+    kinds = list(odd_files().values())
+    boxes, flips = crops_of(kinds, views)
+    plain = render.Crops([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
+    renderer = render.Crops([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
+    renderer.by_hardware = True
+    fed: list[tuple[bool, int]] = []
+    run = renderer.run
+
+    def spy(blobs: list[bytes], *, by_hardware: bool = False, **arguments: np.ndarray) -> object:
+        assert all(render.is_baseline_jpeg(blob) == by_hardware for blob in blobs)
+        fed.append((by_hardware, len(blobs)))
+        return run(blobs, by_hardware=by_hardware, **arguments)
+
+    renderer.run = spy
+    for chosen in (np.arange(12), np.array([4, 0, 6, 2]), np.array([0, 1]), np.array([5, 3])):
+        made = renderer([kinds[i] for i in chosen], boxes[:, chosen], flips[:, chosen])
+        for view in range(views):
+            for size in (32, 48):
+                assert torch.equal(made[view][size], plain[view][size][torch.from_numpy(chosen)])
+    assert fed == [(True, 16), (False, 6), (True, 16), (False, 2), (True, 16), (False, 2)]
+
+
+def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
+    kinds = [*odd_files().values()]
+    boxes, flips = crops_of(kinds, 1)
+    renderer = render.Crops([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
+    renderer.by_hardware = True
+    kinds[6] = kinds[6][:200]
+    with pytest.raises(render.RenderError) as failed:
+        renderer(kinds, boxes, flips)
+    assert failed.value.place == 6
+
+
+def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(monkeypatch):
+    """As one that a GPU's decoder refuses and the CPU's doesn't: first all are looked at on the CPU, then as the renderer does it."""
+    blobs = [encoded(cut(40, 50), "JPEG", quality=80 + i) for i in range(5)]
+    boxes, flips = crops_of(blobs, 1)
+    looked: list[str] = []
+
+    class Look:
+        def __init__(self, exif: str, backend: str = "cpu") -> None:
+            self.backend = backend
+
+        def __call__(self, blob: bytes) -> tuple[int, int] | None:
+            looked.append(self.backend)
+            return None if self.backend == "gpu" and blob == blobs[3] else (40, 50)
+
+    renderer = render.Crops([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer(blobs, boxes, flips)
+    monkeypatch.setattr(render, "WholeDecode", Look)
+    monkeypatch.setattr(renderer.pipes[False], "run", lambda: (_ for _ in ()).throw(RuntimeError("the GPU's decoder can't")))
+    renderer.backend = "gpu"
+    with pytest.raises(render.RenderError, match="the GPU's decoder can't") as failed:
+        renderer(blobs, boxes, flips)
+    assert failed.value.place == 3 and looked == ["cpu"] * 5 + ["gpu"] * 4
+
+
+def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(store, photos, teachers_pixels, monkeypatch):
+    class Default(render.dali.Pipeline):
+        def __init__(self, **how: object) -> None:
+            super().__init__(**{name: value for name, value in how.items() if name not in ("exec_async", "exec_pipelined")})
+
+    monkeypatch.setattr(render.dali, "Pipeline", Default)
+    renderer = render.Crops([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
+    blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
+    boxes, flips = store.crops(0, slice(None))
+    made = []
+    for start in range(0, 90, 16):
+        here = slice(start, start + 16)
+        given = {
+            "start0": boxes[here, :2].astype(np.int32),
+            "shape0": boxes[here, 2:].astype(np.int32),
+            "flip0": flips[here].astype(np.int32),
+        }
+        (output,) = renderer.run(blobs[here], **given)
+        assert renderer.pipes[False].exec_dynamic
+        made.append(torch.from_dlpack(output.as_tensor()))  # not copied
+    assert torch.equal(torch.cat(made), teachers_pixels[0][48])
+
+
+@pytest.mark.parametrize("depends_on", ["the number in a batch", "the place in a batch", "nothing"])
+def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, monkeypatch, depends_on):
+    """What DALI's default share of the hardware decoder would do on a GPU, done here to one pixel of one crop."""
+    real = render.Crops.__call__
+
+    def shifty(self: render.Crops, blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray) -> render.Rendered:
+        made = real(self, blobs, boxes, flips)
+        if depends_on == "the number in a batch" and len(blobs) > 30:
+            made[0][48][9, 5, 5, 0] ^= 1
+        if depends_on == "the place in a batch":
+            made[0][48][0, 5, 5, 0] ^= 1
+        return made
+
+    monkeypatch.setattr(render.Crops, "__call__", shifty)
+    if depends_on == "nothing":
+        return require_same_pixels(store, photos / "train", 2)
+    with pytest.raises(
+        render.RenderError, match=r"other pixels of an image when others are rendered with it \([12] of \d+ crops differ at 48 px\)"
+    ):
+        require_same_pixels(store, photos / "train", 2)
+    return None
+
+
+def test_views_of_one_rendering_lie_behind_each_other():
+    blobs = [encoded(cut(60, 80), "JPEG", quality=80 + i) for i in range(3)]
+    boxes, flips = crops_of(blobs, 2)
+    made = render.Crops([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(blobs, boxes, flips)
+    whole = made.all_views[32]
+    assert whole.shape == (2, 3, 32, 32, 3) and torch.equal(whole[1], made[1][32])
+    assert whole.flatten(0, 1).data_ptr() == made[0][32].data_ptr()

@@ -480,7 +480,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
         schema.write_seal(place, schema.read_metadata(place, schema.UNMIXED))
         return place
 
-    newer = variant("newer.zarr", format_version=5)
+    newer = variant("newer.zarr", format_version=schema.VERSIONS[-1] + 1)
     older = variant("older.zarr", format_version=0)
     other = variant("other.zarr", format="something")
     (other / "records").rename(other / "somethings")
@@ -494,8 +494,8 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     headless = variant("headless.zarr")
     (headless / "labels/zarr.json").unlink()
     for place, says in (
-        (newer, "has label store format 5, this program reads 1 to 4; it was made by a newer version: update this program"),
-        (older, "has label store format 0, this program reads 1 to 4; use the version of this program that made it"),
+        (newer, "has label store format 6, this program reads 1 to 5; it was made by a newer version: update this program"),
+        (older, "has label store format 0, this program reads 1 to 5; use the version of this program that made it"),
         (other, "not a label store .*'something'"),
         (tmp_path / "plain.zarr", "not a label store .*None"),
         (tmp_path / "array.zarr", "not a label store"),

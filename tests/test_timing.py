@@ -113,7 +113,7 @@ CUDA = torch.device("cuda")
     ("seconds", "settings", "device", "said"),
     [
         ({"teachers": 9, "wait_for_crops": 0.5}, {}, CPU, "the teachers are the limit"),
-        ({"teachers": 9, "wait_for_crops": 0.5}, {}, CUDA, "store.precision=bfloat16"),
+        ({"teachers": 9, "wait_for_crops": 0.5}, {}, CUDA, "store.precision=float16"),
         ({"teachers": 5, "wait_for_crops": 5, "read": 6, "render": 3}, {}, CPU, "put --data on a faster disk"),
         ({"teachers": 5, "wait_for_crops": 5, "read": 1, "render": 8}, {"render": {"threads": 1}}, CPU, "set render.threads to "),
         (
