@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 BENCH = Path(__file__).parent / "bench"
 
@@ -41,3 +45,88 @@ def test_every_step_of_growth_is_measured_and_written(tmp_path):
     steps = document["sizes"]["10^3"]["steps"]
     assert {"open", "manifest", "resume", "epoch", "inspect", "verify", "grow"} <= set(steps)
     assert all(step["cpu_ns"] > 0 for step in steps.values())
+
+
+# ---- make gpu
+
+
+def prove(*arguments: str) -> subprocess.CompletedProcess:
+    return run("gpu/prove.py", *arguments)
+
+
+def test_what_is_proven_and_measured_on_a_gpu_is_on_a_cpu_too(tmp_path):
+    done = prove("--device=cpu", f"--out={tmp_path / 'gpu.json'}")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert document["card"] == "cpu" and "everything is as wanted" in done.stdout
+    groups = {finding["group"] for finding in document["findings"]}
+    assert groups == {"pixels", "labels", "ranks", "stage one", "stage two", "decoding", "teachers"}
+    found = {finding["what"]: finding for finding in document["findings"]}
+    judged = [finding for finding in found.values() if finding["holds"] is not None]
+    assert len(judged) == 14 and all(finding["holds"] for finding in judged)
+    assert found["labels in float32, largest total variation"]["found"] == 0 < found["labels in float16, largest total variation"]["found"]
+    assert 0 < found["first gradient in bfloat16, off the CPU's"]["found"] < 0.1
+    assert found["loss of two processes beside one's, test_vit (gloo, a CPU)"]["detail"]["two"] > 1
+    for what in found:
+        assert f"| {what} | " in done.stdout
+
+
+def test_a_group_that_hangs_costs_its_own_time_and_keeps_what_it_found(tmp_path, monkeypatch):
+    gpu = gpu_tools(monkeypatch)
+    into = tmp_path / "found.jsonl"
+    script = f'import time; open({str(into)!r}, \'w\').write(\'{{"what": "one"}}\\n{{"what": "half\'); time.sleep(60)'
+    assert gpu.run([sys.executable, "-c", script], into, 2.0) == ([{"what": "one"}], "it was stopped after 2 s")
+    assert gpu.run([sys.executable, "-c", "import os; os.abort()"], tmp_path / "no.jsonl", 20.0) == ([], "it ended with status -6")
+
+
+def test_a_measurement_that_fails_is_told_and_the_next_one_measured(tmp_path, monkeypatch):
+    gpu = gpu_tools(monkeypatch)
+
+    def measure(name, bench):
+        if name == "bad":
+            raise RuntimeError("no room\nfor it")
+        yield gpu.Finding("good", 1.0)
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setitem(gpu.GROUPS, "pixels", (("bad", "good"), 9))
+    monkeypatch.setattr(gpu, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(gpu, "silence", lambda: None)
+    gpu.child(["pixels"], tmp_path / "found.jsonl", None)
+    bad, good = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
+    assert bad["holds"] is False and bad["detail"]["error"] == "RuntimeError: no room for it" and good["what"] == "good"
+
+
+def test_pixels_that_depend_on_the_batch_would_be_seen(tmp_path, monkeypatch):
+    gpu = gpu_tools(monkeypatch)
+    from pipeline import render
+
+    real = render.Crops.__call__
+
+    def shifty(self, blobs, boxes, flips):
+        made = real(self, blobs, boxes, flips)
+        made[0][48][0, 3, 3, 0] ^= len(blobs) == 16
+        return made
+
+    monkeypatch.setattr(render.Crops, "__call__", shifty)
+    (finding,) = gpu.measure("right.pixels", gpu.Bench(tmp_path, gpu.torch.device("cpu"), None))
+    assert finding.holds is False and finding.found == finding.detail["batches of 16"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device=cpu", "--only", "pixel"], "invalid choice: 'pixel'"),
+        (["--device=cpu", "--teacher", "resnet50"], "'resnet50' must be MODEL=FILE, and FILE must be there"),
+        (["--device=cpu", "--photographs", "nowhere"], "--photographs nowhere holds no .jpg or .jpeg file"),
+        pytest.param([], "torch finds no GPU here", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_line(arguments, says):
+    done = prove(*arguments)
+    assert done.returncode in (1, 2) and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def gpu_tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(BENCH / "gpu"))
+    return importlib.import_module("prove")

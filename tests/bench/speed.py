@@ -17,26 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
-import safetensors.torch
-import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
-from torch import nn
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -44,222 +37,34 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import scale
 from machine import machine
+from parts import (
+    CLASSES,
+    CPU,
+    SMALL,
+    Extent,
+    Figure,
+    Place,
+    mean_seconds,
+    of_a_pass,
+    one_thread,
+    pairs,
+    seconds,
+    serial,
+    stand_in,
+    stored,
+)
 
 from cache import LabelStore
 from cache.writer import StoreWriter
-from pipeline import generate, images, label, losses, progress, replay, student
-from pipeline.config import Config, validate
+from pipeline import losses, progress
+from pipeline.config import Config
 from pipeline.cost import estimate
-from pipeline.images import Reader
 from pipeline.memory import keep_freed_memory
 from pipeline.models import Model, ensemble, load, load_teachers
 from pipeline.plan import Plan
-from pipeline.progress import Progress
 from pipeline.replay import DrawnCrops, Replay, StoredLabels
-from pipeline.timing import Clock
 
-CPU = torch.device("cpu")
-CLASSES = [f"c{i:03d}" for i in range(1000)]
-FOLDERS = 16
 SLOWER = 1.25
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is measured with."""
-
-    photographs: int = 256  # different ones
-    copies: int = 16
-    teachers: tuple[str, str] = ("tf_efficientnet_lite1", "tf_efficientnet_lite2")
-    student: str = "tf_efficientnet_lite0"
-    rows: int = 100_000  # of labels that are read alone
-    files: int = 1_000  # of labels, one per image
-
-
-SMALL = Extent(32, 2, ("test_resnet", "test_efficientnet"), "test_efficientnet", 2_000, 20)
-
-
-@dataclass
-class Figure:
-    name: str
-    ratios: list[float]
-    least: float | None  # aimed at
-    detail: str
-
-    def row(self) -> str:
-        median = statistics.median(self.ratios)
-        spread = f" ({min(self.ratios):.3g} to {max(self.ratios):.3g})" if len(self.ratios) > 1 else ""
-        aim = "" if self.least is None else f"≥ {self.least:.3g}: {'met' if median >= self.least else 'missed'}"
-        return f"| {self.name} | {median:.3g}{spread} | {aim} | {self.detail} |"
-
-
-class StandIn(Model):
-    """A model that does nothing for some seconds, without the interpreter's lock."""
-
-    seconds = 0.0
-
-    def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
-        time.sleep(self.seconds)
-        return self.module.bias.expand(len(pixels), -1)
-
-
-class First(Clock):
-    """Also knows when the teachers began."""
-
-    first = 0.0
-
-    def part(self, name: str, *, of_model: bool = False) -> AbstractContextManager:
-        if name == "teachers":
-            self.first = self.first or time.perf_counter()
-        return super().part(name, of_model=of_model)
-
-
-def stand_in(seconds: float) -> StandIn:
-    module = nn.Module()
-    module.bias = nn.Parameter(torch.randn(len(CLASSES), generator=torch.Generator().manual_seed(0)) * 3)
-    model = StandIn(module, "stand_in", len(CLASSES), 224, (0.5,) * 3, (0.5,) * 3, "bilinear")
-    model.seconds = seconds
-    return model
-
-
-@contextmanager
-def serial() -> Iterator[None]:
-    """Nothing beside anything else."""
-
-    @contextmanager
-    def ahead(items: Iterator, depth: int = 2) -> Iterator[Iterator]:
-        yield iter(items)
-
-    @contextmanager
-    def behind(deal_with: Callable, depth: int = 2) -> Iterator[Callable]:
-        yield deal_with
-
-    with mock.patch.multiple(label, ahead=ahead, behind=behind), mock.patch.object(replay, "ahead", ahead):
-        yield
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For torch: what little arithmetic there is around a stand-in would be the accelerator's, and many threads would take the loader's cores for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seconds(do: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    do()
-    return time.perf_counter() - begun
-
-
-def mean_seconds(do: Callable[[], object]) -> float:
-    """Seconds of one of ten."""
-    return seconds(lambda: [do() for _ in range(10)]) / 10
-
-
-def pairs(a: Callable[[], float], b: Callable[[], float], n: int) -> list[tuple[float, float]]:
-    """Of seconds, in turn."""
-    return [(a(), b()) for _ in range(n)]
-
-
-class Place:
-    """Photographs, models, and stores of them, in a temporary folder."""
-
-    def __init__(self, folder: Path, repeats: int, extent: Extent) -> None:
-        self.folder, self.repeats, self.extent, self.number = folder, repeats, extent, 0
-
-    @cached_property
-    def many(self) -> Path:
-        """Photographs, most of them several times."""
-        return self._photographs("many", self.extent.copies)
-
-    @cached_property
-    def few(self) -> Path:
-        return self._photographs("few", 1)
-
-    def _photographs(self, name: str, links: int) -> Path:
-        rng, photos, folder = np.random.default_rng(0), load_sample_images().images, self.folder / name
-        for i in range(self.extent.photographs):
-            height, width = rng.integers(320, 427), rng.integers(400, 560)
-            photo = photos[i % 2]
-            top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
-            file = folder / CLASSES[i % FOLDERS] / f"{i:04d}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(photo[top : top + height, left : left + width]).save(file, quality=93)
-            for k in range(1, links):
-                os.link(file, file.with_name(f"{i:04d}_{k}.jpg"))
-        return folder
-
-    @cached_property
-    def teachers(self) -> list[dict]:
-        found = []
-        for seed, name in enumerate(self.extent.teachers):
-            torch.manual_seed(seed)
-            file = self.folder / f"{name}.safetensors"
-            safetensors.torch.save_file(timm.create_model(name).state_dict(), file)
-            found.append({"model": name, "checkpoint": str(file)})
-        return found
-
-    def config(self, **sections: dict) -> Config:
-        document = {"student": {"model": self.extent.student, "pretrained": False}, "store": {"batch_size": 64}, **sections}
-        document["train"] = {"image_size": 224, "batch_size": 32, "epochs": 1000, "milestones": [], **document.get("train", {})}
-        return validate(document, "bench")
-
-    @cached_property
-    def manifest(self) -> images.Images:
-        return images.scan(self.many, CLASSES, exif="ignore", order_seed=0)
-
-    def empty(self, config: Config, data: Path, teachers: list[Model]) -> Path:
-        self.number += 1
-        path = self.folder / f"{self.number}.zarr"
-        generate._create(config, data, path, CLASSES, teachers, CPU)
-        return path
-
-    def labeller(
-        self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack
-    ) -> tuple[label.Labeller, list[label.Unit]]:
-        writer = StoreWriter(path)
-        store = writer.store
-        read = stack.enter_context(Reader(data, store.images))
-        plan = Plan(config.crops, store.images, store.shard_rows)
-        units = generate._units(store.finished(), config.store.views_per_decode, (0, 1), 0)
-        return label.Labeller(config, writer, plan, read, teachers, CPU), units
-
-    def rendered(self, run: label.Labeller, units: list[label.Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
-        """What the loader makes of these units, batch by batch, per view: for nobody."""
-        run.room = threading.Semaphore(len(units))
-        for _, _, views in run._batches(units):
-            yield views
-        for job in run.open:
-            job.claims.close()
-
-    def labelled(self, config: Config, data: Path, empty: Path, teachers: list[Model]) -> tuple[float, Path]:
-        """Seconds that generate-labels takes from its first batch at the teachers to its last record, and the store."""
-        self.number += 1
-        path = Path(shutil.copytree(empty, self.folder / f"{self.number}.zarr"))
-        with ExitStack() as stack:
-            run, units = self.labeller(config, data, path, teachers, stack)
-            shown = stack.enter_context(Progress("", 1, ""))
-            run.clock = First()
-            run(units, shown)
-            took = time.perf_counter() - run.clock.first
-        assert LabelStore.open(path).finished().all()
-        return took, path
-
-    def training(
-        self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None
-    ) -> student.Run:
-        run = student.Run(config, self.folder / "run", model, teachers or [], source, data, None, CPU)
-        run._save = lambda: None  # once an epoch, and an epoch here is short
-        return run
-
-
-def of_a_pass(run: student.Run) -> float:
-    """Seconds of one pass over the images; what it renders ahead for the next one, which would be done beside other measurements, is dropped."""
-    took = seconds(run.train_pass)
-    run.replay.forget()
-    return took
 
 
 def left_by(loader: float, found: list[tuple[float, float]]) -> str:
@@ -292,7 +97,7 @@ def the_teachers(place: Place) -> Iterator[Figure]:
 def compilation(place: Place) -> Iterator[Figure]:
     """Of one teacher, one size of batch: store.compile."""
     (teacher, _) = load_teachers(place.config(teachers=place.teachers).teachers, CPU)
-    fast = teacher.compiled(freezing=True)
+    fast = teacher.compiled_to_label("float32")
     pixels = {teacher.image_size: torch.randint(0, 256, (64, teacher.image_size, teacher.image_size, 3), dtype=torch.uint8)}
 
     def of(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,13 +138,6 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
     detail = f"{batches} batches of 64 at 224 px, {64 / alone:,.0f} crops/s from the loader alone"
     yield Figure("stage one / stand-in teacher", ours, 0.95, detail)
     yield Figure("stage one / the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
-
-
-def stored(place: Place, data: Path, config: Config) -> StoredLabels:
-    """A view that a stand-in has labelled."""
-    made = config.model_copy(update={"crops": config.crops.model_copy(update={"views": 1})})
-    path = place.labelled(made, data, place.empty(made, data, [stand_in(0)]), [stand_in(0)])[1]
-    return StoredLabels(LabelStore.open(path), 1)
 
 
 def the_student(place: Place) -> Iterator[Figure]:

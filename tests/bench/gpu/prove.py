@@ -1,0 +1,178 @@
+"""Prove on a machine with a GPU that both stages are right there, and measure how fast they are: one table, and JSON with the card's name.
+
+    make gpu                                                      # nine minutes at most
+    python tests/bench/gpu/prove.py --photographs FOLDER          # real photographs instead of pieces of scikit-learn's two samples
+    python tests/bench/gpu/prove.py --teacher MODEL=FILE ...      # real weights for the comparison of labels
+    python tests/bench/gpu/prove.py --device cpu                  # tiny models, to see that it works
+
+Every group of measurements runs in a process of its own, with a limit: one that hangs or crashes costs no other, and what it had found is kept. Groups come in
+the order of their worth, and what the nine minutes have no room for is left out and named. Exit status 1: something isn't as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from finding import Bench, Finding
+from machine import machine
+
+from pipeline.memory import keep_freed_memory
+from pipeline.progress import silence
+
+ROOT = Path(__file__).parents[3]
+HEAD = "| | found | wanted | holds | |\n|---|---|---|---|---|"
+PICTURES = (".jpg", ".jpeg")
+LEAST = 10  # seconds that are worth beginning a group for
+# What each group measures, as module.function, and the seconds that it may take: more than is expected, so their sum is more than there is.
+GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
+    "pixels": (("right.the_machine", "right.pixels"), 80),
+    "labels": (("right.labels", "right.step"), 120),
+    "tests": (("tests",), 120),
+    "ranks": (("right.ranks",), 120),
+    "stage one": (("fast.stage_one",), 150),
+    "stage two": (("fast.stage_two",), 120),
+    "decoding": (("fast.decoding",), 60),
+    "teachers": (("fast.teachers",), 90),
+    "compiled": (("fast.compiled",), 200),
+}
+SLOW_ON_CPU = ("tests", "compiled")  # there the tests of a GPU skip, and compiling takes a minute
+
+
+def tests(bench: Bench) -> Iterator[Finding]:
+    """The project's tests of a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    last = said.strip().splitlines()[-1] if said.strip() else "nothing"
+    failed = re.findall(r"^FAILED (\S+)", said, re.M)
+    passed = re.search(r"(\d+) passed", last)
+    yield Finding(
+        "tests/test_gpu.py", last, "all pass", bool(passed) and not failed and "error" not in last, {"failed": failed} if failed else {}
+    )
+
+
+def measure(name: str, bench: Bench) -> Iterator[Finding]:
+    module, _, function = name.rpartition(".")
+    yield from getattr(importlib.import_module(module), function)(bench) if module else tests(bench)
+
+
+def child(groups: list[str], into: Path, bench: Bench) -> None:
+    """Measure groups, and write each finding as soon as it is there."""
+    keep_freed_memory()
+    silence()
+    with open(into, "a") as out:
+        for group in groups:
+            for name in GROUPS[group][0]:
+                try:
+                    for found in measure(name, bench):
+                        print(json.dumps({"group": group, **asdict(found)}, default=float), file=out, flush=True)
+                except Exception as error:
+                    traceback.print_exc()
+                    said = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                    failed = Finding(f"{group} ({name})", "failed", "an end", False, said)
+                    print(json.dumps({"group": group, **asdict(failed)}), file=out, flush=True)
+
+
+def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
+    """What a child wrote within so many seconds, and how it ended, empty if well."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = process.wait(limit)
+        ended = "" if status == 0 else f"it ended with status {status}"
+    except subprocess.TimeoutExpired:
+        ended = f"it was stopped after {limit:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
+    lines = into.read_text().splitlines() if into.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")], ended
+
+
+def measured(given: argparse.Namespace, folder: Path) -> Iterator[dict]:
+    """Findings of all groups; of those too that came to no end."""
+    begun = time.monotonic()
+    groups = given.only or [group for group in GROUPS if given.device != "cpu" or group not in SLOW_ON_CPU]
+    # On a GPU a process each; on a CPU one for all: importing takes longer than measuring.
+    for number, several in enumerate([[group] for group in groups] if given.device == "cuda" else [groups]):
+        left = given.seconds - (time.monotonic() - begun)
+        into, place = folder / f"{number}.jsonl", folder / str(number)
+        place.mkdir()
+        command = [sys.executable, __file__, f"--device={given.device}", "--child", str(into), f"--folder={place}", "--only", *several]
+        command += [f"--photographs={given.photographs}"] if given.photographs else []
+        command += [f"--teacher={name}={file}" for name, file in given.teachers]
+        limit = min(sum(GROUPS[group][1] for group in several), left)
+        findings, ended = run(command, into, limit) if left > LEAST else ([], "no time was left")
+        if ended:
+            findings.append({"group": several[0], **asdict(Finding(", ".join(several), ended, "an end", False if left > LEAST else None))})
+        yield from findings
+
+
+def photographs(folder: Path | None) -> list[Path] | None:
+    if folder is None:
+        return None
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if not found:
+        raise SystemExit(f"prove.py: --photographs {folder} holds no .jpg or .jpeg file; name another folder, or leave it out")
+    return found
+
+
+def teacher(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} must be MODEL=FILE, and FILE must be there")
+    return name, file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it")
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="of JPEG files")
+    parser.add_argument("--teacher", dest="teachers", type=teacher, action="append", default=[], metavar="MODEL=FILE")
+    parser.add_argument("--out", type=Path, help="JSON; otherwise gpu-CARD.json here")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; check nvidia-smi, or see with --device cpu that the measurements work")
+    files = photographs(given.photographs)
+    if given.child:
+        return child(given.only, given.child, Bench(given.folder, torch.device(given.device), files, given.teachers))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no child is left
+    begun, about, found = time.monotonic(), machine(), []
+    card = about["gpu"] if given.device == "cuda" else "cpu"
+    print(f"{card}; {about['processor']}, {about['cores']} cores; torch {about['torch']}; {about['date']}\n\n{HEAD}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="gpu.") as folder:
+        for finding in measured(given, Path(folder)):
+            print(Finding(**{key: value for key, value in finding.items() if key != "group"}).row(), flush=True)
+            found.append(finding)
+    wrong = [finding["what"] for finding in found if finding["holds"] is False]
+    print(f"\n{time.monotonic() - begun:.0f} s; " + (f"NOT as wanted: {'; '.join(wrong)}" if wrong else "everything is as wanted"))
+    out = given.out or Path(f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}.json")
+    out.write_text(json.dumps({"card": card, "machine": about, "findings": found}, indent=1) + "\n")
+    print(f"wrote {out}")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
