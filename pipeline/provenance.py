@@ -82,19 +82,20 @@ def gpu_facts() -> dict[str, str]:
 ROUNDING = {"float32": 1e-3, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
 
 
-def rounding(compute: dict, made: dict, device: torch.device) -> float:
-    """The total variation that arithmetic alone can put between a stored label and the one that ``device`` makes now in the store's precision.
+def rounding(compute: dict, made: dict, device: torch.device, precision: str) -> float:
+    """The total variation that arithmetic alone can put between a stored label and the one that ``device`` makes now in ``precision``.
 
-    compute: the store's provenance of that name. made: its ``made_with``. On the same kind of device, with the same torch, uncompiled, it is what rounding
-    does (ROUNDING); otherwise both labels are off by as much. A version that recorded no GPU let torch have its way, whose float32 is TF32 in convolutions.
+    compute: the store's provenance of that name. made: its ``made_with``. In the same precision on the same kind of device, with the same torch,
+    uncompiled, it is what rounding does (ROUNDING); otherwise both labels are off by what it does to each. A version that recorded no GPU let torch have its
+    way, whose float32 is TF32 in convolutions.
     """
-    precision = compute["precision"]
-    if precision == "float32" and compute["device"] == "cuda" and "gpu" not in made:
-        return 2 * ROUNDING["tf32"]
-    alike = compute["device"] == device.type and not compute.get("compile")
+    stored = compute["precision"]
+    if stored == "float32" and compute["device"] == "cuda" and "gpu" not in made:
+        stored = "tf32"
+    alike = stored == precision and compute["device"] == device.type and not compute.get("compile")
     if device.type == "cuda" and alike:
         alike = made.get("gpu") == torch.cuda.get_device_name() and made.get("torch") == version("torch")
-    return ROUNDING[precision] * (1 if alike else 2)
+    return ROUNDING[stored] if alike else ROUNDING[stored] + ROUNDING[precision]
 
 
 def other_gpu(store: LabelStore, device: torch.device) -> str | None:
@@ -103,7 +104,7 @@ def other_gpu(store: LabelStore, device: torch.device) -> str | None:
     if device.type != "cuda" or made.get("gpu") == torch.cuda.get_device_name():
         return None
     begun = f"on {made['gpu']}" if "gpu" in made else "by a version that recorded no GPU, and whose float32 was TF32 in convolutions"
-    apart = rounding(compute, made, device)
+    apart = rounding(compute, made, device, compute["precision"])
     return f"{store.path} was begun {begun}; labels of this {torch.cuda.get_device_name()} are the same to rounding, {apart:.2g} in total variation at most"
 
 

@@ -111,7 +111,9 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
             progress.advance(len(part))
     most_kl, most_tv = store.max_error
     allowed = (
-        _arithmetic(store.provenance, store.attributes.get("made_with", {}), device) + most_tv - store.codec.max_error(store.classes)[1]
+        _arithmetic(store.provenance, store.attributes.get("made_with", {}), device, compute["precision"])
+        + most_tv
+        - store.codec.max_error(store.classes)[1]
     )
     worst = np.lexsort((-tv, -unexplained))[:WORST]
     return {
@@ -139,13 +141,13 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
     }
 
 
-def _arithmetic(origin: dict, made_with: dict, device: torch.device) -> float:
-    """Total variation that arithmetic alone may add to a label of this provenance (``provenance.rounding``). An average of stores has the mean of what its
-    parts have, by number of teachers."""
+def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: str) -> float:
+    """Total variation that arithmetic alone may add to a label of this provenance, made again in ``precision`` (``provenance.rounding``). An average of
+    stores has the mean of what its parts have, by number of teachers."""
     if parts := origin.get("merged"):
-        each = [part["teachers"] * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device) for part in parts]
+        each = [part["teachers"] * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device, precision) for part in parts]
         return sum(each) / sum(part["teachers"] for part in parts)
-    return provenance.rounding(origin["compute"], made_with, device)
+    return provenance.rounding(origin["compute"], made_with, device, precision)
 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:

@@ -130,7 +130,7 @@ def test_a_gpu_is_recorded_by_name_capability_and_versions(h100, store_path, tmp
 
 ON_CPU, ON_GPU = {"device": "cpu"}, {"device": "cuda"}
 HERE = {"gpu": "NVIDIA H100", "torch": version("torch")}
-UNKNOWN_FLOAT32 = 2 * provenance.ROUNDING["tf32"]
+UNKNOWN_FLOAT32 = provenance.ROUNDING["tf32"] + provenance.ROUNDING["float32"]
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ UNKNOWN_FLOAT32 = 2 * provenance.ROUNDING["tf32"]
 )
 @pytest.mark.parametrize("precision", provenance.ROUNDING)
 def test_what_rounding_explains_hangs_on_precision_device_name_torch_and_compilation(h100, compute, made, device, times, precision):
-    assert provenance.rounding(compute | {"precision": precision}, made, device) == times * provenance.ROUNDING[precision]
+    assert provenance.rounding(compute | {"precision": precision}, made, device, precision) == times * provenance.ROUNDING[precision]
 
 
 def test_float32_of_a_version_that_recorded_no_gpu_may_have_been_tf32(h100):
     for device in (CPU, CUDA):
-        assert provenance.rounding(ON_GPU | {"precision": "float32"}, {"torch": version("torch")}, device) == UNKNOWN_FLOAT32
-        assert provenance.rounding(ON_GPU | {"precision": "bfloat16"}, {}, device) == 2 * provenance.ROUNDING["bfloat16"]
+        assert provenance.rounding(ON_GPU | {"precision": "float32"}, {"torch": version("torch")}, device, "float32") == UNKNOWN_FLOAT32
+        assert provenance.rounding(ON_GPU | {"precision": "bfloat16"}, {}, device, "bfloat16") == 2 * provenance.ROUNDING["bfloat16"]
 
 
 def test_what_rounding_explains_is_less_than_labels_of_other_crops_are_apart(store_path):
@@ -187,7 +187,7 @@ def on_a_gpu(path: Path, precision: str, made: dict) -> LabelStore:
     ("precision", "made", "allowed"),
     [
         ("float32", {"gpu": "NVIDIA H100"}, 2e-3),
-        ("float32", {}, 4e-2),
+        ("float32", {}, 2.1e-2),
         ("tf32", {"gpu": "NVIDIA H100"}, 4e-2),
         ("float16", {"gpu": "NVIDIA H100"}, 4e-2),
         ("bfloat16", {"gpu": "NVIDIA H100"}, 0.3),
@@ -212,7 +212,7 @@ def test_an_average_is_judged_by_its_parts(photos, recipe, tmp_path, h100):
     both = merge(parts, tmp_path / "both.zarr", say=print, progress=lambda n: None)
     assert [part.get("gpu") for part in both.provenance["merged"]] == [None, "NVIDIA H100"]
     assert both.attributes["format_version"] == 5  # since older programs don't know TF32
-    assert recheck._arithmetic(both.provenance, {}, CPU) == pytest.approx((1e-3 + 4e-2) / 2)
+    assert recheck._arithmetic(both.provenance, {}, CPU, "float32") == pytest.approx((1e-3 + 2.1e-2) / 2)
 
 
 def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):

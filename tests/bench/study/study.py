@@ -204,6 +204,11 @@ def amiss(given: argparse.Namespace) -> str | None:
     return None
 
 
+def _plain(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Files and folders that stay in the folder they are unpacked in, and no links."""
+    return [m for m in tar if (m.isfile() or m.isdir()) and not m.name.startswith("/") and ".." not in Path(m.name).parts]
+
+
 def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
     """Copy the images that the study uses, the first so many of each class, whole or not at all."""
     scratch, unpacked = place.with_name("data.partial"), place.with_name("unpacked")
@@ -211,7 +216,8 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
     shutil.rmtree(unpacked, ignore_errors=True)  # perhaps of another tar
     if source.is_file():
         with tarfile.open(source) as tar:
-            tar.extractall(unpacked, filter="data")
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"members": _plain(tar)}  # Python 3.11.4 brought it
+            tar.extractall(unpacked, **safely)
         found = [path.parent for path in sorted(unpacked.glob("**/train")) if classes(path) and classes(path.with_name("val"))]
         if not found:
             sys.exit(f"error: --cifar10: {source} has no train/ and val/ with a folder of images for each class")
