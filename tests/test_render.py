@@ -254,13 +254,22 @@ def test_baseline_jpegs_are_known_by_their_header():
     files |= {
         "long comment": encoded(photo, "JPEG", comment=b"\xff\xc2" * 30_000),  # which looks like a progressive frame
         "filled": b"\xff\xd8" + b"\xff" * 7 + encoded(photo, "JPEG")[3:],  # fill bytes before the first marker
-        "cut short": encoded(photo, "JPEG")[:100],
+        "twelve bits": (jpeg := encoded(photo, "JPEG")).replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+        "cut short": jpeg[:100],
         "empty": b"",
         "no image": b"\xff\xd8\xff\xc0",
         "blank": render.BLANK,
     }
     baseline = {name for name, blob in files.items() if render.is_baseline_jpeg(blob)}
     assert baseline == {"colour", "finest", "grey", "turned", "pixel", "line", "long comment", "filled"}
+
+
+def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatch):
+    renderer = render.Crops([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    monkeypatch.setattr(render.fn.decoders, "image", lambda encoded, **how: (how["device"], how.get("hw_decoder_load")))
+    assert renderer._decoded(None, "ignore", False) == ("cpu", None)
+    renderer.gpu = True
+    assert [renderer._decoded(None, "ignore", by_hardware) for by_hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
 
 
 def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
