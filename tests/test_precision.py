@@ -15,6 +15,7 @@ from conftest import CPU, changed, edit_store
 
 from cache import LabelStore, StoreError, schema
 from cache.merge import merge
+from cache.schema import DamagedStore
 from pipeline import label, models, preview, provenance, recheck, student
 from pipeline.config import Config, ConfigError, validate
 from pipeline.generate import generate
@@ -222,6 +223,16 @@ def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):
     assert schema.format_version(origin | {"renderer": {"backend": "gpu-hardware"}}) == 5
     assert schema.format_version(origin | {"renderer": {"backend": "gpu"}}) == 3
     assert schema.format_version(origin | {"imported": {}}) == 4
+
+
+def test_a_bit_that_flips_in_the_number_of_the_new_format_is_damage(store_path, tmp_path):
+    """And not a version that somebody else could read."""
+    copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
+    assert on_a_gpu(copy, "tf32", {"gpu": "NVIDIA H100"}).attributes["format_version"] == 5
+    description = copy / "zarr.json"
+    description.write_text(description.read_text().replace('"format_version": 5', '"format_version": 69'))
+    with pytest.raises(DamagedStore):
+        LabelStore.open(copy)
 
 
 def test_going_on_with_a_store_on_another_gpu_is_told(h100, store_path, tmp_path):
