@@ -197,11 +197,9 @@ def architecture(name: str) -> str:
 
 def format_version(provenance: dict) -> int:
     """The version of the format that a store of this provenance has: the lowest whose readers know all that it names."""
-    if "imported" in provenance:
-        return IMPORTED
-    backend = provenance.get("renderer", {}).get("backend")
-    parts = [provenance.get("compute", {}).get("precision"), *(part["compute"]["precision"] for part in provenance.get("merged", ()))]
-    return ON_GPU if backend == "gpu-hardware" or "tf32" in parts else VERSION
+    on_gpu = provenance.get("renderer", {}).get("backend") == "gpu-hardware" or provenance["compute"].get("precision") == "tf32"
+    own = [ON_GPU] * on_gpu + [IMPORTED] * ("imported" in provenance)
+    return max([VERSION, *own, *map(format_version, provenance.get("merged", ()))])
 
 
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:

@@ -119,8 +119,8 @@ class Store(Section):
 class Render(Section):
     backend: Literal["cpu", "gpu", "gpu-hardware"] = Field(
         "cpu",
-        description="where images are decoded and resized: cpu, gpu (CUDA), or gpu-hardware (the GPU's JPEG decoder for baseline JPEGs; "
-        "not yet seen on a card). A store is replayed on the one it was made on",
+        description="where images are decoded and resized: cpu, gpu (CUDA), or gpu-hardware (the GPU's JPEG decoder for baseline JPEGs: "
+        "an experiment, not yet seen on a card). A store is replayed on the one it was made on",
     )
     threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
     max_megapixels: float = Field(

@@ -210,6 +210,8 @@ def _create(
         first = schema.create(path, images=found, views=config.crops.views, attributes=attributes)
     if first and kept is None:
         codec = attributes["codec"]["name"]
+        if config.render.backend == "gpu-hardware":
+            say("render.backend gpu-hardware is an experiment, which its authors have not seen on a card: prove it with make gpu")
         say(f"created {path}: {len(found.usable):,} images × {config.crops.views} views × {len(classes):,} classes, codec {codec}")
 
 
@@ -239,7 +241,7 @@ def _describe(config: Config, folder: Path, found: Images, classes: list[str], t
         "fingerprint": provenance.fingerprint(
             folder, found, rows, boxes, flips, {t.image_size for t in teachers}, origin, config.render.threads
         ),
-        "made_with": provenance.made_with(gpu=device.type == "cuda"),
+        "made_with": provenance.made_with(gpu=device.type == "cuda" or config.render.backend in render.GPU_BACKENDS),
     }
 
 

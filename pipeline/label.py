@@ -210,7 +210,7 @@ class Labeller:
                 blobs = iter(self.read(job.rows[cut][usable]))
             filled = [next(blobs) if good else render.BLANK for good in usable]
             with self.clock.part("render"), images.naming(self.store.images, job.rows[cut]):
-                views = list(self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut)))
+                views = self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut))
             yield cut, views
 
     def _mixed(self, job: Job) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ ALIASES = {
     "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",  # timm makes 32x8d of these two without a word
     "ig_resnext101_32x32d": "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
 }
+_ARITHMETIC = threading.RLock()
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GONE = dict.fromkeys(("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"), "resnext101_32x32d.fb_wsl_ig1b_ft_in1k")
 
@@ -135,15 +137,17 @@ class Model:
 def arithmetic(precision: str) -> Iterator[None]:
     """Have GPUs compute in float32 what is float32, convolutions and matrix products; with ``tf32`` in TF32, which keeps 10 bits of the mantissa.
 
-    By default torch lets convolutions be TF32 and matrix products not. A backward pass needs the same block around it as its forward pass.
+    By default torch lets convolutions be TF32 and matrix products not. A backward pass needs the same block around it as its forward pass. One thread at a
+    time is in such a block, since torch's setting is the whole process's.
     """
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    try:
-        convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
+    with _ARITHMETIC:
+        before = convolutions.allow_tf32, products.allow_tf32
+        try:
+            convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
+            yield
+        finally:
+            convolutions.allow_tf32, products.allow_tf32 = before
 
 
 @contextmanager

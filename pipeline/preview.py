@@ -17,7 +17,7 @@ from cache.codec import CODECS
 from cache.schema import MealError, StoreError, printable
 from pipeline import cost, crops, images, philox, render
 from pipeline.config import Config, ConfigError
-from pipeline.models import Model, ModelError, ensemble, fixed_shapes, load, load_teachers
+from pipeline.models import Model, ModelError, ensemble, fixed_shapes, load, load_teachers, require_arithmetic
 from pipeline.progress import duration, say
 from pipeline.provenance import layout_of, require_class_count, require_same_recipe
 from pipeline.report import results
@@ -58,6 +58,7 @@ def preview(
     finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. first_view: earlier views
     are not to be labelled. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
     """
+    require_arithmetic(config.store.precision, device, "store.precision")
     teachers, real = _teachers(config, device)
     count, pixels, rendering, boxes = cost.IMAGENET_IMAGES, None, None, None
     if data is not None:

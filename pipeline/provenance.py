@@ -108,6 +108,7 @@ def other_gpu(store: LabelStore, device: torch.device) -> str | None:
     return f"{store.path} was begun {begun}; labels of this {torch.cuda.get_device_name()} are the same to rounding, {apart:.2g} in total variation at most"
 
 
+OLD_DECODER = "DALI's own choice of decoder, with which an image's pixels hang on its batch"  # of versions up to 0.6, on a GPU
 _REPAIRS = {
     "teachers": "pass the same teachers and checkpoints, in the same order",
     "crops": "use the same crops section",
@@ -127,6 +128,8 @@ def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model]
         difference = first_difference(section, store.provenance[section], wanted)
         if difference:
             where, theirs, ours = difference
+            if where == "renderer.decoder":
+                theirs = theirs or OLD_DECODER
             if where in ("renderer.steps", "renderer.decoder"):
                 raise StoreError(
                     f"{store.path} was made with another way to render crops ({theirs}; this version: {ours}); use the version of this program that "

@@ -7,17 +7,23 @@ A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. 
 an image's pixels would depend on the others in its batch. Here the file alone decides (``backend``):
 
 - ``gpu``: CUDA decodes everything.
-- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each in a DALI pipeline of its own.
+- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each in a DALI pipeline of its own. An experiment, until it was seen right
+  on a card: a file that the hardware fails on has its whole batch decoded by CUDA (nvImageCodec 0.8, extensions/nvjpeg/hw_decoder.cpp), without a word.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,6 +77,21 @@ def is_baseline_jpeg(blob: bytes) -> bool:
     return False
 
 
+@cache
+def hardware_engines() -> int | None:
+    """How many JPEG decoders in hardware torch's current GPU has, as nvJPEG says; None if that can't be found out."""
+    spec = importlib.util.find_spec("nvidia")
+    libraries = [file for place in (spec and spec.submodule_search_locations) or () for file in Path(place).glob("*/lib/libnvjpeg.so.*")]
+    try:
+        nvjpeg, handle = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
+        if nvjpeg.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle)):  # NVJPEG_BACKEND_HARDWARE
+            return 0
+        engines, cores = ctypes.c_uint(), ctypes.c_uint()
+        return engines.value if nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores)) == 0 else None
+    except (IndexError, OSError, AttributeError):
+        return None
+
+
 class _Graph:
     """DALI pipelines fed with encoded images, rebuilt when an undecodable one has killed them.
 
@@ -84,6 +105,11 @@ class _Graph:
         if self.gpu and not torch.cuda.is_available():
             raise RenderError(
                 f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds none here; use a machine that has one"
+            )
+        if self.by_hardware and hardware_engines() == 0:
+            raise RenderError(
+                f"render.backend gpu-hardware needs a GPU with a JPEG decoder in hardware, as A100 and H100 are, and {torch.cuda.get_device_name()} has none; "
+                "use render.backend: gpu"
             )
         self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
         self.pipes: dict[bool, dali.Pipeline] = {}  # by whether the hardware decodes
@@ -105,6 +131,8 @@ class _Graph:
             return pipe.run(torch.cuda.current_stream()) if self.gpu else pipe.run()
         except RuntimeError as error:
             self.pipes.clear()  # DALI's pipelines don't outlive an error
+            if self.gpu and re.search("out of memory|bad_alloc|an't allocate|MemoryAllocation", str(error)):
+                raise torch.OutOfMemoryError(f"DALI is out of memory on the GPU ({_reason(error)})") from None
             raise RenderError(f"DALI could not render it ({_reason(error)})", self._culprit(blobs)) from None
 
     def fill(self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray) -> None:
@@ -118,6 +146,10 @@ class _Graph:
             if by_hardware:
                 smallest = min(rows, key=lambda row: len(blobs[row]))
                 filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
+                # The hardware decoder writes without waiting for what the GPU was told before (seen on an H100 by others: torchcodec's pull request 1634),
+                # so it may only be told when all that reads the memory of the batch before is done.
+                for _, copied in self.lent.values():
+                    copied.synchronize()
             try:
                 outputs = self.run(
                     [blobs[row] for row in filled], by_hardware=by_hardware, **{name: array[filled] for name, array in arguments.items()}
@@ -136,7 +168,9 @@ class _Graph:
                 # DALI may use its memory again once it is let go of: not before it has been copied.
                 if by_hardware in self.lent:
                     self.lent[by_hardware][1].synchronize()
-                self.lent[by_hardware] = outputs, torch.cuda.current_stream().record_event()
+                copied = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
+                copied.record()
+                self.lent[by_hardware] = outputs, copied
 
     def __del__(self) -> None:
         with suppress(Exception):  # at the interpreter's end there may be no GPU to ask
@@ -330,7 +364,7 @@ class WholeDecode(_OneImage):
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
         """(height, width) of the decoded image; None if it can't be decoded whole."""
         try:
-            (image,) = self.run([blob])
+            (image,) = self.run([blob], by_hardware=self.by_hardware and is_baseline_jpeg(blob))
         except RenderError:
             return None
         return tuple(image.shape()[0][:2])

@@ -50,10 +50,7 @@ def train(
     """
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
-    processes.together(lambda: _require_enough(config, processes, device))
-    require_arithmetic(config.train.precision, device, "train.precision")
-    if config.train.online:
-        require_arithmetic(config.store.precision, device, "store.precision")
+    processes.together(lambda: _require_possible(config, processes, device))
     folder, out = images.split_folder(data, "train"), out.absolute()
     if any(part.is_file() for part in (out, *out.parents)):
         raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
@@ -101,7 +98,7 @@ def train(
             return run.metrics[-1]
 
 
-def _require_enough(config: Config, processes: Processes, device: torch.device) -> None:
+def _require_possible(config: Config, processes: Processes, device: torch.device) -> None:
     least = 2 * processes.world * config.train.crops_per_image
     if processes.world > 1 and config.train.batch_size < least:
         raise ConfigError(
@@ -110,6 +107,9 @@ def _require_enough(config: Config, processes: Processes, device: torch.device) 
         )
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn is for GPUs, and this runs on a CPU; set train.sync_bn=false")
+    require_arithmetic(config.train.precision, device, "train.precision")
+    if config.train.online:
+        require_arithmetic(config.store.precision, device, "store.precision")
 
 
 def _require_alone(out: Path, mine: set[str]) -> None:

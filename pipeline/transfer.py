@@ -44,7 +44,8 @@ class Returning:
         self.arrival: torch.cuda.Event | None = None
         if tensors[0].is_cuda:
             self.tensors = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
-            self.arrival = torch.cuda.current_stream(tensors[0].device).record_event()
+            self.arrival = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
+            self.arrival.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrived(self) -> tuple[torch.Tensor, ...]:
         """The tensors, on the CPU."""
@@ -88,7 +89,8 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], what: Any) -> Any:
     if isinstance(what, dict):
         return {key: _each(change, value) for key, value in what.items()}
     if isinstance(what, list | tuple):
-        return type(what)(_each(change, value) for value in what)
+        several = [_each(change, value) for value in what]
+        return several if isinstance(what, list) else tuple(several)
     if is_dataclass(what):
         return replace(what, **{field.name: _each(change, getattr(what, field.name)) for field in fields(what)})
     return what

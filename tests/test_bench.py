@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,7 +59,7 @@ def test_what_is_proven_and_measured_on_a_gpu_is_on_a_cpu_too(tmp_path):
     done = prove("--device=cpu", f"--out={tmp_path / 'gpu.json'}")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     document = json.loads((tmp_path / "gpu.json").read_text())
-    assert document["card"] == "cpu" and "everything is as wanted" in done.stdout
+    assert document["card"] == "cpu" and "everything that was measured is as wanted" in done.stdout
     groups = {finding["group"] for finding in document["findings"]}
     assert groups == {"pixels", "labels", "ranks", "stage one", "stage two", "decoding", "teachers"}
     found = {finding["what"]: finding for finding in document["findings"]}
@@ -77,6 +78,54 @@ def test_a_group_that_hangs_costs_its_own_time_and_keeps_what_it_found(tmp_path,
     script = f'import time; open({str(into)!r}, \'w\').write(\'{{"what": "one"}}\\n{{"what": "half\'); time.sleep(60)'
     assert gpu.run([sys.executable, "-c", script], into, 2.0) == ([{"what": "one"}], "it was stopped after 2 s")
     assert gpu.run([sys.executable, "-c", "import os; os.abort()"], tmp_path / "no.jsonl", 20.0) == ([], "it ended with status -6")
+
+
+def test_a_bound_that_is_broken_is_a_failure(tmp_path, monkeypatch, capsys):
+    """Of any kind of number, as it comes back from the process that measured."""
+    gpu = gpu_tools(monkeypatch)
+    from finding import at_most
+
+    monkeypatch.setattr(
+        gpu, "measure", lambda name, bench: iter([at_most("labels", np.float32(0.5), 0.1), at_most("pixels", np.int64(0), 0)])
+    )
+    monkeypatch.setitem(gpu.GROUPS, "ranks", (("one",), 9))
+    monkeypatch.setattr(gpu, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(gpu, "silence", lambda: None)
+    gpu.child(["ranks"], tmp_path / "found.jsonl", None)
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [finding["holds"] for finding in found] == [False, True]
+    found.append({"group": "compiled", "what": "compiled", "found": gpu.NO_TIME, "wanted": "an end", "holds": None, "detail": {}})
+    monkeypatch.setattr(gpu, "measured", lambda given, folder: iter(found))
+    monkeypatch.setattr(sys, "argv", ["prove.py", "--device=cpu", f"--out={tmp_path / 'gpu.json'}"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    said = capsys.readouterr().out
+    assert (
+        ended.value.code == 1
+        and "| labels | 0.5 | ≤ 0.1 | **NO** |" in said
+        and "NOT as wanted: labels; no time was left for compiled" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "found", "good"),
+    [
+        (
+            "tests/test_gpu.py::a PASSED [50%]\ntests/test_gpu.py::b SKIPPED (two GPUs)\n=== 1 passed, 1 skipped in 4.20s ===\n",
+            "1 passed, 1 skipped",
+            True,
+        ),
+        ("tests/test_gpu.py::a PASSED\ntests/test_gpu.py::b[x] FAILED\n=== 1 failed, 1 passed in 4.20s ===\n", "1 passed, 1 failed", False),
+        ("tests/test_gpu.py::a PASSED\ntests/test_gpu.py::b ", "1 passed, stopped after 160 s", False),
+        ("tests/test_gpu.py::a SKIPPED\n=== 1 skipped in 0.20s ===\n", "1 skipped", False),
+        ("", "nothing, stopped after 160 s", False),
+    ],
+)
+def test_what_the_tests_of_a_gpu_said_is_read(tmp_path, monkeypatch, said, found, good):
+    gpu = gpu_tools(monkeypatch)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, stdout, **how: stdout.write(said))
+    (finding,) = gpu.tests(gpu.Bench(tmp_path, gpu.torch.device("cpu"), None))
+    assert (finding.found, finding.holds) == (found, good)
 
 
 def test_a_measurement_that_fails_is_told_and_the_next_one_measured(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from conftest import CPU, changed, edit_store
 from cache import LabelStore, StoreError, schema
 from cache.merge import merge
 from cache.schema import DamagedStore
-from pipeline import label, models, preview, provenance, recheck, student
+from pipeline import label, models, preview, provenance, recheck, render, start, student
+from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError, validate
 from pipeline.generate import generate
 from pipeline.models import HALF, Model, ModelError, arithmetic, load, require_arithmetic
@@ -89,6 +90,8 @@ def test_tf32_is_refused_where_there_is_none(recipe, photos, store_path, tmp_pat
     with pytest.raises(ModelError) as refused:
         train(changed(recipe, train={"precision": "tf32"}), photos, tmp_path / "run", store=store_path, device=CPU)
     assert str(refused.value) == line.format("train.precision", "train.precision") and not (tmp_path / "run").exists()
+    with pytest.raises(ModelError, match="store.precision tf32"):
+        preview.preview(changed(recipe, store={"precision": "tf32"}), photos, None, device=CPU)
     with pytest.raises(ModelError, match="store.precision tf32"):
         train(changed(recipe, store={"precision": "tf32"}, train={"online": True}), photos, tmp_path / "run", device=CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
@@ -223,6 +226,9 @@ def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):
     assert schema.format_version(origin | {"renderer": {"backend": "gpu-hardware"}}) == 5
     assert schema.format_version(origin | {"renderer": {"backend": "gpu"}}) == 3
     assert schema.format_version(origin | {"imported": {}}) == 4
+    average = {**origin, "merged": [origin, {**origin, "merged": [origin, origin | {"compute": {"precision": "tf32"}}]}]}
+    assert schema.format_version(average) == schema.format_version(average | {"imported": {}}) == 5
+    assert schema.format_version({**origin, "merged": [origin, origin | {"imported": {}, "compute": {"precision": None}}]}) == 4
 
 
 def test_a_bit_that_flips_in_the_number_of_the_new_format_is_damage(store_path, tmp_path):
@@ -255,10 +261,14 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(recipe,
     edit_store(copy, lambda attributes: attributes["provenance"]["renderer"].update(backend="gpu"))
     teachers = [load(spec) for spec in recipe.teachers]
     with pytest.raises(
-        StoreError, match="made with another way to render crops .None; this version: CUDA .hw_decoder_load 0.0.*generate a new store"
+        StoreError,
+        match="made with another way to render crops .DALI's own choice of decoder, .*; this version: CUDA .hw_decoder_load 0.0.*generate a new store",
     ):
         provenance.require_same_recipe(LabelStore.open(copy), changed(recipe, render={"backend": "gpu"}), teachers, CPU)
     assert "decoder" not in LabelStore.open(store_path).provenance["renderer"]  # of a CPU's store nothing is new
+    how = {"renderer": {"backend": "gpu", "steps": "as now"}}
+    with pytest.raises(RunError, match="started with DALI's own choice of decoder.*this version has CUDA .*; choose another --out"):
+        start._require_same_teachers(tmp_path, how, {"renderer": how["renderer"] | render.DECODERS["gpu"]})
 
 
 # ---- what else is set for the device

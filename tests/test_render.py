@@ -272,6 +272,36 @@ def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatc
     assert [renderer._decoded(None, "ignore", by_hardware) for by_hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
 
 
+@pytest.mark.parametrize(("engines", "refused"), [(0, True), (7, False), (None, False)])
+def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engines, refused):
+    assert render.hardware_engines() in (0, None) or torch.cuda.is_available()
+    monkeypatch.setattr(render, "hardware_engines", lambda: engines)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    how = {"interpolation": "bilinear", "exif": "ignore", "backend": "gpu-hardware"}
+    if refused:
+        with pytest.raises(render.RenderError, match="Tesla V100 has none; use render.backend: gpu$"):
+            render.Crops([32], 1, 4, **how)
+    else:
+        assert render.Crops([32], 1, 4, **how).by_hardware
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA driver API error cudaErrorMemoryAllocation", "Can't allocate 8589934592 on device 0.", "std::bad_alloc"]
+)
+def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
+    """And is told as other want of memory is, from which the command line's advice comes."""
+    renderer = render.Crops([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    blobs = [encoded(cut(40, 50), "JPEG")] * 2
+    renderer(blobs, *crops_of(blobs, 1))
+    renderer.gpu = True
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(renderer.pipes[False], "run", lambda stream: (_ for _ in ()).throw(RuntimeError(said)))
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        renderer(blobs, *crops_of(blobs, 1))
+
+
 def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
     whole = render.WholeDecode("ignore")
     height, width = np.array([whole(blob) for blob in blobs]).T

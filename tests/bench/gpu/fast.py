@@ -44,7 +44,7 @@ def names(bench: Bench) -> str:
 
 def stage_one(bench: Bench) -> Iterator[Finding]:
     """generate-labels beside its bare teachers, with each decoder."""
-    for backend in ("cpu", *(render.GPU_BACKENDS if bench.gpu else ())):
+    for backend in bench.backends():
         config = bench.config(
             **bench.settings(teachers=bench.teachers, crops={"views": 4}, store={"precision": bench.half}, render={"backend": backend})
         )
@@ -142,7 +142,7 @@ def decoding(bench: Bench) -> Iterator[Finding]:
     n = bench.batch
     blobs = [bench.encoded[i % len(bench.encoded)] for i in range(n)]
     boxes, flips = crops_of(blobs, 8)
-    for backend in ("cpu", *(render.GPU_BACKENDS if bench.gpu else ())):
+    for backend in bench.backends():
         rates = {}
         for views in (1, 2, 4, 8):
             renderer = render.Crops([bench.size], views, n, interpolation="bilinear", exif="ignore", backend=backend, pinned=bench.gpu)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from pipeline.config import ModelSpec
 from pipeline.models import Model, load
+from pipeline.render import hardware_engines
 
 PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50")
 TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet")
@@ -41,7 +42,7 @@ class Finding:
 
 def at_most(what: str, found: float, bound: float, **detail: object) -> Finding:
     """A figure that must not be larger."""
-    return Finding(what, found, f"≤ {bound:.3g}", found <= bound, detail)
+    return Finding(what, float(found), f"≤ {bound:.3g}", bool(found <= bound), detail)
 
 
 class Bench(Place):
@@ -68,6 +69,10 @@ class Bench(Place):
             torch.manual_seed(seed)
             save_file(timm.create_model(name).state_dict(), file)
         return {"model": name, "checkpoint": str(file), "image_size": self.size}
+
+    def backends(self) -> list[str]:
+        """Of the renderer, that this machine has."""
+        return ["cpu", *["gpu"] * self.gpu, *["gpu-hardware"] * (self.gpu and hardware_engines() != 0)]
 
     def judges(self) -> tuple[list[Model], str]:
         """Teachers whose labels are compared, on the CPU, and what they are."""

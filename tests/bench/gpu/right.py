@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -56,20 +54,7 @@ def the_machine(bench: Bench) -> Iterator[Finding]:
     multiplying = min(seconds(lambda: a @ b) for _ in range(5))
     yield Finding("GB/s from pinned memory to the GPU", n / copying / 1e9, "≥ 10", n / copying > 1e10)
     yield Finding("TFLOP/s of a large bfloat16 product", 2 * 8192**3 / multiplying / 1e12)
-    yield Finding("hardware JPEG engines", _hardware_engines())
-
-
-def _hardware_engines() -> str:
-    """What nvJPEG says of them."""
-    for place in importlib.util.find_spec("nvidia").submodule_search_locations or ():
-        for file in Path(place).glob("*/lib/libnvjpeg.so.*"):
-            nvjpeg, handle = ctypes.CDLL(str(file)), ctypes.c_void_p()
-            engines, cores = ctypes.c_uint(), ctypes.c_uint()
-            if nvjpeg.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle)):  # NVJPEG_BACKEND_HARDWARE
-                return "none"
-            status = nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
-            return f"{engines.value} of {cores.value} cores" if status == 0 else "unknown"
-    return "unknown: no nvJPEG was found"
+    yield Finding("hardware JPEG engines", "unknown" if (n := render.hardware_engines()) is None else float(n))
 
 
 # ---- pixels
@@ -105,7 +90,7 @@ def crops_of(blobs: list[bytes], views: int = 1) -> tuple[np.ndarray, np.ndarray
 
 def pixels(bench: Bench) -> Iterator[Finding]:
     """Do a crop's pixels depend on what else is rendered with it, and how far are they from the CPU's?"""
-    for backend in ("cpu", *(render.GPU_BACKENDS if bench.gpu else ())):
+    for backend in bench.backends():
         kinds = odd_kinds()
         look = render.WholeDecode("ignore", backend)
         refused = [name for name, blob in kinds.items() if look(blob) is None]
@@ -142,6 +127,7 @@ WAYS = (
     "all in one batch",
     "alone",
     "with a second size",
+    "while the GPU is busy",
 )
 
 
@@ -150,17 +136,34 @@ def moving(bench: Bench, backend: str, blobs: list[bytes], only: tuple[str, ...]
     boxes, flips = crops_of(blobs)
     own, mixed = np.arange(len(blobs)), np.random.default_rng(0).permutation(len(blobs))
 
-    def rendered(order: np.ndarray, batch: int, *more: int) -> np.ndarray:
+    def rendered(order: np.ndarray, batch: int, *more: int, beside: Callable[[], object] = lambda: None) -> np.ndarray:
         renderer = render.Crops([bench.size, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
-        parts = [order[first : first + batch] for first in range(0, len(order), batch)]
-        made = [renderer([blobs[i] for i in rows], boxes[:, rows], flips[:, rows])[0][bench.size].cpu().numpy() for rows in parts]
-        found = np.empty((len(blobs), *made[0].shape[1:]), np.uint8)
-        found[order] = np.concatenate(made)
-        return found
+        made = []
+        for first in range(0, len(order), batch):  # without a wait for the batch before
+            rows = order[first : first + batch]
+            beside()
+            made.append(renderer([blobs[i] for i in rows], boxes[:, rows], flips[:, rows])[0][bench.size])
+        return torch.cat(made).cpu().numpy()[np.argsort(order)]
 
-    ways = dict(zip(WAYS, ((own, BATCH), (mixed, BATCH), (own, 16), (mixed, 7), (own, len(own)), (own, 1), (own, BATCH, 33)), strict=True))
-    base = rendered(own, BATCH)
-    return base, {way: int((base != rendered(*ways[way])).reshape(len(base), -1).any(axis=1).sum()) for way in only}
+    ways = ((own, BATCH), (mixed, BATCH), (own, 16), (mixed, 7), (own, len(own)), (own, 1), (own, BATCH, 33), (mixed, 16))
+    base, moved = rendered(own, BATCH), {}
+    for way, how in zip(WAYS, ways, strict=True):
+        if way in only and (bench.gpu or way != "while the GPU is busy"):
+            again = rendered(*how, beside=work_for(bench) if way == "while the GPU is busy" else lambda: None)
+            moved[way] = int((base != again).reshape(len(base), -1).any(axis=1).sum())
+    return base, moved
+
+
+def work_for(bench: Bench) -> Callable[[], object]:
+    """Keeps all of the GPU busy for some 30 ms a call, on a stream of its own."""
+    stream, a = torch.cuda.Stream(), torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16)
+
+    def work() -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                torch.mm(a, a)
+
+    return work
 
 
 @contextmanager
