@@ -74,11 +74,12 @@ def evaluate(
     threads: int | None = None,
     what: str = "evaluating",
     processes: Processes = ALONE,
+    precision: str = "float32",
 ) -> dict:
     """Figures of each model, of their ensemble if there are several, and of the teachers if there are any.
 
     images: a manifest of ``folder``, whose class indices go up to ``classes``; its usable images count, each once. Each model sees the central square at its own input size, in its own
-    interpolation and normalisation. Models must be on the device and in evaluation mode. processes: each takes a part of the images, and all get the figures of all. Returns a dict of numbers and names.
+    interpolation and normalisation. Models must be on the device and in evaluation mode. processes: each takes a part of the images, and all get the figures of all. precision: of the models' forward passes. Returns a dict of numbers and names.
     """
     for model in (*models, *teachers):
         if model.classes != classes:
@@ -105,8 +106,8 @@ def evaluate(
         with ahead(rendered()) as batches:
             for cut, sent in batches:
                 views, target = sent.received()
-                reference = mean_softmax([t(views[look[id(t)]]) for t in teachers]) if teachers else None
-                logits = [model(views[look[id(model)]]) for model in models]
+                reference = mean_softmax([t(views[look[id(t)]], precision) for t in teachers]) if teachers else None
+                logits = [model(views[look[id(model)]], precision) for model in models]
                 for entry, model_logits in zip(figures, logits, strict=True):
                     entry.add(model_logits.softmax(dim=1), target, reference)
                 if together:

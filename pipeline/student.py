@@ -332,6 +332,7 @@ class Run:
             threads=self.config.render.threads,
             what="validating",
             processes=self.processes,
+            precision="float32" if self.config.train.precision == "float32" else "tf32",  # which on a CPU is the same
         )["models"][0]
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 

@@ -64,6 +64,19 @@ def test_a_backward_pass_has_the_same(recipe, photos, store_path, tmp_path, monk
     assert not torch.backends.cudnn.benchmark
 
 
+@pytest.mark.parametrize(("precision", "validated"), [("float32", "float32"), ("bfloat16", "tf32")])
+def test_a_run_validates_in_float32_or_where_it_is_not_so_exact_in_tf32(
+    recipe, photos, store_path, tmp_path, monkeypatch, precision, validated
+):
+    seen = []
+    real = Model.__call__
+    monkeypatch.setattr(
+        Model, "__call__", lambda model, pixels, how: (seen.append((model.module.training, how)), real(model, pixels, how))[1]
+    )
+    train(changed(recipe, train={"epochs": 1, "precision": precision}), photos, tmp_path / "run", store=store_path, device=CPU)
+    assert {how for training, how in seen if training} == {precision} and {how for training, how in seen if not training} == {validated}
+
+
 def test_teachers_fill_batches_of_one_shape_and_cudnn_is_told(recipe, photos, tmp_path, monkeypatch):
     seen = []
     real = label.ensemble

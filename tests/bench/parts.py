@@ -21,7 +21,6 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -187,6 +186,8 @@ class Place:
         """So many photographs as the extent says, as JPEG."""
         if self.files:
             return [self.files[i % len(self.files)].read_bytes() for i in range(self.extent.photographs)]
+        from sklearn.datasets import load_sample_images
+
         rng, photos, found = np.random.default_rng(0), load_sample_images().images, []
         for i in range(self.extent.photographs):
             height, width = rng.integers(320, 427), rng.integers(400, 560)
