@@ -313,9 +313,11 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
     except RenderError as error:
         if error.place is None:
             raise
-        raise DataError(
-            f"{images.path[rows[error.place]]}: {error}; the manifest's pass could decode it, so check renderer and memory"
-        ) from None
+        repair = "check renderer and memory"
+        if error.on_gpu:
+            repair = "convert it or take it out of the folder, or decode on the CPU (render.backend: cpu), for a new store"
+        who = "the CPU decodes it" if error.on_gpu else "the manifest's pass could decode it"
+        raise DataError(f"{images.path[rows[error.place]]}: {error}; {who}, so {repair}") from None
 
 
 def require_same_files(folder: Path, images: Images, classes: Sequence[str], made: str) -> None:

@@ -48,11 +48,12 @@ _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 
 
 class RenderError(MealError):
-    """An image that decoded when the manifest was made and doesn't now. ``place``: which of the batch, if that could be found out."""
+    """An image that decoded when the manifest was made and doesn't now. ``place``: which of the batch, if that could be found out. ``on_gpu``: whether it is
+    the GPU's decoder alone that refuses it."""
 
-    def __init__(self, message: str, place: int | None = None) -> None:
+    def __init__(self, message: str, place: int | None = None, on_gpu: bool = False) -> None:
         super().__init__(message)
-        self.place = place
+        self.place, self.on_gpu = place, on_gpu
 
 
 def threads_for(threads: int | None) -> int:
@@ -133,7 +134,7 @@ class _Graph:
             self.pipes.clear()  # DALI's pipelines don't outlive an error
             if self.gpu and re.search("out of memory|bad_alloc|an't allocate|MemoryAllocation", str(error)):
                 raise torch.OutOfMemoryError(f"DALI is out of memory on the GPU ({_reason(error)})") from None
-            raise RenderError(f"DALI could not render it ({_reason(error)})", self._culprit(blobs)) from None
+            raise RenderError(f"DALI could not render it ({_reason(error)})", *self._culprit(blobs)) from None
 
     def fill(self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray) -> None:
         """Render into ``targets``, one for each output, uint8 [len(blobs), …] on the renderer's device.
@@ -209,16 +210,14 @@ class _Graph:
         share = {"device": "mixed", "hw_decoder_load": 1.0 if by_hardware else 0.0} if self.gpu else {"device": "cpu"}
         return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif == "apply", jpeg_fancy_upsampling=True, **share)
 
-    def _culprit(self, blobs: Sequence[bytes]) -> int | None:
-        """The place of the image that can't be decoded alone, neither on the CPU nor, where this renderer decodes there, on the GPU."""
-        if len(blobs) == 1:
-            return 0
+    def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
+        """The place of the image that can't be decoded alone, on the CPU or, where this renderer decodes there, on the GPU; and whether only the GPU can't."""
         for backend in dict.fromkeys(("cpu", self.backend)):
             look = WholeDecode("ignore", backend)
             for place, blob in enumerate(blobs):
                 if look(blob) is None:
-                    return place
-        return None
+                    return place, backend != "cpu"
+        return 0 if len(blobs) == 1 else None, False
 
 
 class Crops(_Graph):
@@ -338,6 +337,9 @@ class _OneImage(_Graph):
     def __init__(self, exif: str, backend: str = "cpu") -> None:
         super().__init__(1, 1, backend)
         self.exif = exif
+
+    def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
+        return 0, self.gpu
 
 
 class Header(_OneImage):

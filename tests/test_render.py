@@ -15,8 +15,9 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from cache import LabelStore, StoreError
-from pipeline import crops, philox, render
+from pipeline import crops, images, philox, render
 from pipeline.config import Crops, Render
+from pipeline.images import DataError
 from pipeline.provenance import require_same_pixels
 from pipeline.replay import Replay, StoredLabels
 
@@ -346,7 +347,7 @@ def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
     assert failed.value.place == 6
 
 
-def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(monkeypatch):
+def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, monkeypatch):
     """As one that a GPU's decoder refuses and the CPU's doesn't: first all are looked at on the CPU, then as the renderer does it."""
     blobs = [encoded(cut(40, 50), "JPEG", quality=80 + i) for i in range(5)]
     boxes, flips = crops_of(blobs, 1)
@@ -368,6 +369,10 @@ def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(monkeypat
     with pytest.raises(render.RenderError, match="the GPU's decoder can't") as failed:
         renderer(blobs, boxes, flips)
     assert failed.value.place == 3 and looked == ["cpu"] * 5 + ["gpu"] * 4
+    line = r"bee/001\.jpg: DALI could not render it .*; the CPU decodes it, so convert it .* \(render.backend: cpu\)"
+    rows = np.flatnonzero(store.images.path == "bee/001.jpg").repeat(5)
+    with pytest.raises(DataError, match=line), images.naming(store.images, rows):
+        raise failed.value
 
 
 def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(store, photos, teachers_pixels, monkeypatch):
