@@ -181,10 +181,12 @@ class _Graph:
     def empty(self, *shape: int) -> torch.Tensor:
         """Memory for results, uint8, on the renderer's device."""
         try:
-            return torch.empty(shape, dtype=torch.uint8, device=self.device if self.gpu else "cpu", pin_memory=self.pinned)
+            if self.gpu or self.pinned:
+                return torch.empty(shape, dtype=torch.uint8, device=self.device if self.gpu else "cpu", pin_memory=self.pinned)
+            return torch.from_numpy(np.empty(shape, np.uint8))  # which asks for huge pages; torch doesn't
         except torch.OutOfMemoryError:  # of a GPU
             raise
-        except RuntimeError:  # a stranger's store may ask for more than there is
+        except (RuntimeError, MemoryError, ValueError):  # a stranger's store may ask for more than there is
             raise RenderError(f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory") from None
 
     def _parts(self, blobs: Sequence[bytes]) -> list[tuple[bool, np.ndarray]]:
