@@ -453,9 +453,7 @@ def _require_seal(path: Path, documents: dict[str, dict]) -> None:
 def _only_its_version_is_wrong(attributes: dict, whole: dict) -> bool:
     """Whether it is a store of this version, in whose version number something flipped."""
     seal = attributes.get("seal")
-    mended = (
-        {**whole, "attributes": {**attributes, "format_version": version}} for version in (schema.VERSION, schema.IMPORTED, schema.ON_GPU)
-    )
+    mended = ({**whole, "attributes": {**attributes, "format_version": v}} for v in schema.VERSIONS if v >= schema.SEALED)
     return isinstance(seal, dict) and any(seal.get("zarr.json") == schema.seals({"zarr.json": one})["zarr.json"] for one in mended)
 
 

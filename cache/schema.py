@@ -40,8 +40,7 @@ from cache.claims import alive
 from cache.disk import make_folder, replace_file, sync_folder, sync_tree
 
 FORMAT = "meal-v2-label-store"
-# What is made now: of labels that were made here, of others', and of labels of which older programs don't know how they were made.
-VERSION, IMPORTED, ON_GPU = 3, 4, 5
+VERSION, IMPORTED, ON_GPU = 3, 4, 5  # what is made now (format_version)
 # What can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making less is known, 5 TF32 and the hardware decoder of GPUs.
 VERSIONS = (1, 2, 3, 4, 5)
 SEALED = 3
@@ -196,7 +195,7 @@ def architecture(name: str) -> str:
 
 
 def format_version(provenance: dict) -> int:
-    """The version of the format that a store of this provenance has: the lowest whose readers know all that it names."""
+    """Return the format version of a store of this provenance: the lowest version whose readers know everything that the provenance names."""
     on_gpu = provenance.get("renderer", {}).get("backend") == "gpu-hardware" or provenance["compute"].get("precision") == "tf32"
     own = [ON_GPU] * on_gpu + [IMPORTED] * ("imported" in provenance)
     return max([VERSION, *own, *map(format_version, provenance.get("merged", ()))])

@@ -22,10 +22,11 @@ from cache.stopping import check as check_signals
 from cache.stopping import finishing
 from cache.writer import BusyStore, StoreWriter
 from pipeline import images, provenance, render
+from pipeline.arithmetic import require_precision
 from pipeline.config import Config, ConfigError
 from pipeline.images import DataError
 from pipeline.label import Labeller, Unit, place_of
-from pipeline.models import Model, load_teachers, require_arithmetic
+from pipeline.models import Model, load_teachers
 from pipeline.plan import Plan
 from pipeline.progress import Progress, duration, say
 from pipeline.timing import LABELLING, Clock, advice_on_labelling, report
@@ -59,7 +60,7 @@ def generate(
     """
     if first_view >= config.crops.views:
         raise ConfigError(f"--first-view {first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
-    require_arithmetic(config.store.precision, device, "store.precision")
+    require_precision(config.store.precision, device, "store.precision")
     folder = images.split_folder(data, split)
     names = classes or images.class_names(folder)
     teachers = load_teachers(config.teachers, device)
@@ -90,8 +91,8 @@ def generate(
         provenance.require_same_classes(writer.store, classes, "pass that one again, or generate a new store")
         images.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
         provenance.require_same_pixels(writer.store, folder, config.render.threads)
-        if other := provenance.other_gpu(writer.store, device):
-            say(other)
+        if changed := provenance.changed_gpu(writer.store, device):
+            say(changed)
         if config.crops.views < writer.store.views:
             say(f"{path} has {writer.store.views} views already; none is taken away")
         if config.store.shard_rows not in (None, writer.store.shard_rows):

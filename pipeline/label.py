@@ -16,9 +16,10 @@ import torch
 from cache.schema import USABLE
 from cache.writer import BusyStore, StoreWriter
 from pipeline import cutmix, images, render
+from pipeline.arithmetic import fixed_shapes
 from pipeline.background import ahead, behind, share_the_interpreter
 from pipeline.config import Config
-from pipeline.models import Model, ModelError, ensemble, fixed_shapes
+from pipeline.models import Model, ModelError, ensemble
 from pipeline.plan import Plan
 from pipeline.progress import Progress, say
 from pipeline.timing import Clock
@@ -85,7 +86,7 @@ class Labeller:
         clock: Clock | None = None,
     ) -> None:
         self.config, self.writer, self.store, self.plan, self.read = config, writer, writer.store, plan, read
-        self.teachers = [t.compiled_to_label(config.store.precision) for t in teachers] if config.store.compile else teachers
+        self.teachers = [t.compiled_teacher(config.store.precision) for t in teachers] if config.store.compile else teachers
         self.send, self.clock = Sender(device), clock or Clock()
         self.renderers: dict[int, render.Crops] = {}  # by number of views
         self.open: list[Job] = []

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache.schema import MealError, architecture
+from pipeline.arithmetic import HALF, in_precision
 from pipeline.config import ModelSpec
 from pipeline.progress import say
 
@@ -55,8 +55,6 @@ ALIASES = {
     "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",  # timm makes 32x8d of these two without a word
     "ig_resnext101_32x32d": "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
 }
-_ARITHMETIC = threading.RLock()
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GONE = dict.fromkeys(("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"), "resnext101_32x32d.fb_wsl_ig1b_ft_in1k")
 
 
@@ -90,8 +88,8 @@ class Model:
         rounding."""
         return replace(self, module=torch.compile(self.module, dynamic=False, options=options or None))
 
-    def compiled_to_label(self, precision: str) -> Model:
-        """A compiled teacher, whose weights don't change any more.
+    def compiled_teacher(self, precision: str) -> Model:
+        """Compile a model whose weights don't change any more.
 
         Freezing folds BatchNorm into the convolutions. In half precision that would be done with rounded weights, which multiplies the outputs' error
         (github.com/pytorch/pytorch/pull/145623 saw fourfold in float16 and eightfold in bfloat16), so there it is left out.
@@ -107,7 +105,7 @@ class Model:
         """uint8 [n, height, width, 3] on the model's device → float32 logits [n, classes]; ``precision`` of the forward pass."""
         x = self.normalise(pixels)
         half = HALF.get(precision)
-        with arithmetic(precision), torch.autocast(x.device.type, dtype=half, enabled=half is not None):
+        with in_precision(precision), torch.autocast(x.device.type, dtype=half, enabled=half is not None):
             return self.module(x).float()
 
     def digest(self) -> str:
@@ -131,42 +129,6 @@ class Model:
             "std": list(self.std),
             "interpolation": self.interpolation,
         }
-
-
-@contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """Have GPUs compute in float32 what is float32, convolutions and matrix products; with ``tf32`` in TF32, which keeps 10 bits of the mantissa.
-
-    By default torch lets convolutions be TF32 and matrix products not. A backward pass needs the same block around it as its forward pass. One thread at a
-    time is in such a block, since torch's setting is the whole process's.
-    """
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    with _ARITHMETIC:
-        before = convolutions.allow_tf32, products.allow_tf32
-        try:
-            convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
-            yield
-        finally:
-            convolutions.allow_tf32, products.allow_tf32 = before
-
-
-@contextmanager
-def fixed_shapes() -> Iterator[None]:
-    """Let cuDNN try its algorithms on the first batch of each shape and go on with the fastest: for batches of few different sizes."""
-    before = torch.backends.cudnn.benchmark
-    try:
-        torch.backends.cudnn.benchmark = True
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def require_arithmetic(precision: str, device: torch.device, key: str) -> None:
-    """Raises ModelError if ``precision``, the value of a config's ``key``, is one that the device doesn't have."""
-    if precision != "tf32" or (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)):
-        return
-    here = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-    raise ModelError(f"{key} tf32 needs a GPU of compute capability 8.0 or later, and this runs on {here}; set {key}=float32")
 
 
 @cache

@@ -16,8 +16,9 @@ from cache import LabelStore
 from cache.codec import CODECS
 from cache.schema import MealError, StoreError, printable
 from pipeline import cost, crops, images, philox, render
+from pipeline.arithmetic import fixed_shapes, require_precision
 from pipeline.config import Config, ConfigError
-from pipeline.models import Model, ModelError, ensemble, fixed_shapes, load, load_teachers, require_arithmetic
+from pipeline.models import Model, ModelError, ensemble, load, load_teachers
 from pipeline.progress import duration, say
 from pipeline.provenance import layout_of, require_class_count, require_same_recipe
 from pipeline.report import results
@@ -58,7 +59,7 @@ def preview(
     finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. first_view: earlier views
     are not to be labelled. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
     """
-    require_arithmetic(config.store.precision, device, "store.precision")
+    require_precision(config.store.precision, device, "store.precision")
     teachers, real = _teachers(config, device)
     count, pixels, rendering, boxes = cost.IMAGENET_IMAGES, None, None, None
     if data is not None:
@@ -166,7 +167,7 @@ def _labelled(config: Config, teachers: Sequence[Model], pixels: dict[int, torch
     pixels = {size: p.to(device) for size, p in pixels.items()}
     batch, most = config.store.batch_size, len(next(iter(pixels.values())))
     if config.store.compile:
-        teachers = [teacher.compiled_to_label(config.store.precision) for teacher in teachers]
+        teachers = [teacher.compiled_teacher(config.store.precision) for teacher in teachers]
     only_batches = device.type == "cuda" or config.store.compile  # whose size is that of the work: others have other kernels
 
     def forward(crops: dict[int, torch.Tensor], batch_size: int) -> torch.Tensor:

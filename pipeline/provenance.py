@@ -15,6 +15,7 @@ from cache.codec import CODECS, Codec
 from cache.schema import Images, StoreError, architecture, first_difference, shard_rows_for
 from cache.sense import misplaced
 from pipeline import crops, images, render
+from pipeline.arithmetic import rounding
 from pipeline.config import Config
 from pipeline.models import Model
 from pipeline.render import dali_version
@@ -56,7 +57,7 @@ def require_class_count(folder: Path, classes: list[str], teachers: list[Model])
 
 
 def made_with(*, gpu: bool = False) -> dict[str, str]:
-    """Versions, and ``gpu``: which GPU is used, for the record: whether they matter is what fingerprints and digests decide."""
+    """Return the versions of what makes a store, and with ``gpu`` also the GPU (``gpu_facts``). Fingerprints and digests decide whether they matter."""
     versions = {"python": platform.python_version(), "dali": dali_version}
     for name in ("torch", "timm", "numpy", "scipy", "zarr"):
         versions[name] = version(name)
@@ -64,7 +65,7 @@ def made_with(*, gpu: bool = False) -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, str]:
-    """Name and compute capability of torch's current GPU, and versions of CUDA, cuDNN and the driver."""
+    """Return name and compute capability of torch's current GPU, and the versions of CUDA, cuDNN and the driver."""
     kernel = Path("/proc/driver/nvidia/version")
     driver = re.search(r"\s(\d+\.[\d.]+)\s", kernel.read_text()) if kernel.exists() else None
     return {
@@ -76,39 +77,7 @@ def gpu_facts() -> dict[str, str]:
     }
 
 
-# The total variation that rounding may put between a label and the exact one, by precision. Of 1,000 crops of ImageNet photographs, labelled by
-# tf_efficientnet_lite1 + lite2 on a CPU, the largest was 8.8e-3 in TF32 (emulated), 7.8e-3 in float16 and 9.5e-2 in bfloat16 (mean 1.4e-3, 1.5e-3, 1.2e-2).
-# Two float32 passes were 1e-6 apart.
-ROUNDING = {"float32": 1e-3, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
-
-
-def rounding(compute: dict, made: dict, device: torch.device, precision: str) -> float:
-    """The total variation that arithmetic alone can put between a stored label and the one that ``device`` makes now in ``precision``.
-
-    compute: the store's provenance of that name. made: its ``made_with``. In the same precision on the same kind of device, with the same torch,
-    uncompiled, it is what rounding does (ROUNDING); otherwise both labels are off by what it does to each. A version that recorded no GPU let torch have its
-    way, whose float32 is TF32 in convolutions.
-    """
-    stored = compute["precision"]
-    if stored == "float32" and compute["device"] == "cuda" and "gpu" not in made:
-        stored = "tf32"
-    alike = stored == precision and compute["device"] == device.type and not compute.get("compile")
-    if device.type == "cuda" and alike:
-        alike = made.get("gpu") == torch.cuda.get_device_name() and made.get("torch") == version("torch")
-    return ROUNDING[stored] if alike else ROUNDING[stored] + ROUNDING[precision]
-
-
-def other_gpu(store: LabelStore, device: torch.device) -> str | None:
-    """What to tell who goes on with a store on another GPU than it was begun on; None if nothing."""
-    made, compute = store.attributes.get("made_with", {}), store.provenance["compute"]
-    if device.type != "cuda" or made.get("gpu") == torch.cuda.get_device_name():
-        return None
-    begun = f"on {made['gpu']}" if "gpu" in made else "by a version that recorded no GPU, and whose float32 was TF32 in convolutions"
-    apart = rounding(compute, made, device, compute["precision"])
-    return f"{store.path} was begun {begun}; labels of this {torch.cuda.get_device_name()} are the same to rounding, {apart:.2g} in total variation at most"
-
-
-OLD_DECODER = "DALI's own choice of decoder, with which an image's pixels hang on its batch"  # of versions up to 0.6, on a GPU
+OLD_DECODER = "DALI's own choice of decoder, which made an image's pixels depend on its batch"  # of versions up to 0.6, on a GPU
 _REPAIRS = {
     "teachers": "pass the same teachers and checkpoints, in the same order",
     "crops": "use the same crops section",
@@ -116,6 +85,16 @@ _REPAIRS = {
     "codec": "use the same store.codec",
     "compute": "use the same --batch-size, --device, store.precision and store.compile, since others move the labels' last bits",
 }
+
+
+def changed_gpu(store: LabelStore, device: torch.device) -> str | None:
+    """Say that labels are now made on another GPU than the store was begun on; None if the GPU is the same, or a CPU makes labels."""
+    made, compute = store.attributes.get("made_with", {}), store.provenance["compute"]
+    if device.type != "cuda" or made.get("gpu") == torch.cuda.get_device_name():
+        return None
+    begun = f"on {made['gpu']}" if "gpu" in made else "by a version that recorded no GPU, and whose float32 was TF32 in convolutions"
+    apart = rounding(compute, made, device, compute["precision"])
+    return f"{store.path} was begun {begun}; labels of this {torch.cuda.get_device_name()} are the same to rounding, {apart:.2g} in total variation at most"
 
 
 def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model], device: torch.device) -> None:

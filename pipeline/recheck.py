@@ -13,6 +13,7 @@ from cache.codec import divergence
 from cache.schema import DamagedStore, MealError, StoreError
 from cache.verify import verify
 from pipeline import images, provenance, render
+from pipeline.arithmetic import rounding
 from pipeline.config import ModelSpec
 from pipeline.models import ensemble, load_teachers
 from pipeline.pixels import pixels_of
@@ -142,12 +143,12 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
 
 
 def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: str) -> float:
-    """Total variation that arithmetic alone may add to a label of this provenance, made again in ``precision`` (``provenance.rounding``). An average of
-    stores has the mean of what its parts have, by number of teachers."""
+    """Bound the total variation that rounding alone adds to a label of this provenance when it is made again in ``precision`` (arithmetic.rounding). The bound
+    of an average of stores is the mean of its parts' bounds, weighted by their numbers of teachers."""
     if parts := origin.get("merged"):
         each = [part["teachers"] * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device, precision) for part in parts]
         return sum(each) / sum(part["teachers"] for part in parts)
-    return provenance.rounding(origin["compute"], made_with, device, precision)
+    return rounding(origin["compute"], made_with, device, precision)
 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:

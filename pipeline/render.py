@@ -13,17 +13,13 @@ an image's pixels would depend on the others in its batch. Here the file alone d
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib.util
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +27,7 @@ from nvidia import dali
 from nvidia.dali import fn, types
 
 from cache.schema import USABLE, Images, MealError
+from pipeline.hardware_jpeg import hardware_engines, is_baseline_jpeg
 
 STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
 FINGERPRINT_CROPS = 64
@@ -61,70 +58,39 @@ def threads_for(threads: int | None) -> int:
     return threads or max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def is_baseline_jpeg(blob: bytes) -> bool:
-    """Tell whether an encoded image is a baseline JPEG of one or three components with 8 bits each, which hardware decoders are made for.
-
-    Reads the marker segments up to the frame header (ITU-T T.81, Annex B): SOF0 is baseline; any other frame, as a progressive one, is not.
-    """
-    place = 2
-    while blob[:2] == b"\xff\xd8" and place + 10 <= len(blob) and blob[place] == 0xFF:
-        marker = blob[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker == 0xC0 and blob[place + 4] == 8 and blob[place + 9] in (1, 3)
-        else:
-            place += 2 + int.from_bytes(blob[place + 2 : place + 4], "big")
-    return False
-
-
-@cache
-def hardware_engines() -> int | None:
-    """How many JPEG decoders in hardware torch's current GPU has, as nvJPEG says; None if that can't be found out."""
-    spec = importlib.util.find_spec("nvidia")
-    libraries = [file for place in (spec and spec.submodule_search_locations) or () for file in Path(place).glob("*/lib/libnvjpeg.so.*")]
-    try:
-        nvjpeg, handle = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
-        if nvjpeg.nvjpegCreateEx(3, None, None, 0, ctypes.byref(handle)):  # NVJPEG_BACKEND_HARDWARE
-            return 0
-        engines, cores = ctypes.c_uint(), ctypes.c_uint()
-        return engines.value if nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores)) == 0 else None
-    except (IndexError, OSError, AttributeError):
-        return None
-
-
 class _Graph:
-    """DALI pipelines fed with encoded images, rebuilt when an undecodable one has killed them.
+    """DALI pipelines fed with encoded images, rebuilt when an undecodable image has killed them. Only ``gpu-hardware`` has two pipelines: one for the
+    hardware decoder.
 
-    pinned: results of a renderer on the CPU are to lie in pinned memory, from where they are copied to a GPU without another copy.
+    pinned: results of a renderer on the CPU lie in pinned memory, from where a GPU copies them without another copy.
     """
 
     def __init__(self, batch_size: int, threads: int, backend: str, *, pinned: bool = False) -> None:
         self.batch_size, self.threads, self.backend = batch_size, threads, backend
-        self.gpu, self.by_hardware = backend in GPU_BACKENDS, backend == "gpu-hardware"
+        self.gpu, self.divides = backend in GPU_BACKENDS, backend == "gpu-hardware"
         self.pinned = pinned and not self.gpu
         if self.gpu and not torch.cuda.is_available():
             raise RenderError(
                 f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds none here; use a machine that has one"
             )
-        if self.by_hardware and hardware_engines() == 0:
+        if self.divides and hardware_engines() == 0:
             raise RenderError(
                 f"render.backend gpu-hardware needs a GPU with a JPEG decoder in hardware, as A100 and H100 are, and {torch.cuda.get_device_name()} has none; "
                 "use render.backend: gpu"
             )
         self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
         self.pipes: dict[bool, dali.Pipeline] = {}  # by whether the hardware decodes
-        self.lent: dict[bool, tuple] = {}  # outputs of a GPU that are being copied, and the event of that copy
+        self.lent: dict[bool, tuple] = {}  # the last outputs of a pipeline on a GPU, and the event after which they have been copied
 
     def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
-        """Outputs of the pipeline for encoded images. ``decode``: encoded → decoded whole."""
+        """Return the pipeline's outputs for encoded images. ``decode``: (encoded, exif) → decoded whole."""
         raise NotImplementedError
 
-    def run(self, blobs: Sequence[bytes], *, by_hardware: bool = False, **arguments: np.ndarray) -> Sequence:
+    def run(self, blobs: Sequence[bytes], *, hardware: bool = False, **arguments: np.ndarray) -> Sequence:
         """Feed encoded images and named arrays [len(blobs), …], and return DALI's outputs: on a GPU in the order of torch's current stream."""
-        if by_hardware not in self.pipes:
-            self.pipes[by_hardware] = self._built(by_hardware)
-        pipe = self.pipes[by_hardware]
+        if hardware not in self.pipes:
+            self.pipes[hardware] = self._built(hardware)
+        pipe = self.pipes[hardware]
         pipe.feed_input("encoded", [np.frombuffer(blob, np.uint8) for blob in blobs])
         for name, array in arguments.items():
             pipe.feed_input(name, np.ascontiguousarray(array))
@@ -137,41 +103,56 @@ class _Graph:
             raise RenderError(f"DALI could not render it ({_reason(error)})", *self._culprit(blobs)) from None
 
     def fill(self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray) -> None:
-        """Render into ``targets``, one for each output, uint8 [len(blobs), …] on the renderer's device.
-
-        With ``gpu-hardware`` baseline JPEGs and other images go through pipelines of their own. How many images of a batch the hardware takes is fixed by its
-        first batch, so each of its batches is filled up to the same size.
-        """
-        for by_hardware, rows in self._parts(blobs):
-            filled = rows
-            if by_hardware:
-                smallest = min(rows, key=lambda row: len(blobs[row]))
-                filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
-                # The hardware decoder writes without waiting for what the GPU was told before (seen on an H100 by others: torchcodec's pull request 1634),
-                # so it may only be told when all that reads the memory of the batch before is done.
-                for _, copied in self.lent.values():
-                    copied.synchronize()
-            try:
-                outputs = self.run(
-                    [blobs[row] for row in filled], by_hardware=by_hardware, **{name: array[filled] for name, array in arguments.items()}
-                )
-            except RenderError as error:
-                if error.place is not None:
-                    error.place = int(filled[error.place])
-                raise
-            for target, output in zip(targets, outputs, strict=True):
-                if self.gpu:
-                    made = torch.from_dlpack(output.as_tensor())[: len(rows)]
-                    target.copy_(made) if len(rows) == len(blobs) else target.index_copy_(0, torch.from_numpy(rows).to(target.device), made)
-                else:
-                    target.numpy()[slice(None) if len(rows) == len(blobs) else rows] = output.as_array()[: len(rows)]
+        """Render encoded images into ``targets``, one tensor for each output, uint8 [len(blobs), …] on the renderer's device."""
+        if self.divides:
+            baseline = np.array([is_baseline_jpeg(blob) for blob in blobs], dtype=bool)
+            for hardware in (True, False):
+                if len(rows := np.flatnonzero(baseline == hardware)):
+                    self._fill_rows(targets, rows, blobs, arguments, hardware)
+            return
+        outputs = self.run(blobs, **arguments)
+        for target, output in zip(targets, outputs, strict=True):
             if self.gpu:
-                # DALI may use its memory again once it is let go of: not before it has been copied.
-                if by_hardware in self.lent:
-                    self.lent[by_hardware][1].synchronize()
-                copied = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
-                copied.record()
-                self.lent[by_hardware] = outputs, copied
+                target.copy_(torch.from_dlpack(output.as_tensor()))
+            else:
+                np.copyto(target.numpy(), output.as_array())
+        self._keep(False, outputs)
+
+    def _fill_rows(
+        self, targets: Sequence[torch.Tensor], rows: np.ndarray, blobs: Sequence[bytes], arguments: dict[str, np.ndarray], hardware: bool
+    ) -> None:
+        """Render the images at ``rows``, int64 [n], all of them by one decoder, into these rows of ``targets``."""
+        filled = rows
+        if hardware:
+            # How many images of a batch the hardware takes is fixed by its first batch: all batches are filled up to the same size, with the smallest image.
+            smallest = min(rows, key=lambda row: len(blobs[row]))
+            filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
+            # The hardware decoder writes without waiting for what the GPU was told before (seen on an H100 by others: torchcodec's pull request 1634), so it
+            # may only be told when all that reads the memory of the batch before is done.
+            for _, copied in self.lent.values():
+                copied.synchronize()
+        try:
+            outputs = self.run(
+                [blobs[row] for row in filled], hardware=hardware, **{name: array[filled] for name, array in arguments.items()}
+            )
+        except RenderError as error:
+            if error.place is not None:
+                error.place = int(filled[error.place])
+            raise
+        at = torch.from_numpy(rows).to(targets[0].device)
+        for target, output in zip(targets, outputs, strict=True):
+            target.index_copy_(0, at, torch.from_dlpack(output.as_tensor())[: len(rows)])
+        self._keep(hardware, outputs)
+
+    def _keep(self, hardware: bool, outputs: Sequence) -> None:
+        """Hold on to outputs of a GPU until they have been copied, since DALI may use their memory again once nobody holds them."""
+        if not self.gpu:
+            return
+        if hardware in self.lent:
+            self.lent[hardware][1].synchronize()
+        copied = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
+        copied.record()
+        self.lent[hardware] = outputs, copied
 
     def __del__(self) -> None:
         with suppress(Exception):  # at the interpreter's end there may be no GPU to ask
@@ -179,24 +160,17 @@ class _Graph:
                 copied.synchronize()
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """Memory for results, uint8, on the renderer's device."""
+        """Allocate memory for results, uint8, on the renderer's device."""
         try:
             if self.gpu or self.pinned:
                 return torch.empty(shape, dtype=torch.uint8, device=self.device if self.gpu else "cpu", pin_memory=self.pinned)
-            return torch.from_numpy(np.empty(shape, np.uint8))  # which asks for huge pages; torch doesn't
+            return torch.from_numpy(np.empty(shape, np.uint8))  # numpy asks for huge pages, torch doesn't
         except torch.OutOfMemoryError:  # of a GPU
             raise
         except (RuntimeError, MemoryError, ValueError):  # a stranger's store may ask for more than there is
             raise RenderError(f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory") from None
 
-    def _parts(self, blobs: Sequence[bytes]) -> list[tuple[bool, np.ndarray]]:
-        """Which images go together through which pipeline: (whether the hardware decodes them, their places in the batch)."""
-        if not self.by_hardware:
-            return [(False, np.arange(len(blobs)))]
-        baseline = np.array([is_baseline_jpeg(blob) for blob in blobs], dtype=bool)
-        return [(kind, rows) for kind in (True, False) if len(rows := np.flatnonzero(baseline == kind))]
-
-    def _built(self, by_hardware: bool) -> dali.Pipeline:
+    def _built(self, hardware: bool) -> dali.Pipeline:
         # DALI's default executor returns what a GPU makes without waiting for it, and its outputs may be kept; on the CPU it has no advantage here.
         executor = {} if self.gpu else {"exec_async": False, "exec_pipelined": False}
         pipe = dali.Pipeline(
@@ -204,16 +178,16 @@ class _Graph:
         )
         with pipe:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            pipe.set_outputs(*self.define(encoded, lambda encoded, exif: self._decoded(encoded, exif, by_hardware)))
+            pipe.set_outputs(*self.define(encoded, lambda encoded, exif: self._decoded(encoded, exif, hardware)))
         pipe.build()
         return pipe
 
-    def _decoded(self, encoded: dali.data_node.DataNode, exif: str, by_hardware: bool) -> dali.data_node.DataNode:
-        share = {"device": "mixed", "hw_decoder_load": 1.0 if by_hardware else 0.0} if self.gpu else {"device": "cpu"}
-        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif == "apply", jpeg_fancy_upsampling=True, **share)
+    def _decoded(self, encoded: dali.data_node.DataNode, exif: str, hardware: bool) -> dali.data_node.DataNode:
+        where = {"device": "mixed", "hw_decoder_load": 1.0 if hardware else 0.0} if self.gpu else {"device": "cpu"}
+        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif == "apply", jpeg_fancy_upsampling=True, **where)
 
     def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
-        """The place of the image that can't be decoded alone, on the CPU or, where this renderer decodes there, on the GPU; and whether only the GPU can't."""
+        """Find the image that can't be decoded alone, on the CPU or on the renderer's own backend: its place, and whether only a GPU refuses it."""
         for backend in dict.fromkeys(("cpu", self.backend)):
             look = WholeDecode("ignore", backend)
             for place, blob in enumerate(blobs):
@@ -368,7 +342,7 @@ class WholeDecode(_OneImage):
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
         """(height, width) of the decoded image; None if it can't be decoded whole."""
         try:
-            (image,) = self.run([blob], by_hardware=self.by_hardware and is_baseline_jpeg(blob))
+            (image,) = self.run([blob], hardware=self.divides and is_baseline_jpeg(blob))
         except RenderError:
             return None
         return tuple(image.shape()[0][:2])

@@ -19,7 +19,7 @@ from pipeline.curves import EVENTS, PICTURE
 from pipeline.models import Model, load_teachers
 from pipeline.processes import ALONE, Processes
 from pipeline.progress import say
-from pipeline.provenance import OLD_DECODER, layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
+from pipeline.provenance import layout_of, recipe, require_class_count, require_same_classes, require_same_pixels
 from pipeline.replay import DrawnCrops, Source, StoredLabels, policy_of
 from pipeline.scanned import Scanned
 
@@ -208,8 +208,6 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
 def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
     if difference := next((found for key in now if (found := first_difference(key, before.get(key), now[key]))), None):
         where, theirs, ours = difference
-        if where == "renderer.decoder":
-            raise RunError(f"{out} was started with {theirs or OLD_DECODER}, this version has {ours}; choose another --out")
         raise RunError(f"{out} was started with {where} {theirs}, this is {ours}; pass the same to go on, or choose another --out")
 
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from cache.claims import claim, claims_of
 from pipeline import checkpoint, images, losses, philox, schedule, start
+from pipeline.arithmetic import fixed_shapes, in_precision, require_precision
 from pipeline.background import share_the_interpreter
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError
 from pipeline.curves import Curves
 from pipeline.evaluate import evaluate
-from pipeline.models import Model, arithmetic, fixed_shapes, load, require_arithmetic, sync_batchnorm
+from pipeline.models import Model, load, sync_batchnorm
 from pipeline.processes import ALONE, Elsewhere, Processes
 from pipeline.progress import Progress, duration, say
 from pipeline.replay import Batch, Replay, Source
@@ -107,9 +108,9 @@ def _require_possible(config: Config, processes: Processes, device: torch.device
         )
     if config.train.sync_bn and device.type != "cuda":
         raise ConfigError("train.sync_bn is for GPUs, and this runs on a CPU; set train.sync_bn=false")
-    require_arithmetic(config.train.precision, device, "train.precision")
+    require_precision(config.train.precision, device, "train.precision")
     if config.train.online:
-        require_arithmetic(config.store.precision, device, "store.precision")
+        require_precision(config.store.precision, device, "store.precision")
 
 
 def _require_alone(out: Path, mine: set[str]) -> None:
@@ -310,7 +311,7 @@ class Run:
         with self.clock.part("labels and teachers", of_model=True):
             goal = self.targets(batch)
         pixels = batch.pixels[self.config.train.image_size]
-        with self.clock.part("forward and backward", of_model=True), self.processes.in_step(), arithmetic(self.config.train.precision):
+        with self.clock.part("forward and backward", of_model=True), self.processes.in_step(), in_precision(self.config.train.precision):
             total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)
             (total * batch.weight).backward()  # whose gradient becomes the mean over the processes

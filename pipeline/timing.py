@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from pipeline.arithmetic import HALF
 from pipeline.config import Config
 from pipeline.progress import duration
 from pipeline.render import threads_for
@@ -91,7 +92,7 @@ def advice_on_labelling(clock: Clock, config: Config, device: torch.device) -> s
             return "the teachers wait for the disk: put --store on a faster one, or let several workers fill it"
         return "the teachers wait for coding: a codec of one byte a class (store.codec: pow8) is faster, for a new store"
     more = ["set store.compile=true for a new store"] if not config.store.compile else []
-    if device.type == "cuda" and config.store.precision in ("float32", "tf32"):
+    if device.type == "cuda" and config.store.precision not in HALF:
         more.append("store.precision=float16 for a new store")
     return "the teachers are the limit, the loader keeps up: " + _or([*more, "use more GPUs or machines (torchrun, --worker)"])
 
@@ -105,7 +106,7 @@ def advice_on_training(clock: Clock, config: Config, device: torch.device) -> st
             more.append("show several crops of each decoded image (train.crops_per_image=4)")
         return _of_the_loader(clock, config, device, "the student waits", more, "a store that was made with it")
     more = ["set train.compile=true"] if not config.train.compile else []
-    if device.type == "cuda" and config.train.precision in ("float32", "tf32"):
+    if device.type == "cuda" and config.train.precision not in HALF:
         more.append("train.precision=bfloat16")
     return "the student is the limit, the loader keeps up: " + _or([*more, "use more GPUs (torchrun)"])
 

@@ -33,10 +33,10 @@ class Sent(Generic[T]):
 
 
 class Returning:
-    """Tensors that come from the device to the CPU as soon as it has made them.
+    """Tensors on their way from the device to the CPU.
 
-    Each is copied to pinned memory on the current stream, right behind the work that makes it. Who waits for them waits for that work, and not for what the
-    device was told to do since.
+    Each tensor is copied to pinned memory on the current stream, right behind the work that makes the tensor. ``arrived`` waits for this work alone, and not
+    for what the device was told to do since.
     """
 
     def __init__(self, *tensors: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ class Returning:
             self.arrival.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrived(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, on the CPU."""
+        """Wait for the tensors, and return them on the CPU."""
         if self.arrival:
             self.arrival.synchronize()
         return self.tensors

@@ -17,6 +17,7 @@ from cache import LabelStore
 from pipeline import images, render
 from pipeline.evaluate import evaluate
 from pipeline.generate import generate
+from pipeline.hardware_jpeg import hardware_engines
 from pipeline.models import load
 from pipeline.recheck import recheck
 from pipeline.student import train
@@ -26,9 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CUDA, ROOT = torch.device("cuda"), Path(__file__).parents[1]
 BACKENDS = [
     "gpu",
-    pytest.param(
-        "gpu-hardware", marks=pytest.mark.skipif(not render.hardware_engines(), reason="needs a GPU with a JPEG decoder in hardware")
-    ),
+    pytest.param("gpu-hardware", marks=pytest.mark.skipif(not hardware_engines(), reason="needs a GPU with a JPEG decoder in hardware")),
 ]
 AMPERE = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),

@@ -13,9 +13,9 @@ from cache import LabelStore, StoreError
 from cache.codec import CODECS, divergence
 from cache.merge import merge
 from cache.verify import verify
+from pipeline.arithmetic import ROUNDING
 from pipeline.config import Config, ConfigError
 from pipeline.generate import generate
-from pipeline.provenance import ROUNDING
 from pipeline.recheck import recheck
 from pipeline.report import store_facts
 

@@ -17,10 +17,11 @@ from cache import LabelStore, StoreError, schema
 from cache.merge import merge
 from cache.schema import DamagedStore
 from pipeline import label, models, preview, provenance, recheck, render, start, student
+from pipeline.arithmetic import HALF, ROUNDING, PrecisionError, in_precision, require_precision, rounding
 from pipeline.checkpoint import RunError
 from pipeline.config import Config, ConfigError, validate
 from pipeline.generate import generate
-from pipeline.models import HALF, Model, ModelError, arithmetic, load, require_arithmetic
+from pipeline.models import Model, load
 from pipeline.student import train
 from pipeline.transfer import Returning
 
@@ -57,7 +58,7 @@ def test_a_backward_pass_has_the_same(recipe, photos, store_path, tmp_path, monk
     seen = []
     real = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (seen.append((*flags(), torch.backends.cudnn.benchmark)), real(loss)))
-    monkeypatch.setattr(student, "require_arithmetic", lambda *_: None)
+    monkeypatch.setattr(student, "require_precision", lambda *_: None)
     train(changed(recipe, train={"epochs": 1, "precision": precision}), photos, tmp_path / "run", store=store_path, device=CPU)
     tf32 = precision == "tf32"
     assert set(seen) == {(tf32, tf32, True)}  # and cuDNN tries its algorithms, shapes being fixed
@@ -91,31 +92,31 @@ def test_teachers_fill_batches_of_one_shape_and_cudnn_is_told(recipe, photos, tm
 def test_batchnorm_is_not_folded_into_weights_of_half_precision(recipe, monkeypatch, precision, options):
     asked = {}
     monkeypatch.setattr(torch, "compile", lambda module, **how: asked.update(how) or module)
-    load(recipe.teachers[0]).compiled_to_label(precision)
+    load(recipe.teachers[0]).compiled_teacher(precision)
     assert asked == {"dynamic": False, "options": options}
 
 
 def test_tf32_is_refused_where_there_is_none(recipe, photos, store_path, tmp_path, monkeypatch):
     line = "{} tf32 needs a GPU of compute capability 8.0 or later, and this runs on a CPU; set {}=float32"
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(PrecisionError) as refused:
         generate(changed(recipe, store={"precision": "tf32"}), photos, tmp_path / "s.zarr", device=CPU)
     assert str(refused.value) == line.format("store.precision", "store.precision") and not (tmp_path / "s.zarr").exists()
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(PrecisionError) as refused:
         train(changed(recipe, train={"precision": "tf32"}), photos, tmp_path / "run", store=store_path, device=CPU)
     assert str(refused.value) == line.format("train.precision", "train.precision") and not (tmp_path / "run").exists()
-    with pytest.raises(ModelError, match="store.precision tf32"):
+    with pytest.raises(PrecisionError, match="store.precision tf32"):
         preview.preview(changed(recipe, store={"precision": "tf32"}), photos, None, device=CPU)
-    with pytest.raises(ModelError, match="store.precision tf32"):
+    with pytest.raises(PrecisionError, match="store.precision tf32"):
         train(changed(recipe, store={"precision": "tf32"}, train={"online": True}), photos, tmp_path / "run", device=CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
     for capability in ((7, 0), (8, 0), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, is_of=capability: is_of)
         for precision in ("float32", "float16", "bfloat16", "tf32"):
             if precision == "tf32" and capability < (8, 0):
-                with pytest.raises(ModelError, match="this runs on Tesla V100; set store.precision=float32"):
-                    require_arithmetic(precision, CUDA, "store.precision")
+                with pytest.raises(PrecisionError, match="this runs on Tesla V100; set store.precision=float32"):
+                    require_precision(precision, CUDA, "store.precision")
             else:
-                require_arithmetic(precision, CUDA, "store.precision")
+                require_precision(precision, CUDA, "store.precision")
 
 
 def test_other_precisions_are_refused_by_name():
@@ -127,7 +128,7 @@ def test_other_precisions_are_refused_by_name():
 
 def test_arithmetic_is_as_before_after_an_error():
     before = flags()
-    with pytest.raises(RuntimeError), arithmetic("tf32"):
+    with pytest.raises(RuntimeError), in_precision("tf32"):
         raise RuntimeError
     assert flags() == before
 
@@ -147,7 +148,7 @@ def test_a_gpu_is_recorded_by_name_capability_and_versions(h100, store_path, tmp
 
 ON_CPU, ON_GPU = {"device": "cpu"}, {"device": "cuda"}
 HERE = {"gpu": "NVIDIA H100", "torch": version("torch")}
-UNKNOWN_FLOAT32 = provenance.ROUNDING["tf32"] + provenance.ROUNDING["float32"]
+UNKNOWN_FLOAT32 = ROUNDING["tf32"] + ROUNDING["float32"]
 
 
 @pytest.mark.parametrize(
@@ -163,22 +164,22 @@ UNKNOWN_FLOAT32 = provenance.ROUNDING["tf32"] + provenance.ROUNDING["float32"]
         (ON_GPU | {"compile": True}, HERE, CUDA, 2),
     ],
 )
-@pytest.mark.parametrize("precision", provenance.ROUNDING)
+@pytest.mark.parametrize("precision", ROUNDING)
 def test_what_rounding_explains_hangs_on_precision_device_name_torch_and_compilation(h100, compute, made, device, times, precision):
-    assert provenance.rounding(compute | {"precision": precision}, made, device, precision) == times * provenance.ROUNDING[precision]
+    assert rounding(compute | {"precision": precision}, made, device, precision) == times * ROUNDING[precision]
 
 
 def test_float32_of_a_version_that_recorded_no_gpu_may_have_been_tf32(h100):
     for device in (CPU, CUDA):
-        assert provenance.rounding(ON_GPU | {"precision": "float32"}, {"torch": version("torch")}, device, "float32") == UNKNOWN_FLOAT32
-        assert provenance.rounding(ON_GPU | {"precision": "bfloat16"}, {}, device, "bfloat16") == 2 * provenance.ROUNDING["bfloat16"]
+        assert rounding(ON_GPU | {"precision": "float32"}, {"torch": version("torch")}, device, "float32") == UNKNOWN_FLOAT32
+        assert rounding(ON_GPU | {"precision": "bfloat16"}, {}, device, "bfloat16") == 2 * ROUNDING["bfloat16"]
 
 
 def test_what_rounding_explains_is_less_than_labels_of_other_crops_are_apart(store_path):
     """Otherwise verify would let them pass."""
     p = LabelStore.open(store_path).probabilities(0, slice(0, 90))
     apart = np.abs(p - np.roll(p, 1, axis=0)).sum(axis=1) / 2
-    assert np.median(apart) > 2 * provenance.ROUNDING["float16"]
+    assert np.median(apart) > 2 * ROUNDING["float16"]
 
 
 def on_a_gpu(path: Path, precision: str, made: dict) -> LabelStore:
@@ -258,12 +259,12 @@ def test_going_on_with_a_store_on_another_gpu_is_told(h100, store_path, tmp_path
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     store = on_a_gpu(copy, "float16", {"gpu": "NVIDIA A100"})
     line = f"{copy} was begun on NVIDIA A100; labels of this NVIDIA H100 are the same to rounding, 0.04 in total variation at most"
-    assert provenance.other_gpu(store, CUDA) == line
-    assert provenance.other_gpu(store, CPU) is None  # which is refused
+    assert provenance.changed_gpu(store, CUDA) == line
+    assert provenance.changed_gpu(store, CPU) is None  # which is refused
     edit_store(copy, lambda attributes: attributes["made_with"].update(gpu="NVIDIA H100"))
-    assert provenance.other_gpu(LabelStore.open(copy), CUDA) is None
+    assert provenance.changed_gpu(LabelStore.open(copy), CUDA) is None
     edit_store(copy, lambda attributes: attributes["made_with"].pop("gpu"))
-    assert "begun by a version that recorded no GPU, and whose float32 was TF32 in conv" in provenance.other_gpu(
+    assert "begun by a version that recorded no GPU, and whose float32 was TF32 in conv" in provenance.changed_gpu(
         LabelStore.open(copy), CUDA
     )
 
@@ -280,7 +281,9 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(recipe,
         provenance.require_same_recipe(LabelStore.open(copy), changed(recipe, render={"backend": "gpu"}), teachers, CPU)
     assert "decoder" not in LabelStore.open(store_path).provenance["renderer"]  # of a CPU's store nothing is new
     how = {"renderer": {"backend": "gpu", "steps": "as now"}}
-    with pytest.raises(RunError, match="started with DALI's own choice of decoder.*this version has CUDA .*; choose another --out"):
+    with pytest.raises(
+        RunError, match="started with renderer.decoder None, this is CUDA .*; pass the same to go on, or choose another --out"
+    ):
         start._require_same_teachers(tmp_path, how, {"renderer": how["renderer"] | render.DECODERS["gpu"]})
 
 
@@ -315,7 +318,7 @@ def test_the_plan_times_what_will_run(recipe: Config, photos, monkeypatch, setti
     monkeypatch.setattr(preview, "SECONDS", 0.01)
     compiled, seen = [], []
     real = models.Model.__call__
-    monkeypatch.setattr(Model, "compiled_to_label", lambda model, precision: (compiled.append(precision), model)[1])
+    monkeypatch.setattr(Model, "compiled_teacher", lambda model, precision: (compiled.append(precision), model)[1])
     monkeypatch.setattr(
         Model, "__call__", lambda model, pixels, precision: (seen.append((len(pixels), precision)), real(model, pixels, precision))[1]
     )

@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from cache import LabelStore, StoreError
-from pipeline import crops, images, philox, render
+from pipeline import crops, hardware_jpeg, images, philox, render
 from pipeline.config import Crops, Render
 from pipeline.images import DataError
 from pipeline.provenance import require_same_pixels
@@ -261,7 +261,7 @@ def test_baseline_jpegs_are_known_by_their_header():
         "no image": b"\xff\xd8\xff\xc0",
         "blank": render.BLANK,
     }
-    baseline = {name for name, blob in files.items() if render.is_baseline_jpeg(blob)}
+    baseline = {name for name, blob in files.items() if hardware_jpeg.is_baseline_jpeg(blob)}
     assert baseline == {"colour", "finest", "grey", "turned", "pixel", "line", "long comment", "filled"}
 
 
@@ -270,12 +270,12 @@ def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatc
     monkeypatch.setattr(render.fn.decoders, "image", lambda encoded, **how: (how["device"], how.get("hw_decoder_load")))
     assert renderer._decoded(None, "ignore", False) == ("cpu", None)
     renderer.gpu = True
-    assert [renderer._decoded(None, "ignore", by_hardware) for by_hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
+    assert [renderer._decoded(None, "ignore", hardware) for hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
 
 
 @pytest.mark.parametrize(("engines", "refused"), [(0, True), (7, False), (None, False)])
 def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engines, refused):
-    assert render.hardware_engines() in (0, None) or torch.cuda.is_available()
+    assert hardware_jpeg.hardware_engines() in (0, None) or torch.cuda.is_available()
     monkeypatch.setattr(render, "hardware_engines", lambda: engines)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -285,7 +285,7 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
         with pytest.raises(render.RenderError, match="Tesla V100 has none; use render.backend: gpu$"):
             render.Crops([32], 1, 4, **how)
     else:
-        assert render.Crops([32], 1, 4, **how).by_hardware
+        assert render.Crops([32], 1, 4, **how).divides
 
 
 @pytest.mark.parametrize(
@@ -318,14 +318,14 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
     boxes, flips = crops_of(kinds, views)
     plain = render.Crops([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
     renderer = render.Crops([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
-    renderer.by_hardware = True
+    renderer.divides = True
     fed: list[tuple[bool, int]] = []
     run = renderer.run
 
-    def spy(blobs: list[bytes], *, by_hardware: bool = False, **arguments: np.ndarray) -> object:
-        assert all(render.is_baseline_jpeg(blob) == by_hardware for blob in blobs)
-        fed.append((by_hardware, len(blobs)))
-        return run(blobs, by_hardware=by_hardware, **arguments)
+    def spy(blobs: list[bytes], *, hardware: bool = False, **arguments: np.ndarray) -> object:
+        assert all(hardware_jpeg.is_baseline_jpeg(blob) == hardware for blob in blobs)
+        fed.append((hardware, len(blobs)))
+        return run(blobs, hardware=hardware, **arguments)
 
     renderer.run = spy
     for chosen in (np.arange(12), np.array([4, 0, 6, 2]), np.array([0, 1]), np.array([5, 3])):
@@ -340,7 +340,7 @@ def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
     kinds = [*odd_files().values()]
     boxes, flips = crops_of(kinds, 1)
     renderer = render.Crops([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
-    renderer.by_hardware = True
+    renderer.divides = True
     kinds[6] = kinds[6][:200]
     with pytest.raises(render.RenderError) as failed:
         renderer(kinds, boxes, flips)

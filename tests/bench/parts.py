@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cache import LabelStore
 from cache.writer import StoreWriter
-from pipeline import generate, images, label, replay, student
+from pipeline import generate, images, label, losses, replay, student
 from pipeline.config import Config, validate
 from pipeline.images import Reader
 from pipeline.models import Model
@@ -37,11 +37,7 @@ from pipeline.replay import DrawnCrops, StoredLabels
 from pipeline.timing import Clock
 
 CPU = torch.device("cpu")
-
-
 CLASSES = [f"c{i:03d}" for i in range(1000)]
-
-
 FOLDERS = 16
 
 
@@ -55,6 +51,7 @@ class Extent:
     student: str = "tf_efficientnet_lite0"
     rows: int = 100_000  # of labels that are read alone
     files: int = 1_000  # of labels, one per image
+    image_size: int | None = None  # of the teachers, in pixels; None: their own
 
 
 SMALL = Extent(32, 2, ("test_resnet", "test_efficientnet"), "test_efficientnet", 2_000, 20)
@@ -183,7 +180,7 @@ class Place:
 
     @cached_property
     def encoded(self) -> list[bytes]:
-        """So many photographs as the extent says, as JPEG."""
+        """Encode as many photographs as the extent says, as JPEG."""
         if self.files:
             return [self.files[i % len(self.files)].read_bytes() for i in range(self.extent.photographs)]
         from sklearn.datasets import load_sample_images
@@ -205,7 +202,7 @@ class Place:
             torch.manual_seed(seed)
             file = self.folder / f"{name}.safetensors"
             safetensors.torch.save_file(timm.create_model(name).state_dict(), file)
-            found.append({"model": name, "checkpoint": str(file)})
+            found.append({"model": name, "checkpoint": str(file), "image_size": self.extent.image_size})
         return found
 
     def config(self, **sections: dict) -> Config:
@@ -261,6 +258,15 @@ class Place:
         run = student.Run(config, self.folder / "run", model, teachers or [], source, data, None, self.device)
         run._save = lambda: None  # once an epoch, and an epoch here is short
         return run
+
+
+def bare_steps(model: Model, optimizer: torch.optim.Optimizer, memory: list[tuple], precision: str = "float32") -> None:
+    """Train on what is in memory already, (pixels, soft labels) of each batch: what stage two is measured against."""
+    for pixels, p in memory:
+        loss = losses.soft_cross_entropy(model(pixels, precision), p).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
 
 
 def of_a_pass(run: student.Run) -> float:

@@ -44,6 +44,7 @@ from parts import (
     Extent,
     Figure,
     Place,
+    bare_steps,
     mean_seconds,
     of_a_pass,
     one_thread,
@@ -56,7 +57,7 @@ from parts import (
 
 from cache import LabelStore
 from cache.writer import StoreWriter
-from pipeline import losses, progress
+from pipeline import progress
 from pipeline.config import Config
 from pipeline.cost import estimate
 from pipeline.memory import keep_freed_memory
@@ -97,7 +98,7 @@ def the_teachers(place: Place) -> Iterator[Figure]:
 def compilation(place: Place) -> Iterator[Figure]:
     """Of one teacher, one size of batch: store.compile."""
     (teacher, _) = load_teachers(place.config(teachers=place.teachers).teachers, CPU)
-    fast = teacher.compiled_to_label("float32")
+    fast = teacher.compiled_teacher("float32")
     pixels = {teacher.image_size: torch.randint(0, 256, (64, teacher.image_size, teacher.image_size, 3), dtype=torch.uint8)}
 
     def of(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,17 +150,12 @@ def the_student(place: Place) -> Iterator[Figure]:
     for _ in range(2):  # the first also makes threads and buffers
         begun = time.process_time()
         with run.replay.epoch(0) as batches:
-            memory = [(batch, batch.pixels[224], run.targets(batch).soft) for batch in batches]
+            labelled = [(batch, run.targets(batch).soft) for batch in batches]
         loader = time.process_time() - begun
 
-    def bare() -> None:
-        bare_model.module.train()
-        for _, pixels, p in memory:
-            loss = losses.soft_cross_entropy(bare_model(pixels), p).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
+    memory = [(batch.pixels[224], p) for batch, p in labelled]
+    bare_model.module.train()
+    bare = partial(bare_steps, bare_model, optimizer, memory)
     bare()
     found = pairs(lambda: seconds(bare), lambda: of_a_pass(run), place.repeats)
     rows = len(source.images.usable)
@@ -171,7 +167,7 @@ def the_student(place: Place) -> Iterator[Figure]:
         f"{place.extent.student}, batches of 32: {rates[1]:.1f} of {rates[0]:.1f} images/s; {left_by(loader, found)}",
     )
     reading = min(seconds(lambda: list(run.replay._windows(0))) for _ in range(5))
-    decoding = min(seconds(lambda: [run.targets(batch) for batch, *_ in memory]) for _ in range(5))
+    decoding = min(seconds(lambda: [run.targets(batch) for batch, _ in labelled]) for _ in range(5))
     step = min(a for a, _ in found)
     yield Figure(
         "bare step / label path of it",

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from finding import Bench, Finding
-from parts import CLASSES, of_a_pass, seconds, stored
+from parts import CLASSES, bare_steps, of_a_pass, seconds, stored
 from right import crops_of
 
-from pipeline import losses, render
+from pipeline import render
+from pipeline.arithmetic import fixed_shapes
 from pipeline.cost import estimate, flops
-from pipeline.models import Model, ensemble, fixed_shapes, load, load_teachers
+from pipeline.models import Model, ensemble, load, load_teachers
 from pipeline.replay import DrawnCrops
-from pipeline.student import Run
 
 AIM = "≥ 0.97 is the aim"  # of both stages, beside what their models do alone
 LEAST = 2.0  # seconds that decoding is timed for
 
 
 def bare_seconds(work: Callable[[], object]) -> float:
-    """Seconds of one, the least of three."""
+    """Time a call three times after a first one, and return the least, in seconds."""
     work()
     return min(seconds(work) for _ in range(3))
 
@@ -32,7 +33,7 @@ def noise(bench: Bench) -> dict[int, torch.Tensor]:
 
 
 def teachers_alone(bench: Bench, teachers: list[Model], precision: str) -> float:
-    """Crops a second."""
+    """Measure crops a second of teachers that have nothing to wait for."""
     crops = noise(bench)
     with fixed_shapes():
         return bench.batch / bare_seconds(lambda: ensemble(teachers, crops, precision, batch_size=bench.batch))
@@ -43,7 +44,7 @@ def names(bench: Bench) -> str:
 
 
 def stage_one(bench: Bench) -> Iterator[Finding]:
-    """generate-labels beside its bare teachers, with each decoder."""
+    """Compare generate-labels with its bare teachers, for each decoder."""
     for backend in bench.backends():
         config = bench.config(
             **bench.settings(teachers=bench.teachers, crops={"views": 4}, store={"precision": bench.half}, render={"backend": backend})
@@ -59,7 +60,7 @@ def stage_one(bench: Bench) -> Iterator[Finding]:
 
 
 def teachers(bench: Bench) -> Iterator[Finding]:
-    """The paper's teachers alone: precisions, and cuDNN's own choice of algorithms beside trying them."""
+    """Time the paper's teachers alone in each precision, and with cuDNN's own choice of algorithms."""
     models = load_teachers(bench.config(**bench.settings(teachers=bench.teachers)).teachers, bench.device)
     gflop = sum(flops(name, bench.size)[0] for name in bench.extent.teachers) / 1e9
     crops, rates = noise(bench), {}
@@ -76,9 +77,9 @@ def teachers(bench: Bench) -> Iterator[Finding]:
 
 
 def compiled(bench: Bench) -> Iterator[Finding]:
-    """Compiled teachers beside eager ones, and how far their labels are apart."""
+    """Compare compiled teachers with eager ones: speed and labels."""
     models = load_teachers(bench.config(**bench.settings(teachers=bench.teachers)).teachers, bench.device)
-    fast, crops = [model.compiled_to_label(bench.half) for model in models], noise(bench)
+    fast, crops = [model.compiled_teacher(bench.half) for model in models], noise(bench)
     with fixed_shapes():
         first = seconds(lambda: ensemble(fast, crops, bench.half, batch_size=bench.batch))
     one, other = (ensemble(several, crops, bench.half, batch_size=bench.batch)[0] for several in (models, fast))
@@ -88,7 +89,7 @@ def compiled(bench: Bench) -> Iterator[Finding]:
 
 
 def stage_two(bench: Bench) -> Iterator[Finding]:
-    """train-student beside its bare step on data in the device's memory; and the paper's way, with live teachers, beside that."""
+    """Compare train-student with its bare step on data in the device's memory, and with the paper's way, which asks live teachers."""
     config = bench.config(**bench.settings())
     source = stored(bench, bench.many, config)
     run = bench.training(config, source, bench.many, load(config.student, classes=1000, image_size=bench.size).to(bench.device))
@@ -97,18 +98,12 @@ def stage_two(bench: Bench) -> Iterator[Finding]:
     model = load(config.student, classes=1000, image_size=bench.size).to(bench.device)
     optimizer = torch.optim.SGD(model.module.parameters(), lr=0.01, momentum=0.9, fused=bench.gpu or None)
     model.module.train()
-
-    def bare() -> None:
-        for pixels, p in memory:
-            loss = losses.soft_cross_entropy(model(pixels, config.train.precision), p).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
+    bare = partial(bare_steps, model, optimizer, memory, config.train.precision)
     rows = sum(len(p) for _, p in memory)
     with fixed_shapes():
         rates = [rows / bare_seconds(bare)]
-        taken = passes(run)
+        of_a_pass(run)  # which makes threads and buffers
+        taken = of_a_pass(run)
         rates.append(rows / bare_seconds(bare))
     images = len(source.images.usable)
     detail = {"images_per_second": images / taken, "bare": rates, "precision": config.train.precision, "batch": bench.batch}
@@ -117,12 +112,8 @@ def stage_two(bench: Bench) -> Iterator[Finding]:
     yield from online(bench, images / taken)
 
 
-def passes(run: Run) -> float:
-    """Seconds of the second pass: the first makes threads and buffers."""
-    return [of_a_pass(run) for _ in range(2)][-1]
-
-
 def online(bench: Bench, stored_rate: float) -> Iterator[Finding]:
+    """Compare a step with live teachers with the step from a store, whose images a second are known."""
     live = bench.config(**bench.settings(teachers=bench.teachers, store={"precision": bench.half}, train={"online": True}))
     models = load_teachers(live.teachers, bench.device)
     found = bench.manifest
@@ -138,7 +129,7 @@ def online(bench: Bench, stored_rate: float) -> Iterator[Finding]:
 
 
 def decoding(bench: Bench) -> Iterator[Finding]:
-    """Crops a second of the renderer alone, several views from one decode."""
+    """Measure crops a second of the renderer alone, for one and several views from one decode."""
     n = bench.batch
     blobs = [bench.encoded[i % len(bench.encoded)] for i in range(n)]
     boxes, flips = crops_of(blobs, 8)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import timm
 import torch
 from parts import Extent, Place
-from safetensors.torch import save_file
 
 from pipeline.config import ModelSpec
+from pipeline.hardware_jpeg import hardware_engines
 from pipeline.models import Model, load
-from pipeline.render import hardware_engines
 
-PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50")
-TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet")
+PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50", image_size=224)
+TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet", image_size=48)
 SHARPNESS = 3.0  # standard deviation of the random teachers' logits, whose softmax would be flat otherwise
 
 
@@ -33,7 +30,7 @@ class Finding:
     detail: dict = field(default_factory=dict)
 
     def row(self) -> str:
-        """Of a table in Markdown."""
+        """Return the finding as a row of a table in Markdown."""
         found = self.found if isinstance(self.found, str) else f"{self.found:.3g}"
         verdict = {True: "yes", False: "**NO**", None: ""}[self.holds]
         more = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.detail.items())
@@ -41,7 +38,7 @@ class Finding:
 
 
 def at_most(what: str, found: float, bound: float, **detail: object) -> Finding:
-    """A figure that must not be larger."""
+    """Make a finding of a figure that must not exceed a bound."""
     return Finding(what, float(found), f"≤ {bound:.3g}", bool(found <= bound), detail)
 
 
@@ -55,27 +52,15 @@ class Bench(Place):
         self.gpu = device.type == "cuda"
         super().__init__(folder, 1, PAPER if self.gpu else TINY, device, files)
         self.given = given
-        self.size, self.batch = (224, 256) if self.gpu else (48, 8)
+        self.size, self.batch = self.extent.image_size, 256 if self.gpu else 8
         self.half = "float16" if self.gpu else "bfloat16"  # CPUs are slow in float16
 
-    @cached_property
-    def teachers(self) -> list[dict]:
-        """For speed alone: random weights."""
-        return [self._random(name, seed) for seed, name in enumerate(self.extent.teachers)]
-
-    def _random(self, name: str, seed: int) -> dict:
-        file = self.folder / f"{name}.safetensors"
-        if not file.exists():
-            torch.manual_seed(seed)
-            save_file(timm.create_model(name).state_dict(), file)
-        return {"model": name, "checkpoint": str(file), "image_size": self.size}
-
     def backends(self) -> list[str]:
-        """Of the renderer, that this machine has."""
+        """List the renderer's backends that this machine has."""
         return ["cpu", *["gpu"] * self.gpu, *["gpu-hardware"] * (self.gpu and hardware_engines() != 0)]
 
     def judges(self) -> tuple[list[Model], str]:
-        """Teachers whose labels are compared, on the CPU, and what they are."""
+        """Load the teachers whose labels are compared, on the CPU, and say whose weights they have."""
         if self.given:
             return [load(ModelSpec(model=name, checkpoint=file)) for name, file in self.given], "real weights"
         names = ("tf_efficientnet_lite1", "tf_efficientnet_lite2") if self.gpu else self.extent.teachers
@@ -89,7 +74,7 @@ class Bench(Place):
         return models, "random weights"
 
     def settings(self, **sections: dict) -> dict:
-        """Sections of a config, for ``config``: one recipe for both stages."""
+        """Return sections of a config, for ``config``: one recipe for both stages, with some values replaced."""
         store = {"batch_size": self.batch, "shard_rows": 1024 if self.gpu else 16, "views_per_decode": 4} | sections.pop("store", {})
         train = {"image_size": self.size, "batch_size": self.batch, "precision": "bfloat16" if self.gpu else "float32"} | sections.pop(
             "train", {}

@@ -59,7 +59,7 @@ SLOW_ON_CPU = ("tests", "compiled")  # there the tests of a GPU skip, and compil
 
 
 def tests(bench: Bench) -> Iterator[Finding]:
-    """The project's tests of a GPU."""
+    """Run the project's tests of a GPU."""
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     log, seconds = bench.folder / "tests.txt", GROUPS["tests"][1] - LEAST
     with open(log, "w") as out, suppress(subprocess.TimeoutExpired):
@@ -97,7 +97,7 @@ def child(groups: list[str], into: Path, bench: Bench) -> None:
 
 
 def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
-    """What a child wrote within so many seconds, and how it ended, empty if well."""
+    """Run a child for at most so many seconds; return the findings that it wrote, and how it ended, empty if well."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         status = process.wait(limit)
@@ -113,7 +113,7 @@ def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
 
 
 def measured(given: argparse.Namespace, folder: Path) -> Iterator[dict]:
-    """Findings of all groups; of those too that came to no end."""
+    """Have every group measured, and yield the findings, also about groups that came to no end."""
     begun = time.monotonic()
     groups = given.only or [group for group in GROUPS if given.device != "cpu" or group not in SLOW_ON_CPU]
     # On a GPU a process each; on a CPU one for all: importing takes longer than measuring.

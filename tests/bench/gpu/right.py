@@ -20,7 +20,9 @@ from PIL import Image
 
 from cache.codec import divergence
 from pipeline import crops, philox, provenance, render
+from pipeline.arithmetic import ROUNDING
 from pipeline.config import Crops
+from pipeline.hardware_jpeg import hardware_engines
 from pipeline.models import Model, ensemble, load
 
 FEW, BATCH = 96, 64  # photographs that are rendered in many ways; images of a batch
@@ -30,7 +32,7 @@ ALIKE = 1e-3  # losses of one process and of two that do the same, relative
 
 
 def the_machine(bench: Bench) -> Iterator[Finding]:
-    """Versions, and what its memory, its connection and its arithmetic can do at most."""
+    """Name the machine and its versions, and measure the most that its connection and its arithmetic can do."""
     import nvidia.dali
     import timm
 
@@ -54,14 +56,14 @@ def the_machine(bench: Bench) -> Iterator[Finding]:
     multiplying = min(seconds(lambda: a @ b) for _ in range(5))
     yield Finding("GB/s from pinned memory to the GPU", n / copying / 1e9, "≥ 10", n / copying > 1e10)
     yield Finding("TFLOP/s of a large bfloat16 product", 2 * 8192**3 / multiplying / 1e12)
-    yield Finding("hardware JPEG engines", "unknown" if (n := render.hardware_engines()) is None else float(n))
+    yield Finding("hardware JPEG engines", "unknown" if (n := hardware_engines()) is None else float(n))
 
 
 # ---- pixels
 
 
 def odd_kinds() -> dict[str, bytes]:
-    """Pictures that a hardware decoder isn't for, and some that it is."""
+    """Make pictures of many kinds, for hardware decoders and not."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 27, 3), dtype=np.uint8)).resize((270, 200))
     found = {}
     for name, picture, kind, how in (
@@ -80,7 +82,7 @@ def odd_kinds() -> dict[str, bytes]:
 
 
 def crops_of(blobs: list[bytes], views: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [views, n, 4] and flips [views, n], as a store would have them."""
+    """Draw boxes [views, n, 4] and flips [views, n], as a store would have them."""
     whole = render.WholeDecode("ignore")
     height, width = np.array([whole(blob) for blob in blobs]).T
     identity = philox.identities(np.array([f"{i:04d}" for i in range(len(blobs))], object))
@@ -89,7 +91,7 @@ def crops_of(blobs: list[bytes], views: int = 1) -> tuple[np.ndarray, np.ndarray
 
 
 def pixels(bench: Bench) -> Iterator[Finding]:
-    """Do a crop's pixels depend on what else is rendered with it, and how far are they from the CPU's?"""
+    """Find out whether a crop's pixels depend on what else is rendered with it, and how far they are from the CPU's."""
     for backend in bench.backends():
         kinds = odd_kinds()
         look = render.WholeDecode("ignore", backend)
@@ -132,7 +134,7 @@ WAYS = (
 
 
 def moving(bench: Bench, backend: str, blobs: list[bytes], only: tuple[str, ...] = WAYS) -> tuple[np.ndarray, dict[str, int]]:
-    """Crops uint8 [n, size, size, 3], rendered in batches of BATCH; and how many of them are others, by way of rendering them again."""
+    """Render crops uint8 [n, size, size, 3] in batches of BATCH, and count by way of rendering them again how many come out otherwise."""
     boxes, flips = crops_of(blobs)
     own, mixed = np.arange(len(blobs)), np.random.default_rng(0).permutation(len(blobs))
 
@@ -155,7 +157,7 @@ def moving(bench: Bench, backend: str, blobs: list[bytes], only: tuple[str, ...]
 
 
 def work_for(bench: Bench) -> Callable[[], object]:
-    """Keeps all of the GPU busy for some 30 ms a call, on a stream of its own."""
+    """Return a function that keeps all of the GPU busy for some 30 ms a call, on a stream of its own."""
     stream, a = torch.cuda.Stream(), torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16)
 
     def work() -> None:
@@ -168,7 +170,7 @@ def work_for(bench: Bench) -> Callable[[], object]:
 
 @contextmanager
 def dalis_own_share() -> Iterator[None]:
-    """Meanwhile the largest 65 % of a batch go to the hardware decoder, as DALI would have it."""
+    """Give the largest 65 % of a batch to the hardware decoder meanwhile, as DALI would have it."""
     real = render.fn.decoders.image
 
     def image(encoded: object, **how: object) -> object:
@@ -183,7 +185,7 @@ def dalis_own_share() -> Iterator[None]:
 
 
 def labels(bench: Bench) -> Iterator[Finding]:
-    """How far labels of each precision are from float32 on the CPU, and whether a row's label depends on its place."""
+    """Measure how far labels of each precision are from float32 on the CPU, and whether a row's label depends on its place in the batch."""
     judges, what = bench.judges()
     blobs = bench.encoded
     boxes, flips = crops_of(blobs)
@@ -193,7 +195,7 @@ def labels(bench: Bench) -> Iterator[Finding]:
     there = {size: p.to(bench.device) for size, p in pixels.items()}
     teachers = [teacher.to(bench.device) for teacher in judges]
     detail = {"crops": len(blobs), "teachers": f"{' + '.join(t.name for t in teachers)}, {what}"}
-    for precision, bound in provenance.ROUNDING.items():
+    for precision, bound in ROUNDING.items():
         p = ensemble(teachers, there, precision, batch_size=batch)[0]
         kl, tv = apart(p, exact)
         yield at_most(f"labels in {precision}, largest total variation", tv.max(), bound, mean=tv.mean(), kl=kl.mean(), **detail)
@@ -213,12 +215,12 @@ def labels(bench: Bench) -> Iterator[Finding]:
 
 
 def as_torch_has_it(model: Model, pixels: torch.Tensor, precision: str) -> torch.Tensor:
-    """Logits with torch's own settings."""
+    """Compute logits with torch's own settings."""
     return model.module(model.normalise(pixels)).float()
 
 
 def apart(p: torch.Tensor, exact: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """KL(exact‖p) in nats and total variation, by row."""
+    """Return KL(exact‖p) in nats and the total variation, by row."""
     return divergence(exact.cpu().numpy(), p.cpu().numpy().clip(1e-30))
 
 
@@ -226,7 +228,7 @@ def apart(p: torch.Tensor, exact: torch.Tensor) -> tuple[np.ndarray, np.ndarray]
 
 
 def step(bench: Bench) -> Iterator[Finding]:
-    """The first step of stage two beside the CPU's: loss and gradient; and SGD in one kernel beside SGD weight by weight."""
+    """Compare the first step of stage two with the CPU's, by loss and gradient, and SGD in one kernel with SGD weight by weight."""
     size, model = (224, "tf_efficientnet_lite0") if bench.gpu else (48, "test_efficientnet")
     given = {"student": {"model": model, "pretrained": False}, "store": {"batch_size": 32}}
     how = {"image_size": size, "batch_size": 8 if not bench.gpu else 32, "discriminator": {"lr": 1e-4}}
@@ -234,7 +236,7 @@ def step(bench: Bench) -> Iterator[Finding]:
     source = stored(bench, bench.few, config)
 
     def first(precision: str, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
-        """Loss, and the gradient by name."""
+        """Return the loss of the first step, and the gradient by name."""
         with mock.patch.object(bench, "device", device):
             changed = bench.config(**bench.settings(**given, train=how | {"precision": precision}))
             run = bench.training(changed, source, bench.few, load(changed.student, classes=1000, image_size=size).to(device))
@@ -254,13 +256,14 @@ def step(bench: Bench) -> Iterator[Finding]:
 
 
 def off(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """‖found − wanted‖ / ‖wanted‖ over all tensors."""
+    """Return ‖found − wanted‖ / ‖wanted‖ over all tensors."""
     apart = sum(float((found[name] - wanted[name]).norm() ** 2) for name in wanted)
     return (apart / sum(float(tensor.norm() ** 2) for tensor in wanted.values())) ** 0.5
 
 
 def fused(bench: Bench, config: object, size: int) -> float:
-    """How far the weights are apart that one kernel for all and one step for each make of the same gradients, relative to the way that they went."""
+    """Step the same weights by the same gradients in one kernel for all weights and in one step for each, and return how far the weights end apart,
+    relative to how far they went."""
     model = load(config.student, classes=1000, image_size=size).to(bench.device).module
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ended = []
@@ -283,7 +286,8 @@ def fused(bench: Bench, config: object, size: int) -> float:
 
 
 def ranks(bench: Bench) -> Iterator[Finding]:
-    """Does a student that two processes train have the loss of one? On a machine with one GPU both are on it and speak by gloo, since NCCL refuses that."""
+    """Compare the loss of a student that two processes train with the loss of one process. On a machine with one GPU both processes are on it and speak by
+    gloo, since NCCL refuses two on one."""
     folder = bench.folder / "ranks"
     folder.mkdir()
     size = 64 if bench.gpu else 32

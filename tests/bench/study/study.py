@@ -205,7 +205,7 @@ def amiss(given: argparse.Namespace) -> str | None:
 
 
 def _plain(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """Files and folders that stay in the folder they are unpacked in, and no links."""
+    """List the files and folders of a tar that stay in the folder they are unpacked in, and no links."""
     return [m for m in tar if (m.isfile() or m.isdir()) and not m.name.startswith("/") and ".." not in Path(m.name).parts]
 
 
