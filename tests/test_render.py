@@ -336,6 +336,27 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
     assert fed == [(True, 16), (False, 6), (True, 16), (False, 2), (True, 16), (False, 2)]
 
 
+def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied():
+    """It writes without waiting for what the GPU was told before."""
+    blobs = [encoded(cut(40, 50), "JPEG"), encoded(cut(40, 50), "PNG")]
+    renderer = render.Crops([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    renderer.divides = True
+    happened: list[str] = []
+
+    class Copied:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def synchronize(self) -> None:
+            happened.append(self.name)
+
+    run = renderer.run
+    renderer.run = lambda blobs, **how: (happened.append("hardware" if how["hardware"] else "CUDA"), run(blobs, **how))[1]
+    renderer.lent = {True: (None, Copied("waits for the hardware's")), False: (None, Copied("waits for CUDA's"))}
+    renderer(blobs, *crops_of(blobs, 1))
+    assert happened == ["waits for the hardware's", "waits for CUDA's", "hardware", "CUDA"]
+
+
 def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
     kinds = [*odd_files().values()]
     boxes, flips = crops_of(kinds, 1)
