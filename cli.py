@@ -74,7 +74,9 @@ def options(*several: Callable) -> Callable:
 
 
 folder = click.Path(path_type=Path)
-config_option = click.option("--config", required=True, type=folder, help="Recipe, a YAML file; those of the project are in configs/.")
+config_option = click.option(
+    "--config", required=True, type=folder, help="Recipe: a YAML file, or the name of one of the project's (meal_v2_resnet50)."
+)
 set_option = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a value of the config: train.lr=0.005.")
 data_option = click.option("--data", required=True, type=folder, help="Folder of class folders, or of train/ and val/ that hold them.")
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where models run.  [default: cuda if there is one]")
@@ -600,7 +602,7 @@ def demo(out, device, as_json, settings):
     from pipeline.config import load
     from pipeline.demo import demo
 
-    recipe = load(Path(__file__).parent / "configs" / "demo_digits.yaml", None, list(settings))
+    recipe = load("demo_digits", None, list(settings))
     result = demo(recipe, out, _device(device), quiet=as_json)
     if as_json:
         click.echo(_json(result))

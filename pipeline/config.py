@@ -246,16 +246,29 @@ _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_i
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
+RECIPES = Path(__file__).resolve().parents[1] / "configs"
+
+
+def found(path: Path) -> Path:
+    """Return the file of a recipe that is named without a folder or an ending, if the project has it and no file of this name is here."""
+    recipe = RECIPES / f"{path.name}.yaml"
+    return recipe if path.name == str(path) and not path.exists() and recipe.is_file() else path
+
+
 def load(path: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None) -> Config:
     """Read a YAML file, put ``overrides`` (dotted key → value) and then ``settings`` ("dotted.key=YAML value") in, and validate.
 
+    The recipes of the project are also found by their name alone: ``meal_v2_resnet50``.
     Raises ConfigError with one line that names the field, its value and what it must be.
     """
-    path = Path(path)
+    path = found(Path(path))
     try:
         document = yaml.load(path.read_text(), Loader=_Loader)  # a subclass of SafeLoader
     except OSError as error:
-        raise ConfigError(f"{path} can't be read ({error.strerror}); the recipes that come with the project are in configs/") from None
+        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+        raise ConfigError(
+            f"{path} can't be read ({error.strerror}); recipes of the project go by their name{_nearest(path.stem, known)}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
     if document is None:

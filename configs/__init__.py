@@ -1,0 +1,1 @@
+"""The recipes, YAML files. A package only so that an installed wheel holds them."""
