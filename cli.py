@@ -26,8 +26,8 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from cache.schema import MealError, printable
-        from cache.stopping import on_signals
+        from cache.errors import MealError, printable
+        from cache.system.signals import on_signals
 
         try:
             with on_signals():
@@ -36,7 +36,7 @@ class Group(click.Group):
             if str(error):  # otherwise it is another process's, which tells it
                 click.echo(f"error: {error}", err=True)
         except KeyboardInterrupt as stop:
-            from pipeline.progress import say
+            from pipeline.runtime.progress import say
 
             by = f" by {stop}" if str(stop) else ""
             say(f"stopped{by}; run the same command again to go on from what is finished")
@@ -158,15 +158,16 @@ def generate_labels(
     """
     recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
     if plan:
-        from pipeline.preview import preview, preview_page
+        from pipeline.inspection.terminal import plan_page
+        from pipeline.labelling.plan import make_plan
 
         share = {"workers": _worker(worker)[1], "first_view": first_view}
-        preview_page(preview(recipe, data, store, split=split, classes=_class_map(class_map), device=_device(device), **share))
+        plan_page(make_plan(recipe, data, store, split=split, classes=_class_map(class_map), device=_device(device), **share))
         return
     for option, value in (("--data", data), ("--store", store)):
         if value is None:
             raise click.UsageError(f"Missing option '{option}'; only --plan does without it")
-    from pipeline.generate import generate
+    from pipeline.labelling.generate import generate
 
     generate(
         recipe,
@@ -232,8 +233,8 @@ def train_student(
       python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --online --out reference
       python cli.py train-student --config configs/smoke_cpu.yaml --data photos --out teacher --set train.labels=hard
     """
-    from pipeline.processes import joining
-    from pipeline.student import train
+    from pipeline.runtime.distributed import joining
+    from pipeline.training.train import train
 
     changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
     changed |= {"train.epochs": epochs, "train.batch_size": batch_size, "train.online": online or None, "teachers": list(teachers)}
@@ -288,15 +289,17 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
       python cli.py eval --data imagenet --model resnet50.ram_in1k
       python cli.py eval --data imagenet --model resnet50=run/best.safetensors --teacher senet154 --teacher resnet152_v1s
     """
-    from pipeline import images
-    from pipeline.config import ModelSpec, validate
-    from pipeline.evaluate import evaluate
-    from pipeline.models import load
-    from pipeline.progress import say
-    from pipeline.report import evaluation_table
+    from pipeline.config import ModelSpec
+    from pipeline.config_file import validate
+    from pipeline.evaluation import evaluate
+    from pipeline.images.folders import class_names, split_folder
+    from pipeline.images.scan import scan, unusable_summary
+    from pipeline.inspection.terminal import evaluation_table
+    from pipeline.models.weights import load
+    from pipeline.runtime.progress import say
 
     place = _device(device)
-    directory = images.split_folder(data, split)
+    directory = split_folder(data, split)
 
     look = {"mean": mean or None, "std": std or None}
 
@@ -306,9 +309,9 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
     pupils, references = loaded(models), loaded(teachers)
     for model in (*pupils, *references):
         model.interpolation = interpolation or model.interpolation
-    classes = _class_map(class_map) or images.class_names(directory)
-    found = images.scan(directory, classes, exif=exif)
-    for line in images.unusable_summary(found):
+    classes = _class_map(class_map) or class_names(directory)
+    found = scan(directory, classes, exif=exif)
+    for line in unusable_summary(found):
         say(line)
     result = evaluate(pupils, directory, found, len(classes), device=place, teachers=references, batch_size=batch_size, exif=exif)
     for entry, given in zip(result["models"], models, strict=True):
@@ -337,7 +340,8 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
       python cli.py inspect labels.zarr --report report.html --data imagenet
       python cli.py inspect labels.zarr --image n01440764_10026.JPEG
     """
-    from pipeline.report import image_facts, image_page, store_facts, store_page
+    from pipeline.inspection.store_facts import image_facts, store_facts
+    from pipeline.inspection.terminal import image_page, store_page
 
     if report and image:
         raise click.UsageError("--report is of a whole store, --image of one image; give one of them")
@@ -347,11 +351,11 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         facts = image_facts(store, image)
         page = image_page
     elif report:
-        from pipeline import images
-        from pipeline.page import write_report
-        from pipeline.progress import say
+        from pipeline.images.folders import split_folder
+        from pipeline.inspection.html_report import write_report
+        from pipeline.runtime.progress import say
 
-        facts = write_report(store, report, data=data and images.split_folder(data, split), labels=labels, check=not no_check)
+        facts = write_report(store, report, data=data and split_folder(data, split), labels=labels, check=not no_check)
         say(f"wrote {report}; open it in a browser")
         page = None
     else:
@@ -391,16 +395,17 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
       python cli.py verify labels.zarr
       python cli.py verify labels.zarr --data imagenet --sample 1000
     """
-    from pipeline import images
-    from pipeline.config import ModelSpec, validate
-    from pipeline.recheck import recheck
-    from pipeline.report import verdict_page
+    from pipeline.config import ModelSpec
+    from pipeline.config_file import validate
+    from pipeline.images.folders import split_folder
+    from pipeline.inspection.relabel import recheck
+    from pipeline.inspection.terminal import verdict_page
 
     if (sample or teachers) and not (data and sample):
         raise click.UsageError("--sample renders images again and needs --data; --teacher needs both")
     result = recheck(
         store,
-        data and images.split_folder(data, split),
+        data and split_folder(data, split),
         [validate(teacher, "command line", ModelSpec) for teacher in teachers],
         sample,
         device=_device(device) if sample else None,
@@ -428,8 +433,8 @@ def compare_runs(runs, figure, as_json):
       python cli.py compare run reference
       python cli.py compare run reference --figure curves.svg --json
     """
-    from pipeline.compare import compare, comparison_page, draw
-    from pipeline.progress import say
+    from pipeline.runs.compare import compare, comparison_page, draw
+    from pipeline.runtime.progress import say
 
     result = compare(runs)
     draw(result, figure)
@@ -463,7 +468,7 @@ def export_run(run, out, weights, no_onnx, store, as_json):
       python cli.py export run --out resnet50-meal-v2 --store labels.zarr
       python cli.py export run --out resnet50-last --weights last --no-onnx
     """
-    from pipeline.export import export, summary
+    from pipeline.exchange.export_student import export, summary
 
     result = export(run, out, weights=weights, onnx=not no_onnx, store=store)
     click.echo(_json(result) if as_json else "\n".join(summary(result)))
@@ -489,7 +494,7 @@ def merge_stores(stores, out, codec):
     """
     from cache import LabelStore
     from cache.merge import merge
-    from pipeline.progress import Progress, say
+    from pipeline.runtime.progress import Progress, say
 
     chosen = codec and _codec(codec)
     total = max(LabelStore.open(store).finished().size for store in stores)
@@ -537,16 +542,14 @@ def import_labels(directory, form, data, store, teachers, image_size, interpolat
       python cli.py import-labels FKD_soft_label_500_crops_marginal_smoothing_k_5 --data imagenet --store fkd.zarr \\
           --teacher tf_efficientnet_l2_ns_475 --image-size 475
     """
-    from pipeline import exchange
-    from pipeline.fkd import LabelFileError
+    from pipeline.exchange.fkd_format import LabelFileError
+    from pipeline.exchange.import_labels import REFUSED, import_labels
 
-    if form in exchange.REFUSED:
-        raise LabelFileError(f"{form} label sets can't be imported: {exchange.REFUSED[form]}; make labels with generate-labels")
+    if form in REFUSED:
+        raise LabelFileError(f"{form} label sets can't be imported: {REFUSED[form]}; make labels with generate-labels")
     if form != "fkd":
-        raise click.BadParameter(
-            f"{form!r} must be fkd ({' and '.join(exchange.REFUSED)} can't be replayed exactly)", param_hint="--format"
-        )
-    exchange.import_labels(
+        raise click.BadParameter(f"{form!r} must be fkd ({' and '.join(REFUSED)} can't be replayed exactly)", param_hint="--format")
+    import_labels(
         directory,
         data,
         store,
@@ -580,7 +583,7 @@ def export_labels(store, out, labels, views, split):
     Example:
       python cli.py export-labels labels.zarr --out soft_labels --labels top10
     """
-    from pipeline.exchange import export_labels
+    from pipeline.exchange.export_labels import export_labels
 
     export_labels(store, out, labels=labels, views=views, split=split)
 
@@ -599,7 +602,7 @@ def demo(out, device, as_json, settings):
     Example:
       python cli.py demo
     """
-    from pipeline.config import load
+    from pipeline.config_file import load
     from pipeline.demo import demo
 
     recipe = load("demo_digits", None, list(settings))
@@ -622,13 +625,13 @@ def _json(result: dict) -> str:
 
 
 def _recipe(path: Path, settings: tuple[str, ...], overrides: dict[str, Any]) -> Any:
-    from pipeline import config
+    from pipeline.config_file import load
 
-    return config.load(path, {key: value for key, value in overrides.items() if value not in (None, [])}, list(settings))
+    return load(path, {key: value for key, value in overrides.items() if value not in (None, [])}, list(settings))
 
 
 def _codec(name: str) -> Any:
-    from cache.codec import CODECS
+    from cache.format.codec import CODECS
 
     if name not in CODECS:
         close = difflib.get_close_matches(name, CODECS, 1)
@@ -642,10 +645,10 @@ def _class_map(name: str | None) -> list[str] | None:
     if name is None:
         return None
     if name == "imagenet-1k":
-        from pipeline.models import imagenet_classes
+        from pipeline.models.names import imagenet_classes
 
         return imagenet_classes()
-    from pipeline.images import read_class_map
+    from pipeline.images.folders import read_class_map
 
     return read_class_map(name)
 
@@ -655,7 +658,7 @@ def _device(name: str | None) -> Any:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi")
-    from pipeline.memory import keep_freed_memory
+    from pipeline.runtime.malloc import keep_freed_memory
 
     keep_freed_memory()
     if name == "cpu" or not torch.cuda.is_available():

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import mend, schema
-from cache.codec import Codec
+from cache import repair
+from cache.create import create
+from cache.errors import StoreError
+from cache.format import schema
+from cache.format.codec import Codec
+from cache.format.manifest import USABLE
 from cache.reader import LabelStore
-from cache.schema import StoreError
 
 ALIKE = ("crops", "renderer", "data")  # sections of the provenance that say which crops of which images, as which pixels
 
@@ -49,7 +52,7 @@ def merge(
     if not joining and (most := max(store.views for store in stores)) > views:
         say(f"views {views} to {most - 1} are not in all of the stores, and are left out")
     attributes = dict(stores[0].attributes) if joining else _averaged(stores, codec or stores[0].codec)
-    writer = mend.opened(out, lambda at, least: _make(at, stores[0], attributes, max(views, least)), say)
+    writer = repair.opened(out, lambda at, least: _make(at, stores[0], attributes, max(views, least)), say)
     if _recipe(writer.store.provenance) != _recipe(attributes["provenance"]):
         raise StoreError(f"{out} is there already and was made from other stores; choose another --out, or remove it")
     if writer.store.views < views or writer.uneven:
@@ -145,7 +148,7 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
 
 
 def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
-    schema.create(out, images=like.images, views=views, attributes=mend.described(attributes))
+    create(out, images=like.images, views=views, attributes=repair.described(attributes))
 
 
 def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:
@@ -163,7 +166,7 @@ def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np
 def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:
     """Averaged codes of a shard and its crops; None where a store has no label yet, or a damaged one, and then which and what is wrong."""
     rows = made.shard_slice(shard)
-    usable = made.images.status[rows] == schema.USABLE
+    usable = made.images.status[rows] == USABLE
     codes = np.zeros((len(usable), made.codec.columns(made.classes)), made.codec.dtype)
     for store in stores:
         for theirs in np.unique(np.arange(rows.start, rows.stop) // store.shard_rows).tolist():

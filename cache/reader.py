@@ -15,9 +15,14 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cache import codec as codecs
-from cache import schema, sense
-from cache.schema import DamagedStore, Images, StoreError, UnreadableStore
+from cache import errors
+from cache.errors import DamagedStore, StoreError, UnreadableStore
+from cache.format import codec as codecs
+from cache.format import schema, validate
+from cache.format.crops import fault_of_crops
+from cache.format.manifest import USABLE, Images
+from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
+from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
 
 UNREADABLE = (KeyError, ValueError, RuntimeError, TypeError, OverflowError, OSError)  # a checksum, a file cut short, none at all
 _short_of_memory = threading.Lock()
@@ -45,7 +50,7 @@ class LabelStore:
         self.classes: int = shape[2]
         for name in (*self.shard_arrays, "records"):
             if self.array(name).shape[0] < self.views:
-                raise schema.damaged(path, f"{name}/zarr.json", f"it has {self.array(name).shape[0]} views, the store {self.views}")
+                raise errors.damaged(path, f"{name}/zarr.json", f"it has {self.array(name).shape[0]} views, the store {self.views}")
 
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
@@ -56,37 +61,37 @@ class LabelStore:
             raise StoreError(f"there is no label store at {path}; make one with generate-labels, or check the path")
         ours = (path / "records").is_dir() and (path / "labels").is_dir()
         try:
-            whole = schema.read_document(path / "zarr.json")
+            whole = read_document(path / "zarr.json")
             attributes = whole["attributes"] if "attributes" in whole or ours else {}
             found, version = attributes.get("format"), attributes.get("format_version")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if schema.momentary(error):
-                raise schema.unreadable(path, "zarr.json", error) from None
+            if errors.momentary(error):
+                raise errors.unreadable(path, "zarr.json", error) from None
             if ours:
-                raise schema.damaged(path, "zarr.json", _one_line(error)) from None
+                raise errors.damaged(path, "zarr.json", _one_line(error)) from None
             raise StoreError(f"{path} is not a label store (it holds no Zarr v3 group); check the path, or choose a new one") from None
-        if found != schema.FORMAT and not (ours and "seal" in attributes):
+        if found != FORMAT and not (ours and "seal" in attributes):
             raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
-        if (type(version) is not int or version not in schema.VERSIONS) and not _only_its_version_is_wrong(attributes, whole):
-            newer = isinstance(version, int) and version > schema.VERSIONS[-1]
+        if (type(version) is not int or version not in VERSIONS) and not only_its_version_is_wrong(attributes, whole):
+            newer = isinstance(version, int) and version > VERSIONS[-1]
             raise StoreError(
-                f"{path} has label store format {version}, this program reads {schema.VERSIONS[0]} to {schema.VERSIONS[-1]}; "
+                f"{path} has label store format {version}, this program reads {VERSIONS[0]} to {VERSIONS[-1]}; "
                 + ("it was made by a newer version: update this program" if newer else "use the version of this program that made it")
             )
-        sealed = type(version) is not int or version not in schema.VERSIONS or version >= schema.SEALED or "seal" in attributes
+        sealed = type(version) is not int or version not in VERSIONS or version >= SEALED or "seal" in attributes
         if sealed:
-            _require_seal(path, {"zarr.json": whole})
-        documents = schema.read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}  # one that may have grown since
+            require_seal(path, {"zarr.json": whole})
+        documents = read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}  # one that may have grown since
         if sealed:
-            _require_seal(path, documents)
+            require_seal(path, documents)
         try:
-            sense.require_sense(path, attributes, documents)
+            validate.require_sense(path, attributes, documents)
             return cls(path, attributes)
         except KeyError as missing:
             raise DamagedStore(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
         except (ValueError, TypeError, OSError) as error:  # metadata cut short
-            if schema.momentary(error):
-                raise schema.unreadable(path, "its description", error) from None
+            if errors.momentary(error):
+                raise errors.unreadable(path, "its description", error) from None
             raise DamagedStore(f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new store") from None
 
     def array(self, name: str) -> zarr.Array:
@@ -116,18 +121,18 @@ class LabelStore:
         """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
         for file in self.manifest_files():  # what Zarr would read as zeros and empty names
             if not (self.path / file).is_file():
-                raise schema.damaged(self.path, file, "it is missing")
+                raise errors.damaged(self.path, file, "it is missing")
         try:
             images = Images(*(self._column(name) for name in Images.__dataclass_fields__))
         except UnreadableStore:
             raise
         except StoreError as error:
-            raise schema.damaged(self.path, "images/", str(error)) from None
+            raise errors.damaged(self.path, "images/", str(error)) from None
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
-            raise schema.damaged(self.path, "images/", "the manifest has another digest")
+            raise errors.damaged(self.path, "images/", "the manifest has another digest")
         if self.attributes.get("row_order") not in (None, images.order):  # stores had none before 0.3
-            raise schema.damaged(self.path, "images/", "the rows are in another order")
+            raise errors.damaged(self.path, "images/", "the rows are in another order")
         for path in images.path:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
                 raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
@@ -136,7 +141,7 @@ class LabelStore:
     def consolidated_is_right(self) -> bool:
         """Whether the copies of the other zarr.json that zarr.consolidate_metadata puts into the store's own, if there are any, are their copies. They are
         not read here, but by other programs."""
-        documents = schema.read_metadata(self.path, self.shard_arrays[1:])
+        documents = read_metadata(self.path, self.shard_arrays[1:])
         consolidated = documents.pop("zarr.json").get("consolidated_metadata")
         if consolidated is None:
             return True
@@ -178,7 +183,7 @@ class LabelStore:
         except UnreadableStore:
             raise
         except StoreError:  # a torn record among them: leave out that one alone
-            raw = np.zeros((self.views, self.shards, schema.RECORD.itemsize), "u1")
+            raw = np.zeros((self.views, self.shards, RECORD.itemsize), "u1")
             for view, shard in np.ndindex(raw.shape[:2]):
                 if not self.size("records", view, shard):
                     continue
@@ -196,7 +201,7 @@ class LabelStore:
 
     def record(self, view: int, shard: int) -> np.void:
         """One of ``records``."""
-        raw = np.zeros(schema.RECORD.itemsize, "u1")
+        raw = np.zeros(RECORD.itemsize, "u1")
         with suppress(*UNREADABLE):
             if self.size("records", view, shard):
                 raw = self._take("records", np.s_[view, shard], str(self.file("records", view, shard).relative_to(self.path)))
@@ -207,22 +212,22 @@ class LabelStore:
         records = self.records()
 
         def look(view: int) -> None:
-            for shard in np.flatnonzero(records["magic"][view] == schema.RECORD_MAGIC).tolist():
+            for shard in np.flatnonzero(records["magic"][view] == RECORD_MAGIC).tolist():
                 if not self._whole(view, shard, records[view, shard]):
-                    records[view, shard] = np.zeros((), schema.RECORD)
+                    records[view, shard] = np.zeros((), RECORD)
 
-        with ThreadPoolExecutor(schema.LOOKS) as pool:
+        with ThreadPoolExecutor(LOOKS) as pool:
             list(pool.map(look, range(self.views)))
         return records
 
     def finished(self) -> np.ndarray:
         """bool [views, shards], read anew: the record is there, and so are the files, of the recorded size."""
-        return self.finished_records()["magic"] == schema.RECORD_MAGIC
+        return self.finished_records()["magic"] == RECORD_MAGIC
 
     def is_finished(self, view: int, shard: int) -> bool:
         """One of ``finished``."""
         record = self.record(view, shard)
-        return record["magic"] == schema.RECORD_MAGIC and self._whole(view, shard, record)
+        return record["magic"] == RECORD_MAGIC and self._whole(view, shard, record)
 
     def _whole(self, view: int, shard: int, record: np.void) -> bool:
         sizes = [self.size(name, view, shard) for name in self.shard_arrays]
@@ -238,8 +243,8 @@ class LabelStore:
         try:
             found = file.stat()
         except OSError as error:
-            if schema.momentary(error):
-                raise schema.unreadable(self.path, file.relative_to(self.path), error) from None
+            if errors.momentary(error):
+                raise errors.unreadable(self.path, file.relative_to(self.path), error) from None
             return 0
         return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
@@ -300,11 +305,11 @@ class LabelStore:
         if "tail" in self.shard_arrays:
             tail = content.pop()
             content[0] = codecs.pack(content[0], tail)
-        if record["magic"] != schema.RECORD_MAGIC:
+        if record["magic"] != RECORD_MAGIC:
             return content, "its completion record is missing or damaged"
         if digest != record["digest"].tobytes():
             return content, "another digest than in its completion record (files of another place, or changed by other hands)"
-        if fault := sense.fault_of_crops(dict(zip(self.crop_arrays, content[1:], strict=True)), self.shard_slice(shard), self.images):
+        if fault := fault_of_crops(dict(zip(self.crop_arrays, content[1:], strict=True)), self.shard_slice(shard), self.images):
             return content, fault
         if not self.codec.possible(content[0]):
             return content, f"codes that codec {self.codec.name} doesn't have"
@@ -319,7 +324,7 @@ class LabelStore:
     def probabilities(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
         """float32 [n, classes]: decoded labels, every value above zero, rows summing to one. StoreError for a row that has no label."""
         rows = self._as_rows(rows)
-        unusable = self.images.status[rows] != schema.USABLE
+        unusable = self.images.status[rows] != USABLE
         if unusable.any():
             row = rows[np.argmax(unusable)]
             raise StoreError(f"row {row} ({self.images.path[row]}) has no label: {self.images.reason[row]}; ask for rows of store.usable")
@@ -389,8 +394,8 @@ class LabelStore:
         try:
             return self.array(name)[selection]
         except OSError as error:
-            if schema.momentary(error):
-                raise schema.unreadable(self.path, what, error) from None
+            if errors.momentary(error):
+                raise errors.unreadable(self.path, what, error) from None
             raise
         except MemoryError as error:  # for want of memory, or because a file says that it holds a terabyte
             with _short_of_memory:
@@ -400,7 +405,7 @@ class LabelStore:
                             return self.array(name)[selection]
                         time.sleep(0.2)  # other threads may have taken the room
                     else:
-                        raise schema.unreadable(self.path, what, error) from None
+                        raise errors.unreadable(self.path, what, error) from None
             raise ValueError("it asks for more memory than it can hold") from None
 
     def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
@@ -436,25 +441,10 @@ def _lost(provenance: dict, classes: int) -> float:
 
 def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray:
     """uint8 [views, shards, bytes] → RECORD [views, shards], all zeros where it isn't one of this view [views, 1] and shard [shards]."""
-    records = np.ascontiguousarray(raw).view(schema.RECORD)[..., 0].copy()
-    elsewhere = (records["magic"] != schema.RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)
-    records[elsewhere] = np.zeros((), schema.RECORD)
+    records = np.ascontiguousarray(raw).view(RECORD)[..., 0].copy()
+    elsewhere = (records["magic"] != RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)
+    records[elsewhere] = np.zeros((), RECORD)
     return records
-
-
-def _require_seal(path: Path, documents: dict[str, dict]) -> None:
-    """Raises DamagedStore unless these zarr.json, the store's own among them, are what was written."""
-    seal = documents["zarr.json"]["attributes"].get("seal")
-    for file, digest in schema.seals(documents).items():
-        if not isinstance(seal, dict) or seal.get(file) != digest:
-            raise schema.damaged(path, file, "its digest is another one than in the seal of zarr.json")
-
-
-def _only_its_version_is_wrong(attributes: dict, whole: dict) -> bool:
-    """Whether it is a store of this version, in whose version number something flipped."""
-    seal = attributes.get("seal")
-    mended = ({**whole, "attributes": {**attributes, "format_version": v}} for v in schema.VERSIONS if v >= schema.SEALED)
-    return isinstance(seal, dict) and any(seal.get("zarr.json") == schema.seals({"zarr.json": one})["zarr.json"] for one in mended)
 
 
 def _one_line(error: Exception) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import codec as codecs
-from cache import schema
+from cache.errors import DamagedStore, UnreadableStore
+from cache.format import codec as codecs
+from cache.format.manifest import USABLE, Images
+from cache.format.schema import RECORD_MAGIC
 from cache.reader import LabelStore
-from cache.schema import DamagedStore, Images, UnreadableStore
 
 STATISTICS = 1e-6  # relative: what a record's entropy may be off from one computed on another machine
 
@@ -120,7 +121,7 @@ def _at(store: LabelStore, view: int, shard: int, what: str) -> Finding:
 def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
     """Why a shard without a good record, or without the files it speaks of, is more than missing; None if it was just never finished."""
     record = store.record(view, shard)
-    if record["magic"] == schema.RECORD_MAGIC:
+    if record["magic"] == RECORD_MAGIC:
         return "files that its completion record speaks of are missing, empty or of another size"
     file = store.file("records", view, shard)
     if store.has_record(view, shard):
@@ -135,7 +136,7 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
         return fault, 0
     rows = store.shard_slice(shard)
     here = images.take(np.arange(rows.start, rows.stop))
-    usable = here.status == schema.USABLE
+    usable = here.status == USABLE
     codes = content[0]
     labelled, entropy, agreeing = 0, 0.0, 0
     for first in range(0, len(codes), store.chunk_rows):  # by chunks: a decoded shard takes gigabytes

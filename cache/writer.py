@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import zarr
 
-from cache import codec as codecs
-from cache import disk, schema
-from cache.claims import Claims, claim, claims_of
+from cache.errors import BusyStore, StoreError
+from cache.format import codec as codecs
+from cache.format import schema, seal
+from cache.format.manifest import USABLE
+from cache.format.schema import CROP_ARRAYS, RECORD, RECORD_MAGIC
 from cache.reader import LabelStore
-from cache.schema import StoreError
-
-
-class BusyStore(StoreError):
-    """Another process is doing what only one can do at a time."""
+from cache.system import durable
+from cache.system.claims import Claims, claim, claims_of
 
 
 class StoreWriter:
@@ -42,18 +39,18 @@ class StoreWriter:
             if not mine:
                 raise BusyStore(f"{self.path} is being extended by another process right now; run this command again in a minute")
             views = max(views, LabelStore.open(self.path).views)
-            documents = schema.read_metadata(self.path, self.store.shard_arrays[1:])
+            documents = seal.read_metadata(self.path, self.store.shard_arrays[1:])
             for left in (file for document in documents for file in self.path.glob(f"{document}.*.partial")):
                 left.unlink()
             for name in (*self.store.shard_arrays, "records"):
                 file = f"{name}/zarr.json"
                 if documents[file]["shape"][0] != views:
                     documents[file]["shape"][0] = views
-                    disk.replace_file(self.path / file, json.dumps(documents[file], indent=2).encode())
+                    durable.replace_file(self.path / file, json.dumps(documents[file], indent=2).encode())
             attributes = documents["zarr.json"]["attributes"]
             if attributes.get("views", views) != views:
                 attributes["views"] = views
-                schema.write_seal(self.path, documents)
+                seal.write_seal(self.path, documents)
         self.store = LabelStore.open(self.path)
         self.group = zarr.open_group(str(self.path), mode="r+", zarr_format=3, use_consolidated=False)
 
@@ -66,7 +63,7 @@ class StoreWriter:
                 for file in left if len(mine) == 2 else ():
                     file.unlink(missing_ok=True)
                 if stale and len(mine) == 2:
-                    schema.write_seal(self.path, schema.read_metadata(self.path, self.store.shard_arrays[1:]))
+                    seal.write_seal(self.path, seal.read_metadata(self.path, self.store.shard_arrays[1:]))
 
     @property
     def uneven(self) -> bool:
@@ -113,7 +110,7 @@ class StoreWriter:
             )
         rows = self.store.shard_slice(shard)
         images = self.store.images
-        usable = images.status[rows] == schema.USABLE
+        usable = images.status[rows] == USABLE
         labelled = codes.any(axis=1)
         if not np.array_equal(labelled, usable):
             row = int(np.argmax(labelled != usable))
@@ -121,7 +118,7 @@ class StoreWriter:
                 f"view {view}, {images.path[rows][row]}: {'no label for a usable' if usable[row] else 'a label for an unusable'} image"
             )
         names = self.store.shard_arrays
-        dtypes = (self.store.codec.dtype, *(schema.CROP_ARRAYS[name][0] for name in names[1:]))
+        dtypes = (self.store.codec.dtype, *(CROP_ARRAYS[name][0] for name in names[1:]))
         parts = [codes[:, : self.store.classes], *kept, *([codes[:, -1]] if "tail" in names else [])]
         content = [np.ascontiguousarray(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._clear("records", view, shard)  # first: a record of what was there must not vouch for what is being written
@@ -129,8 +126,8 @@ class StoreWriter:
             self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
             self._sync(name, view, shard)
-        record = np.zeros(1, schema.RECORD)
-        record["magic"], record["view"], record["shard"] = schema.RECORD_MAGIC, view, shard
+        record = np.zeros(1, RECORD)
+        record["magic"], record["view"], record["shard"] = RECORD_MAGIC, view, shard
         record["labelled"] = usable.sum()
         for first in range(0, len(codes), self.store.chunk_rows):  # by chunks: a decoded shard takes gigabytes
             part = slice(first, first + self.store.chunk_rows)
@@ -148,37 +145,12 @@ class StoreWriter:
         for left in (file, *file.parent.glob(f"{file.name}.*.partial")):
             left.unlink(missing_ok=True)
         if file.parent.exists():
-            disk.sync_folder(file.parent)
+            durable.sync_folder(file.parent)
 
     def _sync(self, name: str, view: int, shard: int) -> None:
         file = self.store.file(name, view, shard)
-        disk.sync_file(file)
+        durable.sync_file(file)
         for folder in file.parents:  # up to the array's own folder, which exists since creation
-            disk.sync_folder(folder)
+            durable.sync_folder(folder)
             if folder == self.path / name:
                 break
-
-
-def stored_bytes(path: Path) -> int:
-    """Bytes of all files of a store."""
-    total, folders = 0, [str(path)]
-    with ThreadPoolExecutor(schema.LOOKS) as pool:
-        while folders:  # level by level
-            found = list(pool.map(_look, (folders[i :: schema.LOOKS] for i in range(schema.LOOKS))))
-            total += sum(size for size, _ in found)
-            folders = [folder for _, below in found for folder in below]
-    return total
-
-
-def _look(folders: list[str]) -> tuple[int, list[str]]:
-    """(bytes of the files in these folders, the folders in them)."""
-    size, below = 0, []
-    for folder in folders:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(entry.path)
-                else:
-                    with suppress(FileNotFoundError):  # another process is writing: it was renamed
-                        size += entry.stat().st_size
-    return size, below

@@ -13,14 +13,16 @@ from PIL import Image
 from rich.table import Table
 from sklearn.datasets import load_digits
 
-from pipeline import images
+from cache.format.manifest import Images
 from pipeline.config import Config, ModelSpec
-from pipeline.evaluate import evaluate
-from pipeline.generate import generate
-from pipeline.models import load
-from pipeline.progress import duration, say
-from pipeline.report import results, store_facts
-from pipeline.student import train
+from pipeline.evaluation import evaluate
+from pipeline.images import folders
+from pipeline.images.scan import scan
+from pipeline.inspection.store_facts import store_facts
+from pipeline.labelling.generate import generate
+from pipeline.models.weights import load
+from pipeline.runtime.progress import duration, results, say
+from pipeline.training.train import train
 
 TRAINING_IMAGES = 1297  # the first ones; the other 500 are for validation
 
@@ -73,9 +75,9 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     soft = trained("student from soft labels", "soft", config.student, store)
     hard = trained("student from hard labels", "hard", config.student, store)
 
-    folder = images.split_folder(data, "val")
-    classes = images.class_names(folder)
-    found = images.scan(folder, classes, exif="ignore")
+    folder = folders.split_folder(data, "val")
+    classes = folders.class_names(folder)
+    found = scan(folder, classes, exif="ignore")
     ensemble = [load(spec).to(device) for spec in teachers]
     shown = {"device": device, "batch_size": 256}
     taught = evaluate(ensemble, folder, found, len(classes), **shown)
@@ -95,7 +97,7 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     return result
 
 
-def _print(result: dict, out: Path, found: images.Images) -> None:
+def _print(result: dict, out: Path, found: Images) -> None:
     table = Table(title=f"Handwritten digits, {len(found):,} validation images", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for name in ("top-1 %", "KL to teachers", "agreement %", "time"):

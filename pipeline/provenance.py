@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,14 +13,18 @@ import numpy as np
 import torch
 
 from cache import LabelStore
-from cache.codec import CODECS, Codec
-from cache.schema import Images, StoreError, architecture, first_difference, shard_rows_for
-from cache.sense import misplaced
-from pipeline import crops, images, render
-from pipeline.arithmetic import rounding
-from pipeline.config import Config
-from pipeline.models import Model
-from pipeline.render import dali_version
+from cache.errors import StoreError
+from cache.format.codec import CODECS, Codec
+from cache.format.crops import misplaced
+from cache.format.manifest import USABLE, Images
+from cache.format.schema import architecture, first_difference, shard_rows_for
+from pipeline.config import Config, Crops
+from pipeline.images.folders import DataError
+from pipeline.images.reader import Reader
+from pipeline.models.model import Model
+from pipeline.render.dali import DECODERS, GPU_BACKENDS, STEPS, CropRenderer, RenderError, dali_version
+from pipeline.runtime.precision import rounding
+from pipeline.sampling.random_crop import TRIES
 
 
 def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.device) -> dict:
@@ -31,8 +37,8 @@ def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.de
         compute["compile"] = True
     return {
         "teachers": [teacher.describe() for teacher in teachers],
-        "crops": {"policy": "random-resized-crop", "tries": crops.TRIES, **policy},
-        "renderer": {"backend": config.render.backend, "steps": render.STEPS, **render.DECODERS.get(config.render.backend, {})},
+        "crops": {"policy": "random-resized-crop", "tries": TRIES, **policy},
+        "renderer": {"backend": config.render.backend, "steps": STEPS, **DECODERS.get(config.render.backend, {})},
         "codec": codec.describe(),
         "compute": compute,
     }
@@ -50,7 +56,7 @@ def layout_of(config: Config, images: int, classes: int) -> tuple[int, int]:
 def require_class_count(folder: Path, classes: list[str], teachers: list[Model]) -> None:
     """Raises DataError unless the teachers have an output for each class."""
     if len(classes) != teachers[0].classes:
-        raise images.DataError(
+        raise DataError(
             f"{folder} has {len(classes)} classes, the teachers have {teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
             "the teachers' classes, or teachers of these classes"
         )
@@ -148,8 +154,8 @@ def fingerprint(
         "exif": provenance["crops"]["exif"],
         "backend": provenance["renderer"]["backend"],
     }
-    with images.Reader(folder, found, threads) as read:
-        return render.fingerprint(read(rows), rows, boxes, flips, sorted(sizes), threads=threads, **how)
+    with Reader(folder, found, threads) as read:
+        return fingerprint_of_pixels(read(rows), rows, boxes, flips, sorted(sizes), threads=threads, **how)
 
 
 def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) -> None:
@@ -171,9 +177,53 @@ def require_same_pixels(store: LabelStore, folder: Path, threads: int | None) ->
     differing = [size for size in kept["digests"] if kept["digests"][size] != now["digests"][size]]
     if differing:
         made = store.attributes["made_with"]
-        here = made_with(gpu=store.provenance["renderer"]["backend"] in render.GPU_BACKENDS)
+        here = made_with(gpu=store.provenance["renderer"]["backend"] in GPU_BACKENDS)
         versions = [f"{name} {made.get(name)} then, {ours} now" for name, ours in here.items() if made.get(name) != ours]
         raise StoreError(
             f"{store.path}: this machine renders other pixels than the teachers saw (at {', '.join(differing)} px; {'; '.join(versions) or 'same versions'}); "
             "install the versions it was made with, or train with --allow-renderer-difference"
         )
+
+
+FINGERPRINT_CROPS = 64
+OTHER_BATCHES = 3  # in which the fingerprint's crops are rendered once more
+
+
+def fingerprint_of_pixels(
+    blobs: Sequence[bytes], rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, sizes: Sequence[int], **how
+) -> dict:
+    """Digests of rendered crops, by which a later run knows whether it renders the same pixels.
+
+    rows [n], boxes [n, 4], flips [n], blobs: the first usable images and their crops of view 0. Returns what the store keeps. The crops are rendered in two
+    ways: all in one batch, and in another order in several smaller ones. Raises RenderError if a crop's pixels depend on that.
+    """
+    rendered = CropRenderer(sizes, 1, max(1, len(rows)), **how)(blobs, boxes[None], flips[None])[0] if len(rows) else {}
+    parts = [part for part in np.array_split(np.arange(len(rows))[::-1], OTHER_BATCHES) if len(part)]
+    again = CropRenderer(sizes, 1, max(map(len, parts)), **how) if parts else None
+    for part in parts:
+        others = again([blobs[i] for i in part], boxes[None, part], flips[None, part])[0]
+        for size, pixels in others.items():
+            differs = (rendered[size][torch.from_numpy(part.copy())] != pixels).flatten(1).any(dim=1)
+            if differs.any():
+                backend = how.get("backend", "cpu")
+                raise RenderError(
+                    f"render.backend {backend} makes other pixels of an image when others are rendered with it ({int(differs.sum())} of {len(part)} crops "
+                    f"differ at {size} px), so no student would see what the teachers saw; use render.backend: {'gpu' if backend == 'gpu-hardware' else 'cpu'}, "
+                    "and a new store"
+                )
+    return {
+        "rows": rows.tolist(),
+        "boxes": boxes.tolist(),
+        "flips": flips.tolist(),
+        "digests": {str(size): hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest() for size, pixels in rendered.items()},
+    }
+
+
+def fingerprint_rows(images: Images) -> np.ndarray:
+    return np.flatnonzero(images.status == USABLE)[:FINGERPRINT_CROPS]
+
+
+def policy_of(store: LabelStore) -> Crops:
+    """The crop policy that a store was made with, as far as it is known, and its number of views."""
+    kept = {key: value for key, value in store.provenance["crops"].items() if key in Crops.model_fields and value is not None}
+    return Crops(**kept, views=store.views)

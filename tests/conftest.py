@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cache import schema
-from cache.codec import Codec
-from cache.schema import Images
-from pipeline import config as configs
+from cache.format import schema, seal
+from cache.format.codec import Codec
+from cache.format.manifest import Images
+from pipeline import config_file
 from pipeline.config import Config
-from pipeline.curves import Curves
+from pipeline.runs.curves import Curves
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.fixture(scope="session")
 def recipe(teachers: list[dict]) -> Config:
     """A small recipe: two views, shards of 32 rows, a student without BatchNorm."""
-    return configs.validate(
+    return config_file.validate(
         {
             "teachers": teachers,
             "crops": {"views": 2},
@@ -120,7 +120,7 @@ def recipe(teachers: list[dict]) -> Config:
 @pytest.fixture(scope="session")
 def store_path(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store of the photographs: two views, three shards each."""
-    from pipeline.generate import generate
+    from pipeline.labelling.generate import generate
 
     path = tmp_path_factory.mktemp("store") / "labels.zarr"
     generate(recipe, photos, path, device=CPU)
@@ -163,7 +163,7 @@ def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
     document = json.loads((path / "zarr.json").read_text())
     edit(document["attributes"])
     (path / "zarr.json").write_text(json.dumps(document))
-    schema.write_seal(path, schema.read_metadata(path, schema.shard_arrays(document["attributes"])[1:]))
+    seal.write_seal(path, seal.read_metadata(path, schema.shard_arrays(document["attributes"])[1:]))
 
 
 def toy_provenance(codec: Codec, images: Images, layout: dict) -> dict:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = [
     *("pytest", "torch", "timm", "zarr", "nvidia.dali", "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg"),
     *("tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2"),
-    *("pipeline.generate", "pipeline.exchange", "cli", "killing"),
+    *("pipeline.labelling.generate", "pipeline.exchange.import_labels", "pipeline.exchange.export_labels", "cli", "killing"),
 ]
 HANGS = 300  # seconds: no run takes that long
 
@@ -123,11 +123,11 @@ def _run(arguments: list[str], beside: str, data: str, log: str, errors: str, mo
     import torch
 
     import cli
-    from pipeline import generate
+    from pipeline.labelling import coordination
 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     torch.set_num_threads(1)
-    generate.PATIENCE = 1.0  # of a worker whose neighbour was killed while it made the empty store
+    coordination.PATIENCE = 1.0  # of a worker whose neighbour was killed while it made the empty store
     _watch(beside, data, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), moment)
     cli.main(arguments)
 

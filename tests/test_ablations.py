@@ -12,12 +12,12 @@ import yaml
 from conftest import CPU, changed
 from safetensors.torch import load_file
 
-from pipeline import config as configs
-from pipeline import losses
+from pipeline import config_file
 from pipeline.config import Config, ConfigError
-from pipeline.replay import Batch, Mixed
-from pipeline.student import train
-from pipeline.targets import Targets
+from pipeline.training import losses
+from pipeline.training.batches import Batch, Mixed
+from pipeline.training.targets import Targets
+from pipeline.training.train import train
 
 README = Path(__file__).parents[1] / "README.md"
 SWITCHES = re.findall(r"^\|[^|]*\| `(--[^`]*)` \|$", README.read_text().split("### Ablations")[1].split("\n### ")[0], re.MULTILINE)
@@ -40,7 +40,7 @@ def trained(base: Path, switch: str, photos: Path, store_path: Path, out: Path) 
     overrides = {"train.online": True} if "--online" in words else {}
     if "student.pretrained=false" in settings:
         overrides["student"] = {"model": "test_resnet"}
-    recipe = configs.load(base, overrides, settings)
+    recipe = config_file.load(base, overrides, settings)
     train(recipe, photos, out, store=None if recipe.train.online else store_path, device=CPU)
     return load_file(out / "last.safetensors")
 
@@ -104,7 +104,7 @@ def test_the_rate_of_every_step_follows_the_schedule(photos, recipe, store_path,
 
 
 def test_a_cosine_run_is_not_prolonged(photos, recipe, store_path, tmp_path):
-    from pipeline.checkpoint import RunError
+    from pipeline.runs.folder import RunError
 
     train(changed(recipe, train={"epochs": 1, "schedule": "cosine"}), photos, tmp_path / "run", store=store_path, device=CPU)
     with pytest.raises(RunError, match=r"was started with train.epochs 1, this is 2; .*choose another --out"):
@@ -154,7 +154,7 @@ def test_a_run_of_an_older_version_goes_on(photos, recipe, store_path, tmp_path)
 )
 def test_a_switch_that_makes_no_sense_is_refused_with_the_repair(base, settings, says):
     with pytest.raises(ConfigError, match=says) as error:
-        configs.load(base, None, settings)
+        config_file.load(base, None, settings)
     assert "\n" not in str(error.value)
 
 

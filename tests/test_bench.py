@@ -147,16 +147,16 @@ def test_a_measurement_that_fails_is_told_and_the_next_one_measured(tmp_path, mo
 
 def test_pixels_that_depend_on_the_batch_would_be_seen(tmp_path, monkeypatch):
     gpu = gpu_tools(monkeypatch)
-    from pipeline import render
+    from pipeline.render.dali import CropRenderer
 
-    real = render.Crops.__call__
+    real = CropRenderer.__call__
 
     def shifty(self, blobs, boxes, flips):
         made = real(self, blobs, boxes, flips)
         made[0][48][0, 3, 3, 0] ^= len(blobs) == 16
         return made
 
-    monkeypatch.setattr(render.Crops, "__call__", shifty)
+    monkeypatch.setattr(CropRenderer, "__call__", shifty)
     (finding,) = gpu.measure("right.pixels", gpu.Bench(tmp_path, gpu.torch.device("cpu"), None))
     assert finding.holds is False and finding.found == finding.detail["batches of 16"] == 1
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cache import claims, stopping
-from cache.claims import claim
+from cache.system import claims, signals
+from cache.system.claims import STALE, claim
+from cache.system.signals import Stopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +111,7 @@ def test_a_process_number_used_again_does_not_keep_a_claim_alive(tmp_path):
         assert mine == {"a"}
 
 
-@pytest.mark.parametrize(("age", "taken"), [(0, False), (claims.STALE - 5, False), (claims.STALE + 5, True)])
+@pytest.mark.parametrize(("age", "taken"), [(0, False), (STALE - 5, False), (STALE + 5, True)])
 @pytest.mark.parametrize("content", ["claim", "empty"])
 @pytest.mark.parametrize("place", ["host", "boot", "namespace"])
 def test_the_claim_of_another_machine_is_taken_over_only_when_stale(tmp_path, age, taken, content, place):
@@ -306,32 +307,32 @@ def swallowed() -> None:
 def test_a_signal_that_python_swallows_is_raised_by_the_next_check(monkeypatch):
     unraisable = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
-    with pytest.raises(stopping.Stopped, match="SIGTERM"), stopping.on_signals():
+    with pytest.raises(Stopped, match="SIGTERM"), signals.on_signals():
         swallowed()
-        assert [type(lost.exc_value) for lost in unraisable] == [stopping.Stopped]
-        stopping.check()
-    stopping.check()  # which was that command's, not this one's
+        assert [type(lost.exc_value) for lost in unraisable] == [Stopped]
+        signals.check()
+    signals.check()  # which was that command's, not this one's
 
 
 def test_a_clean_up_on_the_way_out_is_not_stopped_again():
     done = []
-    with pytest.raises(stopping.Stopped), stopping.on_signals():
+    with pytest.raises(Stopped), signals.on_signals():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            with stopping.finishing():
+            with signals.finishing():
                 done.append("first")
-            stopping.check()
+            signals.check()
             done.append("second")
     assert done == ["first", "second"]
 
 
 def test_what_is_being_finished_is_finished_and_a_second_signal_is_obeyed_at_once():
     done = []
-    with pytest.raises(stopping.Stopped, match="SIGTERM"), stopping.on_signals(), stopping.finishing():
+    with pytest.raises(Stopped, match="SIGTERM"), signals.on_signals(), signals.finishing():
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("finished")
-    with pytest.raises(stopping.Stopped, match="SIGINT"), stopping.on_signals(), stopping.finishing():
+    with pytest.raises(Stopped, match="SIGINT"), signals.on_signals(), signals.finishing():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         done.append("never")

@@ -92,7 +92,7 @@ def test_inspect_tells_what_the_labels_are(store_path):
     import numpy as np
 
     from cache import LabelStore
-    from cache.codec import entropy
+    from cache.format.codec import entropy
 
     store = LabelStore.open(store_path)
     facts = json.loads(run("inspect", store_path, "--json")[1])

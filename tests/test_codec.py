@@ -11,7 +11,7 @@ import pytest
 from numcodecs.zstd import Zstd
 
 from cache import StoreError
-from cache.codec import CODECS, DEFAULT, Codec, divergence, entropy, from_description
+from cache.format.codec import CODECS, DEFAULT, Codec, divergence, entropy, from_description
 
 SIZES = (2, 10, 1_000, 21_841)
 TAIL = [name for name, codec in CODECS.items() if codec.tail]

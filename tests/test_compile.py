@@ -15,8 +15,8 @@ from conftest import CPU, changed
 
 from cache import LabelStore, StoreError
 from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.student import train
+from pipeline.labelling.generate import generate
+from pipeline.training.train import train
 
 ROOT = Path(__file__).parents[1]
 COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")

@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 import timm
 
-from pipeline import config
-from pipeline.config import Config, ConfigError
-from pipeline.models import ALIASES, resolve
+from pipeline import config_file
+from pipeline.config import Config, ConfigError, Crops, ModelSpec, Render, Store, Train
+from pipeline.models.names import ALIASES, resolve
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_names_models_that_timm_has(path):
-    recipe = config.load(path)
+    recipe = config_file.load(path)
     for spec in [*recipe.teachers, recipe.student]:
         assert timm.is_model(resolve(spec.model).partition(".")[0])
 
 
 def test_the_papers_recipe_is_the_papers():
-    recipe = config.load(next(path for path in CONFIGS if path.stem == "meal_v2_resnet50"))
+    recipe = config_file.load(next(path for path in CONFIGS if path.stem == "meal_v2_resnet50"))
     train = recipe.train
     assert [t.model for t in recipe.teachers] == ["senet154.gluon_in1k", "resnet152s.gluon_in1k"]
     assert (recipe.student.model, recipe.student.pretrained) == ("resnet50.ram_in1k", True)
@@ -40,13 +40,13 @@ def path(tmp_path: Path) -> Path:
 
 def test_overrides_reach_every_depth_and_lists(path):
     settings = ["teachers.1.image_size=32", "train.lr=5e-4", "crops.scale=[0.2, 1]", "student.model=resnet10t"]
-    recipe = config.load(path, {"crops.views": 7}, settings)
+    recipe = config_file.load(path, {"crops.views": 7}, settings)
     assert (recipe.teachers[1].image_size, recipe.train.lr, recipe.crops.scale) == (32, 5e-4, (0.2, 1.0))
     assert (recipe.crops.views, recipe.student.model) == (7, "resnet10t")
 
 
 def test_1e_3_is_a_number(path):
-    assert config.load(path).train.lr == 0.001
+    assert config_file.load(path).train.lr == 0.001
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_1e_3_is_a_number(path):
 )
 def test_nonsense_is_refused_by_name(path, setting, says):
     with pytest.raises(ConfigError, match=says) as refusal:
-        config.load(path, None, [setting])
+        config_file.load(path, None, [setting])
     assert "\n" not in str(refusal.value)
 
 
@@ -91,19 +91,19 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=says):
-            config.load(tmp_path / name)
+            config_file.load(tmp_path / name)
     with pytest.raises(ConfigError, match="can't be read"):
-        config.load(tmp_path / "nothing.yaml")
+        config_file.load(tmp_path / "nothing.yaml")
 
 
 def test_a_resolved_config_loads_to_itself(path, tmp_path):
-    recipe = config.load(path)
+    recipe = config_file.load(path)
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
-    assert config.load(tmp_path / "again.yaml") == recipe
+    assert config_file.load(tmp_path / "again.yaml") == recipe
 
 
 def test_every_field_says_what_it_means():
-    for section in (config.ModelSpec, config.Crops, config.Store, config.Render, config.Train):
+    for section in (ModelSpec, Crops, Store, Render, Train):
         undocumented = [
             name
             for name, field in section.model_fields.items()

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline import crops, philox
 from pipeline.config import Crops
+from pipeline.sampling import philox, random_crop
 
 POLICY = Crops()
 SIZES = [(375, 500), (500, 333), (224, 224), (300, 900)]  # the last one often needs the fallback
@@ -38,9 +38,9 @@ def test_the_random_words_are_those_of_random123(counter, key, drawn):
 
 def test_a_crop_depends_on_no_batch_order_or_other_image():
     images = some_images(200)
-    boxes, flips = crops.draw(POLICY, *images, 3)
+    boxes, flips = random_crop.draw(POLICY, *images, 3)
     for rows in (np.random.default_rng(1).permutation(200), np.arange(0, 200, 3), *np.arange(200)[:, None]):
-        other_boxes, other_flips = crops.draw(POLICY, *(column[rows] for column in images), 3)
+        other_boxes, other_flips = random_crop.draw(POLICY, *(column[rows] for column in images), 3)
         assert np.array_equal(other_boxes, boxes[rows]) and np.array_equal(other_flips, flips[rows])
 
 
@@ -48,11 +48,11 @@ def test_a_crop_depends_on_no_batch_order_or_other_image():
 def test_another_seed_view_or_path_moves_the_crop(what):
     identity, height, width = some_images(200)
     height, width = height + 100, width + 100
-    boxes, flips = crops.draw(POLICY, identity, height, width, 3)
+    boxes, flips = random_crop.draw(POLICY, identity, height, width, 3)
     seed = {"seed": 1, "high word of the seed": 1 << 32}.get(what, 0)
     if what == "path":
         identity = philox.identities(np.array([f"klass/{i}.jpg" for i in range(200)], object))
-    others, other_flips = crops.draw(Crops(seed=seed), identity, height, width, 4 if what == "view" else 3)
+    others, other_flips = random_crop.draw(Crops(seed=seed), identity, height, width, 4 if what == "view" else 3)
     assert (others != boxes).any(axis=1).mean() > 0.9  # a few images have the fallback's crop in every view
     assert 60 < (flips != other_flips).sum() < 140
 
@@ -63,7 +63,7 @@ def test_boxes_lie_inside_the_image(size):
     identity, _, _ = some_images(n)
     height, width = np.full(n, size[0]), np.full(n, size[1])
     for policy in (POLICY, Crops(scale=(0.0001, 1.0)), Crops(scale=(1.0, 1.0)), Crops(ratio=(0.1, 10.0)), Crops(ratio=(3.0, 4.0))):
-        boxes, _ = crops.draw(policy, identity, height, width, 0)
+        boxes, _ = random_crop.draw(policy, identity, height, width, 0)
         top, left, h, w = boxes.T
         assert h.min() >= 1 and w.min() >= 1 and top.min() >= 0 and left.min() >= 0
         assert (top + h).max() <= size[0] and (left + w).max() <= size[1]
@@ -94,7 +94,7 @@ def torchvisions() -> dict[tuple[int, int], np.ndarray]:
 
 
 def drawn(size: tuple[int, int]) -> np.ndarray:
-    return crops.draw(POLICY, some_images(DRAWS)[0], np.full(DRAWS, size[0]), np.full(DRAWS, size[1]), 0)[0]
+    return random_crop.draw(POLICY, some_images(DRAWS)[0], np.full(DRAWS, size[0]), np.full(DRAWS, size[1]), 0)[0]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -127,7 +127,7 @@ def test_that_comparison_would_notice_a_ratio_drawn_wrongly(torchvisions):
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_flips_have_the_asked_probability_and_nothing_to_do_with_the_box(probability):
     n = 40_000
-    boxes, flips = crops.draw(Crops(flip=probability), some_images(n)[0], np.full(n, 400), np.full(n, 400), 0)
+    boxes, flips = random_crop.draw(Crops(flip=probability), some_images(n)[0], np.full(n, 400), np.full(n, 400), 0)
     assert abs(flips.mean() - probability) <= 4 * (probability * (1 - probability) / n) ** 0.5
     if 0 < probability < 1:
         for name, values in features(boxes, (400, 400)).items():
@@ -137,5 +137,5 @@ def test_flips_have_the_asked_probability_and_nothing_to_do_with_the_box(probabi
 @pytest.mark.parametrize("size", [(3000, 40), (40, 3000), (41, 3001), (3001, 43), (1, 500), (500, 1), (3, 4000)])
 def test_an_image_far_outside_the_ratio_gives_torchvisions_centred_crop(size):
     theirs = RandomResizedCrop.get_params(torch.empty(3, *size, device="meta"), [*POLICY.scale], [*POLICY.ratio])
-    boxes, _ = crops.draw(POLICY, some_images(50)[0], np.full(50, size[0]), np.full(50, size[1]), 0)
+    boxes, _ = random_crop.draw(POLICY, some_images(50)[0], np.full(50, size[0]), np.full(50, size[1]), 0)
     assert (boxes == theirs).all()

@@ -13,14 +13,18 @@ import torch
 from conftest import CPU, changed
 
 from cache import LabelStore, StoreError
-from cache.schema import MealError
+from cache.errors import MealError
 from pipeline import config as configs
-from pipeline import schedule, student
+from pipeline import config_file
 from pipeline.config import Config, ConfigError, Crops, CutMix, Render
-from pipeline.generate import generate
-from pipeline.images import class_names, scan
-from pipeline.replay import Batch, DrawnCrops, Replay, Source, StoredLabels
-from pipeline.student import train
+from pipeline.images.folders import class_names
+from pipeline.images.scan import scan
+from pipeline.labelling.generate import generate
+from pipeline.training import schedule
+from pipeline.training.batches import Batch, Replay
+from pipeline.training.loop import Run
+from pipeline.training.source import DrawnCrops, Source, StoredLabels
+from pipeline.training.train import train
 
 VIEWS = 3
 
@@ -126,25 +130,25 @@ def test_every_number_of_processes_sees_the_same_global_batches(sources, photos,
 
 def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The learning rate of every step from now on."""
-    seen, step = [], student.Run._step
+    seen, step = [], Run._step
 
-    def noting(run: student.Run, batch: Batch) -> torch.Tensor:
+    def noting(run: Run, batch: Batch) -> torch.Tensor:
         seen.append(run.optimizer.param_groups[0]["lr"])
         return step(run, batch)
 
-    monkeypatch.setattr(student.Run, "_step", noting)
+    monkeypatch.setattr(Run, "_step", noting)
     return seen
 
 
 def test_a_pass_trains_on_the_views_after_the_last_ones(photos, recipe, path, tmp_path, monkeypatch):
-    store, shown, step = LabelStore.open(path), [], student.Run._step
+    store, shown, step = LabelStore.open(path), [], Run._step
 
-    def noting(run: student.Run, batch: Batch) -> torch.Tensor:
+    def noting(run: Run, batch: Batch) -> torch.Tensor:
         labels = by_view(batch, batch.labels, 2).numpy()
         shown.append([next(v for v in range(VIEWS) if np.array_equal(labels[j], store.codes(v, batch.rows))) for j in range(2)])
         return step(run, batch)
 
-    monkeypatch.setattr(student.Run, "_step", noting)
+    monkeypatch.setattr(Run, "_step", noting)
     how = {"epochs": 4, "crops_per_image": 2, "batch_size": 60}
     train(changed(recipe, train=how), photos, tmp_path / "run", store=path, device=CPU)
     assert shown == [[0, 1]] * 3 + [[2, 0]] * 3
@@ -203,7 +207,7 @@ def test_a_run_resumed_between_passes_ends_with_the_same_bytes(photos, recipe, p
 )
 def test_batches_and_epochs_that_crops_per_image_does_not_divide_are_refused(values, says):
     with pytest.raises(ConfigError, match=says) as refusal:
-        configs.validate({"train": {"crops_per_image": 2, "batch_size": 16, "epochs": 4} | values}, "test")
+        config_file.validate({"train": {"crops_per_image": 2, "batch_size": 16, "epochs": 4} | values}, "test")
     assert "\n" not in str(refusal.value)
 
 
@@ -229,7 +233,7 @@ def test_more_crops_of_an_image_than_views_are_refused_without_a_store_too(photo
 
 
 def recipe_of(**values: object) -> configs.Train:
-    return configs.validate({"epochs": 10} | values, "test", configs.Train)
+    return config_file.validate({"epochs": 10} | values, "test", configs.Train)
 
 
 def test_the_step_schedule_by_hand():

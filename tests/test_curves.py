@@ -19,13 +19,14 @@ from PIL import Image
 from rich.cells import cell_len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import pipeline.curves
-from cache.stopping import Stopped
-from pipeline.checkpoint import RunError
-from pipeline.compare import compare, comparison_page, draw
+import pipeline.runs.curves
+from cache.system.signals import Stopped
 from pipeline.config import Config
-from pipeline.curves import CURVES, EVENTS, FIRST, PICTURE, SHARE, Curves, points
-from pipeline.student import train
+from pipeline.runs.compare import compare, comparison_page, draw
+from pipeline.runs.curves import EVENTS, FIRST, PICTURE, SHARE, Curves
+from pipeline.runs.folder import RunError
+from pipeline.runs.metrics import CURVES, points
+from pipeline.training.train import train
 
 JUDGED = {"discriminator": {"lr": 0.1}, "milestones": [1]}
 
@@ -150,7 +151,7 @@ def test_a_kill_while_the_picture_is_drawn_loses_no_epoch_and_leaves_no_half_of_
 
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.curves, "picture", killed)
+        patched.setattr(pipeline.runs.curves, "picture", killed)
         with pytest.raises(Stopped):
             train(changed(recipe, train=JUDGED), photos, run, store=store_path, device=CPU)
     assert not (run / PICTURE).exists() and len(metrics_of(run)) == 2
@@ -170,15 +171,15 @@ def test_the_picture_changes_with_each_epoch_while_drawing_takes_a_twentieth_of_
             return 1e9 + self.now
 
     watch, drawn = Watch(), []
-    picture = pipeline.curves.picture
+    picture = pipeline.runs.curves.picture
 
     def slow(metrics: list[dict], config: Config) -> object:
         drawn.append(len(metrics))
         watch.now += watch.drawing
         return picture(metrics, config)
 
-    monkeypatch.setattr(pipeline.curves, "time", watch)
-    monkeypatch.setattr(pipeline.curves, "picture", slow)
+    monkeypatch.setattr(pipeline.runs.curves, "time", watch)
+    monkeypatch.setattr(pipeline.runs.curves, "picture", slow)
     metrics = [metrics_of(judged)[0] | {"epoch": epoch, "loss": 1 / (epoch + 1)} for epoch in range(8)]
     curves = Curves(tmp_path, changed(recipe, train={"epochs": 8}))
 

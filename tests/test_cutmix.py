@@ -16,15 +16,22 @@ from conftest import CPU, changed, tree, write_photos
 from scipy.stats import ks_2samp
 
 from cache import LabelStore, StoreError
-from pipeline import config as configs
-from pipeline import crops, cutmix, images, philox, render
+from pipeline import config_file
 from pipeline.config import Config, ConfigError, Crops, CutMix, Render
-from pipeline.generate import generate
-from pipeline.plan import Plan
-from pipeline.replay import Batch, DrawnCrops, Replay, StoredLabels, blocks_of, policy_of, side_by_side
-from pipeline.start import choose_source
-from pipeline.student import train
-from pipeline.targets import Targets
+from pipeline.images import folders
+from pipeline.images.scan import scan
+from pipeline.labelling.generate import generate
+from pipeline.provenance import policy_of
+from pipeline.render.dali import CropRenderer
+from pipeline.render.mixing import paste
+from pipeline.sampling import cutmix, philox, random_crop
+from pipeline.sampling.crop_sampler import CropSampler
+from pipeline.sampling.cutmix import GROUP
+from pipeline.sampling.epoch_order import blocks_of, side_by_side
+from pipeline.training.batches import Batch, Replay
+from pipeline.training.source import DrawnCrops, StoredLabels, choose_source
+from pipeline.training.targets import Targets
+from pipeline.training.train import train
 
 SIZES = (64, 48)  # of conftest's teachers
 BAD = {"cut.jpg": b"\xff\xd8\xff\xe0 no more", "empty.jpg": b"", "notes.txt": b"no image", "none.jpg": b"neither"}
@@ -93,10 +100,10 @@ def test_prob_is_the_share_of_mixed_crops_and_the_others_have_no_rectangle():
 
 def test_a_mix_tells_nothing_of_its_crop():
     size = np.full(len(PEOPLE), 200)
-    box, flips = crops.draw(Crops(), PEOPLE, size, size, 0)
+    box, flips = random_crop.draw(Crops(), PEOPLE, size, size, 0)
     mix = cutmix.boxes(CutMix(), 0, PEOPLE, 0)
     partner = cutmix.partners(0, PEOPLE, np.ones(len(PEOPLE), bool), 0)
-    drawn = np.stack([kept_share(mix), mix[:, 0], mix[:, 1], partner % cutmix.GROUP, flips, box[:, 0], box[:, 1], box[:, 2] * box[:, 3]])
+    drawn = np.stack([kept_share(mix), mix[:, 0], mix[:, 1], partner % GROUP, flips, box[:, 0], box[:, 1], box[:, 2] * box[:, 3]])
     among = np.abs(np.corrcoef(drawn))[:4]
     among[:4, :4][np.tril_indices(4)] = 0
     among[0, 1:3] = 0  # a large rectangle begins at an edge
@@ -109,34 +116,34 @@ def test_a_mix_tells_nothing_of_its_crop():
 
 def some_usable(rows: int) -> np.ndarray:
     usable = np.random.default_rng(1).random(rows) < 0.9
-    usable[cutmix.GROUP] ^= usable[cutmix.GROUP : 2 * cutmix.GROUP].sum() % 2 == 0  # the second group's number is odd
+    usable[GROUP] ^= usable[GROUP : 2 * GROUP].sum() % 2 == 0  # the second group's number is odd
     return usable
 
 
 def test_partners_are_usable_mutual_and_of_the_same_group():
-    rows = 2 * cutmix.GROUP + 450
+    rows = 2 * GROUP + 450
     usable, own = some_usable(rows), np.arange(rows)
     partner = cutmix.partners(0, PEOPLE[:rows], usable, 0)
     assert np.array_equal(partner[~usable], own[~usable])
     assert usable[partner[usable]].all() and (partner[usable] != own[usable]).all()
-    assert np.array_equal(partner // cutmix.GROUP, own // cutmix.GROUP)
-    for start in range(0, rows, cutmix.GROUP):
-        group = slice(start, start + cutmix.GROUP)
+    assert np.array_equal(partner // GROUP, own // GROUP)
+    for start in range(0, rows, GROUP):
+        group = slice(start, start + GROUP)
         assert (partner[partner] != own)[group].sum() == usable[group].sum() % 2  # one left over
 
 
 def test_partners_are_a_random_pairing_and_another_in_every_view():
-    rows = 2 * cutmix.GROUP
+    rows = 2 * GROUP
     own, usable = np.arange(rows), np.ones(rows, bool)
     first = cutmix.partners(0, PEOPLE[:rows], usable, 0)
     assert np.array_equal(first, cutmix.partners(0, PEOPLE[:rows], usable, 0))
     for other in (cutmix.partners(0, PEOPLE[:rows], usable, 1), cutmix.partners(1, PEOPLE[:rows], usable, 0)):
         assert (first == other).mean() < 0.01
-    assert np.abs(first - own).mean() == pytest.approx(cutmix.GROUP / 3, rel=0.06)
+    assert np.abs(first - own).mean() == pytest.approx(GROUP / 3, rel=0.06)
 
 
 def test_what_is_alone_is_its_own_partner():
-    for rows, alone in ((1, 0), (5, 3), (cutmix.GROUP + 1, cutmix.GROUP)):
+    for rows, alone in ((1, 0), (5, 3), (GROUP + 1, GROUP)):
         usable = np.arange(rows) == alone
         assert np.array_equal(cutmix.partners(0, PEOPLE[:rows], usable, 0), np.arange(rows))
     assert cutmix.pairs(np.array([7, 3, 9, 1, 4])).tolist() == [3, 7, 1, 9, 7]
@@ -171,7 +178,7 @@ def test_pasting_is_an_assignment_of_slices_and_area_is_the_share_of_pixels_it_c
     for picture, other, b in zip(wanted, theirs[place], box, strict=True):
         picture[slices(b, size)] = other[slices(b, size)]
     given = torch.from_numpy(ours)
-    got = cutmix.paste(given, torch.from_numpy(theirs), place, box).numpy()
+    got = paste(given, torch.from_numpy(theirs), place, box).numpy()
     assert np.array_equal(got, wanted) and np.shares_memory(given.numpy(), ours) and not np.shares_memory(got, ours)
     assert (given.numpy() < 128).all()  # what others paste from stays unmixed
     changed_pixels = (got != ours).all(axis=3).sum(axis=(1, 2))
@@ -217,7 +224,7 @@ class ByHand:
         )
         self.usable = np.flatnonzero(group["images/status"][:] == 0)
         names = group["images/path"][:]
-        one = render.Crops(SIZES, 1, 1, interpolation="bilinear", exif="ignore", threads=1)
+        one = CropRenderer(SIZES, 1, 1, interpolation="bilinear", exif="ignore", threads=1)
         self.alone = {size: np.zeros((len(names), size, size, 3), np.uint8) for size in SIZES}
         for row in self.usable:
             rendered = one([(folder / names[row]).read_bytes()], boxes[None, row : row + 1], flips[None, row : row + 1])[0]
@@ -324,7 +331,7 @@ def test_hard_labels_of_a_mixed_store_are_mixed_by_area(stores, by_hand, data, m
 
 def test_a_mix_does_not_depend_on_which_rows_are_asked_for_in_which_order(stores, by_hand):
     store = LabelStore.open(stores[0.6])
-    plan = Plan(policy_of(store), store.images, 16)
+    plan = CropSampler(policy_of(store), store.images, 16)
     for rows in (np.random.default_rng(0).permutation(52), np.array([51, 3, 17]), np.array([], np.int64)):
         for view, kept in enumerate(by_hand[0.6]):
             for partner, box in (plan.mixes(view, rows), store.mixes(view, rows)):
@@ -336,14 +343,14 @@ def test_what_is_shuffled_together_holds_whole_groups_of_partners():
     for chunk_rows, shard_rows in ((8, 32), (4, 1500), (512, 16_384), (1024, 32_768), (2048, 65_536), (1, 5000)):
         rows, blocks = blocks_of(chunk_rows, shard_rows, Crops(cutmix=CutMix()))
         assert shard_rows % rows == 0 and blocks >= 1
-        ends = {*range(0, shard_rows, cutmix.GROUP), shard_rows}
+        ends = {*range(0, shard_rows, GROUP), shard_rows}
         assert set(range(rows, shard_rows + 1, rows)) <= ends
 
 
 def drawn(photos: Path, policy: Crops, shard_rows: int = 32) -> DrawnCrops:
     folder = photos / "train"
-    names = images.class_names(folder)
-    found = images.scan(folder, names, exif="ignore", threads=2, order_seed=policy.seed)
+    names = folders.class_names(folder)
+    found = scan(folder, names, exif="ignore", threads=2, order_seed=policy.seed)
     return DrawnCrops(found, names, policy, "cpu", 2, (shard_rows, shard_rows), {})
 
 
@@ -565,7 +572,11 @@ def test_mixing_twice_is_refused(data, mixing, stores, tmp_path):
     refused(ConfigError, says, train, twice, data, tmp_path / "run", store=stores[1.0], device=CPU)
     both = {"crops": {"cutmix": {}}, "train": {"cutmix": {}}}
     refused(
-        ConfigError, r"crops.cutmix and train.cutmix would mix every picture twice; set one of them to null", configs.validate, both, "test"
+        ConfigError,
+        r"crops.cutmix and train.cutmix would mix every picture twice; set one of them to null",
+        config_file.validate,
+        both,
+        "test",
     )
 
 
@@ -583,7 +594,7 @@ def test_labels_with_and_without_cutmix_do_not_go_into_one_store(photos, data, r
 
 @pytest.mark.parametrize("values", [{"prob": 0}, {"prob": 1.5}, {"beta": 0}, {"alpha": 1}])
 def test_a_mix_that_makes_no_sense_is_refused(values):
-    refused(ConfigError, rf"crops.cutmix.{next(iter(values))} ", configs.validate, {"crops": {"cutmix": values}}, "test")
+    refused(ConfigError, rf"crops.cutmix.{next(iter(values))} ", config_file.validate, {"crops": {"cutmix": values}}, "test")
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.2])

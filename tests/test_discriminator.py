@@ -12,17 +12,19 @@ import torch
 from conftest import CPU, changed, toy_provenance
 from safetensors.torch import load_file
 
-from cache import LabelStore, schema
-from cache.codec import CODECS, Codec
-from cache.schema import Images
+from cache import LabelStore
+from cache.create import create
+from cache.format.codec import CODECS, Codec
+from cache.format.manifest import Images
 from cache.writer import StoreWriter
-from pipeline import config as configs
+from pipeline import config_file
 from pipeline.config import Config, ConfigError, ModelSpec
-from pipeline.losses import Discriminator, log_floored, reverse_gradient
-from pipeline.models import load, load_teachers
-from pipeline.replay import Batch, Replay, StoredLabels
-from pipeline.student import train
-from pipeline.targets import Goal, Targets
+from pipeline.models.weights import load, load_teachers
+from pipeline.training.batches import Batch, Replay
+from pipeline.training.losses import Discriminator, log_floored, reverse_gradient
+from pipeline.training.source import StoredLabels
+from pipeline.training.targets import Goal, Targets
+from pipeline.training.train import train
 
 LEARNT, HELD_OUT = 4096, 1024  # rows
 NO_FLOOR = 2.0**-149  # the smallest float32
@@ -91,7 +93,7 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
         "provenance": toy_provenance(codec, manifest, layout),
         "class_names": [str(c) for c in range(classes)],
     }
-    assert schema.create(path, images=manifest, views=1, attributes=attributes)
+    assert create(path, images=manifest, views=1, attributes=attributes)
     codes = codec.encode(logits.softmax(dim=1).float().numpy())
     StoreWriter(path).write(0, 0, codes, np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)), np.zeros(n, bool))
     store = LabelStore.open(path)
@@ -266,9 +268,9 @@ def test_mean_logits_are_refused_without_live_teachers():
     with pytest.raises(
         ConfigError, match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, or train --online"
     ):
-        configs.validate(document, "test")
+        config_file.validate(document, "test")
     document["train"]["online"] = True
-    assert configs.validate(document, "test").train.discriminator.input == "mean_logits"
+    assert config_file.validate(document, "test").train.discriminator.input == "mean_logits"
 
 
 def test_online_the_discriminator_trains_on_either_input(photos, recipe, tmp_path):

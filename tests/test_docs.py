@@ -23,7 +23,11 @@ from conftest import write_photos
 from test_cli import run
 
 from cli import main
-from pipeline import fkd, models, preview
+from pipeline.exchange import fkd_format
+from pipeline.labelling import plan
+from pipeline.models import names
+from pipeline.models import weights as weights_module
+from pipeline.models.weights import _create
 
 ROOT = Path(__file__).parents[1]
 WORDNET = ("n01440764", "n01443537", "n01484850")
@@ -124,9 +128,7 @@ def by_one(teacher: str) -> Callable[[World, Path], None]:
 
 def weights(model: str, classes: int, prefix: str = "") -> Callable[[World, Path], None]:
     def make(world: World, place: Path) -> None:
-        tensors = {
-            prefix + name: tensor for name, tensor in models._create(model, pretrained=False, num_classes=classes).state_dict().items()
-        }
+        tensors = {prefix + name: tensor for name, tensor in _create(model, pretrained=False, num_classes=classes).state_dict().items()}
         if place.suffix == ".safetensors":
             from safetensors.torch import save_file
 
@@ -139,11 +141,11 @@ def weights(model: str, classes: int, prefix: str = "") -> Callable[[World, Path
 
 def label_files(world: World, place: Path) -> None:
     for image in sorted((world.folder / "imagenet" / "train").glob("*/*")):
-        file = place / fkd.place_of(f"{image.parent.name}/{image.name}", "train")
+        file = place / fkd_format.place_of(f"{image.parent.name}/{image.name}", "train")
         file.parent.mkdir(parents=True, exist_ok=True)
         crops, p = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2).numpy(), torch.rand(2, 1000).softmax(dim=1).numpy()
         with open(file, "wb") as f:
-            fkd.write(f, crops, torch.zeros(2, dtype=torch.bool).numpy(), fkd.sparse(p, 5))
+            fkd_format.write(f, crops, torch.zeros(2, dtype=torch.bool).numpy(), fkd_format.sparse(p, 5))
 
 
 PREPARED: dict[str, Callable[[World, Path], None]] = {
@@ -169,7 +171,7 @@ def worlds(short_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
     (folder / "photos").symlink_to("data")
     (folder / "demo").symlink_to(short_demo[0])
     for split in ("train", "val"):
-        for name in models.imagenet_classes():
+        for name in names.imagenet_classes():
             (folder / "imagenet" / split / name).mkdir(parents=True)
         for own, name in zip(("ant", "bee", "cat"), WORDNET, strict=True):
             for file in sorted((folder / "data" / split / own).iterdir()):
@@ -178,7 +180,7 @@ def worlds(short_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
     for path in (ROOT / "configs").glob("*.yaml"):
         (folder / "configs" / path.name).write_text(yaml.safe_dump(smaller(yaml.safe_load(path.read_text()))))
 
-    create = models._create
+    create = _create
     tiny = {"fc": "test_resnet", "classifier": "test_efficientnet"}
 
     def small(name: str, *, pretrained: bool, **options: int) -> torch.nn.Module:
@@ -187,8 +189,8 @@ def worlds(short_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
         return create(name if name.startswith("test_") or ":" in name else tiny.get(head, "test_resnet"), pretrained=False, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_create", small)
-        patch.setattr(preview, "SECONDS", 0.01)
+        patch.setattr(weights_module, "_create", small)
+        patch.setattr(plan, "SECONDS", 0.01)
         yield [World(folder), World(Path(shutil.copytree(folder, folder.with_name("own"), symlinks=True)))]
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import CPU
 
-from cache.schema import MealError
-from pipeline import images, render
+from cache.errors import MealError
 from pipeline.config import ModelSpec
-from pipeline.evaluate import evaluate
-from pipeline.models import Model, load
+from pipeline.evaluation import evaluate
+from pipeline.images import folders
+from pipeline.images.scan import scan
+from pipeline.models.model import Model
+from pipeline.models.weights import load
+from pipeline.render.dali import CentreRenderer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
         per_model = []
         for model in models:
             look = (model.image_size, model.interpolation)
-            pixels = render.Centre([look], 1, exif="ignore", threads=1)([blob], manifest.height[[row]], manifest.width[[row]])[look]
+            pixels = CentreRenderer([look], 1, exif="ignore", threads=1)([blob], manifest.height[[row]], manifest.width[[row]])[look]
             with torch.no_grad():
                 per_model.append(model(pixels).softmax(dim=1)[0].numpy())
         rows.append(per_model)
@@ -39,7 +42,7 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
 @pytest.mark.parametrize("batch_size", [1, 8, 21, 64])  # 21 images: 8 leaves a partial batch of 5
 def test_top_1_and_ensemble_are_exact_for_every_batch_size(photos, models, batch_size):
     folder = photos / "val"
-    manifest = images.scan(folder, images.class_names(folder), exif="ignore")
+    manifest = scan(folder, folders.class_names(folder), exif="ignore")
     result = evaluate(models, folder, manifest, 3, device=CPU, teachers=models[:1], batch_size=batch_size)
     p = probabilities_one_by_one(models, folder, manifest)
     target = manifest.class_index[manifest.usable]
@@ -54,7 +57,7 @@ def test_top_1_and_ensemble_are_exact_for_every_batch_size(photos, models, batch
 
 
 def test_top_5_counts_the_five_first_of_more_classes():
-    from pipeline.evaluate import Figures
+    from pipeline.evaluation import Figures
 
     figures = Figures("x")
     p = torch.tensor([[0.3, 0.25, 0.15, 0.1, 0.08, 0.07, 0.05]])
@@ -67,13 +70,13 @@ def test_top_5_counts_the_five_first_of_more_classes():
 def test_an_unusable_image_is_left_out_and_counted(photos, models, tmp_path):
     shutil.copytree(photos / "val", tmp_path / "val")
     (tmp_path / "val" / "ant" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
-    manifest = images.scan(tmp_path / "val", images.class_names(tmp_path / "val"), exif="ignore")
+    manifest = scan(tmp_path / "val", folders.class_names(tmp_path / "val"), exif="ignore")
     result = evaluate(models[:1], tmp_path / "val", manifest, 3, device=CPU)
     assert (result["images"], result["unusable"]) == (21, 1)
 
 
 def test_models_of_other_classes_than_the_folder_are_refused(photos, models):
     folder = photos / "val"
-    manifest = images.scan(folder, images.class_names(folder), exif="ignore")
+    manifest = scan(folder, folders.class_names(folder), exif="ignore")
     with pytest.raises(MealError, match=r"has 3 classes, .* has 5; pass the --class-map"):
         evaluate(models, folder, manifest, 5, device=CPU)

@@ -18,11 +18,14 @@ from test_cli import run
 from torchvision.transforms import functional
 
 from cache import LabelStore
+from cache.errors import MealError, StoreError
+from cache.format.manifest import USABLE
 from cache.merge import merge
-from cache.schema import USABLE, MealError, StoreError
-from pipeline import exchange, fkd
-from pipeline.exchange import export_labels, import_labels
-from pipeline.student import train
+from pipeline.exchange import fkd_format
+from pipeline.exchange import import_labels as import_labels_module
+from pipeline.exchange.export_labels import export_labels
+from pipeline.exchange.import_labels import import_labels
+from pipeline.training.train import train
 
 CROPS = 3
 
@@ -159,7 +162,7 @@ def test_another_import_into_the_same_store_is_refused(imported, published, phot
 
 
 def test_an_imported_store_is_not_gone_on_with_by_teachers_nor_the_other_way_round(imported, published, photos, recipe, store_path):
-    from pipeline.generate import generate
+    from pipeline.labelling.generate import generate
 
     with pytest.raises(StoreError, match="labels that others made"):
         generate(recipe, photos, imported, device=CPU)
@@ -287,8 +290,8 @@ def test_a_hostile_label_file_neither_hangs_nor_fills_the_memory(published, phot
 
 def test_labels_of_two_classes_are_not_guessed():
     """[0, 0.999]: the first class almost surely, or the second one?"""
-    assert fkd.kind_of(np.array([[0.0, 0.999], [1.0, 0.8]], np.float32), 2) is None
-    assert fkd.kind_of(np.array([[0.3, 0.7], [0.5, 0.5]], np.float32), 2) == "full"
+    assert fkd_format.kind_of(np.array([[0.0, 0.999], [1.0, 0.8]], np.float32), 2) is None
+    assert fkd_format.kind_of(np.array([[0.3, 0.7], [0.5, 0.5]], np.float32), 2) == "full"
 
 
 def test_labels_of_another_split_are_not_taken(published, photos, tmp_path):
@@ -324,7 +327,7 @@ def test_folders_with_dots_and_nested_ones_are_found_where_fkds_generator_puts_t
 
 
 def test_crops_of_turned_photographs_are_not_exported(photos, recipe, tmp_path):
-    from pipeline.generate import generate
+    from pipeline.labelling.generate import generate
 
     generate(changed(recipe, crops={"views": 1, "exif": "apply"}), photos, tmp_path / "t.zarr", device=CPU)
     with pytest.raises(StoreError, match="turned by their EXIF, and FKD's code doesn't turn them"):
@@ -391,15 +394,15 @@ def test_images_that_share_a_label_file_are_refused(photos, tmp_path):
 @pytest.mark.parametrize("kept", [5, 10])
 def test_what_is_left_is_even_over_the_other_classes(kept):
     p = np.random.default_rng(0).dirichlet(np.full(1000, 0.05), 16).astype(np.float32)
-    labels = fkd.sparse(p, kept)
-    assert labels.shape == (16, 2, kept) and fkd.kind_of(labels, 1000) == f"marginal_smoothing_k{kept}"
-    dense = fkd.dense(labels, fkd.kind_of(labels, 1000), 1000)
+    labels = fkd_format.sparse(p, kept)
+    assert labels.shape == (16, 2, kept) and fkd_format.kind_of(labels, 1000) == f"marginal_smoothing_k{kept}"
+    dense = fkd_format.dense(labels, fkd_format.kind_of(labels, 1000), 1000)
     for row, wanted in zip(dense, p, strict=True):
         top = np.argsort(-wanted)[:kept]
         assert row[top] == pytest.approx(wanted[top], abs=1e-6) and (np.delete(row, top) == np.delete(row, top)[0]).all()
     assert dense.sum(axis=1) == pytest.approx(np.ones(16))
-    assert fkd.dense(p.argmax(axis=1), "hard", 1000)[3, p[3].argmax()] == 1
-    one = fkd.dense(np.stack([p.argmax(axis=1), p.max(axis=1)], axis=1), "smoothing", 1000)
+    assert fkd_format.dense(p.argmax(axis=1), "hard", 1000)[3, p[3].argmax()] == 1
+    one = fkd_format.dense(np.stack([p.argmax(axis=1), p.max(axis=1)], axis=1), "smoothing", 1000)
     assert one.max(axis=1) == pytest.approx(p.max(axis=1)) and one.sum(axis=1) == pytest.approx(np.ones(16))
 
 
@@ -463,7 +466,7 @@ def test_wrong_usage_is_one_line(store_path, photos, tmp_path, monkeypatch, argu
 
 
 def test_mixed_pictures_are_not_exported(photos, recipe, tmp_path):
-    from pipeline.generate import generate
+    from pipeline.labelling.generate import generate
 
     mixed = changed(recipe, crops={"views": 1, "cutmix": {"prob": 1.0, "beta": 1.0}})
     generate(mixed, photos, tmp_path / "m.zarr", device=CPU)
@@ -473,6 +476,6 @@ def test_mixed_pictures_are_not_exported(photos, recipe, tmp_path):
 
 def test_memory_decides_how_many_views_are_held(imported, published, photos, tmp_path, monkeypatch):
     """Whatever the group of views, the store is the same."""
-    monkeypatch.setattr(exchange, "AT_ONCE", 1)
+    monkeypatch.setattr(import_labels_module, "AT_ONCE", 1)
     import_labels(published, photos, tmp_path / imported.name, codec="float32", teachers=["somebody's b4"])
     assert tree(tmp_path / imported.name) == tree(imported)

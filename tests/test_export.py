@@ -23,15 +23,20 @@ from safetensors.torch import load_file, save_file
 from test_exchange import write_set
 
 from cache import LabelStore
-from cache.schema import MealError
+from cache.errors import MealError
 from cli import main
-from pipeline import checkpoint
-from pipeline import export as exports
 from pipeline.config import ModelSpec
-from pipeline.exchange import import_labels
-from pipeline.export import export, summary
-from pipeline.models import load
-from pipeline.student import Run, train
+from pipeline.exchange import export_student
+from pipeline.exchange import onnx as onnx_module
+from pipeline.exchange.export_student import export, summary
+from pipeline.exchange.import_labels import import_labels
+from pipeline.models import names, timm_export
+from pipeline.models import weights as weights_module
+from pipeline.models.weights import load
+from pipeline.runs import checkpoint
+from pipeline.runs.folder import ExportError, _header
+from pipeline.training.loop import Run
+from pipeline.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,7 +165,7 @@ def test_onnx_runtime_gives_the_students_logits_at_any_batch_size(folder, soft):
 
 def test_an_export_says_nothing_but_its_result_and_no_path_of_the_machine(hard, tmp_path, monkeypatch, capfd, recwarn):
     """Made as a network is whose weights are more than a file of ONNX can hold, so that they lie beside it."""
-    monkeypatch.setattr(exports, "INSIDE", 1_000)
+    monkeypatch.setattr(onnx_module, "INSIDE", 1_000)
     result = export(hard, tmp_path / "out")
     assert capfd.readouterr() == ("", "") and not recwarn.list
     measured, files = result["onnx"], tree(tmp_path / "out")
@@ -171,7 +176,7 @@ def test_an_export_says_nothing_but_its_result_and_no_path_of_the_machine(hard, 
     for name, content in files.items():
         for place in (tmp_path, hard, ROOT, sys.prefix):
             assert str(place).encode() not in content, name
-    assert exports.public("local-dir:/home/me/secret/teacher") == "local-dir:teacher" and exports.public("hf-hub:timm/x") == "hf-hub:timm/x"
+    assert names.public("local-dir:/home/me/secret/teacher") == "local-dir:teacher" and names.public("hf-hub:timm/x") == "hf-hub:timm/x"
     assert os.listdir(tmp_path) == ["out"]
     assert measured["weights_outside"] and len(files["model.onnx.data"]) > len(files["model.onnx"])
     assert "`model.onnx.data`" in card(tmp_path / "out")[1]
@@ -264,7 +269,7 @@ def test_this_tools_own_evaluation_of_the_folder_finds_the_figures_of_the_card(h
 
 def test_an_older_checkpoint_has_no_class_names_but_its_store_does(soft, store_path, tmp_path):
     run = Path(shutil.copytree(soft, tmp_path / "run"))
-    described = exports._header(run / "best.safetensors")
+    described = _header(run / "best.safetensors")
     for key in ("class_names", "teachers"):
         del described[key]
     save_file(load_file(run / "best.safetensors"), run / "best.safetensors", metadata={"meal_v2": json.dumps(described)})
@@ -320,16 +325,16 @@ def a_file(run: Path, scratch: Path, *_: object) -> None:
 
 def nearly(run: Path, scratch: Path, store: Path, patch: pytest.MonkeyPatch) -> dict:
     """ONNX Runtime's logits are off by a thousandth."""
-    patch.setattr(exports, "translate", lambda *_: {})
+    patch.setattr(onnx_module, "translate", lambda *_: {})
     patch.setattr(
-        exports, "run_onnx", lambda _, inputs: [student(run, "test_resnet")(x).detach() + torch.tensor([1e-3, 0, 0]) for x in inputs]
+        onnx_module, "run_onnx", lambda _, inputs: [student(run, "test_resnet")(x).detach() + torch.tensor([1e-3, 0, 0]) for x in inputs]
     )
     return {"onnx": True}
 
 
 def not_finite(run: Path, scratch: Path, store: Path, patch: pytest.MonkeyPatch) -> dict:
-    patch.setattr(exports, "translate", lambda *_: {})
-    patch.setattr(exports, "run_onnx", lambda _, inputs: [torch.full((len(x), 3), torch.nan) for x in inputs])
+    patch.setattr(onnx_module, "translate", lambda *_: {})
+    patch.setattr(onnx_module, "run_onnx", lambda _, inputs: [torch.full((len(x), 3), torch.nan) for x in inputs])
     return {"onnx": True}
 
 
@@ -338,7 +343,7 @@ def untranslatable(run: Path, scratch: Path, store: Path, patch: pytest.MonkeyPa
         (scratch / ".out.partial" / "model.onnx").write_bytes(b"half")
         raise RuntimeError("report this") from ValueError("what it\nreally is")
 
-    patch.setattr(exports, "translate", translate)
+    patch.setattr(onnx_module, "translate", translate)
     return {"onnx": True}
 
 
@@ -388,14 +393,14 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(copie
 
 
 def test_stopped_in_the_middle_it_leaves_nothing(hard, tmp_path, monkeypatch):
-    monkeypatch.setattr(exports, "write_onnx", stop)
+    monkeypatch.setattr(export_student, "write_onnx", stop)
     with pytest.raises(KeyboardInterrupt):
         export(hard, tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
 def test_killed_in_the_middle_it_leaves_no_folder_and_does_not_hinder_the_next(hard, tmp_path):
-    code = "import os, sys; from pathlib import Path; from pipeline import export\nexport.require_onnx = lambda: None\n"
+    code = "import os, sys; from pathlib import Path; from pipeline.exchange import export_student as export\nexport.require_onnx = lambda: None\n"
     code += "export.write_onnx = lambda *_: os.kill(os.getpid(), 9)\nexport.export(Path(sys.argv[1]), Path(sys.argv[2]))"
     killed = subprocess.run([sys.executable, "-c", code, hard, tmp_path / "out"], cwd=ROOT, capture_output=True)
     assert killed.returncode == -9 and not (tmp_path / "out").exists() and len(os.listdir(tmp_path)) == 2
@@ -405,27 +410,27 @@ def test_killed_in_the_middle_it_leaves_no_folder_and_does_not_hinder_the_next(h
 
 
 def test_an_export_by_two_at_once_is_refused(hard, tmp_path, monkeypatch):
-    write = exports.save_for_timm
+    write = timm_export.save_for_timm
 
     def twice(*arguments: object) -> None:
-        with pytest.raises(exports.ExportError, match="another process is exporting to"):
+        with pytest.raises(ExportError, match="another process is exporting to"):
             export(hard, tmp_path / "out", onnx=False)
         write(*arguments)
 
-    monkeypatch.setattr(exports, "save_for_timm", twice)
+    monkeypatch.setattr(export_student, "save_for_timm", twice)
     export(hard, tmp_path / "out", onnx=False)
 
 
 def test_a_run_that_goes_on_meanwhile_is_not_mixed_up(copied, tmp_path, monkeypatch):
-    loading = exports.load
+    loading = weights_module.load
 
     def and_train(spec: ModelSpec) -> object:
         model = loading(spec)
-        checkpoint.save_model(copied / "best.safetensors", model, {**exports._header(copied / "best.safetensors"), "epoch": 7})
+        checkpoint.save_model(copied / "best.safetensors", model, {**_header(copied / "best.safetensors"), "epoch": 7})
         return model
 
-    monkeypatch.setattr(exports, "load", and_train)
-    with pytest.raises(exports.ExportError, match="was written anew while it was read"):
+    monkeypatch.setattr(export_student, "load", and_train)
+    with pytest.raises(ExportError, match="was written anew while it was read"):
         export(copied, tmp_path / "out", onnx=False)
 
 

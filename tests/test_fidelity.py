@@ -15,15 +15,16 @@ from conftest import CPU, changed, write_photos
 from safetensors.torch import load_file
 
 from cache import LabelStore
-from cache.codec import CODECS, divergence
-from pipeline import config as configs
+from cache.format.codec import CODECS, divergence
+from pipeline import config_file
 from pipeline.config import Config, ModelSpec
-from pipeline.generate import generate
-from pipeline.losses import soft_cross_entropy
-from pipeline.models import load
-from pipeline.replay import Replay, StoredLabels
-from pipeline.student import train
-from pipeline.targets import Decoder
+from pipeline.labelling.generate import generate
+from pipeline.models.weights import load
+from pipeline.training.batches import Replay
+from pipeline.training.losses import soft_cross_entropy
+from pipeline.training.source import StoredLabels
+from pipeline.training.targets import Decoder
+from pipeline.training.train import train
 
 LOSSY = [name for name in CODECS if name != "float32"]
 SEEDS, EPOCHS = range(4), 6
@@ -47,11 +48,13 @@ class World:
         teachers = []
         for seed, model in enumerate(("test_resnet", "test_efficientnet")):
             own = {"labels": "hard", "image_size": 32, "epochs": 12, "batch_size": 16, "lr": 0.02, "milestones": [9], "seed": seed}
-            recipe = configs.validate({"student": {"model": model, "pretrained": False}, "render": {"threads": 2}, "train": own}, "test")
+            recipe = config_file.validate(
+                {"student": {"model": model, "pretrained": False}, "render": {"threads": 2}, "train": own}, "test"
+            )
             metrics = train(recipe, self.data, folder / model, device=CPU)
             assert metrics["val_top1"] > 60
             teachers.append({"model": model, "checkpoint": str(folder / model / "last.safetensors"), "image_size": 32})
-        self.recipe = configs.validate(
+        self.recipe = config_file.validate(
             {
                 "teachers": teachers,
                 "crops": {"views": 2},

@@ -18,15 +18,16 @@ import torch
 from conftest import CPU, edit_store, tree, write_photos, write_teacher
 
 from cache import LabelStore, StoreError
-from cache.claims import claims_of
-from cache.codec import divergence
-from cache.schema import MealError
+from cache.errors import MealError
+from cache.format.codec import divergence
+from cache.system.claims import claims_of
 from cache.verify import verify
-from pipeline import images, render
 from pipeline.config import Config, ModelSpec
-from pipeline.generate import generate
-from pipeline.images import DataError
-from pipeline.models import ModelError
+from pipeline.images import folders
+from pipeline.images.folders import DataError
+from pipeline.labelling.generate import generate
+from pipeline.models.model import ModelError
+from pipeline.render.dali import CropRenderer
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def by_hand(store: LabelStore, teachers: list[dict], folder: Path, view: int, ro
         size = teacher["image_size"]
         module = timm.create_model(teacher["model"], num_classes=store.classes, checkpoint_path=teacher["checkpoint"]).eval()
         mean, std = (torch.tensor(module.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
-        renderer = render.Crops([size], 1, 1, interpolation="bilinear", exif="ignore", threads=1)
+        renderer = CropRenderer([size], 1, 1, interpolation="bilinear", exif="ignore", threads=1)
         crops = [
             renderer([(folder / store.images.path[row]).read_bytes()], boxes[None, i : i + 1], flips[None, i : i + 1])[0][size][0]
             for i, row in enumerate(rows)
@@ -244,11 +245,11 @@ def test_a_class_map_places_a_subset_of_the_classes(photos, recipe, tmp_path):
     weights = write_teacher(tmp_path / "five.safetensors", "test_resnet", 1, classes=5)
     five = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"checkpoint": str(weights)}),)})
     (tmp_path / "map.txt").write_text("zebra\nant\nbee\ncow\ncat\n")
-    store = generate(five, photos, tmp_path / "s.zarr", device=CPU, classes=images.read_class_map(tmp_path / "map.txt"))
+    store = generate(five, photos, tmp_path / "s.zarr", device=CPU, classes=folders.read_class_map(tmp_path / "map.txt"))
     assert store.classes == 5 and set(store.images.class_index) == {1, 2, 4}
     (tmp_path / "map.txt").write_text("zebra\nant\nbee\ncow\ndog\n")
     with pytest.raises(MealError, match="class folder cat .* is not among the 5 classes"):
-        generate(five, photos, tmp_path / "t.zarr", device=CPU, classes=images.read_class_map(tmp_path / "map.txt"))
+        generate(five, photos, tmp_path / "t.zarr", device=CPU, classes=folders.read_class_map(tmp_path / "map.txt"))
 
 
 @pytest.mark.parametrize("lost", ["labels/c/1/2/0", "boxes/c/0/0/0", "records/c/1/1/0"])
@@ -291,7 +292,7 @@ def test_a_store_without_a_fingerprint_is_refused(photos, recipe, store_path, tm
 
 
 def test_a_worker_does_not_wait_for_ever_for_one_that_never_comes(photos, recipe, tmp_path, monkeypatch):
-    from pipeline import generate as stage_one
+    from pipeline.labelling import coordination as stage_one
 
     monkeypatch.setattr(stage_one, "PATIENCE", 1.0)
     with pytest.raises(StoreError, match="nobody has begun to create .* start worker 0"):

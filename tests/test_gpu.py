@@ -14,14 +14,15 @@ import torch
 from conftest import CPU, changed
 
 from cache import LabelStore
-from pipeline import images, render
-from pipeline.evaluate import evaluate
-from pipeline.generate import generate
-from pipeline.hardware_jpeg import hardware_engines
-from pipeline.models import load
-from pipeline.recheck import recheck
-from pipeline.student import train
-from pipeline.transfer import Returning, Sender
+from pipeline.evaluation import evaluate
+from pipeline.images.scan import scan
+from pipeline.inspection.relabel import recheck
+from pipeline.labelling.generate import generate
+from pipeline.models.weights import load
+from pipeline.render.dali import CropRenderer
+from pipeline.render.hardware_jpeg import hardware_engines
+from pipeline.runtime.device_transfer import Returning, Sender
+from pipeline.training.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
 CUDA, ROOT = torch.device("cuda"), Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def rendered(
     blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray, backend: str, order: np.ndarray, batch: int, *more: int
 ) -> np.ndarray:
     """Crops at 64 px, rendered in an order and in batches, perhaps beside other sizes; in their own order again."""
-    renderer = render.Crops([64, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
+    renderer = CropRenderer([64, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
     parts = [order[first : first + batch] for first in range(0, len(order), batch)]
     made = torch.cat([renderer([blobs[i] for i in rows], boxes[None, rows], flips[None, rows])[0][64] for rows in parts])
     return made.cpu().numpy()[np.argsort(order)]
@@ -145,7 +146,7 @@ def test_a_run_of_a_cpu_goes_on_here_in_one_kernel(photos, recipe, store_path, t
 @pytest.mark.parametrize("backend", ["cpu", *BACKENDS])
 def test_evaluation_counts_as_on_a_cpu(photos, recipe, backend):
     models = [load(spec) for spec in recipe.teachers]
-    found = images.scan(photos / "val", ["ant", "bee", "cat"], exif="ignore")
+    found = scan(photos / "val", ["ant", "bee", "cat"], exif="ignore")
     figures = {}
     for device, where in ((CPU, "cpu"), (CUDA, backend)):
         models = [model.to(device) for model in models]

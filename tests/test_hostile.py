@@ -35,18 +35,26 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 
-from cache import LabelStore, StoreError, schema
-from cache.schema import USABLE, MealError
+from cache import LabelStore, StoreError
+from cache.errors import MealError
+from cache.format import schema
+from cache.format.manifest import USABLE, Images
+from cache.format.schema import FORMAT
+from cache.format.seal import write_seal
 from cache.verify import verify
 from cache.writer import StoreWriter
 from cli import main
-from pipeline import images, models, render
 from pipeline.config import Config, ModelSpec
-from pipeline.generate import generate
-from pipeline.images import DataError
-from pipeline.models import ModelError
-from pipeline.recheck import recheck
-from pipeline.student import train
+from pipeline.images import folders
+from pipeline.images import scan as scan_module
+from pipeline.images.folders import DataError
+from pipeline.images.scan import unusable_summary
+from pipeline.inspection.relabel import recheck
+from pipeline.labelling.generate import generate
+from pipeline.models.model import ModelError
+from pipeline.models.weights import load
+from pipeline.render.dali import CropRenderer
+from pipeline.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -58,7 +66,7 @@ import json, os, resource, signal, sys, traceback
 import torch
 torch.set_num_threads(1)
 from click.testing import CliRunner
-import pipeline.evaluate, pipeline.generate, pipeline.recheck, pipeline.report, pipeline.student
+import pipeline.evaluation, pipeline.labelling.generate, pipeline.inspection.relabel, pipeline.inspection.terminal, pipeline.training.train
 from cli import main
 
 def memory(kind):
@@ -322,7 +330,7 @@ def test_max_megapixels_is_the_limit(tmp_path, kind):
     (tmp_path / "ant" / "x").write_bytes(encoded(kind, (500, 400)))
 
     def reason(limit: float) -> str:
-        found = images.scan(tmp_path, ["ant"], exif="ignore", threads=1, max_megapixels=limit)
+        found = scan_module.scan(tmp_path, ["ant"], exif="ignore", threads=1, max_megapixels=limit)
         assert (found.status[0] == USABLE) == (found.reason[0] == "")
         return found.reason[0]
 
@@ -459,9 +467,9 @@ def test_what_the_library_says_of_odd_names_is_one_line_too(odd, recipe, tmp_pat
     classes = store.class_names
     for name in classes:
         (data / name / f"new\n{MARK} line.jpg").write_bytes(b"no image")
-    found = images.scan(data, classes, exif="ignore", threads=1)
-    assert len(images.unusable_summary(found)) == 2  # not UTF-8, not an image
-    for line in images.unusable_summary(found):
+    found = scan_module.scan(data, classes, exif="ignore", threads=1)
+    assert len(unusable_summary(found)) == 2  # not UTF-8, not an image
+    for line in unusable_summary(found):
         tame(line + "\n")
         assert "\n" not in line
     with pytest.raises(MealError) as refusal:
@@ -539,7 +547,7 @@ def test_folders_in_folders_without_end_are_looked_through_or_refused_in_one_lin
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
         with suppress(DataError):
-            paths, *_ = images.list_files(data, ["ant", "bee", "cat"])
+            paths, *_ = folders.list_files(data, ["ant", "bee", "cat"])
             assert len(paths) == 7
     finally:
         sys.setrecursionlimit(limit)
@@ -624,7 +632,10 @@ def test_an_image_that_changes_while_a_stage_is_at_work_is_named(recipe, store_p
     original = image.read_bytes()
     before = tree(store)
     checked = []
-    for place in ("pipeline.provenance.require_same_pixels", "pipeline.start.require_same_pixels"):  # the last of the looks beforehand
+    for place in (
+        "pipeline.provenance.require_same_pixels",
+        "pipeline.training.source.require_same_pixels",
+    ):  # the last of the looks beforehand
         monkeypatch.setattr(place, lambda *arguments: checked.append(CHANGES[change](image)))
     one = changed(recipe, train={"epochs": 1})
     for stage in (
@@ -674,8 +685,8 @@ def test_a_teacher_whose_output_is_not_finite_is_named_with_the_image(photos, re
 
 def pooled(store: LabelStore, folder: Path, spec: ModelSpec) -> np.ndarray:
     """float32 [views, rows, features]: what the head of a teacher sees of every crop."""
-    teacher = models.load(spec)
-    renderer = render.Crops([teacher.image_size], store.views, len(store.images), interpolation="bilinear", exif="ignore", threads=2)
+    teacher = load(spec)
+    renderer = CropRenderer([teacher.image_size], store.views, len(store.images), interpolation="bilinear", exif="ignore", threads=2)
     blobs = [(folder / path).read_bytes() for path in store.images.path]
     crops = [store.crops(view, slice(None)) for view in range(store.views)]
     seen = renderer(blobs, np.stack([boxes for boxes, _ in crops]), np.stack([flips for _, flips in crops]))
@@ -832,7 +843,7 @@ def forge(path: Path, shards: dict, changes: list[tuple[str, str, object]]) -> N
 
 def seal(path: Path) -> None:
     """As schema does it, but of anything."""
-    schema.write_seal(path, {file: json.loads(content) for file, content in tree(path).items() if file.endswith("zarr.json")})
+    write_seal(path, {file: json.loads(content) for file, content in tree(path).items() if file.endswith("zarr.json")})
 
 
 def with_checksum(content: bytes) -> bytes:
@@ -857,7 +868,7 @@ def codec_value(key: str, *values: object) -> dict[str, list[tuple[str, str, obj
 
 NAN, INF = float("nan"), float("inf")
 BOXES = "boxes/zarr.json"
-COLUMNS = tuple(schema.Images.__dataclass_fields__)
+COLUMNS = tuple(Images.__dataclass_fields__)
 
 
 def lengths(views: int = 2, rows: int = 90, chunk: int = 90) -> list[tuple[str, str, object]]:
@@ -1113,7 +1124,7 @@ def test_a_whole_store_of_pickled_objects_is_refused(tmp_path):
     objects = np.empty(90, dtype=object)
     objects[:] = Payload(tmp_path / "harm")
     group = zarr.open_group(str(tmp_path / "s.zarr"), mode="w", zarr_format=2)
-    group.attrs.update({"format": schema.FORMAT, "format_version": 1})
+    group.attrs.update({"format": FORMAT, "format_version": 1})
     for name in ("labels", "records"):
         (tmp_path / "s.zarr" / name).mkdir()
         (tmp_path / "s.zarr" / name / ".zarray").write_text(

@@ -16,9 +16,12 @@ from conftest import CLASSES
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cache.schema import UNUSABLE, USABLE, Images
-from pipeline import images
-from pipeline.images import DataError, Reader
+from cache.format.manifest import UNUSABLE, USABLE, Images
+from pipeline.images import folders
+from pipeline.images.folders import DataError
+from pipeline.images.reader import Reader
+from pipeline.images.scan import scan, unusable_summary
+from pipeline.sampling import epoch_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,12 +93,12 @@ def data(photos: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(photos: Path) -> Images:
-    return images.scan(photos / "train", CLASSES, exif="ignore", threads=2, order_seed=0)
+    return scan(photos / "train", CLASSES, exif="ignore", threads=2, order_seed=0)
 
 
 @pytest.mark.parametrize("exif", ["ignore", "apply"])
 def test_good_files_are_usable_with_the_dimensions_that_pillow_sees(zoo, exif):
-    found = images.scan(zoo, ["bad", "good"], exif=exif, threads=2)
+    found = scan(zoo, ["bad", "good"], exif=exif, threads=2)
     good = found.take(np.flatnonzero(found.class_index == 1))
     assert set(good.path) == {f"good/{name}" for name in good_files()}  # and no hidden file
     for path, height, width, status, reason in zip(good.path, good.height, good.width, good.status, good.reason, strict=True):
@@ -105,7 +108,7 @@ def test_good_files_are_usable_with_the_dimensions_that_pillow_sees(zoo, exif):
 
 
 def test_bad_files_are_recorded_with_a_reason(zoo):
-    found = images.scan(zoo, ["bad", "good"], exif="ignore", threads=2)
+    found = scan(zoo, ["bad", "good"], exif="ignore", threads=2)
     bad = found.take(np.flatnonzero(found.class_index == 0))
     reasons = {path.removeprefix("bad/"): reason for path, reason in zip(bad.path, bad.reason, strict=True)}
     assert set(reasons) == {*bad_files(), "dangling.jpg", "latin-\\xe9.jpg"}
@@ -116,12 +119,12 @@ def test_bad_files_are_recorded_with_a_reason(zoo):
     assert "not UTF-8" in reasons["latin-\\xe9.jpg"]
     assert "GIF" in reasons["animation.gif"]
     assert all(reasons[name].startswith("damaged") for name in ("half.jpg", "nine tenths.jpg", "without its end.jpg", "header.jpg"))
-    summary = images.unusable_summary(found)
+    summary = unusable_summary(found)
     assert sum(int(line.split()[0]) for line in summary) == len(bad) and not any("\n" in line for line in summary)
 
 
 def test_sizes_and_digests_are_those_of_the_files(zoo, photos, manifest):
-    for folder, found in ((photos / "train", manifest), (zoo, images.scan(zoo, ["bad", "good"], exif="ignore", threads=1))):
+    for folder, found in ((photos / "train", manifest), (zoo, scan(zoo, ["bad", "good"], exif="ignore", threads=1))):
         for path, size, digest in zip(found.path, found.bytes, found.digest, strict=True):
             if (folder / path).exists():  # not the dangling link, nor the name that the manifest can only describe
                 assert size == os.stat(folder / path).st_size
@@ -132,8 +135,8 @@ MALFORMED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from pipeline import images
-found = images.scan(Path({data!r}), ["a", "b"], exif="ignore", threads=2, order_seed=0)
+from pipeline.images.scan import scan
+found = scan(Path({data!r}), ["a", "b"], exif="ignore", threads=2, order_seed=0)
 good = sorted(path for path, status in zip(found.path, found.status) if status == 0 and "good" in path)
 unnamed = [path for path, status, reason in zip(found.path, found.status, found.reason) if status != 0 and not reason]
 print(len(found), int((found.status != 0).sum()), len(good), len(unnamed))
@@ -178,13 +181,13 @@ def test_hundreds_of_malformed_files_dont_stop_the_scan(tmp_path):
 
 
 def test_row_order_is_a_function_of_seed_and_path(photos, manifest, data):
-    again = images.scan(data, CLASSES, exif="ignore", threads=1, order_seed=0)
+    again = scan(data, CLASSES, exif="ignore", threads=1, order_seed=0)
     assert np.array_equal(again.path, manifest.path)
     (data / manifest.path[40]).unlink()
-    fewer = images.scan(data, CLASSES, exif="ignore", threads=2, order_seed=0)
+    fewer = scan(data, CLASSES, exif="ignore", threads=2, order_seed=0)
     assert list(fewer.path) == [path for path in manifest.path if path != manifest.path[40]]
-    other = images.row_order(1, manifest.path)
-    assert not np.array_equal(other, images.row_order(0, manifest.path))
+    other = epoch_order.row_order(1, manifest.path)
+    assert not np.array_equal(other, epoch_order.row_order(0, manifest.path))
     assert set(manifest.path[other]) == set(manifest.path)
 
 
@@ -194,35 +197,35 @@ def test_rows_are_class_mixed(manifest):
 
 
 def test_the_manifest_digest_ignores_the_row_order_and_nothing_else(photos, data, manifest):
-    plain = images.scan(photos / "train", CLASSES, exif="ignore", threads=2)
+    plain = scan(photos / "train", CLASSES, exif="ignore", threads=2)
     assert not np.array_equal(plain.path, manifest.path)
     assert plain.manifest_digest() == manifest.manifest_digest()
     victim = data / manifest.path[7]
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
     victim.write_bytes(content)
-    assert images.scan(data, CLASSES, exif="ignore", threads=2).manifest_digest() != manifest.manifest_digest()
+    assert scan(data, CLASSES, exif="ignore", threads=2).manifest_digest() != manifest.manifest_digest()
 
 
 def test_a_split_is_a_folder_of_class_folders(tmp_path):
     write(tmp_path / "both" / "train" / "ant", {"1.jpg": b"x"})
     write(tmp_path / "both" / "val" / "ant", {"1.jpg": b"x"})
-    assert images.split_folder(tmp_path / "both", "val") == tmp_path / "both" / "val"
+    assert folders.split_folder(tmp_path / "both", "val") == tmp_path / "both" / "val"
     write(tmp_path / "plain" / "ant", {"1.jpg": b"x"})
     write(tmp_path / "plain" / "train", {"locomotive.jpg": b"x"})  # a class, not a split
     for split in ("train", "val"):
-        assert images.split_folder(tmp_path / "plain", split) == tmp_path / "plain"
-    assert images.class_names(tmp_path / "plain") == ["ant", "train"]
+        assert folders.split_folder(tmp_path / "plain", split) == tmp_path / "plain"
+    assert folders.class_names(tmp_path / "plain") == ["ant", "train"]
 
 
 def test_a_split_that_isnt_there_is_refused_in_one_line(tmp_path):
     write(tmp_path / "train" / "ant", {"1.jpg": b"x"})
     (tmp_path / "empty").mkdir()
     for act, says in (
-        (lambda: images.split_folder(tmp_path, "val"), "has train but no val; name another --split"),
-        (lambda: images.split_folder(tmp_path / "nowhere", "train"), "there is no folder .*nowhere; --data must name"),
-        (lambda: images.class_names(tmp_path / "empty"), "has no class folders"),
-        (lambda: images.list_files(tmp_path / "train", ["bee"]), "class folder ant of .* is not among the 1 classes"),
+        (lambda: folders.split_folder(tmp_path, "val"), "has train but no val; name another --split"),
+        (lambda: folders.split_folder(tmp_path / "nowhere", "train"), "there is no folder .*nowhere; --data must name"),
+        (lambda: folders.class_names(tmp_path / "empty"), "has no class folders"),
+        (lambda: folders.list_files(tmp_path / "train", ["bee"]), "class folder ant of .* is not among the 1 classes"),
     ):
         with pytest.raises(DataError, match=says) as refused:
             act()
@@ -236,7 +239,7 @@ def test_nested_folders_are_found_and_loops_of_links_end(tmp_path):
     write(tmp_path / "bee", {"4.jpg": b"x"})
     (tmp_path / "ant" / "deep" / "loop").symlink_to(tmp_path / "ant")
     (tmp_path / "ant" / "link").symlink_to(tmp_path / ".elsewhere")
-    paths, class_index, sizes, _ = images.list_files(tmp_path, ["ant", "bee"])
+    paths, class_index, sizes, _ = folders.list_files(tmp_path, ["ant", "bee"])
     assert list(paths) == ["ant/deep/deeper/1.jpg", "ant/link/linked/3.jpg", "bee/4.jpg"]
     assert list(class_index) == [0, 0, 1] and list(sizes) == [1, 1, 1]
 
@@ -244,21 +247,21 @@ def test_nested_folders_are_found_and_loops_of_links_end(tmp_path):
 def test_a_link_to_itself_is_an_unusable_file(tmp_path):
     write(tmp_path / "ant", good_files())
     (tmp_path / "ant" / "self.jpg").symlink_to("self.jpg")
-    found = images.scan(tmp_path, ["ant"], exif="ignore", threads=1)
+    found = scan(tmp_path, ["ant"], exif="ignore", threads=1)
     assert list(found.path[found.status != USABLE]) == ["ant/self.jpg"]
 
 
 def test_a_pipe_is_an_unusable_file(tmp_path):
     write(tmp_path / "ant", good_files())
     os.mkfifo(tmp_path / "ant" / "pipe.jpg")
-    found = images.scan(tmp_path, ["ant"], exif="ignore", threads=1)
+    found = scan(tmp_path, ["ant"], exif="ignore", threads=1)
     assert list(found.reason[found.status != USABLE]) == ["not a regular file"]
 
 
 def test_a_class_folder_without_images_keeps_its_index(data):
     (data / "aardvark").mkdir()
-    assert images.class_names(data) == ["aardvark", "ant", "bee", "cat"]
-    found = images.scan(data, images.class_names(data), exif="ignore", threads=2)
+    assert folders.class_names(data) == ["aardvark", "ant", "bee", "cat"]
+    found = scan(data, folders.class_names(data), exif="ignore", threads=2)
     assert {path.split("/")[0]: index for path, index in zip(found.path, found.class_index, strict=True)} == {"ant": 1, "bee": 2, "cat": 3}
 
 
@@ -267,22 +270,22 @@ def test_a_class_map_gives_the_class_indices(tmp_path):
     write(tmp_path / "data" / "ant", {"1.jpg": b"x"})
     listed = tmp_path / "map.txt"
     listed.write_text("zebra\npolar bear\n\nant\n")
-    classes = images.read_class_map(listed)
+    classes = folders.read_class_map(listed)
     assert classes == ["zebra", "polar bear", "ant"]
-    paths, class_index, _, _ = images.list_files(tmp_path / "data", classes)
+    paths, class_index, _, _ = folders.list_files(tmp_path / "data", classes)
     assert dict(zip(paths, class_index, strict=True)) == {"polar bear/1.jpg": 1, "ant/1.jpg": 2}
     write(tmp_path / "data" / "brown bear", {"1.jpg": b"x"})
     with pytest.raises(DataError, match=r"class folder brown bear .* is not among the 3 classes"):
-        images.list_files(tmp_path / "data", classes)
+        folders.list_files(tmp_path / "data", classes)
 
 
 @pytest.mark.parametrize("content", [b"ant\nbee\nant\n", b"", b"\n \n", b"\xff\xfe\x00"])
 def test_a_class_map_that_isnt_one_is_refused(tmp_path, content):
     (tmp_path / "map.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"--class-map .*map\.txt"):
-        images.read_class_map(tmp_path / "map.txt")
+        folders.read_class_map(tmp_path / "map.txt")
     with pytest.raises(DataError, match="can't be read"):
-        images.read_class_map(tmp_path / "nowhere.txt")
+        folders.read_class_map(tmp_path / "nowhere.txt")
 
 
 def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
@@ -311,19 +314,19 @@ def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
     ],
 )
 def test_another_data_set_is_refused_with_count_and_first_path(data, manifest, change, says):
-    images.require_same_files(data, manifest, CLASSES, "labels.zarr")
+    folders.require_same_files(data, manifest, CLASSES, "labels.zarr")
     change(data)
     with pytest.raises(DataError, match=f"is not the data set that labels.zarr was made from: {says}"):
-        images.require_same_files(data, manifest, CLASSES, "labels.zarr")
+        folders.require_same_files(data, manifest, CLASSES, "labels.zarr")
 
 
 def test_another_class_index_is_refused(data, manifest):
     with pytest.raises(DataError, match=r"60 of 90 images of another size or class, the first is ant/000\.jpg"):
-        images.require_same_files(data, manifest, ("cat", "bee", "ant"), "labels.zarr")
+        folders.require_same_files(data, manifest, ("cat", "bee", "ant"), "labels.zarr")
 
 
 def test_the_same_files_are_the_same_files_with_a_name_that_isnt_utf8_among_them(zoo, tmp_path):
     data = Path(shutil.copytree(zoo / "bad", tmp_path / "data" / "bad", symlinks=True)).parent
     (data / "bad" / "latin-z.jpg").write_bytes(good_files()["colour.jpg"])
-    found = images.scan(data, ["bad"], exif="ignore", threads=1, order_seed=0)
-    images.require_same_files(data, found, ["bad"], "labels.zarr")
+    found = scan(data, ["bad"], exif="ignore", threads=1, order_seed=0)
+    folders.require_same_files(data, found, ["bad"], "labels.zarr")

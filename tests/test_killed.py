@@ -25,7 +25,7 @@ from killing import Event, Moment, Run, Server
 from test_store import create
 
 from cache import LabelStore
-from cache.schema import DamagedStore
+from cache.errors import DamagedStore
 from cache.writer import StoreWriter
 
 KILLS = int(os.environ.get("KILLS", "40"))

@@ -10,14 +10,14 @@ import pytest
 from conftest import CPU, changed, tree, write_teacher
 
 from cache import LabelStore, StoreError
-from cache.codec import CODECS, divergence
+from cache.format.codec import CODECS, divergence
 from cache.merge import merge
 from cache.verify import verify
-from pipeline.arithmetic import ROUNDING
 from pipeline.config import Config, ConfigError
-from pipeline.generate import generate
-from pipeline.recheck import recheck
-from pipeline.report import store_facts
+from pipeline.inspection.relabel import recheck
+from pipeline.inspection.store_facts import store_facts
+from pipeline.labelling.generate import generate
+from pipeline.runtime.precision import ROUNDING
 
 
 def merged(*paths: Path, out: Path, **options: object) -> LabelStore:

@@ -11,11 +11,13 @@ import torch
 from conftest import CLASSES, CPU, changed
 from torch import nn
 
-from pipeline import models
 from pipeline.config import Config, ModelSpec
-from pipeline.generate import generate
-from pipeline.models import ALIASES, ModelError, load, load_teachers, resolve
-from pipeline.student import train
+from pipeline.labelling.generate import generate
+from pipeline.models import weights as weights_module
+from pipeline.models.model import ModelError
+from pipeline.models.names import ALIASES, resolve
+from pipeline.models.weights import _create, load, load_teachers
+from pipeline.training.train import train
 
 
 def authors_file(path: Path, architecture: str, classes: int = 1000, *, legacy: bool = False, **wrapped: object) -> nn.Module:
@@ -98,8 +100,8 @@ def test_a_tag_is_no_difference_where_the_weights_are_the_same(photos, recipe, s
 
 
 def test_what_an_alias_stands_for_is_said(monkeypatch):
-    create = models._create
-    monkeypatch.setattr(models, "_create", lambda name, *, pretrained, **options: create(name, pretrained=False, **options))
+    create = _create
+    monkeypatch.setattr(weights_module, "_create", lambda name, *, pretrained, **options: create(name, pretrained=False, **options))
     model = load(ModelSpec(model="resnet18"))
     assert model.name == "resnet18.tv_in1k"
     assert model.notes == ["resnet18 stands for resnet18.tv_in1k, as in the paper and in the timm of 2020"]

@@ -7,11 +7,11 @@ import torch
 from conftest import CPU, changed
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import RunError
 from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.models import Model
-from pipeline.student import train
+from pipeline.labelling.generate import generate
+from pipeline.models.model import Model
+from pipeline.runs.folder import RunError
+from pipeline.training.train import train
 
 # Teachers' batches of 16 in both; the last ones of a shard, and of an epoch, are filled up. (At odd sizes a row's last bit depends on its place.)
 CUT = {

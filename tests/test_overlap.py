@@ -17,18 +17,25 @@ import torch
 from conftest import CPU, changed, tree
 
 from cache import LabelStore
-from cache.claims import claims_of
-from cache.schema import MealError, StoreError
+from cache.errors import MealError, StoreError
+from cache.system.claims import claims_of
 from cache.writer import StoreWriter
-from pipeline import label, render, student, transfer
-from pipeline.background import ahead, behind
 from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.images import DataError
-from pipeline.models import ModelError
-from pipeline.student import train
+from pipeline.images.folders import DataError
+from pipeline.labelling import stream
+from pipeline.labelling.generate import generate
+from pipeline.labelling.stream import UNITS, Labeller
+from pipeline.models.model import ModelError
+from pipeline.provenance import OTHER_BATCHES
+from pipeline.render.dali import CropRenderer
+from pipeline.runtime import device_transfer
+from pipeline.runtime.device_transfer import Sender, Sent
+from pipeline.runtime.threads import ahead, behind
+from pipeline.training import loop
+from pipeline.training.loop import Run
+from pipeline.training.train import train
 
-FINGERPRINT = 1 + render.OTHER_BATCHES  # batches in which its crops are rendered
+FINGERPRINT = 1 + OTHER_BATCHES  # batches in which its crops are rendered
 PATIENCE = 20.0  # seconds, after which a part that waits for another gives up
 
 
@@ -95,9 +102,9 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, s
         if call == 12:
             written.wait_for(2)  # the first unit has been written while the second and third were labelled
 
-    monkeypatch.setattr(label, "BEHIND", 2)
-    spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
-    spied(monkeypatch, label, "ensemble", forward)
+    monkeypatch.setattr(stream, "BEHIND", 2)
+    spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
+    spied(monkeypatch, stream, "ensemble", forward)
     spied(
         monkeypatch, StoreWriter, "write", lambda call: begun.wait_for(min(12, 4 + call)), written.happens
     )  # the next unit's labels are being made
@@ -109,19 +116,17 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, s
 def test_pictures_are_rendered_while_the_student_trains(photos, small, store_path, tmp_path, monkeypatch):
     rendered = Counted()
     epochs = changed(small, train={"epochs": 1})
-    spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
-    spied(
-        monkeypatch, student.Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT)
-    )  # 6 batches, and the fingerprint
+    spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
+    spied(monkeypatch, Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT))  # 6 batches, and the fingerprint
     train(epochs, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 6 + FINGERPRINT
 
 
 def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(photos, small, store_path, tmp_path, monkeypatch):
     rendered = Counted()
-    spied(monkeypatch, render.Crops, "__call__", lambda call: None, rendered.happens)
+    spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
     spied(
-        monkeypatch, student, "evaluate", lambda call: rendered.wait_for(min(12, 6 * call + 1) + FINGERPRINT)
+        monkeypatch, loop, "evaluate", lambda call: rendered.wait_for(min(12, 6 * call + 1) + FINGERPRINT)
     )  # 6 batches an epoch, and the fingerprint
     train(small, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 12 + FINGERPRINT
@@ -130,11 +135,11 @@ def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(ph
 def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(photos, small, store_path, tmp_path, monkeypatch):
     """As it is on a GPU, where every tensor arrives as another one."""
 
-    def sent(self: transfer.Sender, what: object) -> transfer.Sent:
-        return transfer.Sent(transfer._each(lambda tensor: tensor.clone(), what))
+    def sent(self: Sender, what: object) -> Sent:
+        return Sent(device_transfer._each(lambda tensor: tensor.clone(), what))
 
     train(small, photos, tmp_path / "plain", store=store_path, device=CPU)
-    monkeypatch.setattr(transfer.Sender, "__call__", sent)
+    monkeypatch.setattr(Sender, "__call__", sent)
     generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert tree(tmp_path / "s.zarr") == tree(store_path)
     train(small, photos, tmp_path / "run", store=store_path, device=CPU)
@@ -142,9 +147,9 @@ def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(pho
 
 
 FAILURES = {
-    "the renderer": (render.Crops, "__call__", 2 * FINGERPRINT + 1, DataError("a picture"), DataError),
-    "a teacher": (label, "ensemble", 5, ModelError("a teacher"), ModelError),
-    "a thread behind": (label.Labeller, "_blame", 1, ModelError("a label"), ModelError),
+    "the renderer": (CropRenderer, "__call__", 2 * FINGERPRINT + 1, DataError("a picture"), DataError),
+    "a teacher": (stream, "ensemble", 5, ModelError("a teacher"), ModelError),
+    "a thread behind": (Labeller, "_blame", 1, ModelError("a label"), ModelError),
     "the disk": (StoreWriter, "write", 2, OSError(28, "No space left on device"), StoreError),
 }
 
@@ -160,7 +165,7 @@ def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_st
     with monkeypatch.context() as broken:
         spied(broken, place, name, fail)
         if what == "a thread behind":
-            broken.setattr(label.torch, "isfinite", lambda logits: torch.zeros_like(logits, dtype=torch.bool))
+            broken.setattr(stream.torch, "isfinite", lambda logits: torch.zeros_like(logits, dtype=torch.bool))
         with pytest.raises(kind, match=str(error.args[-1])):
             generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert not claims_of(tmp_path / "s.zarr").exists()
@@ -177,7 +182,7 @@ def test_what_is_whole_when_something_fails_is_written(photos, small, tmp_path, 
         if call == 5:
             raise ModelError("a teacher")
 
-    spied(monkeypatch, label, "ensemble", fail)
+    spied(monkeypatch, stream, "ensemble", fail)
     with pytest.raises(ModelError):
         generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert LabelStore.open(tmp_path / "s.zarr").finished().tolist() == [[True, False, False]] * 2
@@ -191,15 +196,15 @@ def test_a_renderer_that_waits_for_room_ends_when_there_will_never_be_any(photos
     place, name, _, error, kind = FAILURES[what]
 
     def fail(call: int) -> None:
-        begun.wait_for(label.UNITS)
+        begun.wait_for(UNITS)
         time.sleep(0.3)  # until the renderer waits
         raise error
 
-    spied(monkeypatch, label.Labeller, "_claimed", lambda call: begun.happens())
+    spied(monkeypatch, Labeller, "_claimed", lambda call: begun.happens())
     spied(monkeypatch, place, name, fail)
     with pytest.raises(kind, match=str(error.args[-1])):
         generate(one_batch, photos, tmp_path / "s.zarr", device=CPU)
-    assert begun.n == label.UNITS
+    assert begun.n == UNITS
     assert not LabelStore.open(tmp_path / "s.zarr").finished().any()
 
 
@@ -208,7 +213,7 @@ def test_what_fails_ends_training_and_is_told(photos, small, store_path, tmp_pat
         if call == FINGERPRINT + 3:
             raise MealError("a picture")
 
-    spied(monkeypatch, render.Crops, "__call__", fail)
+    spied(monkeypatch, CropRenderer, "__call__", fail)
     with pytest.raises(MealError, match="a picture"):
         train(small, photos, tmp_path / "run", store=store_path, device=CPU)
     assert not claims_of(tmp_path / "run").exists()

@@ -13,11 +13,13 @@ from conftest import CPU
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from cache.codec import divergence
-from pipeline import config, images, models
+from cache.format.codec import divergence
+from pipeline import config_file
 from pipeline.config import ModelSpec
-from pipeline.evaluate import evaluate
-from pipeline.generate import generate
+from pipeline.evaluation import evaluate
+from pipeline.images.scan import scan
+from pipeline.labelling.generate import generate
+from pipeline.models import names, weights
 
 
 def spec(shared: Path, i: int) -> ModelSpec:
@@ -35,9 +37,9 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
     """With Pillow's resize, which differs from DALI's by 0.17/255 on average: another decoder, another resizer, other code."""
-    recipe = config.validate({"store": {"batch_size": 25, "codec": "float32"}}, "test")
+    recipe = config_file.validate({"store": {"batch_size": 25, "codec": "float32"}}, "test")
     recipe = recipe.model_copy(update={"teachers": (spec(shared, 1), spec(shared, 2))})
-    store = generate(recipe, sample, tmp_path / "s.zarr", classes=models.imagenet_classes(), device=CPU)
+    store = generate(recipe, sample, tmp_path / "s.zarr", classes=names.imagenet_classes(), device=CPU)
     rows = np.arange(12)
     total = 0
     for i, size in ((1, 240), (2, 260)):
@@ -54,8 +56,8 @@ def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
 
 
 def test_top_1_is_what_timms_own_transform_gives(shared, sample):
-    model = models.load(spec(shared, 0))
-    manifest = images.scan(sample, models.imagenet_classes(), exif="ignore")
+    model = weights.load(spec(shared, 0))
+    manifest = scan(sample, names.imagenet_classes(), exif="ignore")
     result = evaluate([model], sample, manifest, 1000, device=CPU, batch_size=16)["models"][0]
     transform = timm.data.create_transform(input_size=224, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875)
     with torch.no_grad():

@@ -18,8 +18,9 @@ from conftest import CPU, changed, tree, write_photos
 from disk import MEMORY, Disk, Moment
 from test_store import blocks, create, manifest
 
-from cache import LabelStore, StoreError, claims
-from cache.mend import mend
+from cache import LabelStore, StoreError
+from cache.repair import mend
+from cache.system import claims
 from cache.writer import StoreWriter
 
 VIEWS = 3
@@ -269,7 +270,7 @@ def test_a_disk_keeps_what_was_forced_to_it_and_may_lose_the_rest(root, place):
 
 
 def test_labels_that_were_made_survive_a_power_failure(root, place, recipe, one_thread, monkeypatch):
-    from pipeline.generate import generate
+    from pipeline.labelling.generate import generate
 
     write_photos(place / "data", 5)
     (place / "data" / "bee" / "notes.txt").write_text("no image")

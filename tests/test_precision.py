@@ -13,17 +13,25 @@ import pytest
 import torch
 from conftest import CPU, changed, edit_store
 
-from cache import LabelStore, StoreError, schema
+from cache import LabelStore, StoreError
+from cache.errors import DamagedStore
+from cache.format import schema
 from cache.merge import merge
-from cache.schema import DamagedStore
-from pipeline import label, models, preview, provenance, recheck, render, start, student
-from pipeline.arithmetic import HALF, ROUNDING, PrecisionError, in_precision, require_precision, rounding
-from pipeline.checkpoint import RunError
-from pipeline.config import Config, ConfigError, validate
-from pipeline.generate import generate
-from pipeline.models import Model, load
-from pipeline.student import train
-from pipeline.transfer import Returning
+from pipeline import provenance
+from pipeline.config import Config, ConfigError
+from pipeline.config_file import validate
+from pipeline.inspection import relabel
+from pipeline.labelling import plan, stream
+from pipeline.labelling.generate import generate
+from pipeline.models import model as model_module
+from pipeline.models.model import Model, ensemble
+from pipeline.models.weights import load
+from pipeline.render.dali import DECODERS
+from pipeline.runs.folder import RunError
+from pipeline.runtime.device_transfer import Returning
+from pipeline.runtime.precision import HALF, ROUNDING, PrecisionError, in_precision, require_precision, rounding
+from pipeline.training import loop, resume
+from pipeline.training.train import train
 
 CUDA = torch.device("cuda")
 
@@ -58,7 +66,7 @@ def test_a_backward_pass_has_the_same(recipe, photos, store_path, tmp_path, monk
     seen = []
     real = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (seen.append((*flags(), torch.backends.cudnn.benchmark)), real(loss)))
-    monkeypatch.setattr(student, "require_precision", lambda *_: None)
+    monkeypatch.setattr(loop, "require_precision", lambda *_: None)
     train(changed(recipe, train={"epochs": 1, "precision": precision}), photos, tmp_path / "run", store=store_path, device=CPU)
     tf32 = precision == "tf32"
     assert set(seen) == {(tf32, tf32, True)}  # and cuDNN tries its algorithms, shapes being fixed
@@ -80,8 +88,8 @@ def test_a_run_validates_in_float32_or_where_it_is_not_so_exact_in_tf32(
 
 def test_teachers_fill_batches_of_one_shape_and_cudnn_is_told(recipe, photos, tmp_path, monkeypatch):
     seen = []
-    real = label.ensemble
-    monkeypatch.setattr(label, "ensemble", lambda *given, **named: (seen.append(torch.backends.cudnn.benchmark), real(*given, **named))[1])
+    real = ensemble
+    monkeypatch.setattr(stream, "ensemble", lambda *given, **named: (seen.append(torch.backends.cudnn.benchmark), real(*given, **named))[1])
     generate(changed(recipe, crops={"views": 1}), photos, tmp_path / "s.zarr", device=CPU)
     assert seen == [True] * 6 and not torch.backends.cudnn.benchmark
 
@@ -105,7 +113,7 @@ def test_tf32_is_refused_where_there_is_none(recipe, photos, store_path, tmp_pat
         train(changed(recipe, train={"precision": "tf32"}), photos, tmp_path / "run", store=store_path, device=CPU)
     assert str(refused.value) == line.format("train.precision", "train.precision") and not (tmp_path / "run").exists()
     with pytest.raises(PrecisionError, match="store.precision tf32"):
-        preview.preview(changed(recipe, store={"precision": "tf32"}), photos, None, device=CPU)
+        plan.make_plan(changed(recipe, store={"precision": "tf32"}), photos, None, device=CPU)
     with pytest.raises(PrecisionError, match="store.precision tf32"):
         train(changed(recipe, store={"precision": "tf32"}, train={"online": True}), photos, tmp_path / "run", device=CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
@@ -216,7 +224,7 @@ def test_a_gpus_store_is_labelled_again_on_a_cpu_and_judged_by_what_it_recorded(
 ):
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     on_a_gpu(copy, precision, made)
-    result = recheck.recheck(copy, photos / "train", list(recipe.teachers), 30, device=CPU)
+    result = relabel.recheck(copy, photos / "train", list(recipe.teachers), 30, device=CPU)
     assert result["sample"]["allowed"] == pytest.approx(allowed) and result["trusted"], result["problems"]
 
 
@@ -230,7 +238,7 @@ def test_an_average_is_judged_by_its_parts(photos, recipe, tmp_path, h100):
     both = merge(parts, tmp_path / "both.zarr", say=print, progress=lambda n: None)
     assert [part.get("gpu") for part in both.provenance["merged"]] == [None, "NVIDIA H100"]
     assert both.attributes["format_version"] == 5  # since older programs don't know TF32
-    assert recheck._arithmetic(both.provenance, {}, CPU, "float32") == pytest.approx((1e-3 + 2.1e-2) / 2)
+    assert relabel._arithmetic(both.provenance, {}, CPU, "float32") == pytest.approx((1e-3 + 2.1e-2) / 2)
 
 
 def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):
@@ -284,7 +292,7 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(recipe,
     with pytest.raises(
         RunError, match="started with renderer.decoder None, this is CUDA .*; pass the same to go on, or choose another --out"
     ):
-        start._require_same_teachers(tmp_path, how, {"renderer": how["renderer"] | render.DECODERS["gpu"]})
+        resume._require_same_teachers(tmp_path, how, {"renderer": how["renderer"] | DECODERS["gpu"]})
 
 
 # ---- what else is set for the device
@@ -315,13 +323,13 @@ def test_what_is_on_the_cpu_has_returned_already():
 @pytest.mark.parametrize(("settings", "sizes"), [({}, {8, 16}), ({"compile": True}, {16}), ({"compile": True, "batch_size": 100}, {100})])
 def test_the_plan_times_what_will_run(recipe: Config, photos, monkeypatch, settings, sizes):
     """Compiled teachers in the store's precision, and in whole batches, since another size would be compiled on its own."""
-    monkeypatch.setattr(preview, "SECONDS", 0.01)
+    monkeypatch.setattr(plan, "SECONDS", 0.01)
     compiled, seen = [], []
-    real = models.Model.__call__
+    real = model_module.Model.__call__
     monkeypatch.setattr(Model, "compiled_teacher", lambda model, precision: (compiled.append(precision), model)[1])
     monkeypatch.setattr(
         Model, "__call__", lambda model, pixels, precision: (seen.append((len(pixels), precision)), real(model, pixels, precision))[1]
     )
-    told = preview.preview(changed(recipe, store=settings | {"precision": "bfloat16"}), photos, None, device=CPU)
+    told = plan.make_plan(changed(recipe, store=settings | {"precision": "bfloat16"}), photos, None, device=CPU)
     assert compiled == ["bfloat16"] * 2 * bool(settings) and {precision for _, precision in seen} == {"bfloat16"}
     assert {n for n, _ in seen} == sizes and told["teachers_per_second"] > 0

@@ -27,16 +27,20 @@ from conftest import CPU, changed, write_photos
 from safetensors.torch import load_file
 from test_workers import House, Run, require_no_trace
 
-from cache import LabelStore, stopping
-from cache.claims import claims_of
-from pipeline import images, processes
+from cache import LabelStore
+from cache.system import signals
+from cache.system.claims import claims_of
+from cache.system.signals import Stopped
 from pipeline.config import ModelSpec
-from pipeline.evaluate import evaluate
-from pipeline.generate import generate
-from pipeline.models import load
-from pipeline.render import FINGERPRINT_CROPS
-from pipeline.replay import Replay, StoredLabels
-from pipeline.student import train
+from pipeline.evaluation import evaluate
+from pipeline.images.scan import scan
+from pipeline.labelling.generate import generate
+from pipeline.models.weights import load
+from pipeline.provenance import FINGERPRINT_CROPS
+from pipeline.runtime import distributed
+from pipeline.training.batches import Replay
+from pipeline.training.source import StoredLabels
+from pipeline.training.train import train
 
 ROOT = Path(__file__).parents[1]
 SOON = 30.0  # seconds in which the others notice that one is gone
@@ -184,7 +188,7 @@ def test_validation_counts_every_image_once_whatever_the_number_of_processes(ben
         bench.train(world, tmp_path / str(world), *still)
         found[world] = metrics(tmp_path / str(world))[0]
     folder = bench.house.data / "val"
-    manifest = images.scan(folder, ["ant", "bee", "cat"], exif="ignore")
+    manifest = scan(folder, ["ant", "bee", "cat"], exif="ignore")
     model = load(ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0)
     model.interpolation = "bilinear"
     exact = evaluate([model], folder, manifest, 3, device=CPU)["models"][0]
@@ -295,8 +299,8 @@ def test_asked_to_stop_all_stop(bench, tmp_path):
 
 def test_one_that_is_asked_to_stop_while_the_others_have_gone_already_says_so(monkeypatch):
     """A signal comes to all, and whom it reaches last has lost the others by then."""
-    with stopping.on_signals(), pytest.raises(stopping.Stopped), processes._naming_the_dead():
-        monkeypatch.setattr(stopping, "_asked", signal.SIGTERM)
+    with signals.on_signals(), pytest.raises(Stopped), distributed._naming_the_dead():
+        monkeypatch.setattr(signals, "_asked", signal.SIGTERM)
         raise RuntimeError("Connection closed by peer")
 
 

@@ -19,16 +19,17 @@ from click.testing import CliRunner
 from conftest import CPU, changed, edit_store, tree, write_teacher
 from safetensors.torch import load_file, save_file
 
-from cache import LabelStore, schema
-from cache.schema import MealError
+from cache import LabelStore
+from cache.errors import MealError
+from cache.format.schema import VERSIONS
 from cache.verify import verify
 from cli import main
-from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.models import ModelSpec, load
-from pipeline.recheck import recheck
-from pipeline.report import store_facts
-from pipeline.student import train
+from pipeline.config import Config, ModelSpec
+from pipeline.inspection.relabel import recheck
+from pipeline.inspection.store_facts import store_facts
+from pipeline.labelling.generate import generate
+from pipeline.models.weights import load
+from pipeline.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -407,7 +408,7 @@ STAGES = {
 @pytest.mark.parametrize(
     ("version", "says"),
     [
-        (schema.VERSIONS[-1] + 1, "it was made by a newer version: update this program"),
+        (VERSIONS[-1] + 1, "it was made by a newer version: update this program"),
         (2**40, "it was made by a newer version: update this program"),
         (0, "use the version of this program that made it"),
         ("new", "use the version of this program that made it"),
@@ -418,7 +419,7 @@ STAGES = {
 )
 def test_every_stage_refuses_another_format_kindly(command, stage, version, says):
     edit_store(command.store, lambda attributes: attributes.update(format_version=version))
-    reads = f"this program reads {schema.VERSIONS[0]} to {schema.VERSIONS[-1]}"
+    reads = f"this program reads {VERSIONS[0]} to {VERSIONS[-1]}"
     with pytest.raises(MealError) as refusal:
         LabelStore.open(command.store)
     assert str(refusal.value) == f"{command.store} has label store format {version}, {reads}; {says}"

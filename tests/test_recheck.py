@@ -14,11 +14,11 @@ from conftest import CPU, changed, edit_store, write_teacher
 from cache import LabelStore, StoreError
 from cache.writer import StoreWriter
 from cli import main
-from pipeline import cutmix
-from pipeline import recheck as rechecking
 from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.recheck import recheck
+from pipeline.inspection import relabel
+from pipeline.inspection.relabel import recheck
+from pipeline.labelling.generate import generate
+from pipeline.render import mixing
 
 
 @pytest.fixture
@@ -42,16 +42,16 @@ def test_labels_made_again_are_those_of_the_store_within_the_stated_error(photos
 
 def test_every_labelled_crop_may_be_asked_for_once(photos, recipe, store_path):
     assert looked_at(store_path, photos, recipe, 10_000)["sample"]["crops"] == 180
-    places = rechecking._choose(LabelStore.open(store_path), 10_000, 0)
+    places = relabel._choose(LabelStore.open(store_path), 10_000, 0)
     assert len(np.unique(places, axis=0)) == 180
-    few = [rechecking._choose(LabelStore.open(store_path), 9, seed).tolist() for seed in (0, 0, 1)]
+    few = [relabel._choose(LabelStore.open(store_path), 9, seed).tolist() for seed in (0, 0, 1)]
     assert few[0] == few[1] != few[2]
 
 
 def test_mixed_pictures_are_mixed_again(photos, recipe, tmp_path, monkeypatch):
     generate(changed(recipe, crops={"cutmix": {"prob": 0.8}}), photos, tmp_path / "s.zarr", device=CPU)
     assert looked_at(tmp_path / "s.zarr", photos, recipe)["trusted"]
-    monkeypatch.setattr(cutmix, "paste", lambda pixels, others, place, box: pixels)
+    monkeypatch.setattr(mixing, "paste", lambda pixels, others, place, box: pixels)
     assert not looked_at(tmp_path / "s.zarr", photos, recipe)["trusted"]
 
 
@@ -90,7 +90,7 @@ def test_a_teacher_that_a_store_names_by_a_place_is_not_looked_up(photos, copy, 
     writer = StoreWriter(copy)
     (writer.store.path / "records/c/0/0/0").unlink()  # whatever its shards are: it isn't looked up
     with pytest.raises(StoreError, match="names a teacher by a place .*; pass it with --teacher"):
-        rechecking._teachers(writer.store, [], CPU)
+        relabel._teachers(writer.store, [], CPU)
 
 
 def test_other_teachers_are_noticed(photos, recipe, store_path, tmp_path):

@@ -12,11 +12,14 @@ from conftest import CLASSES, CPU, write_photos
 from torch import nn
 
 from cache import LabelStore
-from pipeline import checkpoint, config, cost, models
-from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.models import resolve
-from pipeline.student import train
+from pipeline import config_file
+from pipeline.config import Config, Discriminator, Train
+from pipeline.labelling import cost
+from pipeline.labelling.generate import generate
+from pipeline.models import weights
+from pipeline.models.names import resolve
+from pipeline.runs import checkpoint
+from pipeline.training.train import train
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("meal_v2_*.yaml"))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -40,7 +43,7 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 def without_weights() -> pytest.MonkeyPatch:
     """Models of the recipes with random weights instead of the hub's, each built once."""
     built: dict[str, nn.Module] = {}
-    create = models._create
+    create = weights._create
 
     def random(name: str, *, pretrained: bool, **options: int) -> nn.Module:
         if name not in built:
@@ -49,7 +52,7 @@ def without_weights() -> pytest.MonkeyPatch:
         return copy.deepcopy(built[name])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_create", random)
+        patch.setattr(weights, "_create", random)
         yield patch
 
 
@@ -72,13 +75,13 @@ def test_every_row_of_the_paper_and_of_the_authors_list_has_a_recipe():
     assert {path.stem for path in RECIPES} == set(PUBLISHED)
     for path in RECIPES:
         student, figure = PUBLISHED[path.stem]
-        assert config.load(path).student.model.partition(".")[0] == student
+        assert config_file.load(path).student.model.partition(".")[0] == student
         assert figure in head(path)
 
 
 @each_recipe
 def test_a_recipes_head_names_figure_teachers_cost_and_commands(path):
-    recipe, text = config.load(path), head(path)
+    recipe, text = config_file.load(path), head(path)
     assert "2009.08453" in text and "Teachers: " in text
     for command in ("generate-labels", "train-student"):
         assert f"python cli.py {command}" in text and f"--config configs/{path.name} --data IMAGENET --store labels.zarr" in text
@@ -88,19 +91,19 @@ def test_a_recipes_head_names_figure_teachers_cost_and_commands(path):
 
 @each_recipe
 def test_a_recipe_is_the_papers(path):
-    recipe = config.load(path)
+    recipe = config_file.load(path)
     for spec in (*recipe.teachers, recipe.student):
         assert resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()  # a tag, not timm's choice of today
         assert (spec.mean, spec.std) == IMAGENET
-    paper = config.Train(image_size=recipe.train.image_size, discriminator=config.Discriminator())
+    paper = Train(image_size=recipe.train.image_size, discriminator=Discriminator())
     assert recipe.train == paper
     assert recipe.crops.views == recipe.train.epochs == 180
     assert (recipe.crops.cutmix is not None) == path.stem.endswith("cutmix")
 
 
 def test_students_of_one_size_share_one_store():
-    shared = [config.load(path) for path in RECIPES if "store made for one of these" in head(path)] + [
-        config.load(RECIPES[0].with_name("meal_v2_resnet50.yaml"))
+    shared = [config_file.load(path) for path in RECIPES if "store made for one of these" in head(path)] + [
+        config_file.load(RECIPES[0].with_name("meal_v2_resnet50.yaml"))
     ]
     assert len(shared) == 7
     assert len({(r.teachers, r.crops, r.store) for r in shared}) == 1
@@ -108,7 +111,7 @@ def test_students_of_one_size_share_one_store():
 
 @each_recipe
 def test_one_step_of_both_stages_runs(path, few, stores, tmp_path, without_weights, monkeypatch):
-    document = config.load(path).model_dump(mode="json")
+    document = config_file.load(path).model_dump(mode="json")
     for spec in document["teachers"]:
         spec["image_size"] = 64
     document["crops"]["views"] = 1

@@ -15,11 +15,15 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from cache import LabelStore, StoreError
-from pipeline import crops, hardware_jpeg, images, philox, render
 from pipeline.config import Crops, Render
-from pipeline.images import DataError
+from pipeline.images import reader
+from pipeline.images.folders import DataError
 from pipeline.provenance import require_same_pixels
-from pipeline.replay import Replay, StoredLabels
+from pipeline.render import dali, hardware_jpeg
+from pipeline.render.dali import BLANK, CentreRenderer, CropRenderer, RenderError, WholeDecode
+from pipeline.sampling import philox, random_crop
+from pipeline.training.batches import Replay
+from pipeline.training.source import StoredLabels
 
 Rendered = list[dict[int, torch.Tensor]]
 
@@ -59,7 +63,7 @@ def as_teachers(
 ) -> Rendered:
     """As stage one does: every view and size from one whole decode."""
     how = {"interpolation": "bilinear", "exif": "ignore"} | how
-    renderer = render.Crops(sizes, len(boxes), batch_size, threads=threads, **how)
+    renderer = CropRenderer(sizes, len(boxes), batch_size, threads=threads, **how)
     starts = range(0, len(blobs), batch_size)
     parts = [renderer(blobs[s : s + batch_size], boxes[:, s : s + batch_size], flips[:, s : s + batch_size]) for s in starts]
     return [{size: torch.cat([part[view][size] for part in parts]) for size in sizes} for view in range(len(boxes))]
@@ -116,10 +120,10 @@ def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
 @pytest.mark.parametrize("exif", ["ignore", "apply"])
 def test_every_kind_of_image_gives_the_student_the_teachers_pixels(exif, interpolation):
     files, views, how = odd_files(), 6, {"exif": exif, "interpolation": interpolation}
-    whole = render.WholeDecode(exif)
+    whole = WholeDecode(exif)
     height, width = np.array([whole(blob) for blob in files.values()]).T
     identity = philox.identities(np.array([*files], object))
-    drawn = [crops.draw(Crops(), identity, height, width, view) for view in range(views)]
+    drawn = [random_crop.draw(Crops(), identity, height, width, view) for view in range(views)]
     boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
     blobs = [*files.values()]
     teachers = as_teachers(blobs, boxes, flips, [32, 57], len(blobs), 2, **how)
@@ -156,7 +160,7 @@ def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
     mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     resize = Resize(size * 256 // 224, interpolation=mode)
     theirs = np.array(Compose([resize, CenterCrop(size)])(photo)).astype(float)
-    centre = render.Centre([(size, interpolation)], 1, exif="ignore", threads=1)
+    centre = CentreRenderer([(size, interpolation)], 1, exif="ignore", threads=1)
     (ours,) = centre([encoded(photo, "PNG")], np.array(shape[:1]), np.array(shape[1:]))[size, interpolation].numpy().astype(float)
     assert ours.shape == (size, size, 3)
     difference = np.abs(ours - theirs).mean()
@@ -168,12 +172,12 @@ def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
 
 def test_evaluation_takes_images_of_any_shape_and_several_sizes_at_once():
     files = odd_files()
-    height, width = np.array([render.WholeDecode("ignore")(blob) for blob in files.values()]).T
+    height, width = np.array([WholeDecode("ignore")(blob) for blob in files.values()]).T
     looks = [(64, "bilinear"), (32, "bicubic"), (32, "bilinear"), (64, "bilinear")]
-    together = render.Centre(looks, len(files), exif="ignore", threads=2)([*files.values()], height, width)
+    together = CentreRenderer(looks, len(files), exif="ignore", threads=2)([*files.values()], height, width)
     assert set(together) == set(looks)
     for size, interpolation in set(looks):
-        alone = render.Centre([(size, interpolation)], 1, exif="ignore", threads=1)
+        alone = CentreRenderer([(size, interpolation)], 1, exif="ignore", threads=1)
         for i, blob in enumerate(files.values()):
             (pixels,) = alone([blob], height[i : i + 1], width[i : i + 1])[size, interpolation]
             assert torch.equal(pixels, together[size, interpolation][i])
@@ -220,7 +224,7 @@ def test_a_blank_is_black_and_changes_no_neighbour(store, photos):
     blobs = [(photos / "train" / store.images.path[row]).read_bytes() for row in rows]
     boxes, flips = store.crops(0, rows)
     blank = np.isin(rows, [0, 4, 8])
-    filled = [render.BLANK if empty else blob for blob, empty in zip(blobs, blank, strict=True)]
+    filled = [BLANK if empty else blob for blob, empty in zip(blobs, blank, strict=True)]
     shown = np.where(blank[:, None], [0, 0, 1, 1], boxes)
     without = as_students(blobs, boxes, flips, 48, 9, 2)
     for pixels in (
@@ -233,10 +237,10 @@ def test_a_blank_is_black_and_changes_no_neighbour(store, photos):
 
 def test_an_image_that_fails_later_is_an_error_of_one_line_and_the_renderer_lives_on(photos):
     blob = (photos / "train" / "ant" / "000.jpg").read_bytes()
-    renderer = render.Crops([32], 1, 2, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = CropRenderer([32], 1, 2, interpolation="bilinear", exif="ignore", threads=1)
     box, flips = np.array([[[0, 0, 40, 40]]]), np.array([[False]])
     before = renderer([blob], box, flips)[0][32]
-    with pytest.raises(render.RenderError, match="DALI could not render") as refused:
+    with pytest.raises(RenderError, match="DALI could not render") as refused:
         renderer([b"no image"], box, flips)
     assert "\n" not in str(refused.value)
     assert torch.equal(renderer([blob], box, flips)[0][32], before)
@@ -259,15 +263,15 @@ def test_baseline_jpegs_are_known_by_their_header():
         "cut short": jpeg[:100],
         "empty": b"",
         "no image": b"\xff\xd8\xff\xc0",
-        "blank": render.BLANK,
+        "blank": BLANK,
     }
     baseline = {name for name, blob in files.items() if hardware_jpeg.is_baseline_jpeg(blob)}
     assert baseline == {"colour", "finest", "grey", "turned", "pixel", "line", "long comment", "filled"}
 
 
 def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatch):
-    renderer = render.Crops([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
-    monkeypatch.setattr(render.fn.decoders, "image", lambda encoded, **how: (how["device"], how.get("hw_decoder_load")))
+    renderer = CropRenderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    monkeypatch.setattr(dali.fn.decoders, "image", lambda encoded, **how: (how["device"], how.get("hw_decoder_load")))
     assert renderer._decoded(None, "ignore", False) == ("cpu", None)
     renderer.gpu = True
     assert [renderer._decoded(None, "ignore", hardware) for hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
@@ -276,16 +280,16 @@ def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatc
 @pytest.mark.parametrize(("engines", "refused"), [(0, True), (7, False), (None, False)])
 def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engines, refused):
     assert hardware_jpeg.hardware_engines() in (0, None) or torch.cuda.is_available()
-    monkeypatch.setattr(render, "hardware_engines", lambda: engines)
+    monkeypatch.setattr(dali, "hardware_engines", lambda: engines)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     how = {"interpolation": "bilinear", "exif": "ignore", "backend": "gpu-hardware"}
     if refused:
-        with pytest.raises(render.RenderError, match="Tesla V100 has none; use render.backend: gpu$"):
-            render.Crops([32], 1, 4, **how)
+        with pytest.raises(RenderError, match="Tesla V100 has none; use render.backend: gpu$"):
+            CropRenderer([32], 1, 4, **how)
     else:
-        assert render.Crops([32], 1, 4, **how).divides
+        assert CropRenderer([32], 1, 4, **how).divides
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
 )
 def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
     """And is told as other want of memory is, from which the command line's advice comes."""
-    renderer = render.Crops([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = CropRenderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     blobs = [encoded(cut(40, 50), "JPEG")] * 2
     renderer(blobs, *crops_of(blobs, 1))
     renderer.gpu = True
@@ -304,10 +308,10 @@ def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
 
 
 def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
-    whole = render.WholeDecode("ignore")
+    whole = WholeDecode("ignore")
     height, width = np.array([whole(blob) for blob in blobs]).T
     identity = philox.identities(np.array([str(i) for i in range(len(blobs))], object))
-    boxes, flips = zip(*(crops.draw(Crops(), identity, height, width, view) for view in range(views)), strict=True)
+    boxes, flips = zip(*(random_crop.draw(Crops(), identity, height, width, view) for view in range(views)), strict=True)
     return np.stack(boxes), np.stack(flips)
 
 
@@ -316,8 +320,8 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
     """As with render.backend gpu-hardware: batches of baseline JPEGs filled up, the others apart."""
     kinds = list(odd_files().values())
     boxes, flips = crops_of(kinds, views)
-    plain = render.Crops([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
-    renderer = render.Crops([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
+    plain = CropRenderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
+    renderer = CropRenderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
     renderer.divides = True
     fed: list[tuple[bool, int]] = []
     run = renderer.run
@@ -339,7 +343,7 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
 def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied():
     """It writes without waiting for what the GPU was told before."""
     blobs = [encoded(cut(40, 50), "JPEG"), encoded(cut(40, 50), "PNG")]
-    renderer = render.Crops([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = CropRenderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
     renderer.divides = True
     happened: list[str] = []
 
@@ -360,10 +364,10 @@ def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied
 def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
     kinds = [*odd_files().values()]
     boxes, flips = crops_of(kinds, 1)
-    renderer = render.Crops([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = CropRenderer([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
     renderer.divides = True
     kinds[6] = kinds[6][:200]
-    with pytest.raises(render.RenderError) as failed:
+    with pytest.raises(RenderError) as failed:
         renderer(kinds, boxes, flips)
     assert failed.value.place == 6
 
@@ -382,27 +386,27 @@ def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, mo
             looked.append(self.backend)
             return None if self.backend == "gpu" and blob == blobs[3] else (40, 50)
 
-    renderer = render.Crops([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = CropRenderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     renderer(blobs, boxes, flips)
-    monkeypatch.setattr(render, "WholeDecode", Look)
+    monkeypatch.setattr(dali, "WholeDecode", Look)
     monkeypatch.setattr(renderer.pipes[False], "run", lambda: (_ for _ in ()).throw(RuntimeError("the GPU's decoder can't")))
     renderer.backend = "gpu"
-    with pytest.raises(render.RenderError, match="the GPU's decoder can't") as failed:
+    with pytest.raises(RenderError, match="the GPU's decoder can't") as failed:
         renderer(blobs, boxes, flips)
     assert failed.value.place == 3 and looked == ["cpu"] * 5 + ["gpu"] * 4
     line = r"bee/001\.jpg: DALI could not render it .*; the CPU decodes it, so convert it .* \(render.backend: cpu\)"
     rows = np.flatnonzero(store.images.path == "bee/001.jpg").repeat(5)
-    with pytest.raises(DataError, match=line), images.naming(store.images, rows):
+    with pytest.raises(DataError, match=line), reader.naming(store.images, rows):
         raise failed.value
 
 
 def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(store, photos, teachers_pixels, monkeypatch):
-    class Default(render.dali.Pipeline):
+    class Default(dali.dali.Pipeline):
         def __init__(self, **how: object) -> None:
             super().__init__(**{name: value for name, value in how.items() if name not in ("exec_async", "exec_pipelined")})
 
-    monkeypatch.setattr(render.dali, "Pipeline", Default)
-    renderer = render.Crops([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
+    monkeypatch.setattr(dali.dali, "Pipeline", Default)
+    renderer = CropRenderer([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
     blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
     boxes, flips = store.crops(0, slice(None))
     made = []
@@ -422,9 +426,9 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
 @pytest.mark.parametrize("depends_on", ["the number in a batch", "the place in a batch", "nothing"])
 def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, monkeypatch, depends_on):
     """What DALI's default share of the hardware decoder would do on a GPU, done here to one pixel of one crop."""
-    real = render.Crops.__call__
+    real = CropRenderer.__call__
 
-    def shifty(self: render.Crops, blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray) -> render.Rendered:
+    def shifty(self: CropRenderer, blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray) -> dali.Rendered:
         made = real(self, blobs, boxes, flips)
         if depends_on == "the number in a batch" and len(blobs) > 30:
             made[0][48][9, 5, 5, 0] ^= 1
@@ -432,11 +436,11 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, m
             made[0][48][0, 5, 5, 0] ^= 1
         return made
 
-    monkeypatch.setattr(render.Crops, "__call__", shifty)
+    monkeypatch.setattr(CropRenderer, "__call__", shifty)
     if depends_on == "nothing":
         return require_same_pixels(store, photos / "train", 2)
     with pytest.raises(
-        render.RenderError, match=r"other pixels of an image when others are rendered with it \([12] of \d+ crops differ at 48 px\)"
+        RenderError, match=r"other pixels of an image when others are rendered with it \([12] of \d+ crops differ at 48 px\)"
     ):
         require_same_pixels(store, photos / "train", 2)
     return None
@@ -445,7 +449,7 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, m
 def test_views_of_one_rendering_lie_behind_each_other():
     blobs = [encoded(cut(60, 80), "JPEG", quality=80 + i) for i in range(3)]
     boxes, flips = crops_of(blobs, 2)
-    made = render.Crops([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(blobs, boxes, flips)
+    made = CropRenderer([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(blobs, boxes, flips)
     whole = made.all_views[32]
     assert whole.shape == (2, 3, 32, 32, 3) and torch.equal(whole[1], made[1][32])
     assert whole.flatten(0, 1).data_ptr() == made[0][32].data_ptr()

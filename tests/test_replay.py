@@ -13,11 +13,13 @@ import torch
 from conftest import CPU
 
 from cache import LabelStore
-from cache.codec import CODECS
-from pipeline.background import ahead
+from cache.format.codec import CODECS
 from pipeline.config import Render
-from pipeline.replay import WINDOW_BLOCKS, Batch, Replay, StoredLabels, batch_sizes, epoch_windows
-from pipeline.targets import Decoder
+from pipeline.runtime.threads import ahead
+from pipeline.sampling.epoch_order import WINDOW_BLOCKS, batch_sizes, epoch_windows
+from pipeline.training.batches import Batch, Replay
+from pipeline.training.source import StoredLabels
+from pipeline.training.targets import Decoder
 
 UNUSABLE = [0, 5, 6, 7, 40, 41, 42, 43, 89]
 

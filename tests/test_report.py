@@ -18,12 +18,12 @@ from PIL import Image
 from test_cli import run
 
 from cache import LabelStore
-from cache.codec import entropy
-from pipeline import survey
-from pipeline.gallery import sheets
-from pipeline.models import class_titles
-from pipeline.page import COLOURS, histogram
-from pipeline.survey import DAMAGED, DONE, MISSING
+from cache.format.codec import entropy
+from pipeline.inspection import statistics
+from pipeline.inspection.contact_sheets import sheets
+from pipeline.inspection.html_report import COLOURS, histogram
+from pipeline.inspection.statistics import DAMAGED, DONE, MISSING
+from pipeline.models.names import class_titles
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
@@ -42,7 +42,7 @@ def report(store_path: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_survey_counts_what_is_stored(store):
-    found, p = survey.survey(store), {}
+    found, p = statistics.survey(store), {}
     for view in (0, 1):
         p[view] = store.probabilities(view, store.usable)
     both = np.concatenate([p[0], p[1]])
@@ -61,20 +61,20 @@ def test_a_survey_counts_what_is_stored(store):
 
 
 def test_agreement_and_confusions_are_counted_by_class_folder(store):
-    found = survey.survey(store)
+    found = statistics.survey(store)
     folders = store.images.class_index[found.row]
-    table = survey.by_class(found, folders)
+    table = statistics.by_class(found, folders)
     assert table["labels"].sum() == 180 and table["agreeing"].sum() == (found.first == folders).sum()
     assert (np.diff(table["agreeing"] / table["labels"]) >= 0).all()  # the worst first
-    for row in survey.confusions(found, folders):
+    for row in statistics.confusions(found, folders):
         wrong = (folders == row["folder"]) & (found.first == row["first"])
         assert row["folder"] != row["first"] and row["labels"] == wrong.sum()
         assert row["share"] == pytest.approx(wrong.sum() / (folders == row["folder"]).sum())
-    assert survey.confusions(found, folders)["labels"].sum() == (found.first != folders).sum()
+    assert statistics.confusions(found, folders)["labels"].sum() == (found.first != folders).sum()
 
 
 def test_a_part_of_a_large_store_is_looked_at_in_several_views(store):
-    found = survey.survey(store, labels=40)
+    found = statistics.survey(store, labels=40)
     assert len(found.row) == 40 and sorted(set(found.view)) == [0, 1]
     assert np.array_equal(np.sort(found.row[found.view == 0]), np.sort(found.row[found.view == 1]))
     assert len(set(found.row // store.shard_rows)) == 3  # all over the images
@@ -88,7 +88,7 @@ def test_missing_and_damaged_shards_are_shown_where_they_are(store_path, tmp_pat
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    found = survey.survey(LabelStore.open(path))
+    found = statistics.survey(LabelStore.open(path))
     assert found.coverage.tolist() == [[DONE, DAMAGED, DONE], [DONE, DONE, MISSING]]
     assert [(view, shard) for view, shard, _ in found.faults] == [(0, 1)]
     assert len(found.row) == 180 - 32 - 26
@@ -106,10 +106,10 @@ def test_a_store_that_was_just_begun_is_looked_at_where_it_has_labels(store_path
     shutil.rmtree(path / "records" / "c" / "1")
     for shard in (0, 1):
         (path / "records" / "c" / "0" / str(shard) / "0").unlink()
-    found = survey.survey(LabelStore.open(path), labels=1)
+    found = statistics.survey(LabelStore.open(path), labels=1)
     assert found.row.tolist() == [64] and not found.faults
     assert len(found.loyalty) == len(found.divergence) == 0  # of one view there is nothing to tell
-    assert len(survey.survey(LabelStore.open(path)).row) == 26
+    assert len(statistics.survey(LabelStore.open(path)).row) == 26
 
 
 def test_classes_of_one_name_are_told_apart():
@@ -141,7 +141,7 @@ def test_a_histogram_has_all_values():
 
 
 def test_contact_sheets_show_what_they_say(store, photos):
-    found = survey.survey(store)
+    found = statistics.survey(store)
     certain, uncertain, disagreeing = sheets(store, found, photos / "train", CLASSES)
     paths = store.images.path[found.row]
     assert certain.cards[0].path == paths[found.entropy.argmin()] and uncertain.cards[0].path == paths[found.entropy.argmax()]

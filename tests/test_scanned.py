@@ -11,11 +11,12 @@ import pytest
 from conftest import CLASSES, CPU, changed
 from PIL import Image
 
-from cache.schema import UNUSABLE
-from pipeline import images
-from pipeline.images import DataError
-from pipeline.scanned import Scanned
-from pipeline.student import train
+from cache.format.manifest import UNUSABLE, Images
+from pipeline.images import scan as scan_module
+from pipeline.images.folders import DataError
+from pipeline.images.scan import _read_any
+from pipeline.images.scan_cache import Scanned
+from pipeline.training.train import train
 
 
 @pytest.fixture
@@ -31,13 +32,13 @@ def data(photos: Path, tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that scans have read, below their folders."""
     seen = []
-    whole = images._read_any
-    monkeypatch.setattr(images, "_read_any", lambda folder, path: seen.append(path) or whole(folder, path))
+    whole = _read_any
+    monkeypatch.setattr(scan_module, "_read_any", lambda folder, path: seen.append(path) or whole(folder, path))
     return seen
 
 
-def scan(folder: Path, before: Scanned | None, **how: object) -> images.Images:
-    return images.scan(folder, CLASSES, **{"exif": "ignore", "threads": 2, "order_seed": 3, **how}, before=before)
+def scan(folder: Path, before: Scanned | None, **how: object) -> Images:
+    return scan_module.scan(folder, CLASSES, **{"exif": "ignore", "threads": 2, "order_seed": 3, **how}, before=before)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def kept(data: Path, tmp_path: Path) -> Path:
     return before.file
 
 
-def same(a: images.Images, b: images.Images) -> bool:
+def same(a: Images, b: Images) -> bool:
     return a.manifest_digest() == b.manifest_digest() and a.order == b.order
 
 
@@ -107,7 +108,7 @@ def test_another_decoder_decodes_again(data, kept, read, monkeypatch):
     read.clear()
     assert same(scan(data, Scanned(kept), exif="apply"), scan(data, None, exif="apply"))
     assert len(read) == 2 * 91
-    monkeypatch.setattr("pipeline.scanned.dali_version", "0.1")
+    monkeypatch.setattr("pipeline.images.scan_cache.dali_version", "0.1")
     read.clear()
     scan(data, Scanned(kept))
     assert len(read) == 91

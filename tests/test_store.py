@@ -15,12 +15,19 @@ import pytest
 import zarr
 from conftest import toy_provenance, tree
 
-from cache import LabelStore, StoreError, disk, schema
-from cache.claims import claim
-from cache.codec import CODECS
-from cache.schema import DamagedStore, Images
+from cache import LabelStore, StoreError
+from cache import create as create_module
+from cache.errors import DamagedStore
+from cache.format import manifest as manifest_module
+from cache.format import schema, seal
+from cache.format.codec import CODECS
+from cache.format.manifest import Images
+from cache.format.schema import UNMIXED, VERSIONS
+from cache.system import durable
+from cache.system.claims import claim
 from cache.verify import verify
-from cache.writer import StoreWriter, stored_bytes
+from cache.writer import StoreWriter
+from pipeline.inspection.store_facts import stored_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +40,7 @@ USABLE = np.setdiff1d(np.arange(N), UNUSABLE)
 
 def manifest() -> Images:
     status = np.zeros(N, "uint8")
-    status[list(UNUSABLE)] = schema.UNUSABLE
+    status[list(UNUSABLE)] = manifest_module.UNUSABLE
     rng = np.random.default_rng(0)
     return Images(
         path=np.array([f"c{i % CLASSES}/é{i:03d}.jpg" for i in range(N)], dtype=object),
@@ -54,7 +61,7 @@ def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
         "provenance": toy_provenance(CODECS[codec], manifest(), layout),
         "class_names": [f"c{i}" for i in range(CLASSES)],
     }
-    return schema.create(path, images=manifest(), views=views, attributes=attributes)
+    return create_module.create(path, images=manifest(), views=views, attributes=attributes)
 
 
 def truth(view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -292,8 +299,8 @@ def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
     record = path / "records/c/1/4/0"
     log: list[tuple[Path, bool]] = []
     for name in ("sync_file", "sync_folder"):
-        real = getattr(disk, name)
-        monkeypatch.setattr(disk, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p)))
+        real = getattr(durable, name)
+        monkeypatch.setattr(durable, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p)))
     fill(path, (1, 4))
     before = [synced for synced, recorded in log if not recorded]
     after = [synced for synced, recorded in log if recorded]
@@ -307,14 +314,14 @@ def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_shard_whose_data_can_not_be_forced_to_the_disk_is_not_finished(path, monkeypatch, name):
-    real = disk.sync_file
+    real = durable.sync_file
 
     def failing(file: Path) -> None:
         if path / name in file.parents:
             raise OSError(5, "Input/output error")
         real(file)
 
-    monkeypatch.setattr(disk, "sync_file", failing)
+    monkeypatch.setattr(durable, "sync_file", failing)
     with pytest.raises(OSError):
         fill(path, (0, 0))
     assert LabelStore.open(path).progress() == (0, 10)
@@ -477,10 +484,10 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
         """As another program would have made it: sealed."""
         place = Path(shutil.copytree(full, tmp_path / name))
         (place / "zarr.json").write_text(json.dumps(document | {"attributes": document["attributes"] | changes}))
-        schema.write_seal(place, schema.read_metadata(place, schema.UNMIXED))
+        seal.write_seal(place, seal.read_metadata(place, UNMIXED))
         return place
 
-    newer = variant("newer.zarr", format_version=schema.VERSIONS[-1] + 1)
+    newer = variant("newer.zarr", format_version=VERSIONS[-1] + 1)
     older = variant("older.zarr", format_version=0)
     other = variant("other.zarr", format="something")
     (other / "records").rename(other / "somethings")
@@ -575,7 +582,7 @@ def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_nex
             raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(disk, "sync_folder", failing)
+        patch.setattr(durable, "sync_folder", failing)
         StoreWriter(full).grow(4)
     assert zarr.open_group(str(full), mode="r")[name].shape[0] == 4
     store = LabelStore.open(full)
@@ -666,7 +673,7 @@ def test_want_of_memory_that_passes_is_nobodys_fault(full, monkeypatch):
 @pytest.mark.parametrize("file", ["zarr.json", "labels/zarr.json", "images/path/c/0"])
 def test_a_description_that_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, file):
     error = OSError(errno.EACCES, os.strerror(errno.EACCES))
-    read_document, take = schema.read_document, zarr.Array.__getitem__
+    read_document, take = seal.read_document, zarr.Array.__getitem__
 
     def read(path: Path) -> object:
         if path == full / file:
@@ -678,7 +685,7 @@ def test_a_description_that_can_not_be_read_for_a_moment_is_not_called_damaged(f
             raise error
         return take(self, selection)
 
-    monkeypatch.setattr(schema, "read_document", read)
+    monkeypatch.setattr(seal, "read_document", read)
     monkeypatch.setattr(zarr.Array, "__getitem__", column)
     with pytest.raises(StoreError, match="can't be read now") as refusal:
         _ = LabelStore.open(full).images

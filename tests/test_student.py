@@ -20,14 +20,17 @@ from conftest import CPU, changed, edit_store, write_photos, write_teacher
 from safetensors.torch import load_file
 
 from cache import LabelStore, StoreError
-from pipeline import losses
-from pipeline.checkpoint import RunError
 from pipeline.config import ConfigError, ModelSpec
-from pipeline.generate import generate
-from pipeline.images import DataError
-from pipeline.models import ModelError, load
-from pipeline.replay import Replay, StoredLabels
-from pipeline.student import train
+from pipeline.images.folders import DataError
+from pipeline.labelling.generate import generate
+from pipeline.models.model import ModelError
+from pipeline.models.weights import load
+from pipeline.runs.folder import RunError
+from pipeline.training import losses
+from pipeline.training.batches import Replay
+from pipeline.training.losses import Discriminator
+from pipeline.training.source import StoredLabels
+from pipeline.training.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,9 +83,9 @@ def test_the_learning_rate_steps_at_the_milestones(photos, recipe, store_path, t
 
 def test_the_discriminator_is_equations_4_and_5_by_hand():
     torch.manual_seed(0)
-    judge = losses.Discriminator(10)
+    judge = Discriminator(10)
     assert [layer.out_features for layer in judge.layers[::2]] == [32, 16, 1]
-    assert [layer.out_features for layer in losses.Discriminator(1000).layers[::2]] == [125, 16, 1]
+    assert [layer.out_features for layer in Discriminator(1000).layers[::2]] == [125, 16, 1]
     p = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(10), 4), dtype=torch.float32)
     logits = torch.randn(4, 10)
     seen = [losses.log_floored(side, 0.02) for side in (logits.softmax(1), p)]
@@ -295,14 +298,14 @@ def test_a_run_with_other_images_or_settings_than_it_began_with_is_refused(photo
 
 def test_dropout_too_draws_the_same_after_a_resumption(photos, recipe, store_path, tmp_path, monkeypatch):
     """The tiny models have none, so one is given some: what an epoch draws must not depend on the epochs before it in the process."""
-    import pipeline.student
+    import pipeline.training.train
 
     def with_dropout(*arguments: object, **options: object) -> object:
         model = load(*arguments, **options)
         model.module.head_drop.p = 0.5
         return model
 
-    monkeypatch.setattr(pipeline.student, "load", with_dropout)
+    monkeypatch.setattr(pipeline.training.train, "load", with_dropout)
     train(changed(recipe, train={"epochs": 2}), photos, tmp_path / "whole", store=store_path, device=CPU)
     for epochs in (1, 2):
         train(changed(recipe, train={"epochs": epochs}), photos, tmp_path / "parts", store=store_path, device=CPU)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import CPU, changed
 
-from pipeline import label, render, student
 from pipeline.config import Config
-from pipeline.generate import generate
-from pipeline.student import train
-from pipeline.timing import Clock, advice_on_labelling, advice_on_training
+from pipeline.labelling import stream
+from pipeline.labelling.generate import generate
+from pipeline.render.dali import CropRenderer
+from pipeline.runtime.profiling import Clock, advice_on_labelling, advice_on_training
+from pipeline.training.loop import Learner
+from pipeline.training.train import train
 
 SLOW = 0.3  # seconds more that a call takes
 
@@ -41,9 +43,9 @@ def most(found: dict[str, float]) -> str:
 @pytest.mark.parametrize(
     ("place", "name", "part", "advice"),
     [
-        (label, "ensemble", "teachers", "the teachers are the limit, the loader keeps up: set store.compile=true for a new store"),
+        (stream, "ensemble", "teachers", "the teachers are the limit, the loader keeps up: set store.compile=true for a new store"),
         (
-            render.Crops,
+            CropRenderer,
             "__call__",
             "render",
             "the teachers wait for crops, and decoding takes most of that: raise store.views_per_decode (1 of 2 views now)",
@@ -66,9 +68,9 @@ def test_what_limits_labelling_is_named(photos, recipe, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("place", "name", "part", "advice"),
     [
-        (student.Learner, "forward", "forward and backward", "the student is the limit, the loader keeps up: set train.compile=true"),
+        (Learner, "forward", "forward and backward", "the student is the limit, the loader keeps up: set train.compile=true"),
         (
-            render.Crops,
+            CropRenderer,
             "__call__",
             "render",
             "the student waits for crops, and decoding takes most of that: show several crops of each decoded image",

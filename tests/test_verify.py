@@ -15,12 +15,14 @@ import pytest
 import zarr
 from conftest import CPU, changed, edit_store, tree
 
-from cache import LabelStore, StoreError, mend, schema
-from cache.schema import DamagedStore
+from cache import LabelStore, StoreError, repair
+from cache.errors import DamagedStore
+from cache.format import seal
+from cache.format.schema import UNMIXED
 from cache.verify import Verdict, verify
 from cache.writer import StoreWriter
-from pipeline.generate import generate
-from pipeline.plan import Plan
+from pipeline.labelling.generate import generate
+from pipeline.sampling.crop_sampler import CropSampler
 
 PER_SHARD = ("labels", "boxes", "flips", "records")
 
@@ -265,7 +267,7 @@ def test_each_file_of_a_stores_description_is_made_anew(store_path, copy, tmp_pa
             DAMAGES[damage](copy / file, dice)
             with pytest.raises(DamagedStore):
                 _ = LabelStore.open(copy).images
-            assert mend.mend(copy, fresh) == [file]
+            assert repair.mend(copy, fresh) == [file]
             assert tree(copy) == wanted
     assert tree(fresh) == tree(empty_copy(store_path, tmp_path / "again.zarr"))
 
@@ -402,7 +404,7 @@ def test_a_path_that_leaves_the_data_folder_is_refused(copy, path):
     document["attributes"]["provenance"]["data"]["manifest"] = store.images.manifest_digest()
     document["attributes"]["row_order"] = store.images.order
     (copy / "zarr.json").write_text(json.dumps(document))
-    schema.write_seal(copy, schema.read_metadata(copy, schema.UNMIXED))
+    seal.write_seal(copy, seal.read_metadata(copy, UNMIXED))
     with pytest.raises(StoreError, match="names an image outside the data folder"):
         _ = LabelStore.open(copy).images
 
@@ -428,6 +430,6 @@ def test_codes_that_a_codec_does_not_have_are_not_trained_from(photos, recipe, t
 def test_the_plan_of_crops_is_what_the_store_holds(store_path, recipe):
     """So that a re-made shard has the same crops."""
     store = LabelStore.open(store_path)
-    plan = Plan(recipe.crops, store.images, store.shard_rows)
+    plan = CropSampler(recipe.crops, store.images, store.shard_rows)
     for view in range(2):
         assert all(map(np.array_equal, plan.crops(view, np.arange(90)), store.crops(view, slice(None))))

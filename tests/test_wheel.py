@@ -67,7 +67,7 @@ def test_the_installed_command_runs_and_finds_recipes_by_name(installed: Path, t
     command = installed.parent / "offline-meal-v2"
     said = subprocess.run([command, "demo", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0 and "Train two teachers" in said.stdout, said.stderr
-    code = "from pipeline.config import load; print(load('meal_v2_resnet50').student.model, load('demo_digits').train.epochs)"
+    code = "from pipeline.config_file import load; print(load('meal_v2_resnet50').student.model, load('demo_digits').train.epochs)"
     said = subprocess.run([installed, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0 and said.stdout.startswith("resnet50"), said.stderr
     said = subprocess.run(

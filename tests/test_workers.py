@@ -34,7 +34,7 @@ import pytest
 from killing import HANGS, HEAVY, ROOT
 
 from cache import LabelStore
-from cache.claims import STALE, claims_of
+from cache.system.claims import STALE, claims_of
 from cache.verify import verify
 
 VIEWS = 3
@@ -43,7 +43,9 @@ SOON = 20.0  # seconds in which a signal is obeyed; it takes one or two
 CAP_DAC_OVERRIDE = 1  # linux/capability.h: what lets root write where permissions say no
 SLOW = 0.1  # seconds that a write takes more where a run must not be done before the others have come
 FILLER = "filler"  # a file that fills a small disk
-ALSO = ["test_workers", "pipeline.student", "pipeline.recheck", "pipeline.report", "pipeline.evaluate"]  # what else runs import
+ALSO = [
+    *("test_workers", "pipeline.training.train", "pipeline.inspection.relabel", "pipeline.inspection.terminal", "pipeline.evaluation"),
+]  # what else runs import
 
 
 @dataclass(frozen=True)
@@ -306,8 +308,9 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
     import torch
 
     import cli
-    from cache import claims
-    from pipeline import generate
+    from cache.system import claims
+    from cache.system.claims import BEAT, STALE
+    from pipeline.labelling import coordination
 
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -315,10 +318,10 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # a kill loses nothing that the kernel has, and the disk takes half of the time
     os.environ.update(how.get("environment", {}))
-    generate.PATIENCE = how.get("patience", 60.0)
+    coordination.PATIENCE = how.get("patience", 60.0)
     if "host" in how:  # as if it ran there
         socket.gethostname = lambda: how["host"]
-    claims.STALE, claims.BEAT = how.get("stale", claims.STALE), min(claims.BEAT, how.get("stale", 100.0) / 10)
+    claims.STALE, claims.BEAT = how.get("stale", STALE), min(BEAT, how.get("stale", 100.0) / 10)
     if "log" in how:
         _log_writes(os.open(how["log"], os.O_WRONLY | os.O_APPEND), how.get("slow", 0.01))
     _watch(folder, how.get("whens", ()), how.get("disk"))
@@ -509,11 +512,11 @@ def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, 
 
 def claimed_elsewhere(place: Place, name: str) -> Path:
     """A claim of a process of another machine, of the same host name and number as this one."""
-    from cache import claims
+    from cache.system.claims import _me
 
     claims_of(place.path).mkdir()
     theirs = claims_of(place.path) / name
-    theirs.write_text(json.dumps(claims._me() | {"boot": "another"}))
+    theirs.write_text(json.dumps(_me() | {"boot": "another"}))
     return theirs
 
 

@@ -26,15 +26,21 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cache import LabelStore
+from cache.format.manifest import Images
 from cache.writer import StoreWriter
-from pipeline import generate, images, label, losses, replay, student
-from pipeline.config import Config, validate
-from pipeline.images import Reader
-from pipeline.models import Model
-from pipeline.plan import Plan
-from pipeline.progress import Progress
-from pipeline.replay import DrawnCrops, StoredLabels
-from pipeline.timing import Clock
+from pipeline.config import Config
+from pipeline.config_file import validate
+from pipeline.images.reader import Reader
+from pipeline.images.scan import scan
+from pipeline.labelling import create, shares, stream
+from pipeline.labelling.stream import Labeller, Unit
+from pipeline.models.model import Model
+from pipeline.runtime.profiling import Clock
+from pipeline.runtime.progress import Progress
+from pipeline.sampling.crop_sampler import CropSampler
+from pipeline.training import batches, losses
+from pipeline.training.loop import Run
+from pipeline.training.source import DrawnCrops, StoredLabels
 
 CPU = torch.device("cpu")
 CLASSES = [f"c{i:03d}" for i in range(1000)]
@@ -48,7 +54,7 @@ class Extent:
     photographs: int = 256  # different ones
     copies: int = 16
     teachers: tuple[str, str] = ("tf_efficientnet_lite1", "tf_efficientnet_lite2")
-    student: str = "tf_efficientnet_lite0"
+    loop: str = "tf_efficientnet_lite0"
     rows: int = 100_000  # of labels that are read alone
     files: int = 1_000  # of labels, one per image
     image_size: int | None = None  # of the teachers, in pixels; None: their own
@@ -112,7 +118,7 @@ def serial() -> Iterator[None]:
     def behind(deal_with: Callable, depth: int = 2) -> Iterator[Callable]:
         yield deal_with
 
-    with mock.patch.multiple(label, ahead=ahead, behind=behind), mock.patch.object(replay, "ahead", ahead):
+    with mock.patch.multiple(stream, ahead=ahead, behind=behind), mock.patch.object(batches, "ahead", ahead):
         yield
 
 
@@ -211,26 +217,24 @@ class Place:
         return validate(document, "bench")
 
     @cached_property
-    def manifest(self) -> images.Images:
-        return images.scan(self.many, CLASSES, exif="ignore", order_seed=0)
+    def manifest(self) -> Images:
+        return scan(self.many, CLASSES, exif="ignore", order_seed=0)
 
     def empty(self, config: Config, data: Path, teachers: list[Model]) -> Path:
         self.number += 1
         path = self.folder / f"{self.number}.zarr"
-        generate._create(config, data, path, CLASSES, teachers, self.device)
+        create.create_store(config, data, path, CLASSES, teachers, self.device)
         return path
 
-    def labeller(
-        self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack
-    ) -> tuple[label.Labeller, list[label.Unit]]:
+    def labeller(self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack) -> tuple[Labeller, list[Unit]]:
         writer = StoreWriter(path)
         store = writer.store
         read = stack.enter_context(Reader(data, store.images))
-        plan = Plan(config.crops, store.images, store.shard_rows)
-        units = generate._units(store.finished(), config.store.views_per_decode, (0, 1), 0)
-        return label.Labeller(config, writer, plan, read, teachers, self.device), units
+        plan = CropSampler(config.crops, store.images, store.shard_rows)
+        units = shares.unfinished_units(store.finished(), config.store.views_per_decode, (0, 1), 0)
+        return Labeller(config, writer, plan, read, teachers, self.device), units
 
-    def rendered(self, run: label.Labeller, units: list[label.Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
+    def rendered(self, run: Labeller, units: list[Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
         """What the loader makes of these units, batch by batch, per view: for nobody."""
         run.room = threading.Semaphore(len(units))
         for _, _, views in run._batches(units):
@@ -254,8 +258,8 @@ class Place:
 
     def training(
         self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None
-    ) -> student.Run:
-        run = student.Run(config, self.folder / "run", model, teachers or [], source, data, None, self.device)
+    ) -> Run:
+        run = Run(config, self.folder / "run", model, teachers or [], source, data, None, self.device)
         run._save = lambda: None  # once an epoch, and an epoch here is short
         return run
 
@@ -269,7 +273,7 @@ def bare_steps(model: Model, optimizer: torch.optim.Optimizer, memory: list[tupl
         optimizer.step()
 
 
-def of_a_pass(run: student.Run) -> float:
+def of_a_pass(run: Run) -> float:
     """Seconds of one pass over the images; what it renders ahead for the next one, which would be done beside other measurements, is dropped."""
     took = seconds(run.train_pass)
     run.replay.forget()

@@ -23,7 +23,7 @@ from numcodecs.zstd import Zstd
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cache import LabelStore
-from cache.codec import CODECS, divergence, entropy
+from cache.format.codec import CODECS, divergence, entropy
 
 KS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 125, 150, 200, 300)
 SHOWN = (5, 10, 100, 150)

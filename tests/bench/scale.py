@@ -37,15 +37,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cache import LabelStore, schema, verify
-from cache.codec import CODECS, DEFAULT
-from cache.schema import USABLE, Images
+from cache import LabelStore, verify
+from cache import create as create_module
+from cache.format import schema
+from cache.format.codec import CODECS, DEFAULT
+from cache.format.manifest import USABLE, Images
 from cache.writer import StoreWriter
-from pipeline import generate
 from pipeline.config import Crops, Render
-from pipeline.plan import Plan
-from pipeline.replay import Replay, StoredLabels, epoch_windows, policy_of
-from pipeline.report import store_facts
+from pipeline.inspection.store_facts import store_facts
+from pipeline.labelling import shares
+from pipeline.provenance import policy_of
+from pipeline.sampling.crop_sampler import CropSampler
+from pipeline.sampling.epoch_order import epoch_windows
+from pipeline.training.batches import Replay
+from pipeline.training.source import StoredLabels
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -115,7 +120,7 @@ def create(path: Path, images: Images, views: int) -> Crops:
         "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
     }
     attributes = {"codec": codec.describe(), "class_names": [f"c{i}" for i in range(CLASSES)], "provenance": provenance, "made_with": {}}
-    schema.create(path, images=images, views=views, attributes=attributes)
+    create_module.create(path, images=images, views=views, attributes=attributes)
     return policy
 
 
@@ -124,7 +129,7 @@ def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
     images = manifest(n)
     policy = create(path, images, views)
     writer = StoreWriter(path)
-    plan = Plan(policy, images, writer.store.shard_rows)
+    plan = CropSampler(policy, images, writer.store.shard_rows)
     seconds = []
     for shard in range(writer.store.shards):
         span = writer.store.shard_slice(shard)
@@ -187,10 +192,10 @@ def resuming(path: Path) -> Iterator[Callable]:
         writer = StoreWriter(path)
         now = writer.store
         assert not writer.uneven
-        share = generate._share(now.finished(), DECODES, (0, 1), 0)
-        (unit,) = generate._units(now.finished(), DECODES, (0, 1), 0)
+        share = shares.places_of_share(now.finished(), DECODES, (0, 1), 0)
+        (unit,) = shares.unfinished_units(now.finished(), DECODES, (0, 1), 0)
         usable = [int((now.images.status[now.shard_slice(shard)] == USABLE).sum()) for shard in range(now.shards)]
-        Plan(policy_of(now), now.images, now.shard_rows)
+        CropSampler(policy_of(now), now.images, now.shard_rows)
         with writer.claimed(unit.views, unit.shard) as views:
             assert views == [now.views - 1] and len(share) == now.views * now.shards - 1 and len(usable) == now.shards
 
@@ -245,7 +250,7 @@ def planning_epoch(path: Path) -> Iterator[Callable]:
 def drawing_crops(path: Path) -> Iterator[Callable]:
     store = LabelStore.open(path)
     images, policy = store.images, policy_of(store)
-    yield lambda: Plan(policy, images, store.shard_rows).crops(store.views - 1, np.arange(len(images)))
+    yield lambda: CropSampler(policy, images, store.shard_rows).crops(store.views - 1, np.arange(len(images)))
 
 
 class Unrendered(Replay):

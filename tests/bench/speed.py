@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import scale
 import torch
 from PIL import Image
 from torchvision import transforms
@@ -35,7 +36,6 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import scale
 from machine import machine
 from parts import (
     CLASSES,
@@ -57,13 +57,15 @@ from parts import (
 
 from cache import LabelStore
 from cache.writer import StoreWriter
-from pipeline import progress
 from pipeline.config import Config
-from pipeline.cost import estimate
-from pipeline.memory import keep_freed_memory
-from pipeline.models import Model, ensemble, load, load_teachers
-from pipeline.plan import Plan
-from pipeline.replay import DrawnCrops, Replay, StoredLabels
+from pipeline.labelling.cost import estimate
+from pipeline.models.model import Model, ensemble
+from pipeline.models.weights import load, load_teachers
+from pipeline.runtime import progress
+from pipeline.runtime.malloc import keep_freed_memory
+from pipeline.sampling.crop_sampler import CropSampler
+from pipeline.training.batches import Replay
+from pipeline.training.source import DrawnCrops, StoredLabels
 
 SLOWER = 1.25
 
@@ -310,7 +312,7 @@ def _store_of(path: Path, n: int) -> None:
     policy = scale.create(path, scale.manifest(n), 1)
     writer = StoreWriter(path)
     store = writer.store
-    plan = Plan(policy, store.images, store.shard_rows)
+    plan = CropSampler(policy, store.images, store.shard_rows)
     for shard in range(store.shards):
         rows = np.arange(*store.shard_slice(shard).indices(n))
         codes = scale.some_codes(len(rows), shard)

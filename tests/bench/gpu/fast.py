@@ -12,11 +12,12 @@ from finding import Bench, Finding
 from parts import CLASSES, bare_steps, of_a_pass, seconds, stored
 from right import crops_of
 
-from pipeline import render
-from pipeline.arithmetic import fixed_shapes
-from pipeline.cost import estimate, flops
-from pipeline.models import Model, ensemble, load, load_teachers
-from pipeline.replay import DrawnCrops
+from pipeline.labelling.cost import estimate, flops
+from pipeline.models.model import Model, ensemble
+from pipeline.models.weights import load, load_teachers
+from pipeline.render.dali import CropRenderer
+from pipeline.runtime.precision import fixed_shapes
+from pipeline.training.source import DrawnCrops
 
 AIM = "≥ 0.97 is the aim"  # of both stages, beside what their models do alone
 LEAST = 2.0  # seconds that decoding is timed for
@@ -136,9 +137,9 @@ def decoding(bench: Bench) -> Iterator[Finding]:
     for backend in bench.backends():
         rates = {}
         for views in (1, 2, 4, 8):
-            renderer = render.Crops([bench.size], views, n, interpolation="bilinear", exif="ignore", backend=backend, pinned=bench.gpu)
+            renderer = CropRenderer([bench.size], views, n, interpolation="bilinear", exif="ignore", backend=backend, pinned=bench.gpu)
 
-            def work(renderer: render.Crops = renderer, views: int = views) -> None:
+            def work(renderer: CropRenderer = renderer, views: int = views) -> None:
                 renderer(blobs, boxes[:views], flips[:views])
 
             work()

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from parts import Extent, Place
 
 from pipeline.config import ModelSpec
-from pipeline.hardware_jpeg import hardware_engines
-from pipeline.models import Model, load
+from pipeline.models.model import Model
+from pipeline.models.weights import load
+from pipeline.render.hardware_jpeg import hardware_engines
 
 PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50", image_size=224)
 TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet", image_size=48)

@@ -27,16 +27,17 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[3]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
 from finding import Bench, Finding
 from machine import machine
 
-from pipeline.memory import keep_freed_memory
-from pipeline.progress import silence
+from pipeline.runtime.malloc import keep_freed_memory
+from pipeline.runtime.progress import silence
 
 ROOT = Path(__file__).parents[3]
 HEAD = "| | found | wanted | holds | |\n|---|---|---|---|---|"

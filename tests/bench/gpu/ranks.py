@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
-
 import torch
 
-from pipeline import config, processes, student
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from pipeline import config_file
+from pipeline.runtime import distributed
+from pipeline.training.train import train
 
 
 def main() -> None:
@@ -23,9 +25,9 @@ def main() -> None:
         torch.cuda.set_device(0 if alone else int(os.environ["LOCAL_RANK"]))
     with (
         mock.patch.object(torch.distributed, "init_process_group", lambda by, **how: real("gloo" if alone else by, **how)),
-        processes.joining(device) as several,
+        distributed.joining(device) as several,
     ):
-        student.train(config.load(recipe), data, out, store=store, device=device, processes=several)
+        train(config_file.load(recipe), data, out, store=store, device=device, processes=several)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ from finding import Bench, Finding, at_most
 from parts import CPU, seconds, stored
 from PIL import Image
 
-from cache.codec import divergence
-from pipeline import crops, philox, provenance, render
-from pipeline.arithmetic import ROUNDING
+from cache.format.codec import divergence
+from pipeline import provenance
 from pipeline.config import Crops
-from pipeline.hardware_jpeg import hardware_engines
-from pipeline.models import Model, ensemble, load
+from pipeline.models.model import Model, ensemble
+from pipeline.models.weights import load
+from pipeline.render import dali
+from pipeline.render.dali import CropRenderer, WholeDecode
+from pipeline.render.hardware_jpeg import hardware_engines
+from pipeline.runtime.precision import ROUNDING
+from pipeline.sampling import philox, random_crop
 
 FEW, BATCH = 96, 64  # photographs that are rendered in many ways; images of a batch
 # What a first gradient may be off by, in the Euclidean norm, relative to the CPU's in float32: some ten times what rounding was seen to do on a CPU.
@@ -83,10 +87,10 @@ def odd_kinds() -> dict[str, bytes]:
 
 def crops_of(blobs: list[bytes], views: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Draw boxes [views, n, 4] and flips [views, n], as a store would have them."""
-    whole = render.WholeDecode("ignore")
+    whole = WholeDecode("ignore")
     height, width = np.array([whole(blob) for blob in blobs]).T
     identity = philox.identities(np.array([f"{i:04d}" for i in range(len(blobs))], object))
-    drawn = [crops.draw(Crops(), identity, height, width, view) for view in range(views)]
+    drawn = [random_crop.draw(Crops(), identity, height, width, view) for view in range(views)]
     return np.stack([boxes for boxes, _ in drawn]), np.stack([flips for _, flips in drawn])
 
 
@@ -94,7 +98,7 @@ def pixels(bench: Bench) -> Iterator[Finding]:
     """Find out whether a crop's pixels depend on what else is rendered with it, and how far they are from the CPU's."""
     for backend in bench.backends():
         kinds = odd_kinds()
-        look = render.WholeDecode("ignore", backend)
+        look = WholeDecode("ignore", backend)
         refused = [name for name, blob in kinds.items() if look(blob) is None]
         if refused:
             yield Finding(f"pictures that {backend} can't decode", ", ".join(refused), "none", False)
@@ -139,7 +143,7 @@ def moving(bench: Bench, backend: str, blobs: list[bytes], only: tuple[str, ...]
     own, mixed = np.arange(len(blobs)), np.random.default_rng(0).permutation(len(blobs))
 
     def rendered(order: np.ndarray, batch: int, *more: int, beside: Callable[[], object] = lambda: None) -> np.ndarray:
-        renderer = render.Crops([bench.size, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
+        renderer = CropRenderer([bench.size, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
         made = []
         for first in range(0, len(order), batch):  # without a wait for the batch before
             rows = order[first : first + batch]
@@ -171,13 +175,13 @@ def work_for(bench: Bench) -> Callable[[], object]:
 @contextmanager
 def dalis_own_share() -> Iterator[None]:
     """Give the largest 65 % of a batch to the hardware decoder meanwhile, as DALI would have it."""
-    real = render.fn.decoders.image
+    real = dali.fn.decoders.image
 
     def image(encoded: object, **how: object) -> object:
         how.pop("hw_decoder_load", None)
         return real(encoded, **how)
 
-    with mock.patch.object(render.fn.decoders, "image", image):
+    with mock.patch.object(dali.fn.decoders, "image", image):
         yield
 
 
@@ -189,7 +193,7 @@ def labels(bench: Bench) -> Iterator[Finding]:
     judges, what = bench.judges()
     blobs = bench.encoded
     boxes, flips = crops_of(blobs)
-    pixels = render.Crops([t.image_size for t in judges], 1, len(blobs), interpolation="bilinear", exif="ignore")(blobs, boxes, flips)[0]
+    pixels = CropRenderer([t.image_size for t in judges], 1, len(blobs), interpolation="bilinear", exif="ignore")(blobs, boxes, flips)[0]
     batch = min(BATCH, len(blobs))
     exact = ensemble(judges, pixels, "float32", batch_size=batch)[0]
     there = {size: p.to(bench.device) for size, p in pixels.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pipeline.config import load
+from pipeline.config_file import load
 
 ROOT = Path(__file__).parents[3]
 FOLDER = "tests/bench/study"  # of configs

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import multiprocessing
 import multiprocessing.util
 import os
 import shlex

@@ -16,7 +16,7 @@ import numpy as np
 from rows import Experiment, Row, Step, with_needs
 from scipy import stats
 
-from pipeline.curves import COLOURS
+from pipeline.runs.curves import COLOURS
 
 SAME = 1e-4  # nats by which the ensemble's own loss may differ between records of the same teachers
 

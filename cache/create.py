@@ -1,0 +1,124 @@
+"""Create an empty label store: in a folder beside it, synced, then renamed, so that a store exists whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import socket
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cache.format.manifest import Images
+from cache.format.schema import CROP_ARRAYS, FORMAT, RECORD, format_version, how_to_read, shard_arrays
+from cache.format.seal import read_metadata, write_seal
+from cache.system.claims import alive
+from cache.system.durable import make_folder, sync_folder, sync_tree
+
+FORGOTTEN = 86_400.0  # seconds after which an unfinished store of another machine is nobody's
+
+
+def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
+    """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so that a store is there whole or not at all.
+
+    ``attributes`` holds ``codec``, ``class_names``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
+    """
+    make_folder(path.parent)
+    host = socket.gethostname()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):  # by a process that was killed
+        *_, process, _ = left.name.split(".")
+        if not left.name.startswith(f".{path.name}.{host}."):  # of another machine: it takes an hour at most
+            gone = time.time() - left.stat().st_mtime > FORGOTTEN
+        else:  # in a container every run may have the same number
+            gone = process.isdecimal() and (int(process) == os.getpid() or not alive(int(process)))
+        if gone:
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = path.with_name(f".{path.name}.{host}.{os.getpid()}.creating")
+    try:
+        _fill(scratch, images, views, attributes)
+        sync_tree(scratch)
+        os.rename(scratch, path)
+    except BaseException as error:  # a full disk, a signal
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and path.exists():
+            return False
+        raise
+    sync_folder(path.parent)
+    return True
+
+
+def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
+    """Write an empty store."""
+    n, classes = len(images), len(attributes["class_names"])
+    chunk_rows, shard_rows = (attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows"))
+    shards = -(-n // shard_rows)
+    chain = [ZstdCodec(level=3), Crc32cCodec()]
+    packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]
+    always = {"write_empty_chunks": True}
+    kept = shard_arrays(attributes)[1:]
+    mixed = "mix_box" in kept
+    group = zarr.create_group(
+        str(scratch),
+        zarr_format=3,
+        attributes={
+            "format": FORMAT,
+            "format_version": format_version(attributes["provenance"]),
+            "views": views,
+            "how_to_read": how_to_read(attributes["codec"], mixed),
+            "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
+            "row_order": images.order,
+            **attributes,
+        },
+    )
+    group.create_array(
+        "labels",
+        shape=(views, n, classes),
+        chunks=(1, chunk_rows, classes),
+        shards=(1, shard_rows, classes),
+        dtype=attributes["codec"]["dtype"],
+        compressors=packing,
+        dimension_names=["view", "image", "class"],
+        fill_value=0,
+        config=always,
+    )
+    for name in kept:
+        dtype, dimensions = CROP_ARRAYS[name]
+        tail = (4,) * len(dimensions)
+        group.create_array(
+            name,
+            shape=(views, n, *tail),
+            chunks=(1, shard_rows, *tail),
+            dtype=dtype,
+            compressors=chain,
+            dimension_names=["view", "image", *dimensions],
+            config=always,
+        )
+    group.create_array(
+        "records",
+        shape=(views, shards, RECORD.itemsize),
+        chunks=(1, 1, RECORD.itemsize),
+        dtype="uint8",
+        compressors=[Crc32cCodec()],
+        dimension_names=["view", "shard", "byte"],
+        fill_value=0,
+        config=always,
+    )
+    folder = group.create_group("images")
+    for field in fields(Images):
+        column = getattr(images, field.name)
+        text = column.dtype.kind in "OUT"
+        stored = folder.create_array(
+            field.name,
+            shape=column.shape,
+            chunks=(min(n, 1 << 16), *column.shape[1:]),
+            dtype=str if text else column.dtype,
+            compressors=chain,
+            dimension_names=["image", "byte"][: column.ndim],
+            config=always,
+        )
+        stored[:] = column.astype(object) if text else column
+    write_seal(scratch, read_metadata(scratch, kept))

@@ -1,0 +1,1 @@
+"""Labels and students from and for other programs."""

@@ -1,0 +1,106 @@
+"""Write a store's labels as files for FKD's training code."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from cache import LabelStore
+from cache.errors import StoreError
+from cache.format.manifest import USABLE
+from cache.system import durable
+from cache.system.signals import check
+from pipeline.exchange import fkd_format
+from pipeline.exchange.fkd_format import KINDS, named, require_a_name
+from pipeline.exchange.import_labels import AT_ONCE
+from pipeline.runtime.progress import Progress, say
+
+
+def export_labels(path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train") -> int:
+    """Write a store's labels as FKD's training code reads them (``--softlabel_path OUT``), a file an image; or go on with what is there. labels: full, top5
+    or top10. views: the first so many; otherwise all. Returns how many files there are. Raises StoreError where FKD can't say what the store says."""
+    require_a_name(split)
+    store = LabelStore.open(path)
+    if store.provenance["crops"]["exif"] == "apply":
+        raise StoreError(
+            f"{path} has crops of photographs that were turned by their EXIF, and FKD's code doesn't turn them; make a store with crops.exif: ignore"
+        )
+    if store.mixed:
+        raise StoreError(
+            f"{path} holds labels of mixed pictures (CutMix), and FKD's files don't say what was mixed; make a store without crops.cutmix"
+        )
+    views, kept = views or store.views, KINDS[labels]
+    if views > store.views:
+        raise StoreError(f"--views is {views}, and {path} has {store.views}; lower it, or extend the store")
+    if kept >= store.classes:
+        raise StoreError(f"{path} has {store.classes} classes, no more than {labels} keeps; pass --labels full")
+    for view in range(views):
+        store.require_finished(view)
+    manifest, total = store.images, len(store.usable)
+    files = {image: file for file, image in named(manifest.path[store.usable], split, fkd_format.place_of).items()}
+    if len(files) < total:
+        other = next(image for image in manifest.path[store.usable].tolist() if image not in files)
+        raise StoreError(
+            f"FKD's code takes no {Path(other).suffix or 'file without an ending'} for an image ({other}); rename or leave out such images"
+        )
+    _require_same_export(out, {"store": store.identity.hex(), "labels": labels, "views": views})
+    if total < len(manifest):
+        say(
+            f"{len(manifest) - total} unusable images get no label file, and FKD's loader wants one for each image of its folder; take them away for it"
+        )
+    rows_at_once = max(1, AT_ONCE // (4 * store.classes * (views if kept == 0 else 1) + 41 * kept * views))
+
+    def save(row: int, boxes: np.ndarray, flips: np.ndarray, rows: np.ndarray) -> None:
+        file = out / files[str(manifest.path[row])]
+        content = io.BytesIO()
+        fkd_format.write(content, fkd_format.coords_of(boxes, int(manifest.height[row]), int(manifest.width[row])), flips, rows)
+        durable.replace_file(file, content.getvalue())
+
+    with Progress("exporting", total, "images") as progress, ThreadPoolExecutor(8) as pool:
+        for part in _parts(store, rows_at_once):
+            for folder in {(out / files[str(image)]).parent for image in manifest.path[part]}:
+                folder.mkdir(parents=True, exist_ok=True)
+            left = part[[not (out / files[str(image)]).exists() for image in manifest.path[part]]]
+            if len(left):
+                crops = [store.crops(view, left) for view in range(views)]
+                boxes, flips = (np.stack(column, axis=1) for column in zip(*crops, strict=True))
+                rows = np.stack([fkd_format.sparse(store.probabilities(view, left), kept) for view in range(views)], axis=1)
+                with closing(pool.map(save, left, boxes, flips, rows)) as saved:
+                    for _ in saved:
+                        check()
+            progress.advance(len(part))
+    say(f"{out} has {total:,} label files of {views} crops ({labels}); train FKD's code with --softlabel_path {out}")
+    return total
+
+
+def _parts(store: LabelStore, most: int) -> Iterator[np.ndarray]:
+    """Usable rows, in runs of the store's chunks."""
+    step = max(1, min(most, store.chunk_rows))
+    for start in range(0, len(store.images), step):
+        rows = np.arange(start, min(start + step, len(store.images)))
+        rows = rows[store.images.status[rows] == USABLE]
+        if len(rows):
+            yield rows
+
+
+def _require_same_export(out: Path, about: dict) -> None:
+    """Note in ``out`` what is exported there. Raises StoreError if something else is there."""
+    note = out / "exported-from.json"
+    if note.exists():
+        try:
+            before = json.loads(note.read_text())
+        except (OSError, ValueError):
+            before = {}
+        if before != about:
+            raise StoreError(f"{out} holds another export ({note.name} says {before}); choose another --out, or remove it")
+    elif out.exists() and any(out.iterdir()):
+        raise StoreError(f"{out} is not empty; choose another --out")
+    else:
+        durable.make_folder(out)
+        durable.replace_file(note, json.dumps(about).encode())

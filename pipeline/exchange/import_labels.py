@@ -1,0 +1,328 @@
+"""Labels from others and to others: published FKD label sets become a store, so that stage one can be skipped, and a store becomes an FKD label set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cache import LabelStore, repair
+from cache.create import create
+from cache.errors import StoreError
+from cache.format import schema
+from cache.format.codec import CODECS
+from cache.format.manifest import UNUSABLE, USABLE, Images
+from cache.format.validate import MOST_VIEWS
+from cache.system.signals import check, finishing
+from cache.writer import StoreWriter
+from pipeline import provenance
+from pipeline.exchange import fkd_format
+from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
+from pipeline.images import folders
+from pipeline.images.scan import scan, unusable_summary
+from pipeline.render.dali import STEPS
+from pipeline.runtime import threads
+from pipeline.runtime.progress import Progress, say
+
+AT_ONCE = 1 << 30  # bytes of labels that are held at once
+SIZE = 224  # pixels at which the fingerprint is rendered where the teachers' size isn't known
+TELLING = 64  # label files by whose bytes a label set is known, beside all names and sizes
+
+
+REFUSED = {
+    "tinyvit": "its crops follow from a seed and timm's augmentation code of that day, and its teachers saw RandAugment, erasing and mixing, which a store of "
+    "crops can't replay",
+    "ml-dr": "its teachers saw RandAugment, random erasing and mixing of pictures, which a store of crops can't replay",
+}
+
+
+def import_labels(
+    directory: Path,
+    data: Path,
+    path: Path,
+    *,
+    split: str = "train",
+    classes: list[str] | None = None,
+    teachers: Sequence[str] = (),
+    image_size: int | None = None,
+    interpolation: str = "bicubic",
+    views: int | None = None,
+    codec: str = "pow8",
+    seed: int = 0,
+) -> LabelStore:
+    """Make a store of a folder of FKD's label files (fkd_format.py), or finish or mend the one that is there; several may do so at once.
+
+    directory: holds CLASS/NAME.tar, or one or two folders above that (IMAGENET/TRAIN/CLASS). data: the images that were labelled. Images without a label file
+    are unusable. teachers, image_size: what the user knows of who made the labels, which no file says. interpolation: of the crops that were labelled; FKD's
+    generator has bicubic. views: the first so many crops, otherwise all; more than the store has extend it. seed: of the row order. Raises MealError for what the user can mend: a damaged
+    file, crops that are no whole pixels of these images, labels of another kind or number than the first file's.
+    """
+    require_a_name(split)
+    folder = folders.split_folder(data, split)
+    names = classes or folders.class_names(folder)
+    path = path.absolute()
+    with fkd_format.reading():
+        source = _Source(directory, split, folder, names, views)
+        about = _about(source, teachers, image_size, interpolation, CODECS[codec].describe(), seed, len(names))
+        writer = repair.opened(path, lambda at, least: _create(at, folder, names, source, about, least), say)
+        store = writer.store
+        if "imported" not in store.provenance:
+            raise StoreError(f"{path} holds labels that were made here; choose another --store for imported ones")
+        for section, wanted in about.items():
+            if difference := schema.first_difference(section, store.provenance[section], wanted):
+                where, theirs, ours = difference
+                raise StoreError(f"{path} was imported with {where} {theirs}, this is {ours}; pass the same, or choose another --store")
+        provenance.require_same_classes(store, classes, "pass that one again, or choose another --store")
+        folders.require_same_files(folder, store.images, store.class_names, str(path))
+        source.show(max(source.views, store.views))
+        if writer.uneven or source.views > store.views:
+            writer.grow(source.views)
+        _fill(writer, source)
+        return LabelStore.open(path)
+
+
+class _Source:
+    """A folder of label files, and which of them belong to the images."""
+
+    def __init__(self, directory: Path, split: str, folder: Path, classes: Sequence[str], views: int | None) -> None:
+        paths, _, _, _ = folders.list_files(folder, classes)
+        self.places = named(paths, split, fkd_format.generated)
+        self.root, self.below = _root_of(directory, split, list(self.places))
+        if self.root != directory:
+            say(f"label files are looked for in {self.root}")
+        self.split, self.files = split, {}
+        self.sizes = {image: self._find(image) for image in self.places.values()}
+        there = [image for image in sorted(self.files) if self.sizes[image] >= 0]
+        if not there:
+            raise LabelFileError(
+                f"{directory} has no label file for any of the {len(paths):,} images of {folder}, like {fkd_format.generated(paths[0], split)}; "
+                "name the folder that holds the class folders of label files, and the images that were labelled"
+            )
+        first = fkd_format.read(self.file(there[0]), len(classes))
+        self.kind, self.crops, self.half, self.classes = first.kind, len(first.coords), first.coords.dtype == np.float16, len(classes)
+        self.show(views or self.crops)
+        digest = hashlib.sha256(json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode())
+        for image in there[:TELLING]:
+            digest.update(self.file(image).read_bytes())
+        self.digest = digest.hexdigest()
+
+    def show(self, views: int) -> None:
+        """Take so many crops of each image. Raises LabelFileError if there aren't as many."""
+        if views > min(self.crops, MOST_VIEWS):
+            raise LabelFileError(
+                f"{views} views are wanted, and the label files have {self.crops} crops; lower --views, or leave it out for all"
+            )
+        self.views = views
+
+    def _find(self, image: str) -> int:
+        """Bytes of an image's label file, where the generator puts it or where training looks for it; -1 if there is none."""
+        for place in dict.fromkeys((fkd_format.generated(image, self.split), fkd_format.place_of(image, self.split))):
+            self.files[image] = place.split("/", self.below)[-1]
+            if (size := _size(self.file(image))) >= 0:
+                return size
+        return -1
+
+    def file(self, image: str) -> Path:
+        return self.root / self.files[image]
+
+    def read(self, image: str) -> LabelFile:
+        """The first ``views`` crops of an image. Raises LabelFileError if they are of another kind or fewer than the first file's."""
+        path = self.file(image)
+        found = fkd_format.read(path, self.classes)
+        if found.kind != self.kind or len(found.coords) < self.views:
+            raise LabelFileError(
+                f"{path} has {len(found.coords)} crops with labels of kind {found.kind}, others have {self.crops} of kind {self.kind}; "
+                "get it anew, take fewer with --views, or leave its image out: remove the file, and take a new --store"
+            )
+        return replace(found, coords=found.coords[: self.views], flips=found.flips[: self.views], labels=found.labels[: self.views])
+
+
+def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, int]:
+    """The folder below which the label files are, which is ``directory`` or one in it; and 1 if it is the split's folder itself, otherwise 0. That of
+    another split isn't: its images may have the same names."""
+    if not directory.is_dir():
+        raise LabelFileError(f"there is no folder {directory}; name the one that holds the label files")
+    below = sorted(entry for entry in directory.iterdir() if entry.is_dir())
+    some = files[:: max(1, len(files) // 1000)]
+    for root in (directory, *below):
+        for skipped in (0,) if root.name in SPLITS - {split} else (0, 1):
+            if any((root / file.split("/", skipped)[-1]).is_file() for file in some):
+                return root, skipped
+    return directory, 0
+
+
+def _size(file: Path) -> int:
+    try:
+        found = file.stat()
+    except OSError:
+        return -1
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        raise LabelFileError(f"{file} is no ordinary file; remove it")
+    return found.st_size
+
+
+def _about(
+    source: _Source, teachers: Sequence[str], image_size: int | None, interpolation: str, codec: dict, seed: int, classes: int
+) -> dict:
+    """Provenance as far as known; what isn't is null."""
+    one = {
+        "weights": None,
+        "files": source.digest,
+        "classes": classes,
+        "image_size": image_size,
+        "mean": None,
+        "std": None,
+        "interpolation": None,
+    }
+    return {
+        "imported": {"format": "fkd", "labels": source.kind, "half_precision": bool(source.half)},
+        "teachers": [{"model": name, **one} for name in (teachers or ["unknown"])],
+        "crops": {
+            "policy": "as imported",
+            **dict.fromkeys(("tries", "scale", "ratio", "flip")),
+            "seed": seed,
+            "interpolation": interpolation,
+            "exif": "ignore",
+        },
+        "renderer": {"backend": "cpu", "steps": STEPS},
+        "codec": codec,
+        "compute": dict.fromkeys(("batch_size", "precision", "device")),
+    }
+
+
+def _create(path: Path, folder: Path, classes: list[str], source: _Source, about: dict, views: int) -> None:
+    """Make an empty store, from a look at every image."""
+    found = scan(folder, classes, exif=about["crops"]["exif"], order_seed=about["crops"]["seed"])
+    unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (found.status == USABLE)
+    reason = np.where(unlabelled, "no label file", found.reason).astype(object)
+    found = replace(found, status=np.where(unlabelled, UNUSABLE, found.status).astype(np.uint8), reason=reason)
+    for line in unusable_summary(found):
+        say(line)
+    if len(found.usable) == 0:
+        raise StoreError(f"no image of {folder} is usable and has labels; name the images that were labelled")
+    chunk_rows, shard_rows = schema.shard_rows_for(len(found), len(classes), np.dtype(about["codec"]["dtype"]).itemsize)
+    origin = about | {
+        "data": {
+            "images": len(found),
+            "usable": len(found.usable),
+            "manifest": found.manifest_digest(),
+            "classes": schema.canonical_digest({"names": classes}).hex(),
+        },
+        "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
+    }
+    rows = provenance.fingerprint_rows(found)
+    boxes, flips = [], []
+    for row in rows:
+        box, flip, _ = _image(source, found, row)
+        boxes.append(box[0])
+        flips.append(flip[0])
+    sizes = {teacher["image_size"] or SIZE for teacher in about["teachers"]}
+    attributes = {
+        "codec": about["codec"],
+        "class_names": classes,
+        "provenance": origin,
+        "fingerprint": provenance.fingerprint(folder, found, rows, np.stack(boxes), np.array(flips), sizes, origin, None),
+        "made_with": provenance.made_with(),
+    }
+    with finishing():
+        create(path, images=found, views=max(source.views, views), attributes=attributes)
+    say(
+        f"created {path}: {len(found.usable):,} images × {source.views} views × {len(classes):,} classes, labels {source.kind}"
+        + (", in half precision, whose boxes may be a pixel off in images of more than 1,024" if source.half else "")
+    )
+
+
+def _image(source: _Source, manifest: Images, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes, flips and labels, as they are stored in its file, of an image of the manifest."""
+    image = str(manifest.path[row])
+    found = source.read(image)
+    try:
+        return fkd_format.boxes_of(found.coords, int(manifest.height[row]), int(manifest.width[row])), found.flips, found.labels
+    except ValueError as error:
+        raise LabelFileError(
+            f"{source.file(image)} doesn't fit {image}: {error}; pass the images that were labelled, in their size, or leave this one out: remove the file, and take a new --store"
+        ) from None
+
+
+def _fill(writer: StoreWriter, source: _Source) -> None:
+    """Write whatever is missing or damaged, a shard's images read once for as many views as memory has room for; what another import is at is waited for,
+    and done here if that one dies."""
+    store = writer.store
+    usable = store.images.status == USABLE
+    total, waited = int(usable.sum()) * store.views, False
+    with Progress("importing", total, "crops") as progress, ThreadPoolExecutor(threads.threads_for(None)) as pool:
+        for shard in range(store.shards):
+            writer.discard_damaged(shard, store.views, say)
+        while not (finished := store.finished()).all():
+            for shard in np.flatnonzero(~finished.all(axis=0)).tolist():
+                here = store.shard_slice(shard)
+                rows = np.arange(here.start, here.stop)
+                good = rows[usable[rows]]
+                group = _group(source, store, good)
+                for first in range(0, store.views, group):
+                    with writer.claimed(list(range(first, min(first + group, store.views))), shard) as missing:
+                        if missing:
+                            _write(writer, source, shard, missing, good, pool)
+                        progress.advance(len(missing) * len(good))
+            if not store.finished().all():
+                if not waited:
+                    say(f"waiting for another import into {store.path}")
+                waited = True
+                time.sleep(0.5)
+                check()
+    _, of = store.progress()
+    say(f"{store.path} is complete: {of} of {of} shards")
+
+
+def _group(source: _Source, store: LabelStore, good: np.ndarray) -> int:
+    """How many views of a shard's images are held at once."""
+    if len(good) == 0:
+        return store.views
+    one = source.read(str(store.images.path[good[0]]))
+    per_view = len(good) * (one.labels[0].nbytes + 32)
+    return max(1, min(store.views, AT_ONCE // per_view))
+
+
+def _write(writer: StoreWriter, source: _Source, shard: int, views: list[int], good: np.ndarray, pool: ThreadPoolExecutor) -> None:
+    store = writer.store
+    here = store.shard_slice(shard)
+    n, at = here.stop - here.start, good - here.start
+    boxes, flips = np.zeros((len(views), n, 4), np.int32), np.zeros((len(views), n), bool)
+    labels: list[np.ndarray] = []
+
+    def one(row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        box, flip, label = _image(source, store.images, row)
+        return box[views], flip[views], label[views]
+
+    for place, (box, flip, label) in zip(at, pool.map(one, good), strict=True):
+        check()
+        boxes[:, place], flips[:, place] = box, flip
+        labels.append(label)
+    for i, view in enumerate(views):
+        codes = np.zeros((n, store.codec.columns(store.classes)), store.codec.dtype)
+        for start in range(0, len(good), store.chunk_rows):
+            part = slice(start, start + store.chunk_rows)
+            rows = np.stack([label[i] for label in labels[part]])
+            codes[at[part]] = store.codec.encode(_dense(rows, source, store, good[part]))
+        writer.write(view, shard, codes, boxes[i], flips[i])
+
+
+def _dense(labels: np.ndarray, source: _Source, store: LabelStore, rows: np.ndarray) -> np.ndarray:
+    try:
+        return fkd_format.dense(labels, source.kind, store.classes)
+    except ValueError:
+        for label, row in zip(labels, rows, strict=True):  # whose is it?
+            try:
+                fkd_format.dense(label[None], source.kind, store.classes)
+            except ValueError as error:
+                raise LabelFileError(
+                    f"{source.file(str(store.images.path[row]))} holds {error}; get it anew from where it came from"
+                ) from None
+        raise

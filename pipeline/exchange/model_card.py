@@ -1,0 +1,64 @@
+"""The model card of an exported student."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from cache import LabelStore
+from cache.errors import printable
+from pipeline import config_file
+from pipeline.models.model import Model
+from pipeline.models.names import public
+from pipeline.runs.folder import Trained
+from pipeline.runtime.progress import duration
+
+
+def card(title: str, trained: Trained, model: Model, store: LabelStore | None, onnx: dict | None) -> str:
+    """The model card, Markdown with a head in YAML: only what the run, the store and this export tell."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.exchange", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code, "duration": duration, "public": public}
+    soft, train = trained.facts["labels"] == "soft", trained.config.train
+    student = trained.config.student
+    tags = [
+        "image-classification",
+        "timm",
+        *(["knowledge-distillation"] if soft else []),
+        *(["meal-v2"] if soft and not trained.imported else []),
+        *(["onnx"] if onnx else []),
+    ]
+    head = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": tags}
+    return environment.get_template("model_card.md").render(
+        head=yaml.safe_dump(head, sort_keys=False),
+        title=printable(title),
+        architecture=model.module.pretrained_cfg["architecture"],
+        trained=trained,
+        facts=trained.facts,
+        figures=trained.figures,
+        config=trained.config,
+        soft=soft,
+        recipe=config_file.flat(train.model_dump(mode="json")),
+        model=model,
+        parameters=sum(p.numel() for p in model.module.parameters()) / 1e6,
+        digest=model.digest(),
+        start=Path(student.checkpoint).name if student.checkpoint else None,
+        store=store,
+        onnx=onnx,
+        versions={name: version(name) for name in ("timm", "torch")},
+    )
+
+
+def _code(value: object) -> str:
+    """Anything as code of Markdown, in a table too: names come from folders and from other people's stores."""
+    text = printable(value if isinstance(value, str) else json.dumps(value))
+    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -1,0 +1,158 @@
+"""Class folders on a disk: splits, class names and lists of files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cache.errors import MealError
+from cache.format.manifest import USABLE, Images, printable_paths
+from pipeline.runtime.progress import Progress
+
+LOOKERS = 16  # threads that list folders where that is mostly waiting; elsewhere they would only wait for each other
+FAR, TELLING = 20e-6, 500  # seconds a file, from which on it is: the disk is another machine's; and how many files tell
+
+
+class DataError(MealError):
+    """A data set that isn't there, isn't laid out as expected, or isn't the one that a store was made from."""
+
+
+def split_folder(data: str | Path, split: str) -> Path:
+    """The folder that holds the class folders: DATA/SPLIT if there is one, or DATA itself if it isn't divided into splits."""
+    data = Path(data)
+    if not data.is_dir():
+        raise DataError(f"there is no folder {data}; --data must name a folder of class folders, or one with train/ and val/")
+    splits = [name for name in dict.fromkeys((split, "train", "val")) if is_split(data, name)]
+    if split in splits:
+        return data / split
+    if splits:
+        raise DataError(f"{data} has {' and '.join(splits)} but no {split}; name another --split, or add the folder")
+    return data
+
+
+def is_split(data: str | Path, name: str) -> bool:
+    """Whether DATA/NAME is a split, which holds class folders, and not a class that happens to be called train, which holds pictures."""
+    folder = Path(data, name)
+    return folder.is_dir() and any(_is_folder(entry) for entry in os.scandir(folder))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()  # costs no look at the disk where there is no symbolic link
+    except OSError:  # a link to itself
+        return False
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of the class folders, sorted; their places are the class indices."""
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} has no class folders; it must hold one folder per class, with the images in them")
+    return names
+
+
+def read_class_map(path: str | Path) -> list[str]:
+    """A class map: a text file with one class folder's name a line, whose line number from 0 is its class index."""
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file with one folder name a line"
+        ) from None
+    if len(set(names)) != len(names) or not names:
+        raise DataError(f"--class-map {path} must hold every class folder's name once, one a line")
+    return names
+
+
+def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every file below the class folders, hidden ones left out: str [n] paths relative to ``folder``, sorted; int32 [n] class index;
+    int64 [n] size in bytes; int64 [n] when it was changed last, ns since 1970. A class folder that isn't among ``classes`` is an error."""
+    index = {name: i for i, name in enumerate(classes)}
+    names = class_names(folder)
+    for name in names:
+        if name not in index:
+            raise DataError(
+                f"class folder {name} of {folder} is not among the {len(classes)} classes ({classes[0]}, {classes[1 % len(classes)]}, …); "
+                "pass the --class-map that names it, or take the folder away"
+            )
+
+    def look(name: str) -> list[tuple[str, int, int, int]]:
+        return [(path, index[name], *about) for path, *about in _walk(folder / name, name)]
+
+    found: list[tuple[str, int, int, int]] = []
+    left = iter(names)
+    with Progress("looking for files", len(names), "class folders") as progress, ThreadPoolExecutor(LOOKERS) as pool:
+        begun = time.perf_counter()
+        for name in left:
+            found += look(name)
+            progress.advance(1)
+            if len(found) >= TELLING:
+                break
+        far = time.perf_counter() - begun > FAR * len(found)
+        try:
+            for part in (pool.map if far else map)(look, left):
+                found += part
+                progress.advance(1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    if not found:
+        raise DataError(f"the class folders of {folder} hold no files")
+    found.sort()
+    paths, indices, sizes, changed = zip(*found, strict=True)
+    return np.array(paths, object), np.array(indices, np.int32), np.array(sizes, np.int64), np.array(changed, np.int64)
+
+
+def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
+    """(path, size, time of change) of every file below; a folder that is reached through a link to one above it is left out."""
+    waiting: list[tuple[str, str, frozenset]] = [(str(folder), relative, frozenset())]
+    while waiting:
+        place, name, above = waiting.pop()
+        about = os.stat(place)
+        here = (about.st_dev, about.st_ino)
+        if here in above:
+            continue
+        for entry in os.scandir(place):
+            if entry.name.startswith("."):
+                continue
+            path = f"{name}/{entry.name}"
+            if _is_folder(entry):
+                waiting.append((entry.path, path, above | {here}))
+            else:
+                try:
+                    status = entry.stat()
+                except OSError:  # a symbolic link to nothing
+                    yield path, -1, 0
+                else:
+                    yield path, status.st_size, status.st_mtime_ns
+
+
+def require_same_files(folder: Path, images: Images, classes: Sequence[str], made: str) -> None:
+    """Raises DataError unless the folder holds exactly the files of the manifest, with the same sizes (contents are compared when read)."""
+    paths, class_index, sizes, _ = list_files(folder, classes)
+    paths = np.array([printable_paths(p) for p in paths], object)
+    here = np.argsort(paths, kind="stable")  # a name that isn't UTF-8 sorts elsewhere when it is printed
+    paths, class_index, sizes = paths[here], class_index[here], sizes[here]
+    order = images.by_path
+    if np.array_equal(paths, images.path[order]):
+        changed = np.flatnonzero(
+            (sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order])
+        )
+        if len(changed) == 0:
+            return
+        one = changed[0]
+        first, count, what = paths[one], len(changed), "of another size or class"
+        if sizes[one] != images.bytes[order][one]:
+            first = f"{first} ({images.bytes[order][one]} bytes then, {sizes[one]} now)"
+    else:
+        now, then = set(paths), set(images.path)
+        missing, added = sorted(then - now), sorted(now - then)
+        first, count, what = (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
+    raise DataError(
+        f"{folder} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "
+        "pass the folder it was made from, or generate a new store"
+    )

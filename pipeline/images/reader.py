@@ -1,0 +1,62 @@
+"""Read the image files of a manifest ahead, and name the file that a renderer refuses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from cache.format.manifest import Images
+from pipeline.images.folders import DataError
+from pipeline.render.dali import RenderError
+from pipeline.runtime.threads import threads_for
+
+_REPAIR = "put the image back as it was, or begin anew, with another store or --out"
+
+
+class Reader:
+    """Reads images of a manifest, several at a time, and refuses any that is not, byte for byte, what the manifest saw."""
+
+    def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
+        self.folder, self.images = folder, images
+        self.pool = ThreadPoolExecutor(threads_for(threads))
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def __call__(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
+        return list(self.pool.map(self._one, rows))
+
+    def _one(self, row: int) -> bytes:
+        path = self.folder / self.images.path[row]
+        try:
+            blob = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} can't be read any more ({error.strerror}); {_REPAIR}") from None
+        if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
+            raise DataError(
+                f"{path} has changed since the manifest was made (other contents: {len(blob)} bytes now, {self.images.bytes[row]} then); {_REPAIR}"
+            )
+        return blob
+
+
+@contextmanager
+def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
+    """Say which file it was when rendering a batch of these rows fails."""
+    try:
+        yield
+    except RenderError as error:
+        if error.place is None:
+            raise
+        repair = "check renderer and memory"
+        if error.on_gpu:
+            repair = "convert it or take it out of the folder, or decode on the CPU (render.backend: cpu), for a new store"
+        who = "the CPU decodes it" if error.on_gpu else "the manifest's pass could decode it"
+        raise DataError(f"{images.path[rows[error.place]]}: {error}; {who}, so {repair}") from None

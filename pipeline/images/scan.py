@@ -1,0 +1,186 @@
+"""From a folder of class folders to a manifest: which files there are, which of them are images, and what exactly is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cache.errors import printable
+from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
+from pipeline.config import Config
+from pipeline.images.folders import list_files
+from pipeline.images.scan_cache import Scanned
+from pipeline.render.dali import Header, WholeDecode, quiet_decoders
+from pipeline.runtime.progress import Progress, say
+from pipeline.runtime.threads import threads_for
+from pipeline.sampling.epoch_order import row_order
+
+MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
+
+
+SCAN_WINDOW = 4096  # files handed to the threads at a time
+
+
+def scan(
+    folder: Path,
+    classes: Sequence[str],
+    *,
+    exif: str,
+    threads: int | None = None,
+    order_seed: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    before: Scanned | None = None,
+) -> Images:
+    """Read and decode every file whole, and note size, digest, dimensions, and why a file is unusable.
+
+    exif: "ignore" or "apply", as the renderer will decode. order_seed: rows in a random order that depends on the seed and the paths
+    (so that a run of rows is a fair sample of the classes); None: sorted by path. max_megapixels: a larger image is unusable, and never decoded: what
+    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes. before: what an earlier scan found, which holds for files
+    that haven't changed since; it notes what this one finds.
+    """
+    paths, class_index, sizes, changed = list_files(folder, classes)
+    n = len(paths)
+    if order_seed is not None:
+        order = row_order(order_seed, paths)
+        paths, class_index, sizes, changed = paths[order], class_index[order], sizes[order], changed[order]
+    digest = np.zeros((n, 32), np.uint8)
+    height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
+    reason = np.full(n, "", dtype=object)
+    if before:
+        known, found = before.recall(exif, paths, sizes, changed)
+        columns = {"bytes": sizes, "digest": digest, "height": height, "width": width}
+        for name, values in found.items():
+            columns[name][known] = values
+    unknown = np.flatnonzero((height == 0) | (height.astype(np.int64) * width > max_megapixels * 1e6))
+    height[unknown] = width[unknown] = 0
+    threads = threads_for(threads)
+    decoders = threading.local()
+
+    def examine(row: int) -> None:
+        """Fill in the columns of one file."""
+        if not hasattr(decoders, "look"):
+            decoders.look = Look(folder, exif, max_megapixels)
+        blob, shape, reason[row] = decoders.look(paths[row])
+        if blob is None:
+            sizes[row] = max(sizes[row], 0)
+            return
+        sizes[row] = len(blob)
+        digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
+        height[row], width[row] = shape or (0, 0)
+
+    with quiet_decoders(), Progress("reading images", len(unknown), "images") as progress, ThreadPoolExecutor(threads) as pool:
+        try:
+            for start in range(0, len(unknown), SCAN_WINDOW):
+                for _ in pool.map(examine, unknown[start : start + SCAN_WINDOW]):
+                    progress.advance(1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # when it is stopped, thousands are still waiting
+    status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
+    found = Images(np.array([printable_paths(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
+    if before:
+        before.note(exif, found, changed)
+    return found
+
+
+class Look:
+    """Looks at one file after the other, in one thread: bytes (None if they can't be read), height and width in pixels (None if it can't be used), and
+    the reason, empty if there is none."""
+
+    def __init__(self, folder: Path, exif: str, max_megapixels: float) -> None:
+        self.folder, self.max_megapixels = folder, max_megapixels
+        self.header, self.whole = Header(exif), WholeDecode(exif)
+
+    def __call__(self, path: str) -> tuple[bytes | None, tuple[int, int] | None, str]:
+        blob = _read_any(self.folder, path)
+        if isinstance(blob, str):
+            return None, None, blob
+        shape = self.header(blob)
+        if shape is not None and shape[0] * shape[1] > self.max_megapixels * 1e6:
+            return blob, None, _too_large(*shape, self.max_megapixels)
+        shape = shape and self.whole(blob)
+        return blob, shape, "" if shape else why_undecodable(blob, self.max_megapixels)
+
+
+def _read_any(folder: Path, path: str) -> bytes | str:
+    """The file's bytes, or the reason why they can't be used."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "the file's name is not UTF-8"
+    try:
+        if not stat.S_ISREG(os.stat(folder / path).st_mode):
+            return "not a regular file"  # reading a pipe would wait for ever
+        blob = (folder / path).read_bytes()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return blob or "empty file"
+
+
+def _too_large(height: int, width: int, limit: float) -> str:
+    return f"too large: {height * width / 1e6:,.1f} megapixels, the limit is {limit:g} (render.max_megapixels)"
+
+
+def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
+    """A reason for people, for bytes that the renderer failed to decode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(blob)) as image:
+                kind = image.format
+                if image.width * image.height > max_megapixels * 1e6:
+                    return _too_large(image.height, image.width, max_megapixels)
+                image.load()
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError as error:  # Pillow's own limit, before it tells the size
+        pixels = re.search(r"\((\d+) pixels\)", str(error))
+        return _too_large(1, int(pixels[1]), max_megapixels) if pixels else f"too large: {error}"
+    except Exception as error:  # a damaged file can raise anything in Pillow's plugins; the file is unusable in any case
+        return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
+    return f"DALI can't decode this {kind} file"
+
+
+def empty_classes(images: Images, classes: Sequence[str], folder: Path) -> list[str]:
+    """A line if classes have no usable image, which may be meant (a subset) or a folder forgotten."""
+    seen = set(images.class_index[images.usable].tolist())
+    empty = [name for i, name in enumerate(classes) if i not in seen]
+    return [f"{len(empty)} of {len(classes)} classes have no usable image in {folder}, the first is {empty[0]}"] if empty else []
+
+
+def unusable_summary(images: Images) -> list[str]:
+    """One line per kind of unusable file: count, reason, first example."""
+    lines = []
+    bad = images.status != USABLE
+    kinds: dict[str, list[str]] = {}
+    for path, reason in zip(images.path[bad], images.reason[bad], strict=True):
+        kinds.setdefault(reason.split(":")[0], []).append(f"{path} ({reason})")
+    for examples in kinds.values():
+        lines.append(printable(f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else "")))
+    return lines
+
+
+def scan_for(folder: Path, names: list[str], config: Config, exif: str, before: Scanned | None, *, order_seed: int | None = None) -> Images:
+    """What is in a folder of images of these classes; and say what of it can't be used, or is missing."""
+    found = scan(
+        folder,
+        names,
+        exif=exif,
+        threads=config.render.threads,
+        order_seed=order_seed,
+        max_megapixels=config.render.max_megapixels,
+        before=before,
+    )
+    for line in [*unusable_summary(found), *empty_classes(found, names, folder)]:
+        say(line)
+    return found

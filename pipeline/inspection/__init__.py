@@ -1,0 +1,1 @@
+"""Looking at stores: facts, statistics, reports, contact sheets, and labelling crops again."""

@@ -1,0 +1,141 @@
+"""Contact sheets of a store: photographs with a crop's box drawn in, the crop as the teachers saw it, and its soft label."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cache import LabelStore
+from pipeline.images import reader
+from pipeline.images.reader import Reader
+from pipeline.inspection.statistics import Survey
+from pipeline.inspection.stored_crops import pixels_of
+from pipeline.provenance import policy_of
+from pipeline.render.dali import CropRenderer
+
+CARDS = 12  # of a sheet
+BARS = 5  # classes of a label that are shown
+THUMBNAIL = 224  # pixels of a photograph's longer side
+CROP = 160  # pixels
+
+
+SURELY = ": wrong folders, several objects, crops that miss the object. A hard label would teach the folder's class here."
+
+
+@dataclass
+class Card:
+    """One crop of one image."""
+
+    path: str
+    view: int
+    folder: str  # title of the class folder
+    photo: str  # data: address of a picture of the whole image
+    box: tuple[float, float, float, float]  # left, top, width, height in per cent of the photograph
+    crop: str  # data: address of the crop as rendered
+    flipped: bool
+    pasted: str  # path of the image that is pasted in (CutMix), or nothing
+    entropy: float  # nats
+    bars: list[tuple[str, float, bool]]  # title of a class, its probability, whether it is the folder's; the most probable first
+
+
+@dataclass
+class Sheet:
+    title: str
+    about: str
+    cards: list[Card]
+
+
+def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]) -> list[Sheet]:
+    """The most certain crops of those that were looked at, the most uncertain, and those whose label is surest of another class than the folder's; one of an
+    image. folder: has the store's images. titles: of the classes. Pixels are rendered on the CPU. Raises DataError if an image has changed."""
+    apart = found.confidence - found.folder
+    apart[found.first == store.images.class_index[found.row]] = -1
+    ways = (
+        ("The most certain", "Crops whose soft label has the least entropy.", found.entropy, None),
+        ("The most uncertain", "Crops whose soft label has the most entropy: what is seen of the class there?", -found.entropy, None),
+        (
+            "Where the teachers disagree with the folder",
+            "Crops whose label is surest of another class than their image's folder"
+            + ("; these pictures are mixed, so that it may be the pasted one's." if store.mixed else SURELY),
+            -apart,
+            apart > 0,
+        ),
+    )
+    sheets = []
+    for title, about, key, among in ways:
+        chosen = _first_of_each_image(found, key, among)
+        if len(chosen):
+            sheets.append(Sheet(title, about, _cards(store, found, chosen, folder, titles)))
+    return sheets
+
+
+def _first_of_each_image(found: Survey, key: np.ndarray, among: np.ndarray | None) -> np.ndarray:
+    """Entries of the survey with the least key, at most one of an image."""
+    entries = np.arange(len(key)) if among is None else np.flatnonzero(among)
+    entries = entries[np.lexsort((entries, key[entries]))][: CARDS * 64]
+    _, first = np.unique(found.row[entries], return_index=True)
+    return entries[np.sort(first)][:CARDS]
+
+
+def _cards(store: LabelStore, found: Survey, chosen: np.ndarray, folder: Path, titles: Sequence[str]) -> list[Card]:
+    rows, views, manifest = found.row[chosen], found.view[chosen], store.images
+    size = max(t["image_size"] or CROP for t in store.provenance["teachers"])
+    with Reader(folder, manifest) as read:
+        crops = pixels_of(store, np.stack([views, rows], axis=1), read, {size}, backend="cpu")[size]
+        wholes = _whole(store, rows, read)
+    cards = []
+    for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+        box, flip = (column[0] for column in store.crops(view, [row]))
+        p = store.probabilities(view, [row])[0]
+        height, width = int(manifest.height[row]), int(manifest.width[row])
+        top, left, h, w = (int(edge) for edge in box)
+        own = int(manifest.class_index[row])
+        cards.append(
+            Card(
+                str(manifest.path[row]),
+                view,
+                titles[own] if own >= 0 else "",
+                _address(wholes[i], _fitted(height, width)),
+                (100 * left / width, 100 * top / height, 100 * w / width, 100 * h / height),
+                _address(crops[i], (CROP, CROP)),
+                bool(flip),
+                _pasted(store, view, row),
+                float(found.entropy[chosen[i]]),
+                [(titles[c], float(p[c]), c == own) for c in p.argsort()[::-1][:BARS].tolist()],
+            )
+        )
+    return cards
+
+
+def _pasted(store: LabelStore, view: int, row: int) -> str:
+    partner = int(store.mixes(view, [row])[0][0]) if store.mixed else -1
+    return str(store.images.path[partner]) if partner >= 0 else ""
+
+
+def _whole(store: LabelStore, rows: np.ndarray, read: Reader) -> torch.Tensor:
+    """uint8 [n, …, …, 3]: images whole, as the renderer decodes them, squeezed into a square."""
+    manifest, policy = store.images, policy_of(store)
+    boxes = np.stack([np.zeros_like(rows), np.zeros_like(rows), manifest.height[rows], manifest.width[rows]], axis=1)
+    renderer = CropRenderer([2 * THUMBNAIL], 1, len(rows), interpolation=policy.interpolation, exif=policy.exif)
+    with reader.naming(manifest, rows):
+        return renderer(read(rows), boxes[None], np.zeros((1, len(rows)), bool))[0][2 * THUMBNAIL]
+
+
+def _fitted(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a thumbnail."""
+    scale = THUMBNAIL / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _address(pixels: torch.Tensor, size: tuple[int, int]) -> str:
+    """uint8 [height, width, 3] as a JPEG of (width, height) pixels in a data: address, which asks no network."""
+    picture = io.BytesIO()
+    Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.LANCZOS).save(picture, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode()

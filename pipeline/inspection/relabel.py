@@ -1,0 +1,200 @@
+"""Making stored labels again: are the images those that were labelled, and do the teachers say of some crops what the store says they said?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache import LabelStore
+from cache.errors import DamagedStore, MealError, StoreError
+from cache.format.codec import divergence
+from cache.verify import verify
+from pipeline import provenance
+from pipeline.config import ModelSpec
+from pipeline.images import folders
+from pipeline.images.reader import Reader
+from pipeline.inspection.stored_crops import pixels_of
+from pipeline.models.model import ensemble
+from pipeline.models.weights import load_teachers
+from pipeline.runtime.precision import rounding
+from pipeline.runtime.progress import Progress, say
+from pipeline.runtime.threads import threads_for
+
+WORST = 5  # crops that are named
+THREADS = 8  # each holds a shard, and a chunk of it decoded
+
+
+def recheck(
+    path: Path,
+    folder: Path | None,
+    specs: Sequence[ModelSpec],
+    sample: int | None,
+    *,
+    device: torch.device | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> dict:
+    """What ``verify`` tells: the verdict on the store's files (cache.verify), on the images of ``folder`` if there is one, and on ``sample`` crops made
+    again. ``trusted`` is the whole: sound, complete, and nothing in ``problems``, lines about images and labels that aren't the store's.
+
+    Raises StoreError if there is no store to look at.
+    """
+    made_by = "generate-labels, merge or import-labels"
+    try:
+        store = LabelStore.open(path)
+        total, made_by = store.views * store.shards, store.made_by
+    except DamagedStore:
+        total = 0
+    with Progress("verifying", total, "shards") as progress:
+        verdict = verify(path, threads=min(threads_for(threads), THREADS), progress=progress.advance)
+    result = {"store": str(path), "made_by": made_by, **verdict.document(), "problems": [], "images": None, "sample": None}
+    if folder is not None and not verdict.damaged:
+        store = LabelStore.open(path)
+        try:
+            if sample:
+                result["sample"] = relabel(store, folder, specs, sample, device=device, seed=seed)
+                if not result["sample"]["agrees"]:
+                    result["problems"].append(_disagreement(result["sample"]))
+            else:
+                require_same_images(store, folder, threads)
+                result["images"] = len(store.usable)
+        except MealError as error:
+            result["problems"].append(str(error))
+    result["trusted"] = verdict.sound and verdict.complete and not result["problems"]
+    return result
+
+
+def _disagreement(sample: dict) -> str:
+    worst = sample["worst"][0]
+    return (
+        f"the teachers say of view {worst['view']}, row {worst['row']} ({worst['path']}) what is {worst['unexplained']:.3g} in total variation from anything "
+        f"that is stored like this label, where {sample['allowed']:.2g} can be explained; the store's labels were made otherwise than it says"
+    )
+
+
+def require_same_images(store: LabelStore, folder: Path, threads: int | None = None) -> None:
+    """Raises DataError unless the folder holds the manifest's files, byte for byte: all are read."""
+    folders.require_same_files(folder, store.images, store.class_names, str(store.path))
+    with Reader(folder, store.images, threads) as read, Progress("reading images", len(store.usable), "images") as progress:
+        for rows in np.array_split(store.usable, max(1, len(store.usable) // 256)):
+            read(rows)
+            progress.advance(len(rows))
+
+
+def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample: int, *, device: torch.device, seed: int = 0) -> dict:
+    """Render ``sample`` random crops of the store again, run the teachers on them and compare with the stored labels.
+
+    specs: the store's teachers, in its order, where their weights aren't timm's of the recorded name; or none. seed: of the choice of crops.
+    Returns mean and largest KL(p‖p̂) in nats and total variation beside the stated maxima, the share of equal codes (0 … 1), the worst crops, and
+    ``agrees``: no crop's p is, in total variation, further from every label that is coded as the stored one (``unexplained``, Codec.distance) than other
+    arithmetic puts it (``allowed``); of an average also than its parts' codecs may have put it. Raises MealError if images, teachers or pixels aren't
+    the store's.
+    """
+    if "imported" in store.provenance:
+        raise StoreError(
+            f"{store.path} holds labels of teachers whose weights aren't known, so they can't be made again; leave --sample out"
+        )
+    folders.require_same_files(folder, store.images, store.class_names, str(store.path))
+    teachers = _teachers(store, specs, device)
+    provenance.require_same_pixels(store, folder, None)
+    compute = store.provenance["compute"]
+    places = _choose(store, sample, seed)
+    kl, tv, equal, unexplained = np.zeros((4, len(places)))
+    with Reader(folder, store.images) as read, Progress("labelling again", len(places), "crops") as progress:
+        for start in range(0, len(places), compute["batch_size"]):
+            part = places[start : start + compute["batch_size"]]
+            pixels = {size: p.to(device) for size, p in pixels_of(store, part, read, {t.image_size for t in teachers}).items()}
+            p = ensemble(teachers, pixels, compute["precision"], batch_size=compute["batch_size"])[0].cpu().numpy()
+            codes = np.concatenate([store.codes(int(view), [row]) for view, row in part])
+            here = slice(start, start + len(part))
+            kl[here], tv[here] = divergence(p, store.codec.decode(codes))
+            equal[here] = (store.codec.encode(p) == codes).mean(axis=1)
+            unexplained[here] = store.codec.distance(p, codes)
+            progress.advance(len(part))
+    most_kl, most_tv = store.max_error
+    allowed = (
+        _arithmetic(store.provenance, store.attributes.get("made_with", {}), device, compute["precision"])
+        + most_tv
+        - store.codec.max_error(store.classes)[1]
+    )
+    worst = np.lexsort((-tv, -unexplained))[:WORST]
+    return {
+        "crops": len(places),
+        "kl_mean": float(kl.mean()),
+        "kl_largest": float(kl.max()),
+        "kl_stated": most_kl,
+        "tv_mean": float(tv.mean()),
+        "tv_largest": float(tv.max()),
+        "tv_stated": most_tv,
+        "unexplained": float(unexplained.max()),
+        "allowed": float(allowed),
+        "equal_codes": float(equal.mean()),
+        "agrees": bool(unexplained.max() <= allowed),
+        "worst": [
+            {
+                "view": int(places[i, 0]),
+                "row": int(places[i, 1]),
+                "path": str(store.images.path[places[i, 1]]),
+                "tv": float(tv[i]),
+                "unexplained": float(unexplained[i]),
+            }
+            for i in worst
+        ],
+    }
+
+
+def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: str) -> float:
+    """Bound the total variation that rounding alone adds to a label of this provenance when it is made again in ``precision`` (arithmetic.rounding). The bound
+    of an average of stores is the mean of its parts' bounds, weighted by their numbers of teachers."""
+    if parts := origin.get("merged"):
+        each = [part["teachers"] * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device, precision) for part in parts]
+        return sum(each) / sum(part["teachers"] for part in parts)
+    return rounding(origin["compute"], made_with, device, precision)
+
+
+def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:
+    """The store's teachers, as it says they were. Raises StoreError if these are others."""
+    made = store.provenance["teachers"]
+    if specs and len(specs) != len(made):
+        raise StoreError(
+            f"{store.path} has {len(made)} teachers ({', '.join(t['model'] for t in made)}), --teacher names {len(specs)}; name them all, in this order"
+        )
+    wanted = [spec.model_copy(update=_look(t)) for spec, t in zip(specs, made, strict=True)] if specs else [_spec(t) for t in made]
+    if places := [t["model"] for t in made if ":" in t["model"] and not specs]:
+        raise StoreError(
+            f"{store.path} names a teacher by a place ({places[0]}), which is not looked at on its word; pass it with --teacher"
+        )
+    teachers = load_teachers(wanted, device)
+    for teacher, theirs in zip(teachers, made, strict=True):
+        ours = teacher.describe()
+        if ours["weights"] != theirs["weights"]:
+            raise StoreError(
+                f"{store.path} was made with {theirs['model']} of weights {theirs['weights'][:12]}…, this {teacher.name} has {ours['weights'][:12]}…; "
+                "pass the same checkpoints, in the same order, with --teacher MODEL=CHECKPOINT"
+            )
+        say(f"teacher {theirs['model']}, {theirs['image_size']} px, weights {theirs['weights'][:12]}")
+    return teachers
+
+
+def _look(teacher: dict) -> dict:
+    return {"image_size": teacher["image_size"], "mean": tuple(teacher["mean"]), "std": tuple(teacher["std"])}
+
+
+def _spec(teacher: dict) -> ModelSpec:
+    return ModelSpec(model=teacher["model"], **_look(teacher))
+
+
+def _choose(store: LabelStore, sample: int, seed: int) -> np.ndarray:
+    """int64 [n, 2]: views and rows of random labelled crops, each at most once, in the order of the store."""
+    views, shards = np.nonzero(store.finished())
+    if len(views) == 0:
+        raise StoreError(f"{store.path} has no label yet; run the same {store.made_by} command again")
+    usable = np.bincount(store.usable // store.shard_rows, minlength=store.shards)
+    ends = np.cumsum(usable[shards])
+    chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(sample, ends[-1]), replace=False))
+    at = np.searchsorted(ends, chosen, side="right")
+    first = np.searchsorted(store.usable, shards[at] * store.shard_rows)
+    return np.stack([views[at], store.usable[first + chosen - (ends[at] - usable[shards[at]])]], axis=1)

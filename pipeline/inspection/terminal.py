@@ -1,0 +1,157 @@
+"""What a person sees of a store and of an evaluation: facts as one JSON object, and the same as a page in a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from cache.errors import printable
+from cache.verify import Finding
+from pipeline.inspection.store_facts import store_lines
+from pipeline.labelling.cost import GPU_FLOPS
+from pipeline.runtime.progress import duration, results
+
+FINDINGS = 20  # lines of a kind on a page
+
+
+def store_page(facts: dict) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in store_lines(facts):
+        style = ("green" if facts["complete"] else "red") if name == "state" else ""
+        table.add_row(name, Text(printable(text), style))  # Text: a name may look like markup
+    results().print(table)
+
+
+def verdict_page(result: dict) -> None:
+    """What ``verify`` found, a line a finding, the most at once ``FINDINGS`` of a kind."""
+    console = results()
+
+    def lines(kind: str, texts: list[str]) -> None:
+        for text in texts[:FINDINGS]:
+            console.print(f"{kind:9}{printable(text)}", markup=False, soft_wrap=True)
+        if len(texts) > FINDINGS:
+            console.print(f"{kind:9}… and {len(texts) - FINDINGS:,} more (--json lists all)", markup=False)
+
+    def places(findings: list[dict]) -> list[str]:
+        return [str(Finding(**finding)) for finding in findings]
+
+    lines("damaged", places(result["damaged"]))
+    lines("unread", places(result["unread"]))
+    lines("missing", places(result["missing"]))
+    lines("foreign", result["foreign"])
+    lines("left", [f"{file} (unfinished, of a process that was stopped, or is at work now)" for file in result["left"]])
+    lines("problem", result["problems"])
+    if result["images"] is not None:
+        lines("images", [f"all {result['images']:,} are, byte for byte, those that were labelled"])
+    if sample := result["sample"]:
+        for name, key in (("KL", "kl"), ("TV", "tv")):
+            mean, largest, stated = (sample[f"{key}_{what}"] for what in ("mean", "largest", "stated"))
+            limit = "" if stated is None else f"; the codec states {stated:.3g}"
+            lines("sample", [f"{sample['crops']:,} crops labelled again: {name} {mean:.3g} on average, {largest:.3g} at most{limit}"])
+        lines("sample", [f"{100 * sample['equal_codes']:.3f} % of the codes are the same"])
+    if result["trusted"]:
+        summary = "every digest is right"
+    elif result["sound"] and not result["problems"]:
+        summary = f"NOT COMPLETE, and sound as far as it goes: run the same {result['made_by']} command again to finish it"
+    elif result["sound"]:
+        summary = "the files are sound, and the labels are NOT TO BE TRUSTED with these images and teachers"
+    elif not (result["damaged"] or result["foreign"]):
+        summary = "NOT ALL OF IT COULD BE READ: mend that, and verify again"
+    else:
+        summary = f"NOT SOUND: run the same {result['made_by']} command again, which makes anew what is damaged; remove what is foreign"
+    console.print(
+        f"{printable(result['store'])}: {result['checked']:,} of {result['shards']:,} shards read, {result['labelled']:,} labels; {summary}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def evaluation_table(result: dict) -> None:
+    """Top-1 and top-5 of each model, of the ensemble and of the teachers."""
+    compared = "teacher_kl" in result["models"][0]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for name in ("top-1 %", "top-5 %", "loss", *(("KL to teachers", "agreement %") if compared else ())):
+        table.add_column(name, justify="right")
+    for entry in [*result["models"], *(result[key] for key in ("ensemble", "teachers") if key in result)]:
+        cells = [f"{entry['top1']:.2f}", f"{entry['top5']:.2f}", f"{entry['loss']:.4f}"]
+        if "teacher_kl" in entry:
+            cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
+        name = f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"]
+        table.add_row(Text(printable(name)), *cells)
+    console = results()
+    console.print(table)
+    console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))
+
+
+def image_page(facts: dict) -> None:
+    console = results()
+    told = f"{facts['height']} × {facts['width']} pixels, {facts['bytes']:,} bytes, row {facts['row']}"
+    folder = "" if facts["class"] is None else f", folder {facts['class']}" + (f" ({facts['title']})" * (facts["title"] != facts["class"]))
+    console.print(Text.assemble((printable(facts["path"]), "bold"), printable(f"{folder}, {told}")), soft_wrap=True)
+    if facts["unusable"]:
+        console.print(Text(f"unusable, without labels: {printable(facts['unusable'])}", "red"))
+    elif not facts["views"]:
+        console.print(Text("no view of it is finished", "red"))
+    table = Table(box=None, pad_edge=False)
+    for name in ("view", "top", "left", "height", "width"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_column("nats", justify="right")
+    table.add_column("label", overflow="fold")
+    for view in facts["views"]:
+        if "fault" in view:
+            table.add_row(str(view["view"]), *[""] * 6, Text(printable(f"damaged: {view['fault']}"), "red"))
+            continue
+        label = Text(", ").join(
+            Text(f"{printable(one['title'])} {100 * one['probability']:.1f} %", "bold" if one["class"] == facts["class"] else "")
+            for one in view["top5"]
+        )
+        if view["pasted"]:
+            label = Text.assemble(label, printable(f" (pasted in: {view['pasted']})"))
+        mirrored = "mirrored" if view["flip"] else ""
+        table.add_row(str(view["view"]), *map(str, view["box"]), mirrored, f"{view['entropy']:.2f}", label)
+    if facts["views"]:
+        console.print(table)
+
+
+def plan_page(result: dict) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    counted = "" if result["counted"] else " (ImageNet's; --data counts yours)"
+    table.add_row("crops", f"{result['images']:,} images{counted} × {result['views']} views = {result['crops']:,}")
+    if result["finished"]:
+        table.add_row("", f"{100 * result['finished']:.1f} % of them are finished")
+    table.add_row("teachers", printable(" + ".join(result["teachers"])) + f", {result['gflop_per_crop']:.3g} GFLOP a crop")
+    loader = (
+        f", loader {result['loader_per_second']:,.1f}; together {result['crops_per_second']:,.1f}"
+        if result["loader_per_second"]
+        else " (the loader is timed with --data)"
+    )
+    table.add_row(
+        "measured", f"crops/s on this {result['device']}, {result['precision']}: teachers {result['teachers_per_second']:,.1f}{loader}"
+    )
+    workers = (
+        f", {duration(3600 * result['hours'] / result['workers'])} with {result['workers']} workers like it"
+        if result["workers"] > 1
+        else ""
+    )
+    table.add_row("time", f"{duration(3600 * result['hours'])} on one such device{workers}")
+    if result["device"] == "cpu":
+        hours = duration(3600 * result["gpu_hours"])
+        table.add_row("", f"{hours} on a GPU that does {GPU_FLOPS / 1e12:.0f} TFLOP/s: arithmetic alone, not measured")
+    how = "measured on some crops" if result["bytes_measured"] else "of real labels of that many classes, not measured here"
+    table.add_row("store", f"{_bytes(result['store_bytes'])}, {result['bytes_per_crop']:.0f} bytes a crop ({result['codec']}, {how})")
+    table.add_row("", f"{result['shards']:,} shards in {result['files']:,} files")
+    if result["free_bytes"] is not None:
+        short = "" if result["free_bytes"] > result["bytes_left"] else ": NOT ENOUGH"
+        table.add_row("", f"{_bytes(result['free_bytes'])} are free there{short}")
+    results().print(table)
+
+
+def _bytes(n: float) -> str:
+    power = min(4, max(0, len(f"{n:.0f}") - 1) // 3)
+    return f"{n / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

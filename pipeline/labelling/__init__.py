@@ -1,0 +1,1 @@
+"""Stage one: teachers label crops into a store."""

@@ -1,0 +1,239 @@
+"""What filling a store will take, from a short timing on this machine: ``generate-labels --plan``. Nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numcodecs import Zstd
+
+from cache import LabelStore
+from cache.errors import MealError, StoreError
+from cache.format.codec import CODECS
+from pipeline.config import Config, ConfigError
+from pipeline.images import folders
+from pipeline.images.folders import DataError
+from pipeline.images.scan import Look
+from pipeline.labelling import cost
+from pipeline.labelling.cost import BYTES_PER_CROP, BYTES_PER_MIXED_CROP, GPU_FLOPS, IMAGENET_IMAGES
+from pipeline.models.model import Model, ModelError, ensemble
+from pipeline.models.weights import load, load_teachers
+from pipeline.provenance import layout_of, require_class_count, require_same_recipe
+from pipeline.render import dali
+from pipeline.render.dali import CropRenderer, Rendered
+from pipeline.runtime.precision import fixed_shapes, require_precision
+from pipeline.runtime.progress import say
+from pipeline.sampling import philox, random_crop
+
+IMAGES = 64  # that are read, rendered and labelled for the timing
+SECONDS = 2.0  # that a timing takes at least
+SLOW = 8  # crops of a forward pass that is timed on a CPU, unless whole batches take no longer than LONG
+LONG = 2.0  # seconds
+CLASSES = 1000  # of the labels whose sizes are known
+BOX = 12  # bytes of box and flip of a crop, compressed, measured
+# Bytes of such labels by codec (README, "The label store": measured with two real teachers; the default's as cost.py has it).
+KNOWN = {
+    "float32": 3590,
+    "float16": 1738,
+    "cbrt8": 584,
+    "pow8": BYTES_PER_CROP - BOX,
+    "sqrt8": 413,
+    "tail255": 214,
+    "tail80": 55,
+    "tail40": 26,
+}
+
+
+def make_plan(
+    config: Config,
+    data: Path | None,
+    path: Path | None,
+    *,
+    split: str = "train",
+    classes: list[str] | None = None,
+    device: torch.device,
+    workers: int = 1,
+    first_view: int = 0,
+) -> dict:
+    """Crops, hours and bytes of the store that ``config`` asks for.
+
+    data: its images are counted, and some read, rendered and labelled; None: as many as ImageNet has, and the teachers alone are timed, on noise. path: what is
+    finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. first_view: earlier views
+    are not to be labelled. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
+    """
+    require_precision(config.store.precision, device, "store.precision")
+    teachers, real = _teachers(config, device)
+    count, pixels, rendering, boxes = IMAGENET_IMAGES, None, None, None
+    if data is not None:
+        folder = folders.split_folder(data, split)
+        names = classes or folders.class_names(folder)
+        require_class_count(folder, names, teachers)
+        paths = folders.list_files(folder, names)[0]
+        count = len(paths)
+        pixels, boxes, rendering = _rendered(config, folder, paths, {t.image_size for t in teachers})
+    if pixels is None:
+        n = config.store.batch_size
+        pixels = {t.image_size: torch.randint(256, (n, t.image_size, t.image_size, 3), dtype=torch.uint8) for t in teachers}
+    p, forward = _labelled(config, teachers, pixels, device)
+    # On a device of its own the teachers don't wait for the loader unless it is slower; on a CPU they share the cores.
+    per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
+    bytes_per_crop = _bytes_per_crop(config, p, boxes, teachers[0].classes) if real and boxes is not None else None
+    views = config.crops.views - first_view
+    if views < 1:
+        raise ConfigError(f"--first-view {first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
+    total = count * views
+    finished = _finished(path, config, teachers if real else [], device, first_view) if path is not None and path.exists() else 0.0
+    left = total * (1 - finished)
+    size = bytes_per_crop or _bytes_known(config, teachers[0].classes)
+    shards = -(-count // layout_of(config, count, teachers[0].classes)[1]) * views
+    gflop = sum(cost.flops(t.name, t.image_size)[0] for t in teachers) / 1e9
+    return {
+        "images": count,
+        "counted": data is not None,
+        "views": views,
+        "crops": total,
+        "finished": finished,
+        "classes": teachers[0].classes,
+        "teachers": [t.name for t in teachers],
+        "real_weights": real,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "precision": config.store.precision,
+        "teachers_per_second": 1 / forward,
+        "loader_per_second": 1 / rendering if rendering else None,
+        "crops_per_second": 1 / per_crop,
+        "hours": left * per_crop / 3600,
+        "workers": workers,
+        "gflop_per_crop": gflop,
+        "gpu_hours": left * gflop * 1e9 / (3600 * GPU_FLOPS),
+        "codec": config.store.codec,
+        "bytes_per_crop": size,
+        "bytes_measured": bytes_per_crop is not None,
+        "store_bytes": total * size,
+        "bytes_left": left * size,
+        "shards": shards,
+        "files": shards * (4 + 2 * bool(config.crops.cutmix) + bool(CODECS[config.store.codec].tail)),
+        "free_bytes": _free(path),
+    }
+
+
+def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
+    """The teachers, and whether their weights are their own."""
+    try:
+        return load_teachers(config.teachers, device), True
+    except ModelError as error:
+        if "can't be fetched" not in str(error):
+            raise
+        say(f"timed with random weights instead: {error}")
+    specs = [spec if spec.checkpoint else spec.model_copy(update={"pretrained": False}) for spec in config.teachers]
+    return [load(spec, seed=i).to(device) for i, spec in enumerate(specs)], False
+
+
+def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
+    """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the seconds that reading and rendering a crop took."""
+    chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
+    look = Look(folder, config.crops.exif, config.render.max_megapixels)
+    with dali.quiet_decoders():
+        shapes = {path: shape for path in chosen if (shape := look(path)[1])}
+    good = list(shapes)
+    if not good:
+        raise DataError(
+            f"none of {len(chosen)} images of {folder} that were looked at can be decoded; look at them, or pass another --data"
+        )
+    views = min(config.crops.views, config.store.views_per_decode)
+    identity = philox.identities(np.array(good, object))
+    height, width = np.array([shapes[path] for path in good]).T
+    drawn = [random_crop.draw(config.crops, identity, height, width, view) for view in range(views)]
+    boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
+    renderer = CropRenderer(
+        sorted(sizes),
+        views,
+        len(good),
+        interpolation=config.crops.interpolation,
+        exif=config.crops.exif,
+        backend=config.render.backend,
+        threads=config.render.threads,
+    )
+
+    def work() -> Rendered:
+        made = renderer([(folder / path).read_bytes() for path in good], boxes, flips)
+        if renderer.gpu:
+            torch.cuda.synchronize()
+        return made
+
+    made, seconds = work(), _timed(work)
+    return {size: torch.cat([view[size] for view in made]) for size in sizes}, boxes.reshape(-1, 4), seconds / (views * len(good))
+
+
+def _labelled(config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], device: torch.device) -> tuple[np.ndarray, float]:
+    """Labels of crops, as many as the codec's size is judged by, and the seconds that the teachers took for a crop."""
+    pixels = {size: p.to(device) for size, p in pixels.items()}
+    batch, most = config.store.batch_size, len(next(iter(pixels.values())))
+    if config.store.compile:
+        teachers = [teacher.compiled_teacher(config.store.precision) for teacher in teachers]
+    only_batches = device.type == "cuda" or config.store.compile  # whose size is that of the work: others have other kernels
+
+    def forward(crops: dict[int, torch.Tensor], batch_size: int) -> torch.Tensor:
+        p = ensemble(teachers, crops, config.store.precision, batch_size=batch_size)[0]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return p
+
+    def timed(n: int) -> float:
+        crops = {size: p[torch.arange(n, device=device) % most] for size, p in pixels.items()}
+        forward(crops, n)
+        return _timed(lambda: forward(crops, n)) / n
+
+    with fixed_shapes():
+        per_crop = timed(batch if only_batches else min(batch, most, SLOW))
+        if not only_batches and per_crop * batch <= LONG:  # small models are slower in small batches
+            per_crop = timed(min(batch, most))
+        few = {size: p[:IMAGES] for size, p in pixels.items()}
+        return forward(few, batch if only_batches else min(batch, most, IMAGES)).cpu().numpy(), per_crop
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Seconds of one call, the mean of as many as SECONDS allow."""
+    begun, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - begun < SECONDS:
+        work()
+        calls += 1
+    return (time.perf_counter() - begun) / calls
+
+
+def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray, classes: int) -> float:
+    """Of label, box and flip as they are compressed; with CutMix also partner and rectangle, which hardly can be."""
+    codec = CODECS[config.store.codec]
+    boxes = np.ascontiguousarray(boxes[: len(p)], np.int32)
+    label = len(Zstd(level=codec.compression).encode(np.ascontiguousarray(codec.encode(p))))
+    return (label + len(Zstd(level=3).encode(boxes))) / len(p) + 1 / 8 + (20 if config.crops.cutmix else 0)
+
+
+def _bytes_known(config: Config, classes: int) -> float:
+    """Of a crop, from labels of real teachers for 1,000 classes."""
+    label = KNOWN[config.store.codec] * classes / CLASSES * (BYTES_PER_MIXED_CROP / BYTES_PER_CROP if config.crops.cutmix else 1)
+    return label + BOX + (20 if config.crops.cutmix else 0)
+
+
+def _finished(path: Path, config: Config, teachers: list[Model], device: torch.device, first_view: int) -> float:
+    """Share of what is to be labelled that is finished in a store; none of one that this command would refuse, as far as that is known (without
+    teachers it isn't)."""
+    try:
+        store = LabelStore.open(path)
+        if store.made_by != "generate-labels":
+            raise StoreError(f"it was made by {store.made_by}; choose another --store")
+        if teachers:
+            require_same_recipe(store, config, teachers, device)
+    except MealError as error:
+        say(f"{path} is not counted: {error}")
+        return 0.0
+    return float(store.finished()[first_view : config.crops.views].sum() / ((config.crops.views - first_view) * store.shards))
+
+
+def _free(path: Path | None) -> int | None:
+    """Bytes that are free where the store is to be."""
+    place = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
+    return shutil.disk_usage(place).free if place else None

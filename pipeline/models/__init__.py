@@ -1,0 +1,1 @@
+"""Models: their names, weights, inputs and outputs."""

@@ -1,0 +1,1 @@
+"""Pixels: the one renderer, which decodes images and cuts crops."""

@@ -1,0 +1,373 @@
+"""The one renderer: image bytes + crops → uint8 pixels. Teachers, student and evaluation all see what this makes. Only this module knows DALI.
+
+A crop is cut out of the decoded image and then resized (``fn.resize`` with a region gives other pixels). Where one crop of an image is
+wanted, only its region is decoded; on the CPU that equals the whole decode bit for bit. Pixels don't depend on the batch or on threads.
+
+A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. By default DALI gives the largest 65 % of a batch to the hardware, so that
+an image's pixels would depend on the others in its batch. Here the file alone decides (``backend``):
+
+- ``gpu``: CUDA decodes everything.
+- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each in a DALI pipeline of its own. An experiment, until it was seen right
+  on a card: a file that the hardware fails on has its whole batch decoded by CUDA (nvImageCodec 0.8, extensions/nvjpeg/hw_decoder.cpp), without a word.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import torch
+from nvidia import dali
+from nvidia.dali import fn, types
+
+from cache.errors import MealError
+from pipeline.render.hardware_jpeg import hardware_engines, is_baseline_jpeg
+from pipeline.runtime.threads import threads_for
+
+STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
+
+
+dali_version: str = dali.__version__
+# A black pixel (PPM): what is rendered in the place of an unusable image, so that the others keep their place in the batch.
+BLANK = b"P6 1 1 255\n\0\0\0"
+GPU_BACKENDS = ("gpu", "gpu-hardware")
+# What of each backend decides about pixels beside its name, as a store records it.
+DECODERS = {
+    "gpu": {"decoder": "CUDA (hw_decoder_load 0.0)"},
+    "gpu-hardware": {"decoder": "hardware for baseline JPEG (hw_decoder_load 1.0, batches filled up), otherwise CUDA (0.0)"},
+}
+_INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
+class RenderError(MealError):
+    """An image that decoded when the manifest was made and doesn't now. ``place``: which of the batch, if that could be found out. ``on_gpu``: whether it is
+    the GPU's decoder alone that refuses it."""
+
+    def __init__(self, message: str, place: int | None = None, on_gpu: bool = False) -> None:
+        super().__init__(message)
+        self.place, self.on_gpu = place, on_gpu
+
+
+class _Graph:
+    """DALI pipelines fed with encoded images, rebuilt when an undecodable image has killed them. Only ``gpu-hardware`` has two pipelines: one for the
+    hardware decoder.
+
+    pinned: results of a renderer on the CPU lie in pinned memory, from where a GPU copies them without another copy.
+    """
+
+    def __init__(self, batch_size: int, threads: int, backend: str, *, pinned: bool = False) -> None:
+        self.batch_size, self.threads, self.backend = batch_size, threads, backend
+        self.gpu, self.divides = backend in GPU_BACKENDS, backend == "gpu-hardware"
+        self.pinned = pinned and not self.gpu
+        if self.gpu and not torch.cuda.is_available():
+            raise RenderError(
+                f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds none here; use a machine that has one"
+            )
+        if self.divides and hardware_engines() == 0:
+            raise RenderError(
+                f"render.backend gpu-hardware needs a GPU with a JPEG decoder in hardware, as A100 and H100 are, and {torch.cuda.get_device_name()} has none; "
+                "use render.backend: gpu"
+            )
+        self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
+        self.pipes: dict[bool, dali.Pipeline] = {}  # by whether the hardware decodes
+        self.lent: dict[bool, tuple] = {}  # the last outputs of a pipeline on a GPU, and the event after which they have been copied
+
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        """Return the pipeline's outputs for encoded images. ``decode``: (encoded, exif) → decoded whole."""
+        raise NotImplementedError
+
+    def run(self, blobs: Sequence[bytes], *, hardware: bool = False, **arguments: np.ndarray) -> Sequence:
+        """Feed encoded images and named arrays [len(blobs), …], and return DALI's outputs: on a GPU in the order of torch's current stream."""
+        if hardware not in self.pipes:
+            self.pipes[hardware] = self._built(hardware)
+        pipe = self.pipes[hardware]
+        pipe.feed_input("encoded", [np.frombuffer(blob, np.uint8) for blob in blobs])
+        for name, array in arguments.items():
+            pipe.feed_input(name, np.ascontiguousarray(array))
+        try:
+            return pipe.run(torch.cuda.current_stream()) if self.gpu else pipe.run()
+        except RuntimeError as error:
+            self.pipes.clear()  # DALI's pipelines don't outlive an error
+            if self.gpu and re.search("out of memory|bad_alloc|an't allocate|MemoryAllocation", str(error)):
+                raise torch.OutOfMemoryError(f"DALI is out of memory on the GPU ({_reason(error)})") from None
+            raise RenderError(f"DALI could not render it ({_reason(error)})", *self._culprit(blobs)) from None
+
+    def fill(self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray) -> None:
+        """Render encoded images into ``targets``, one tensor for each output, uint8 [len(blobs), …] on the renderer's device."""
+        if self.divides:
+            baseline = np.array([is_baseline_jpeg(blob) for blob in blobs], dtype=bool)
+            for hardware in (True, False):
+                if len(rows := np.flatnonzero(baseline == hardware)):
+                    self._fill_rows(targets, rows, blobs, arguments, hardware)
+            return
+        outputs = self.run(blobs, **arguments)
+        for target, output in zip(targets, outputs, strict=True):
+            if self.gpu:
+                target.copy_(torch.from_dlpack(output.as_tensor()))
+            else:
+                np.copyto(target.numpy(), output.as_array())
+        self._keep(False, outputs)
+
+    def _fill_rows(
+        self, targets: Sequence[torch.Tensor], rows: np.ndarray, blobs: Sequence[bytes], arguments: dict[str, np.ndarray], hardware: bool
+    ) -> None:
+        """Render the images at ``rows``, int64 [n], all of them by one decoder, into these rows of ``targets``."""
+        filled = rows
+        if hardware:
+            # How many images of a batch the hardware takes is fixed by its first batch: all batches are filled up to the same size, with the smallest image.
+            smallest = min(rows, key=lambda row: len(blobs[row]))
+            filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
+            # The hardware decoder writes without waiting for what the GPU was told before (seen on an H100 by others: torchcodec's pull request 1634), so it
+            # may only be told when all that reads the memory of the batch before is done.
+            for _, copied in self.lent.values():
+                copied.synchronize()
+        try:
+            outputs = self.run(
+                [blobs[row] for row in filled], hardware=hardware, **{name: array[filled] for name, array in arguments.items()}
+            )
+        except RenderError as error:
+            if error.place is not None:
+                error.place = int(filled[error.place])
+            raise
+        at = torch.from_numpy(rows).to(targets[0].device)
+        for target, output in zip(targets, outputs, strict=True):
+            target.index_copy_(0, at, torch.from_dlpack(output.as_tensor())[: len(rows)])
+        self._keep(hardware, outputs)
+
+    def _keep(self, hardware: bool, outputs: Sequence) -> None:
+        """Hold on to outputs of a GPU until they have been copied, since DALI may use their memory again once nobody holds them."""
+        if not self.gpu:
+            return
+        if hardware in self.lent:
+            self.lent[hardware][1].synchronize()
+        copied = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
+        copied.record()
+        self.lent[hardware] = outputs, copied
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the interpreter's end there may be no GPU to ask
+            for _, copied in self.lent.values():
+                copied.synchronize()
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Allocate memory for results, uint8, on the renderer's device."""
+        try:
+            if self.gpu or self.pinned:
+                return torch.empty(shape, dtype=torch.uint8, device=self.device if self.gpu else "cpu", pin_memory=self.pinned)
+            return torch.from_numpy(np.empty(shape, np.uint8))  # numpy asks for huge pages, torch doesn't
+        except torch.OutOfMemoryError:  # of a GPU
+            raise
+        except (RuntimeError, MemoryError, ValueError):  # a stranger's store may ask for more than there is
+            raise RenderError(f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory") from None
+
+    def _built(self, hardware: bool) -> dali.Pipeline:
+        # DALI's default executor returns what a GPU makes without waiting for it, and its outputs may be kept; on the CPU it has no advantage here.
+        executor = {} if self.gpu else {"exec_async": False, "exec_pipelined": False}
+        pipe = dali.Pipeline(
+            batch_size=self.batch_size, num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1, **executor
+        )
+        with pipe:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            pipe.set_outputs(*self.define(encoded, lambda encoded, exif: self._decoded(encoded, exif, hardware)))
+        pipe.build()
+        return pipe
+
+    def _decoded(self, encoded: dali.data_node.DataNode, exif: str, hardware: bool) -> dali.data_node.DataNode:
+        where = {"device": "mixed", "hw_decoder_load": 1.0 if hardware else 0.0} if self.gpu else {"device": "cpu"}
+        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif == "apply", jpeg_fancy_upsampling=True, **where)
+
+    def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
+        """Find the image that can't be decoded alone, on the CPU or on the renderer's own backend: its place, and whether only a GPU refuses it."""
+        for backend in dict.fromkeys(("cpu", self.backend)):
+            look = WholeDecode("ignore", backend)
+            for place, blob in enumerate(blobs):
+                if look(blob) is None:
+                    return place, backend != "cpu"
+        return 0 if len(blobs) == 1 else None, False
+
+
+class CropRenderer(_Graph):
+    """Stored crops of images, at one or several output sizes, from one decode per image."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        views: int,
+        batch_size: int,
+        *,
+        interpolation: str,
+        exif: str,
+        backend: str = "cpu",
+        threads: int | None = None,
+        pinned: bool = False,
+    ) -> None:
+        super().__init__(batch_size, threads_for(threads), backend, pinned=pinned)
+        self.sizes, self.views, self.interpolation, self.exif = sorted(set(sizes)), views, interpolation, exif
+
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        def argument(name: str, dtype: types.DALIDataType, ndim: int) -> dali.data_node.DataNode:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+        outputs = []
+        image = None if self.views == 1 and not self.gpu else decode(encoded, self.exif)
+        for view in range(self.views):
+            start, shape = argument(f"start{view}", types.INT32, 1), argument(f"shape{view}", types.INT32, 1)
+            flip = argument(f"flip{view}", types.INT32, 0)
+            if image is None:
+                cut = fn.decoders.image_slice(
+                    encoded,
+                    start=start,
+                    shape=shape,
+                    axes=[0, 1],
+                    output_type=types.RGB,
+                    adjust_orientation=self.exif == "apply",
+                    jpeg_fancy_upsampling=True,
+                )
+            else:
+                cut = fn.slice(image, start=start, shape=shape, axes=[0, 1])
+            for size in self.sizes:
+                resized = fn.resize(cut, size=[size, size], interp_type=_INTERPOLATION[self.interpolation], antialias=True)
+                outputs.append(fn.flip(resized, horizontal=flip))
+        return outputs
+
+    def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
+        """blobs: n encoded images; boxes int [views, n, 4] top, left, height, width in pixels; flips bool [views, n].
+
+        Returns per view a dict: output size → uint8 [n, size, size, 3], on the renderer's device.
+        """
+        arguments = {}
+        for view in range(self.views):
+            box = boxes[view].astype(np.int32)
+            arguments |= {f"start{view}": box[:, :2], f"shape{view}": box[:, 2:], f"flip{view}": flips[view].astype(np.int32)}
+        rendered = Rendered({size: self.empty(self.views, len(blobs), size, size, 3) for size in self.sizes})
+        self.fill([view[size] for view in rendered for size in self.sizes], blobs, **arguments)
+        return rendered
+
+
+class Rendered(list[dict[int, torch.Tensor]]):
+    """Crops per view: output size → uint8 [n, size, size, 3].
+
+    all_views: the same memory, output size → uint8 [views, n, size, size, 3].
+    """
+
+    def __init__(self, all_views: dict[int, torch.Tensor]) -> None:
+        self.all_views = all_views
+        views = len(next(iter(all_views.values())))
+        super().__init__({size: pixels[view] for size, pixels in all_views.items()} for view in range(views))
+
+
+class CentreRenderer(_Graph):
+    """Evaluation's view: the shorter side resized to size · 256 / 224 (rounded down, as timm does), then the central square (He et al., arXiv 1512.03385, as in the paper)."""
+
+    def __init__(
+        self,
+        looks: Sequence[tuple[int, str]],
+        batch_size: int,
+        *,
+        exif: str,
+        backend: str = "cpu",
+        threads: int | None = None,
+        pinned: bool = False,
+    ) -> None:
+        super().__init__(batch_size, threads_for(threads), backend, pinned=pinned)
+        self.looks, self.exif = sorted(set(looks)), exif
+
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        image = decode(encoded, self.exif)
+        outputs = []
+        for i, (size, interpolation) in enumerate(self.looks):
+            whole = fn.external_source(name=f"whole{i}", dtype=types.FLOAT, ndim=1)
+            start = fn.external_source(name=f"start{i}", dtype=types.INT32, ndim=1)
+            resized = fn.resize(image, size=whole, interp_type=_INTERPOLATION[interpolation], antialias=True)
+            outputs.append(fn.slice(resized, start=start, shape=[size, size], axes=[0, 1]))
+        return outputs
+
+    def __call__(self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray) -> dict[tuple[int, str], torch.Tensor]:
+        """n encoded images and their decoded heights and widths [n] → (size, interpolation) → uint8 [n, size, size, 3]."""
+        arguments = {}
+        for i, (size, _) in enumerate(self.looks):
+            short = size * 256 // 224
+            shorter = np.minimum(height, width)
+            whole = np.stack([short * height.astype(np.int64) // shorter, short * width.astype(np.int64) // shorter], axis=1)
+            arguments[f"whole{i}"] = whole.astype(np.float32)
+            arguments[f"start{i}"] = np.rint((whole - size) / 2).astype(np.int32)
+        made = {look: self.empty(len(blobs), look[0], look[0], 3) for look in self.looks}
+        self.fill(list(made.values()), blobs, **arguments)
+        return made
+
+
+class _OneImage(_Graph):
+    """Looks at one image. One a pipeline, and a pipeline a thread: destroying a pipeline in which one image of several has failed crashes DALI 2.4
+    (a segmentation fault within a few dozen failures, measured), while its other images are still being decoded."""
+
+    def __init__(self, exif: str, backend: str = "cpu") -> None:
+        super().__init__(1, 1, backend)
+        self.exif = exif
+
+    def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
+        return 0, self.gpu
+
+
+class Header(_OneImage):
+    """What the decoder will take an image's size to be, from its header alone."""
+
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        return [fn.peek_image_shape(encoded, adjust_orientation=self.exif == "apply")]
+
+    def __call__(self, blob: bytes) -> tuple[int, int] | None:
+        """(height, width) in pixels; None if DALI knows no such image."""
+        try:
+            (shape,) = self.run([blob])
+        except RenderError:
+            return None
+        return tuple(int(length) for length in np.array(shape.at(0))[:2])
+
+
+class WholeDecode(_OneImage):
+    """Decodes an image whole, for what that tells: height and width, or that the bytes are no image."""
+
+    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+        return [decode(encoded, self.exif)]
+
+    def __call__(self, blob: bytes) -> tuple[int, int] | None:
+        """(height, width) of the decoded image; None if it can't be decoded whole."""
+        try:
+            (image,) = self.run([blob], hardware=self.divides and is_baseline_jpeg(blob))
+        except RenderError:
+            return None
+        return tuple(image.shape()[0][:2])
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Silence what the decoders' C libraries print of broken images (no setting does): the manifest says it better.
+
+    They write to file descriptor 2; Python's own stderr moves to a copy of it meanwhile, and goes on being seen.
+    """
+    original, copy, nowhere = sys.stderr, os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        ours = original.fileno() == 2
+    except (io.UnsupportedOperation, AttributeError, ValueError):
+        ours = False  # somebody captures Python's stderr already
+    if ours:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=original.encoding, errors=original.errors)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(copy, 2)
+        os.close(copy)
+        os.close(nowhere)
+        if ours:
+            sys.stderr.close()
+            sys.stderr = original

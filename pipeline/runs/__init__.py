@@ -1,0 +1,1 @@
+"""A run's folder: its checkpoints, metrics, curves, and comparing several."""

@@ -1,0 +1,184 @@
+"""Training runs beside each other: what each reached, how their settings differ, and their curves in one picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from cache.errors import printable
+from cache.system import durable
+from pipeline.config import Config
+from pipeline.config_file import flat
+from pipeline.runs.curves import COLOURS, furnish, grid, line, small_multiples
+from pipeline.runs.folder import RunError, config_of, metrics_of
+from pipeline.runs.metrics import CURVES, best_of, labels_of, points
+from pipeline.runtime.progress import duration, results
+
+STYLES = ("-", "--", "-.", ":")  # with seven colours, 28 runs look different each
+KINDS = ("png", "pdf", "svg")  # of a picture
+LEGEND_CHARACTERS, LEGEND_INCHES = 48, 0.19  # of a run's name in the picture, and of a line of names
+
+
+def compare(runs: Sequence[Path]) -> dict:
+    """What the run directories say: ``runs``, a dict each in the order given, and ``differences``, dotted config key → {run's name: value}.
+
+    top1, top5 and agreement are in per cent, losses and KL in nats, seconds those of training without validation; None stands for what a run
+    has no figure of. Raises RunError.
+    """
+    folders = [Path(os.path.abspath(run)) for run in runs]
+    if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
+        raise RunError(f"{twice} is named twice; name each run once")
+    names = _names(folders)
+    configs, histories = [config_of(folder) for folder in folders], [metrics_of(folder / "metrics.jsonl") for folder in folders]
+    return {
+        "runs": [
+            {"name": name, "path": str(folder), **_facts(config, metrics)}
+            for name, folder, config, metrics in zip(names, folders, configs, histories, strict=True)
+        ],
+        "differences": _differences(names, configs),
+    }
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The shortest end of each path that is no other's."""
+
+    def ends(folder: Path, parts: int) -> tuple[str, ...]:
+        return folder.parts[-parts:]
+
+    names = []
+    for folder in folders:
+        shared = (parts for parts in range(1, len(folder.parts) + 1) if sum(ends(f, parts) == ends(folder, parts) for f in folders) == 1)
+        names.append(str(Path(*ends(folder, next(shared)))))
+    return names
+
+
+def _facts(config: Config, metrics: list[dict]) -> dict:
+    last, best = metrics[-1], best_of(metrics)
+    seconds = sum(m["seconds"] for m in metrics)
+    images = sum(m.get("images") or m["images_per_second"] * m["seconds"] for m in metrics)
+    return {
+        "student": config.student.model if config.student else None,
+        "labels": labels_of(config),
+        "epochs": last["epoch"] + 1,
+        "of": config.train.epochs,
+        "best_top1": best and best[1],
+        "best_epoch": best and best[0],
+        "top1": last.get("val_top1"),
+        "top5": last.get("val_top5"),
+        "val_loss": last.get("val_loss"),
+        "loss": last["loss"],
+        "kl": last.get("kl"),
+        "agreement": last.get("agreement"),
+        "images_per_second": images / seconds if seconds else None,
+        "seconds": seconds,
+        "metrics": metrics,
+    }
+
+
+def _differences(names: list[str], configs: list[Config]) -> dict[str, dict[str, object]]:
+    """A section that is null in some runs has null values there."""
+    settings = [flat(config.model_dump(mode="json")) for config in configs]
+    keys = dict.fromkeys(key for one in settings for key in one)  # in the order of the config
+    values = {key: [one.get(key) for one in settings] for key in keys}
+    return {key: dict(zip(names, of, strict=True)) for key, of in values.items() if any(value != of[0] for value in of)}
+
+
+def draw(result: dict, file: Path) -> None:
+    """The runs' curves, a panel for each figure that any run has, with each run's best top-1 marked. file: its ending says PNG, PDF or SVG.
+    Raises RunError."""
+    from matplotlib.lines import Line2D
+
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    kind = file.suffix[1:].lower()
+    if kind not in KINDS:
+        raise RunError(
+            f"{file} must end in {', '.join(f'.{k}' for k in KINDS)}, which says what kind of picture it is to be; name another file"
+        )
+    runs = result["runs"]
+    shown = [curve for curve in CURVES if not curve.beside and any(points(run["metrics"], curve.key)[0] for run in runs)]
+    names = [_legend(run) for run in runs]
+    across = max(1, min(len(runs), grid(len(shown))[1] * 55 // (8 + max(map(len, names)))))  # a panel is some 55 characters wide
+    title = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
+    figure, places = small_multiples(len(shown), title, LEGEND_INCHES * math.ceil(len(runs) / across))
+    span = min(run["metrics"][0]["epoch"] for run in runs) + 1, max(run["epochs"] for run in runs)
+    looks = [{"color": colour, "linestyle": style} for _, colour, style in zip(runs, cycle(COLOURS), cycle(STYLES))]
+    for curve, axes in zip(shown, places, strict=True):
+        for run, look in zip(runs, looks, strict=True):
+            line(axes, *points(run["metrics"], curve.key), **look)
+            if curve.key == "val_top1" and run["best_epoch"]:
+                axes.plot(run["best_epoch"], run["best_top1"], marker="o", markersize=6, color=look["color"])
+        furnish(axes, curve, span, "● best" if curve.key == "val_top1" else "")
+    width, height = figure.get_size_inches()
+    corner = (0.66 / width, 1 - 0.4 / height)
+    handles = [Line2D([], [], linewidth=1.4, **look) for look in looks]
+    legend = figure.legend(handles, names, loc="upper left", bbox_to_anchor=corner, ncols=across, fontsize=8, frameon=False, handlelength=3)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name may have characters that the font lacks
+        durable.write(file.absolute(), lambda scratch: figure.savefig(scratch, format=kind))
+
+
+def _legend(run: dict) -> str:
+    """A blank comes first, since matplotlib leaves out names that begin with an underscore."""
+    name = printable(run["name"])
+    short = name if len(name) <= LEGEND_CHARACTERS else f"…{name[1 - LEGEND_CHARACTERS :]}"
+    return f" {short}" + (f" (best {run['best_top1']:.2f})" if run["best_top1"] is not None else "")
+
+
+def comparison_page(result: dict) -> None:
+    """A column a run: the figures that any run has, then the settings that differ."""
+    runs, console = result["runs"], results()
+    figures = _table("", runs, "right")
+    for name, told in (
+        ("student", [run["student"] or "" for run in runs]),
+        ("labels", [run["labels"] for run in runs]),
+        ("epochs", [f"{run['epochs']} of {run['of']}" for run in runs]),
+        ("best top-1 %", _numbers(runs, "best_top1", ".2f")),
+        ("  after epoch", _numbers(runs, "best_epoch", "d")),
+        ("top-1 %", _numbers(runs, "top1", ".2f")),
+        ("top-5 %", _numbers(runs, "top5", ".2f")),
+        ("validation loss", _numbers(runs, "val_loss", ".4f")),
+        ("loss", _numbers(runs, "loss", ".4f")),
+        ("KL to labels", _numbers(runs, "kl", ".4f")),
+        ("agreement %", _numbers(runs, "agreement", ".2f")),
+        ("images/s", _numbers(runs, "images_per_second", ",.0f")),
+        ("time", [duration(run["seconds"]) for run in runs]),
+    ):
+        if any(told):
+            figures.add_row(name, *(Text(printable(one)) for one in told))
+    console.print(figures)
+    if result["differences"]:
+        settings = _table("setting", runs, "left")
+        for key, values in result["differences"].items():
+            settings.add_row(key, *(Text(printable(_value(value))) for value in values.values()))
+        console.print()
+        console.print(settings)
+    elif len(runs) > 1:
+        console.print("\nthe settings are the same")
+
+
+def _table(first: str, runs: list[dict], justify: Literal["left", "right"]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for run in runs:
+        table.add_column(Text(printable(run["name"])), justify=justify, overflow="fold")
+    return table
+
+
+def _numbers(runs: list[dict], key: str, form: str) -> list[str]:
+    return ["" if run[key] is None else format(run[key], form) for run in runs]
+
+
+def _value(value: object) -> str:
+    """As a config says it."""
+    return value if isinstance(value, str) else json.dumps(value)

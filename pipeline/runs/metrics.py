@@ -1,0 +1,56 @@
+"""The figures of a run that are drawn and compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pipeline.config import Config
+
+
+class Curve(NamedTuple):
+    """A figure of a pass over the images. key: in its metrics; tag: in TensorBoard, which groups by the part before the stroke; beside: the
+    curve whose panel it shares."""
+
+    key: str
+    tag: str
+    name: str
+    unit: str
+    beside: str = ""
+
+
+CURVES = (
+    Curve("val_top1", "validation/top1", "validation top-1", "% of images"),
+    Curve("val_top5", "validation/top5", "validation top-5", "% of images"),
+    Curve("val_loss", "validation/loss", "validation loss", "nats"),
+    Curve("loss", "training/loss", "training loss", "nats"),
+    Curve("kl", "training/kl", "KL to the labels", "nats"),
+    Curve("agreement", "training/agreement", "agreement with the labels", "% of crops"),
+    Curve("discriminator_loss", "discriminator/loss", "discriminator loss", "nats"),
+    Curve("discriminator_accuracy", "discriminator/accuracy", "discriminator accuracy", "% of answers right"),
+    Curve("discriminator_accuracy_student", "discriminator/accuracy_student", "student", "", "discriminator_accuracy"),
+    Curve("discriminator_accuracy_teachers", "discriminator/accuracy_teachers", "teachers", "", "discriminator_accuracy"),
+    Curve("lr", "training/lr", "learning rate", "of the last step"),
+    Curve("images_per_second", "training/images_per_second", "speed", "images/s"),
+)
+
+
+def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
+    """Epochs done and the figure after each, where a pass has it and it is finite."""
+    found = [(m["epoch"] + 1, m[key]) for m in metrics if m.get(key) is not None and math.isfinite(m[key])]
+    return [epoch for epoch, _ in found], [value for _, value in found]
+
+
+def best_of(metrics: Sequence[dict]) -> tuple[int, float] | None:
+    """Epochs done and top-1 of best.safetensors: the newest of the best. None without validation."""
+    epochs, top1 = points(metrics, "val_top1")
+    return max(zip(epochs, top1, strict=True), key=lambda point: (point[1], point[0]), default=None)
+
+
+def labels_of(config: Config) -> str:
+    """What the student learns from: soft (a store), online (live teachers) or hard labels."""
+    return "online" if config.train.online else config.train.labels
+
+
+FIGURES = frozenset(curve.key for curve in CURVES)

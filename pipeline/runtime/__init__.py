@@ -1,0 +1,1 @@
+"""What both stages need of the machine: threads, devices, processes, precision, progress, profiles."""

@@ -1,0 +1,97 @@
+"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log. Both with rate and time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from cache.errors import printable
+from cache.system.signals import check
+
+LOG_SECONDS = 30.0
+_speaks = True
+
+
+def silence() -> None:
+    """Leave speaking to another process that does the same."""
+    global _speaks
+    _speaks = False
+
+
+def speaks() -> bool:
+    return _speaks
+
+
+class Progress:
+    """``with Progress("training", 1000, "images") as progress: progress.advance(64, "loss 1.23")``."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done, self.note = 0, ""
+        self.bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        self.started = self.logged = time.monotonic()
+        if _speaks and sys.stderr.isatty():
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(self.unit),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=self.total, rate="", note="")
+        return self
+
+    def advance(self, n: int, note: str = "") -> None:
+        check()
+        self.done += n
+        self.note = note
+        now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-9)
+        if self.bar:
+            self.bar.update(self.task, advance=n, rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s", note=note)
+        elif _speaks and now - self.logged >= LOG_SECONDS:
+            self.logged = now
+            left = duration((self.total - self.done) / rate) if rate else "?"
+            print(
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} left {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+        self.seconds = time.monotonic() - self.started
+
+
+def say(message: str, *, anyway: bool = False) -> None:
+    """A line for people, on stderr: stdout is for results. anyway: also where another process does the speaking."""
+    if _speaks or anyway:
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """3723 → "1 h 02 min"; beyond some days, days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes >= 6000:
+        return f"{minutes / 1440:,.0f} days"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def results() -> Console:
+    """Where results go: stdout, as wide as the terminal, or unfolded into a pipe or file."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)

@@ -1,0 +1,1 @@
+"""Random numbers, and what is drawn from them: crops, CutMix, the order of an epoch."""

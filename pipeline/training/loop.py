@@ -1,0 +1,265 @@
+"""Stage two: train a student from stored labels, from live teachers (online), or with hard labels: one loop for all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cache.system import durable
+from pipeline.config import Config
+from pipeline.evaluation import Validation, evaluate
+from pipeline.models.model import Model, sync_batchnorm
+from pipeline.runs import checkpoint
+from pipeline.runs.curves import Curves
+from pipeline.runs.folder import RunError
+from pipeline.runtime.device_transfer import fetched
+from pipeline.runtime.distributed import ALONE, Elsewhere, Processes
+from pipeline.runtime.precision import in_precision
+from pipeline.runtime.profiling import Clock
+from pipeline.runtime.progress import Progress, duration, say
+from pipeline.runtime.threads import share_the_interpreter
+from pipeline.sampling import philox
+from pipeline.training import losses, schedule
+from pipeline.training.batches import Batch, Replay
+from pipeline.training.losses import Discriminator
+from pipeline.training.source import Source
+from pipeline.training.targets import Goal, Targets
+
+LOOK = 16  # steps after which the loss is looked at: on a GPU each look waits for the step
+
+
+class Learner(nn.Module):
+    """What is trained: the student, and the discriminator that is trained with it. One module, so that processes join its gradients in one go."""
+
+    def __init__(self, student: Model, discriminator: Discriminator | None, targets: Targets, precision: str, compiled: bool) -> None:
+        super().__init__()
+        self.student, self.discriminator = student.module, discriminator
+        self.model, self.targets, self.precision = student.compiled() if compiled else student, targets, precision
+
+    def forward(self, pixels: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [n, size, size, 3] and their goal → the loss to be lowered, its mean over the rows; and float64 [6], sums over the rows: the loss
+        without the discriminator's, KL(soft labels‖student), whether label and student put the same class first, the discriminator's loss, and
+        its right answers on the student's side and on the teachers'."""
+        logits = self.model(pixels, self.precision)
+        loss = self.targets.loss(logits, goal)
+        total = loss.mean()
+        kl = against = torch.zeros((), device=logits.device)
+        told = torch.zeros(2, device=logits.device)
+        if self.discriminator:
+            against, told = self.discriminator(*self.targets.judged(logits, goal))
+            total = total + against
+        with torch.no_grad():
+            best = goal.hard if goal.soft is None else goal.soft
+            agreeing = (logits.argmax(dim=1) == best.argmax(dim=1)).sum()
+            if goal.soft is not None:
+                kl = (losses.soft_cross_entropy(logits, goal.soft) - losses.entropy(goal.soft)).sum()
+            n = len(logits)
+            return total, torch.stack([loss.sum(), kl, agreeing, n * against, *(n * told)]).double()
+
+
+class Run:
+    """A student in training: model, optimizer, and what has been done so far."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        student: Model,
+        teachers: list[Model],
+        source: Source,
+        folder: Path,
+        validation: Validation | None,
+        device: torch.device,
+        processes: Processes = ALONE,
+        clock: Clock | None = None,
+    ) -> None:
+        self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
+        self.processes, self.clock = processes, clock or Clock()
+        recipe = config.train
+        if recipe.sync_bn and processes.world > 1:
+            sync_batchnorm(student)
+        groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
+        self.discriminator = None
+        if recipe.discriminator:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(recipe.seed)
+                self.discriminator = Discriminator(student.classes, reversal=recipe.discriminator.reversal).to(device)
+            groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
+        fused = device.type == "cuda"  # one kernel for all weights; on a CPU it would only round otherwise than before
+        self.optimizer = torch.optim.SGD(
+            groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused or None
+        )
+        self.targets = Targets(config, source, student.classes, device, teachers, processes.world)
+        self.learner: nn.Module = Learner(student, self.discriminator, self.targets, recipe.precision, recipe.compile)
+        self.replay = Replay(
+            source,
+            folder,
+            sizes=[recipe.image_size, *(teacher.image_size for teacher in teachers)],
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            rendering=config.render,
+            crops_per_image=recipe.crops_per_image,
+            mix=recipe.cutmix,
+            rank=processes.rank,
+            world=processes.world,
+            device=device,
+            clock=self.clock,
+        )
+        share_the_interpreter()
+        self.epoch = 0
+        self.metrics: list[dict] = []
+        self.curves = Curves(out, config)
+
+    def restore(self, state: dict) -> None:
+        self.student.module.load_state_dict(state["model"])
+        if self.discriminator:
+            self.discriminator.load_state_dict(state["discriminator"])
+        fused = [group["fused"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # of this device, whatever the run was on before
+        self.epoch, self.metrics = state["epoch"], state["metrics"]
+        say(f"going on with {self.out} after {self.epoch} epochs")
+        self.processes.first(lambda: self.curves.show(self.metrics))
+
+    def train_pass(self) -> None:
+        """One pass over the images, which is as many epochs as it shows crops of each; then validation, and the checkpoints."""
+        recipe, first = self.config.train, self.epoch
+        done = first + recipe.crops_per_image
+        # Dropout and the like draw anew in each epoch and process, and the same whether or not the run was interrupted before it.
+        torch.manual_seed(int(philox.words(recipe.seed, first, self.processes.rank, 0, 3)[0, 0]))
+        self.student.module.train()
+        sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # as _step returns them
+        seen, crops, rate, note = 0, len(self.source.images.usable) * recipe.crops_per_image, 0.0, ""
+        name = f"epoch {done}/{recipe.epochs}"
+        with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
+            for number, batch in enumerate(self.clock.waits("wait for crops", batches), 1):
+                begins, finishes = (first + recipe.crops_per_image * part / crops for part in (seen, seen + batch.total))
+                decay = schedule.factor(recipe, begins, finishes)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * decay
+                rate = recipe.lr * decay
+                sums += self._step(batch)
+                seen += batch.total
+                if number % LOOK == 1:
+                    note = f"loss {self._require_finite(float(fetched(self.processes.sum(sums))[0]) / seen, rate):.3f}"
+                progress.advance(batch.total, note)
+            sums = fetched(self.processes.sum(sums))
+        if done < recipe.epochs:
+            self.replay.begin(done)
+        self._require_finite(float(sums[0]), rate)
+        if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
+            self._require_finite(math.nan, rate)
+        self.processes.average_batchnorm(self.student.module)
+        loss, kl, agreeing, against, told_student, told_teachers = (sums / seen).tolist()
+        metrics = {
+            "epoch": done - 1,
+            "view": first % self.source.views,
+            "lr": rate,
+            "loss": loss,
+            "kl": kl if self.targets.soft else None,
+            "agreement": 100 * agreeing,
+            "images": seen,
+            "seconds": round(progress.seconds, 3),
+            "images_per_second": round(seen / progress.seconds, 1),
+        }
+        if self.discriminator:
+            metrics |= {
+                "discriminator_loss": against,
+                "discriminator_accuracy": 50 * (told_student + told_teachers),
+                "discriminator_accuracy_student": 100 * told_student,
+                "discriminator_accuracy_teachers": 100 * told_teachers,
+            }
+        if self.validation:
+            with self.clock.part("validate"):
+                metrics |= self._validate()
+        self.epoch = done
+        self.metrics.append(metrics)
+        with self.clock.part("save"):
+            self.processes.first(self._save)
+        say(self._summary(metrics))
+
+    def _require_finite(self, loss: float, rate: float) -> float:
+        """The loss, which is the same in all processes."""
+        if not math.isfinite(loss):
+            if not self.processes.leads:
+                raise Elsewhere
+            raise RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
+        return loss
+
+    def _step(self, batch: Batch) -> torch.Tensor:
+        """One optimizer step, towards the mean over the global batch. Returns what this process adds to the epoch's sums (``Learner``), float64 [6] on
+        the device, not waited for."""
+        with self.clock.part("labels and teachers", of_model=True):
+            goal = self.targets(batch)
+        pixels = batch.pixels[self.config.train.image_size]
+        with self.clock.part("forward and backward", of_model=True), self.processes.in_step(), in_precision(self.config.train.precision):
+            total, sums = self.learner(pixels, goal)
+            self.optimizer.zero_grad(set_to_none=True)
+            (total * batch.weight).backward()  # whose gradient becomes the mean over the processes
+        with self.clock.part("optimizer", of_model=True):
+            self.optimizer.step()
+        return sums / batch.copies
+
+    def _validate(self) -> dict:
+        self.student.module.eval()
+        result = evaluate(
+            [self.student],
+            self.validation.folder,
+            self.validation.images,
+            self.student.classes,
+            device=self.device,
+            batch_size=min(256, self.config.train.batch_size),
+            exif=self.source.policy.exif,
+            backend=self.source.backend,
+            threads=self.config.render.threads,
+            what="validating",
+            processes=self.processes,
+            precision="float32" if self.config.train.precision == "float32" else "tf32",  # which on a CPU is the same
+        )["models"][0]
+        return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
+
+    def _save(self) -> None:
+        """The student for others first, then what this run goes on from: after a kill between the two, the epoch is done again, to the same end. Curves
+        come last, since they are made anew of the metrics."""
+        newest = self.metrics[-1]
+        facts = {
+            "epoch": newest["epoch"],
+            "val_top1": newest.get("val_top1"),
+            "labels": self.config.train.labels,
+            "source": self.source.identity,
+            "teachers": self.source.teachers,
+            "class_names": self.source.class_names,
+            **({"imported": self.source.imported} if self.source.imported else {}),
+        }
+        checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
+        # Without any validation the newest is the best.
+        if newest.get("val_top1", 0.0) >= max(m.get("val_top1", 0.0) for m in self.metrics):
+            checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
+        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
+        durable.write(self.out / "metrics.jsonl", lambda scratch: scratch.write_text(lines))
+        state = {
+            "model": self.student.module.state_dict(),
+            "discriminator": self.discriminator.state_dict() if self.discriminator else None,
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "metrics": self.metrics,
+            "source": self.source.identity,
+            "how": self.source.how,
+        }
+        checkpoint.save_state(self.out / "state.pt", state)
+        self.curves.show(self.metrics)
+
+    def _summary(self, m: dict) -> str:
+        parts = [f"epoch {m['epoch'] + 1}/{self.config.train.epochs}", f"view {m['view']}", f"lr {m['lr']:g}", f"loss {m['loss']:.4f}"]
+        if m["kl"] is not None:
+            parts.append(f"KL {m['kl']:.4f}")
+        if "discriminator_loss" in m:
+            parts.append(f"discriminator loss {m['discriminator_loss']:.4f}, accuracy {m['discriminator_accuracy']:.1f} %")
+        if "val_top1" in m:
+            parts.append(f"top-1 {m['val_top1']:.2f}, top-5 {m['val_top5']:.2f}")
+        return ", ".join([*parts, f"{m['images_per_second']:,.0f} images/s", duration(m["seconds"])])

@@ -1,0 +1,71 @@
+"""Decide whether a run that is in the folder may be gone on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from cache.format.schema import first_difference
+from pipeline.config import Config
+from pipeline.config_file import flat
+from pipeline.runs import checkpoint
+from pipeline.runs.curves import EVENTS, PICTURE
+from pipeline.runs.folder import SCANS, RunError, _lines, started_config
+from pipeline.training.source import Source, StoredLabels
+
+FREE_KEYS = (
+    "train.epochs",
+    "render.threads",
+    "render.max_megapixels",
+    "teachers",
+    "store",
+    "crops.views",
+)  # may change when a run is gone on with
+
+
+def views_of_run(out: Path) -> int | None:
+    """How many views the run in ``out`` replays, if there is one: a store that has grown since must not change it."""
+    if not (out / "state.pt").exists():
+        return None
+    try:
+        return yaml.safe_load((out / "config.yaml").read_text())["train"]["views"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
+    """What a run in ``out`` goes on from; None if it is a new one. Raises RunError unless what is there is a part of this very run."""
+    state = checkpoint.load_state(out / "state.pt")
+    if state is None:
+        # A kill in the first epoch leaves these.
+        ours = {"config.yaml", *SCANS, "last.safetensors", "best.safetensors", "metrics.jsonl", PICTURE}
+        if out.exists() and any(p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()):
+            raise RunError(f"{out} is not empty and holds no run; choose another --out")
+        if len(_lines(out / "metrics.jsonl")) > 1:
+            raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
+    else:
+        before, now = flat(started_config(out).model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        for key in [*now, *(before.keys() - now.keys())]:
+            if not _free(key, config) and before.get(key) != now.get(key):
+                raise RunError(
+                    f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass the same to go on, or choose another --out"
+                )
+        _require_same_teachers(out, state.get("how", {}), source.how)
+        if state["source"] != source.identity:
+            what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
+            raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
+    return state
+
+
+def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
+    if difference := next((found for key in now if (found := first_difference(key, before.get(key), now[key]))), None):
+        where, theirs, ours = difference
+        raise RunError(f"{out} was started with {where} {theirs}, this is {ours}; pass the same to go on, or choose another --out")
+
+
+def _free(key: str, config: Config) -> bool:
+    """Whether a value may change when a run is gone on with."""
+    if key == "train.epochs":
+        return config.train.schedule != "cosine"  # whose every step depends on where the end is
+    return key.startswith(FREE_KEYS)
