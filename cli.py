@@ -158,29 +158,28 @@ def generate_labels(
     """
     recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
     if plan:
-        from pipeline.inspection.terminal import plan_page
         from pipeline.labelling.plan import make_plan
+        from pipeline.labelling.plan_page import plan_page
 
-        share = {"workers": _worker(worker)[1], "first_view": first_view}
-        plan_page(make_plan(recipe, data, store, split=split, classes=_class_map(class_map), device=_device(device), **share))
+        share = _share(recipe, worker, first_view)
+        images = _data(data, split, class_map) if data else None
+        plan_page(make_plan(recipe, images, store, device=_device(device), share=share))
         return
     for option, value in (("--data", data), ("--store", store)):
         if value is None:
             raise click.UsageError(f"Missing option '{option}'; only --plan does without it")
     from pipeline.labelling.generate import generate
+    from pipeline.runtime.execution import Execution
 
+    share = _share(recipe, worker, first_view)
     generate(
         recipe,
-        data,
+        _data(data, split, class_map),
         store,
-        split=split,
-        classes=_class_map(class_map),
-        device=_device(device),
-        worker=_worker(worker),
-        first_view=first_view,
+        Execution.on(_device(device), profile=profile),
+        share=share,
         strict=strict,
         check=not no_check,
-        profile=profile,
     )
 
 
@@ -234,6 +233,7 @@ def train_student(
       python cli.py train-student --config configs/smoke_cpu.yaml --data photos --out teacher --set train.labels=hard
     """
     from pipeline.runtime.distributed import joining
+    from pipeline.runtime.execution import Execution
     from pipeline.training.train import train
 
     changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
@@ -245,15 +245,12 @@ def train_student(
     with joining(place) as processes:
         train(
             recipe,
-            data,
+            _data(data, "train", class_map),
             out,
             store=store,
-            classes=_class_map(class_map),
             validation=val_data,
-            device=place,
+            execution=Execution.on(place, processes, profile=profile),
             allow_renderer_difference=allow_renderer_difference,
-            processes=processes,
-            profile=profile,
         )
 
 
@@ -289,31 +286,20 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
       python cli.py eval --data imagenet --model resnet50.ram_in1k
       python cli.py eval --data imagenet --model resnet50=run/best.safetensors --teacher senet154 --teacher resnet152_v1s
     """
-    from pipeline.config import ModelSpec
-    from pipeline.config_file import validate
-    from pipeline.evaluation import evaluate
-    from pipeline.images.folders import class_names, split_folder
-    from pipeline.images.scan import scan, unusable_summary
+    from pipeline.evaluation import Looking, evaluate_checkpoints
     from pipeline.inspection.terminal import evaluation_table
-    from pipeline.models.weights import load
-    from pipeline.runtime.progress import say
+    from pipeline.render.settings import RenderSettings
+    from pipeline.runtime.execution import Execution
 
-    place = _device(device)
-    directory = split_folder(data, split)
-
-    look = {"mean": mean or None, "std": std or None}
-
-    def loaded(chosen: Any) -> list:
-        return [load(validate({**one, **look}, "command line", ModelSpec), image_size=image_size).to(place) for one in chosen]
-
-    pupils, references = loaded(models), loaded(teachers)
-    for model in (*pupils, *references):
-        model.interpolation = interpolation or model.interpolation
-    classes = _class_map(class_map) or class_names(directory)
-    found = scan(directory, classes, exif=exif)
-    for line in unusable_summary(found):
-        say(line)
-    result = evaluate(pupils, directory, found, len(classes), device=place, teachers=references, batch_size=batch_size, exif=exif)
+    own = {"image_size": image_size, "mean": mean or None, "std": std or None}
+    result = evaluate_checkpoints(
+        _data(data, split, class_map),
+        _specs(models, own),
+        teachers=_specs(teachers, own),
+        interpolation=interpolation,
+        looking=Looking(RenderSettings(exif=exif), batch_size),
+        execution=Execution(_device(device)),
+    )
     for entry, given in zip(result["models"], models, strict=True):
         entry["checkpoint"] = given["checkpoint"]
     click.echo(_json(result)) if as_json else evaluation_table(result)
@@ -395,8 +381,6 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
       python cli.py verify labels.zarr
       python cli.py verify labels.zarr --data imagenet --sample 1000
     """
-    from pipeline.config import ModelSpec
-    from pipeline.config_file import validate
     from pipeline.images.folders import split_folder
     from pipeline.inspection.relabel import recheck
     from pipeline.inspection.terminal import verdict_page
@@ -406,7 +390,7 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
     result = recheck(
         store,
         data and split_folder(data, split),
-        [validate(teacher, "command line", ModelSpec) for teacher in teachers],
+        _specs(teachers),
         sample,
         device=_device(device) if sample else None,
         seed=seed,
@@ -543,7 +527,7 @@ def import_labels(directory, form, data, store, teachers, image_size, interpolat
           --teacher tf_efficientnet_l2_ns_475 --image-size 475
     """
     from pipeline.exchange.fkd_format import LabelFileError
-    from pipeline.exchange.import_labels import REFUSED, import_labels
+    from pipeline.exchange.import_labels import REFUSED, Known, import_labels
 
     if form in REFUSED:
         raise LabelFileError(f"{form} label sets can't be imported: {REFUSED[form]}; make labels with generate-labels")
@@ -551,13 +535,10 @@ def import_labels(directory, form, data, store, teachers, image_size, interpolat
         raise click.BadParameter(f"{form!r} must be fkd ({' and '.join(REFUSED)} can't be replayed exactly)", param_hint="--format")
     import_labels(
         directory,
-        data,
+        _data(data, split, class_map),
         store,
         split=split,
-        classes=_class_map(class_map),
-        teachers=teachers,
-        image_size=image_size,
-        interpolation=interpolation,
+        known=Known(teachers, image_size, interpolation),
         views=views,
         codec=_codec(codec).name,
     )
@@ -641,6 +622,12 @@ def _codec(name: str) -> Any:
     return CODECS[name]
 
 
+def _data(folder: Path, split: str, class_map: str | None) -> Any:
+    from pipeline.images.folders import DataFolder
+
+    return DataFolder.find(folder, split, _class_map(class_map))
+
+
 def _class_map(name: str | None) -> list[str] | None:
     if name is None:
         return None
@@ -653,30 +640,31 @@ def _class_map(name: str | None) -> list[str] | None:
     return read_class_map(name)
 
 
+def _specs(models: list[dict], own: dict[str, Any] | None = None) -> list:
+    from pipeline.config import ModelSpec
+    from pipeline.config_file import validate
+
+    return [validate({**model, **(own or {})}, "command line", ModelSpec) for model in models]
+
+
 def _device(name: str | None) -> Any:
-    import torch
+    from pipeline.runtime.distributed import DeviceError, own_device
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi")
-    from pipeline.runtime.malloc import keep_freed_memory
-
-    keep_freed_memory()
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if place >= count:
-        raise click.UsageError(f"torchrun starts process {place} on a machine with {count} GPUs; use --nproc-per-node {count}")
-    torch.cuda.set_device(place)
-    return torch.device("cuda")
+    try:
+        return own_device(name)
+    except DeviceError as error:
+        raise click.UsageError(str(error)) from None
 
 
-def _worker(text: str | None) -> tuple[int, int]:
+def _share(recipe: Any, text: str | None, first_view: int) -> Any:
     """I/N of the command line times torchrun's rank and world size."""
+    from pipeline.labelling.shares import Share
+
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     index, slash, count = (text or "0/1").partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise click.BadParameter(f"{text!r} must be I/N with I from 0 to N-1, like 0/4", param_hint="--worker")
-    return int(index) * world + rank, int(count) * world
+    return Share(int(index) * world + rank, int(count) * world, first_view, recipe.store.views_per_decode)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from cache.create import create
 from cache.errors import StoreError
 from cache.format import schema
 from cache.format.codec import Codec
+from cache.format.crops import Content
 from cache.format.manifest import USABLE
 from cache.reader import LabelStore
 
@@ -151,7 +152,7 @@ def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
     create(out, images=like.images, views=views, attributes=repair.described(attributes))
 
 
-def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:
+def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[Content | None, str | None]:
     """Content of a shard from the first store that has it, sound; where one has it, but none has it sound, that one and what is wrong."""
     wrong = None
     for store in stores:
@@ -163,7 +164,7 @@ def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[list[np
     return None, wrong
 
 
-def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> tuple[list[np.ndarray] | None, str | None]:
+def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> tuple[Content | None, str | None]:
     """Averaged codes of a shard and its crops; None where a store has no label yet, or a damaged one, and then which and what is wrong."""
     rows = made.shard_slice(shard)
     usable = made.images.status[rows] == USABLE
@@ -174,9 +175,9 @@ def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int)
                 return None, None
             if fault := store.fault(view, theirs):
                 return None, f"{store.path}: {fault}"
-    crops = [[*store.crops(view, rows), *(store.mixes(view, rows) if store.mixed else ())] for store in stores]
-    for store, kept in zip(stores[1:], crops[1:], strict=True):
-        if not all(map(np.array_equal, crops[0], kept)):
+    crops = [store.whole_crops(view, rows) for store in stores]
+    for store, theirs in zip(stores[1:], crops[1:], strict=True):
+        if not crops[0].equals(theirs):
             raise StoreError(f"{stores[0].path} and {store.path} have other crops in {made.place(view, shard)}; they can't be averaged")
     weights = [len(store.provenance["teachers"]) for store in stores]
     for first in range(0, len(usable), made.chunk_rows):
@@ -186,4 +187,4 @@ def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int)
             np.float32(n / sum(weights)) * store.codec.decode(store.codes(view, here)) for n, store in zip(weights, stores, strict=True)
         )
         codes[part][usable[part]] = made.codec.encode(total)
-    return [codes, *crops[0]], None
+    return Content(codes, crops[0]), None

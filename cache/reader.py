@@ -19,7 +19,7 @@ from cache import errors
 from cache.errors import DamagedStore, StoreError, UnreadableStore
 from cache.format import codec as codecs
 from cache.format import schema, validate
-from cache.format.crops import fault_of_crops
+from cache.format.crops import BoxesAndFlips, Content, Crops, Mixes
 from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
@@ -285,33 +285,34 @@ class LabelStore:
         (self._sound.discard if fault else self._sound.add)((view, shard))
         return fault
 
-    def content(self, view: int, shard: int) -> tuple[list[np.ndarray], str | None]:
-        """A finished shard, read whole and compared with the digest in its record: codes (as ``codes`` gives them), and the arrays of
-        ``crop_arrays``; and what is wrong with it, or None. Raises StoreError where that can't be told, for want of memory or permission or of a disk that answers.
+    def content(self, view: int, shard: int) -> tuple[Content | None, str | None]:
+        """Read a finished shard whole and compare it with the digest in its record: what is in it, None where it can't be read; and what is wrong with it,
+        or None. Raises StoreError where that can't be told, for want of memory or permission or of a disk that answers.
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
         """
-        content: list[np.ndarray] = []
+        arrays: list[np.ndarray] = []
         for name in self.shard_arrays:
             file = self.file(name, view, shard).relative_to(self.path)
             if not self.size(name, view, shard):
-                return [], f"{file} is missing or empty"
+                return None, f"{file} is missing or empty"
             try:
-                content.append(self._take(name, np.s_[view, self.shard_slice(shard)], str(file)))
+                arrays.append(self._take(name, np.s_[view, self.shard_slice(shard)], str(file)))
             except UNREADABLE as error:
-                return [], f"{file} can't be read ({_one_line(error)})"
+                return None, f"{file} can't be read ({_one_line(error)})"
         record = self.record(view, shard)
-        digest = schema.shard_digest(self.identity, view, shard, *content)
+        digest = schema.shard_digest(self.identity, view, shard, *arrays)
         if "tail" in self.shard_arrays:
-            tail = content.pop()
-            content[0] = codecs.pack(content[0], tail)
+            tail = arrays.pop()
+            arrays[0] = codecs.pack(arrays[0], tail)
+        content = Content(arrays[0], Crops(*arrays[1:]))
         if record["magic"] != RECORD_MAGIC:
             return content, "its completion record is missing or damaged"
         if digest != record["digest"].tobytes():
             return content, "another digest than in its completion record (files of another place, or changed by other hands)"
-        if fault := fault_of_crops(dict(zip(self.crop_arrays, content[1:], strict=True)), self.shard_slice(shard), self.images):
+        if fault := content.crops.fault(self.shard_slice(shard), self.images):
             return content, fault
-        if not self.codec.possible(content[0]):
+        if not self.codec.possible(content.codes):
             return content, f"codes that codec {self.codec.name} doesn't have"
         return content, None
 
@@ -330,21 +331,25 @@ class LabelStore:
             raise StoreError(f"row {row} ({self.images.path[row]}) has no label: {self.images.reason[row]}; ask for rows of store.usable")
         return self.codec.decode(self.codes(view, rows))
 
-    def crops(self, view: int, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+    def crops(self, view: int, rows: np.ndarray | slice) -> BoxesAndFlips:
         """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool [n] mirrored left-right after the crop)."""
-        return self._rows("boxes", view, rows), self._rows("flips", view, rows)
+        return BoxesAndFlips(self._rows("boxes", view, rows), self._rows("flips", view, rows))
+
+    def whole_crops(self, view: int, rows: np.ndarray | slice) -> Crops:
+        """Read ``crops`` and, with CutMix, ``mixes``."""
+        return Crops(*(self._rows(name, view, rows) for name in self.crop_arrays))
 
     @property
     def mixed(self) -> bool:
         """Whether the teachers saw CutMix pictures, and ``mixes`` says which."""
         return "mix_box" in self.crop_arrays
 
-    def mixes(self, view: int, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+    def mixes(self, view: int, rows: np.ndarray | slice) -> Mixes:
         """What was pasted into the crops (CutMix): int32 [n] rows of the partners, -1 for none, and float32 [n, 4] top, left, bottom, right as
         fractions of the output. The partner's crop is the one of the same view; the rectangle's pixels follow from ``how_to_read``."""
         if not self.mixed:
             raise StoreError(f"{self.path} holds no CutMix; ask store.mixed first, or make a store with crops.cutmix")
-        return self._rows("mix_partner", view, rows), self._rows("mix_box", view, rows)
+        return Mixes(self._rows("mix_partner", view, rows), self._rows("mix_box", view, rows))
 
     def shard_slice(self, shard: int) -> slice:
         return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.array("labels").shape[1]))

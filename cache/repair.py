@@ -42,8 +42,10 @@ def described(attributes: dict) -> dict:
 
 
 def opened(path: Path, make: Callable[[Path, int], object], say: Callable[[str], None]) -> StoreWriter:
-    """The store at ``path``, made if there is none, its description made anew if that is damaged. make: makes an empty store of the same description at
-    another path, with so many views at least."""
+    """Open the store at ``path``, made if there is none, its description made anew if that is damaged.
+
+    make: creates an empty store of the same description at another path, with so many views at least.
+    """
     if not path.exists():
         make(path, 0)
     try:
@@ -54,12 +56,29 @@ def opened(path: Path, make: Callable[[Path, int], object], say: Callable[[str],
         with claim(claims_of(path), "create", "grow") as mine:
             if len(mine) < 2:
                 raise BusyStore(f"{path} is being mended by another process right now; run this command again in a minute") from None
-            with scratch(path) as fresh:
-                make(fresh, views_of(path))
-                for file in mend(path, fresh):
-                    say(f"made {file} of {path} anew")
+            remake(path, lambda fresh, kept, views: make(fresh, views), say)
         writer = StoreWriter(path)
     return writer
+
+
+def remake(path: Path, make: Callable[[Path, dict | None, int], object], say: Callable[[str], None]) -> None:
+    """Make the description of a damaged store anew: an empty store lends its files.
+
+    make: creates an empty store at another path, of these attributes if some are given, with so many views at least. The attributes of the damaged store are
+    tried first, if they are whole or may be. Raises StoreError if the labels are not of the new description.
+    """
+    kept, surely = attributes_of(path)
+    with scratch(path) as fresh:
+        for attributes in (kept,) if surely else (kept, None) if kept else (None,):
+            try:
+                make(fresh, attributes, views_of(path))
+                for file in mend(path, fresh):
+                    say(f"made {file} of {path} anew")
+                break
+            except StoreError:
+                if attributes is None or surely:
+                    raise
+                shutil.rmtree(fresh, ignore_errors=True)
 
 
 def attributes_of(path: Path) -> tuple[dict | None, bool]:

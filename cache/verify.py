@@ -137,7 +137,7 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
     rows = store.shard_slice(shard)
     here = images.take(np.arange(rows.start, rows.stop))
     usable = here.status == USABLE
-    codes = content[0]
+    codes = content.codes
     labelled, entropy, agreeing = 0, 0.0, 0
     for first in range(0, len(codes), store.chunk_rows):  # by chunks: a decoded shard takes gigabytes
         part = slice(first, first + store.chunk_rows)

@@ -13,6 +13,7 @@ import zarr
 from cache.errors import BusyStore, StoreError
 from cache.format import codec as codecs
 from cache.format import schema, seal
+from cache.format.crops import Crops
 from cache.format.manifest import USABLE
 from cache.format.schema import CROP_ARRAYS, RECORD, RECORD_MAGIC
 from cache.reader import LabelStore
@@ -96,9 +97,8 @@ class StoreWriter:
             if self.store.is_finished(view, shard) and (fault := self.store.fault(view, shard)) and self.discard(view, shard):
                 say(f"{self.store.place(view, shard)}: damaged, and will be made anew: {fault}")
 
-    def write(self, view: int, shard: int, codes: np.ndarray, *kept: np.ndarray) -> None:
-        """Store one whole shard of one view: codes as ``codec.encode`` gives them, zeros where unusable, and the arrays of ``store.crop_arrays`` in their
-        order: boxes int32 [rows, 4], flips bool [rows]; with CutMix also mix_partner int32 [rows] and mix_box float32 [rows, 4].
+    def write(self, view: int, shard: int, codes: np.ndarray, crops: Crops) -> None:
+        """Store one whole shard of one view: codes as ``codec.encode`` gives them, zeros where unusable, and the crops [rows].
 
         The files are written, renamed and forced to the disk before the record is, so that a record never speaks of lost data.
         Raises StoreError if a usable row has no label, or an unusable one has; BusyStore if another process has taken the shard's claim over.
@@ -119,7 +119,7 @@ class StoreWriter:
             )
         names = self.store.shard_arrays
         dtypes = (self.store.codec.dtype, *(CROP_ARRAYS[name][0] for name in names[1:]))
-        parts = [codes[:, : self.store.classes], *kept, *([codes[:, -1]] if "tail" in names else [])]
+        parts = [codes[:, : self.store.classes], *crops.arrays(), *([codes[:, -1]] if "tail" in names else [])]
         content = [np.ascontiguousarray(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         self._clear("records", view, shard)  # first: a record of what was there must not vouch for what is being written
         for name, block in zip(names, content, strict=True):

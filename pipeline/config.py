@@ -62,7 +62,7 @@ class CutMix(Section):
     beta: float = Field(1.0, gt=0, le=100, description="the share of the picture that stays is drawn from Beta(beta, beta)")
 
 
-class Crops(Section):
+class CropPolicy(Section):
     """RandomResizedCrop, flip and perhaps CutMix: what the teachers and the student see."""
 
     views: int = Field(1, ge=1, le=100_000, description="random crops per image")
@@ -220,7 +220,7 @@ class Train(Section):
 
 class Config(Section):
     teachers: Annotated[tuple[ModelSpec, ...], Strict(False)] = ()
-    crops: Crops = Crops()
+    crops: CropPolicy = CropPolicy()
     store: Store = Store()
     render: Render = Render()
     student: ModelSpec | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, ConfigError, Crops, CutMix, Discriminator, ModelSpec, Render, Section, Store, Train, nearest
+from pipeline.config import Config, ConfigError, CropPolicy, CutMix, Discriminator, ModelSpec, Render, Section, Store, Train, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -145,7 +145,7 @@ def _show(value: Any) -> str:
 
 def _fields(location: tuple) -> list[str]:
     """Names of the keys that a section may hold."""
-    sections = {"teachers": ModelSpec, "student": ModelSpec, "crops": Crops, "store": Store, "render": Render, "train": Train}
+    sections = {"teachers": ModelSpec, "student": ModelSpec, "crops": CropPolicy, "store": Store, "render": Render, "train": Train}
     if location[-1:] == ("discriminator",):
         return list(Discriminator.model_fields)
     if location[-1:] == ("cutmix",):

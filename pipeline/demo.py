@@ -15,12 +15,14 @@ from sklearn.datasets import load_digits
 
 from cache.format.manifest import Images
 from pipeline.config import Config, ModelSpec
-from pipeline.evaluation import evaluate
-from pipeline.images import folders
+from pipeline.evaluation import Looking, evaluate
+from pipeline.images.folders import DataFolder
 from pipeline.images.scan import scan
 from pipeline.inspection.store_facts import store_facts
 from pipeline.labelling.generate import generate
 from pipeline.models.weights import load
+from pipeline.render.settings import RenderSettings
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import duration, results, say
 from pipeline.training.train import train
 
@@ -61,7 +63,7 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
             }
         )
         run = out / name.replace(" ", "-")
-        train(recipe, data, run, store=stored, device=device)
+        train(recipe, DataFolder.find(data, "train"), run, store=stored, execution=Execution(device))
         seconds[name] = time.monotonic() - begun
         return ModelSpec(model=student.model, checkpoint=str(run / "last.safetensors"))
 
@@ -70,18 +72,18 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     teachers = [trained(name, "hard", spec, None) for name, spec in zip(names, scratch, strict=True)]
     say("— soft labels")
     begun = time.monotonic()
-    generate(config.model_copy(update={"teachers": tuple(teachers)}), data, store, device=device)
+    generate(config.model_copy(update={"teachers": tuple(teachers)}), DataFolder.find(data, "train"), store, Execution(device))
     seconds["soft labels"] = time.monotonic() - begun
     soft = trained("student from soft labels", "soft", config.student, store)
     hard = trained("student from hard labels", "hard", config.student, store)
 
-    folder = folders.split_folder(data, "val")
-    classes = folders.class_names(folder)
-    found = scan(folder, classes, exif="ignore")
+    val = DataFolder.find(data, "val")
+    found = scan(val, RenderSettings())
     ensemble = [load(spec).to(device) for spec in teachers]
-    shown = {"device": device, "batch_size": 256}
-    taught = evaluate(ensemble, folder, found, len(classes), **shown)
-    learned = evaluate([load(spec).to(device) for spec in (soft, hard)], folder, found, len(classes), teachers=ensemble, **shown)
+    students = [load(spec).to(device) for spec in (soft, hard)]
+    shown = {"looking": Looking(batch_size=256), "execution": Execution(device)}
+    taught = evaluate(ensemble, val, found, **shown)
+    learned = evaluate(students, val, found, teachers=ensemble, **shown)
     facts = store_facts(store)
     rows = dict(zip(names, taught["models"], strict=True)) | {"ensemble": taught["ensemble"]}
     rows |= dict(zip(("student from soft labels", "student from hard labels"), learned["models"], strict=True))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 
 from cache.errors import MealError
 from cache.format.manifest import Images
+from pipeline.config import ModelSpec
+from pipeline.images.folders import DataFolder
 from pipeline.images.reader import Reader, naming
+from pipeline.images.scan import scan, unusable_summary
 from pipeline.models.model import Model, mean_softmax
+from pipeline.models.weights import load
 from pipeline.render.dali import CentreRenderer
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime.device_transfer import Sender, Sent
-from pipeline.runtime.distributed import ALONE, Processes
-from pipeline.runtime.progress import Progress
+from pipeline.runtime.distributed import Processes
+from pipeline.runtime.execution import Execution
+from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import ahead
 
 
@@ -61,31 +66,38 @@ class Figures:
         return figures
 
 
+@dataclass(frozen=True)
+class Looking:
+    """How models are evaluated. settings: of the renderer, whose interpolation is each model's own. precision: of the forward passes. what: shown beside the
+    progress."""
+
+    settings: RenderSettings = field(default_factory=RenderSettings)
+    batch_size: int = 64
+    precision: str = "float32"
+    what: str = "evaluating"
+
+
 def evaluate(
     models: Sequence[Model],
-    folder: Path,
+    data: DataFolder,
     images: Images,
-    classes: int,
     *,
-    device: torch.device,
     teachers: Sequence[Model] = (),
-    batch_size: int = 64,
-    exif: str = "ignore",
-    backend: str = "cpu",
-    threads: int | None = None,
-    what: str = "evaluating",
-    processes: Processes = ALONE,
-    precision: str = "float32",
+    looking: Looking = Looking(),
+    execution: Execution | None = None,
 ) -> dict:
-    """Figures of each model, of their ensemble if there are several, and of the teachers if there are any.
+    """Count the hits of each model, of their ensemble if there are several, and of the teachers if there are any.
 
-    images: a manifest of ``folder``, whose class indices go up to ``classes``; its usable images count, each once. Each model sees the central square at its own input size, in its own
-    interpolation and normalisation. Models must be on the device and in evaluation mode. processes: each takes a part of the images, and all get the figures of all. precision: of the models' forward passes. Returns a dict of numbers and names.
+    images: a manifest of ``data``; its usable images count, each once. Each model sees the central square at its own input size, in its own
+    interpolation and normalisation. Models must be on the device and in evaluation mode. execution: each of its processes takes a part of the images, and all get
+    the figures of all. Returns a dict of numbers and names.
     """
+    execution = execution or Execution()
+    processes, batch_size, precision = execution.processes, looking.batch_size, looking.precision
     for model in (*models, *teachers):
-        if model.classes != classes:
+        if model.classes != len(data.class_names):
             raise MealError(
-                f"{model.name} has {model.classes} classes, {folder} has {classes}; pass the --class-map that names the model's classes"
+                f"{model.name} has {model.classes} classes, {data.path} has {len(data.class_names)}; pass the --class-map that names the model's classes"
             )
     rows = images.usable
     cuts = [rows[start : start + batch_size] for start in range(processes.rank * batch_size, len(rows), processes.world * batch_size)]
@@ -93,9 +105,10 @@ def evaluate(
     together = Figures("ensemble") if len(models) > 1 else None
     taught = Figures("teachers") if teachers else None
     look = {id(model): (model.image_size, model.interpolation) for model in (*models, *teachers)}
-    send = Sender(device)
-    renderer = CentreRenderer(list(look.values()), batch_size, exif=exif, backend=backend, threads=threads, pinned=device.type == "cuda")
-    with Progress(what, sum(map(len, cuts)), "images") as progress, Reader(folder, images, threads) as read, torch.inference_mode():
+    send = Sender(execution.device)
+    renderer = CentreRenderer(list(look.values()), batch_size, looking.settings, pinned=execution.on_gpu)
+    reader = Reader(data.path, images, looking.settings.threads)
+    with Progress(looking.what, sum(map(len, cuts)), "images") as progress, reader as read, torch.inference_mode():
 
         def rendered() -> Iterator[tuple[np.ndarray, Sent[tuple]]]:
             with send.beside():
@@ -127,7 +140,29 @@ def evaluate(
     return result
 
 
+def evaluate_checkpoints(
+    data: DataFolder,
+    models: Sequence[ModelSpec],
+    *,
+    teachers: Sequence[ModelSpec] = (),
+    interpolation: str | None = None,
+    looking: Looking = Looking(),
+    execution: Execution | None = None,
+) -> dict:
+    """Load models, look which images a folder holds, and evaluate (``evaluate``). interpolation: of the resize, for every model; None: each model's own."""
+    execution = execution or Execution()
+    pupils, references = ([load(spec).to(execution.device) for spec in specs] for specs in (models, teachers))
+    for model in (*pupils, *references):
+        model.interpolation = interpolation or model.interpolation
+    found = scan(data, looking.settings)
+    for line in unusable_summary(found):
+        say(line)
+    return evaluate(pupils, data, found, teachers=references, looking=looking, execution=execution)
+
+
 @dataclass
 class Validation:
-    folder: Path
+    """Images to validate on. images: the manifest of ``data``."""
+
+    data: DataFolder
     images: Images

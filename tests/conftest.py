@@ -120,7 +120,7 @@ def recipe(teachers: list[dict]) -> Config:
 @pytest.fixture(scope="session")
 def store_path(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished store of the photographs: two views, three shards each."""
-    from pipeline.labelling.generate import generate
+    from support.stages import generate
 
     path = tmp_path_factory.mktemp("store") / "labels.zarr"
     generate(recipe, photos, path, device=CPU)

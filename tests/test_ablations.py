@@ -11,13 +11,14 @@ import torch
 import yaml
 from conftest import CPU, changed
 from safetensors.torch import load_file
+from support.stages import make_targets, train
 
 from pipeline import config_file
 from pipeline.config import Config, ConfigError
+from pipeline.images.folders import DataFolder
 from pipeline.training import losses
 from pipeline.training.batches import Batch, Mixed
 from pipeline.training.targets import Targets
-from pipeline.training.train import train
 
 README = Path(__file__).parents[1] / "README.md"
 SWITCHES = re.findall(r"^\|[^|]*\| `(--[^`]*)` \|$", README.read_text().split("### Ablations")[1].split("\n### ")[0], re.MULTILINE)
@@ -62,8 +63,8 @@ def test_each_switch_runs_and_changes_what_is_learned(base, unchanged, photos, s
 
 
 def targets(recipe: Config, **section: object) -> Targets:
-    fake = type("NoStore", (), {"policy": recipe.crops, "codec": None})()
-    return Targets(changed(recipe, train=section), fake, 3, CPU, [])
+    fake = type("NoStore", (), {"policy": recipe.crops, "codec": None, "data": DataFolder(Path(), ("ant", "bee", "cat"))})()
+    return make_targets(changed(recipe, train=section), fake)
 
 
 def test_the_loss_with_temperatures_and_hard_label_by_hand(recipe):

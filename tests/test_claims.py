@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys
 from pathlib import Path
-from cache.claims import claim
+from cache.system.claims import claim
 sys.stdin.readline()
 with claim(Path(sys.argv[1]), *sys.argv[2:]) as held:
     print(*sorted(held), flush=True)
@@ -158,7 +158,7 @@ def test_two_that_find_the_same_dead_claim_do_not_both_take_it(tmp_path, monkeyp
 COME_AND_GO = """
 import sys
 from pathlib import Path
-from cache.claims import claim, holders, sweep
+from cache.system.claims import claim, holders, sweep
 folder, name = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
 for _ in range(400):

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CPU, changed
+from support.stages import generate, train
 
 from cache import LabelStore, StoreError
 from pipeline.config import Config
-from pipeline.labelling.generate import generate
-from pipeline.training.train import train
 
 ROOT = Path(__file__).parents[1]
 COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")

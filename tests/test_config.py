@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from pipeline import config_file
-from pipeline.config import Config, ConfigError, Crops, ModelSpec, Render, Store, Train
+from pipeline.config import Config, ConfigError, CropPolicy, ModelSpec, Render, Store, Train
 from pipeline.models.names import ALIASES, resolve
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
@@ -103,7 +103,7 @@ def test_a_resolved_config_loads_to_itself(path, tmp_path):
 
 
 def test_every_field_says_what_it_means():
-    for section in (ModelSpec, Crops, Store, Render, Train):
+    for section in (ModelSpec, CropPolicy, Store, Render, Train):
         undocumented = [
             name
             for name, field in section.model_fields.items()

@@ -8,10 +8,10 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.config import Crops
+from pipeline.config import CropPolicy
 from pipeline.sampling import philox, random_crop
 
-POLICY = Crops()
+POLICY = CropPolicy()
 SIZES = [(375, 500), (500, 333), (224, 224), (300, 900)]  # the last one often needs the fallback
 DRAWS = 10_000  # of each size
 
@@ -52,7 +52,7 @@ def test_another_seed_view_or_path_moves_the_crop(what):
     seed = {"seed": 1, "high word of the seed": 1 << 32}.get(what, 0)
     if what == "path":
         identity = philox.identities(np.array([f"klass/{i}.jpg" for i in range(200)], object))
-    others, other_flips = random_crop.draw(Crops(seed=seed), identity, height, width, 4 if what == "view" else 3)
+    others, other_flips = random_crop.draw(CropPolicy(seed=seed), identity, height, width, 4 if what == "view" else 3)
     assert (others != boxes).any(axis=1).mean() > 0.9  # a few images have the fallback's crop in every view
     assert 60 < (flips != other_flips).sum() < 140
 
@@ -62,7 +62,13 @@ def test_boxes_lie_inside_the_image(size):
     n = 2000
     identity, _, _ = some_images(n)
     height, width = np.full(n, size[0]), np.full(n, size[1])
-    for policy in (POLICY, Crops(scale=(0.0001, 1.0)), Crops(scale=(1.0, 1.0)), Crops(ratio=(0.1, 10.0)), Crops(ratio=(3.0, 4.0))):
+    for policy in (
+        POLICY,
+        CropPolicy(scale=(0.0001, 1.0)),
+        CropPolicy(scale=(1.0, 1.0)),
+        CropPolicy(ratio=(0.1, 10.0)),
+        CropPolicy(ratio=(3.0, 4.0)),
+    ):
         boxes, _ = random_crop.draw(policy, identity, height, width, 0)
         top, left, h, w = boxes.T
         assert h.min() >= 1 and w.min() >= 1 and top.min() >= 0 and left.min() >= 0
@@ -127,7 +133,7 @@ def test_that_comparison_would_notice_a_ratio_drawn_wrongly(torchvisions):
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_flips_have_the_asked_probability_and_nothing_to_do_with_the_box(probability):
     n = 40_000
-    boxes, flips = random_crop.draw(Crops(flip=probability), some_images(n)[0], np.full(n, 400), np.full(n, 400), 0)
+    boxes, flips = random_crop.draw(CropPolicy(flip=probability), some_images(n)[0], np.full(n, 400), np.full(n, 400), 0)
     assert abs(flips.mean() - probability) <= 4 * (probability * (1 - probability) / n) ** 0.5
     if 0 < probability < 1:
         for name, values in features(boxes, (400, 400)).items():

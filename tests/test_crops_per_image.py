@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, changed
+from support.stages import drawn_crops, generate, make_replay, scan, stored_labels, train
 
 from cache import LabelStore, StoreError
 from cache.errors import MealError
 from pipeline import config as configs
 from pipeline import config_file
-from pipeline.config import Config, ConfigError, Crops, CutMix, Render
+from pipeline.config import Config, ConfigError, CropPolicy, CutMix, Render
 from pipeline.images.folders import class_names
-from pipeline.images.scan import scan
-from pipeline.labelling.generate import generate
 from pipeline.training import schedule
 from pipeline.training.batches import Batch, Replay
 from pipeline.training.loop import Run
-from pipeline.training.source import DrawnCrops, Source, StoredLabels
-from pipeline.training.train import train
+from pipeline.training.source import Source
 
 VIEWS = 3
 
@@ -43,12 +41,12 @@ def sources(photos: Path, path: Path) -> dict[str, Source]:
     folder = photos / "train"
     names = class_names(folder)
     found = scan(folder, names, exif="ignore", threads=2, order_seed=0)
-    mixed = DrawnCrops(found, names, Crops(cutmix=CutMix(prob=0.7)), "cpu", VIEWS, (32, 32), {})
-    return {"plain": StoredLabels(LabelStore.open(path), VIEWS), "mixed": mixed}
+    mixed = drawn_crops(found, names, CropPolicy(cutmix=CutMix(prob=0.7)), VIEWS, (32, 32))
+    return {"plain": stored_labels(LabelStore.open(path), VIEWS), "mixed": mixed}
 
 
 def replay_of(source: Source, photos: Path, **how: object) -> Replay:
-    return Replay(source, photos / "train", **{"sizes": [32], "batch_size": 12, "seed": 5, "rendering": Render(threads=2)} | how)
+    return make_replay(source, photos / "train", **{"sizes": [32], "batch_size": 12, "seed": 5, "rendering": Render(threads=2)} | how)
 
 
 def batches(source: Source, photos: Path, epoch: int, **how: object) -> list[Batch]:

@@ -17,6 +17,7 @@ import yaml
 from conftest import CPU, changed
 from PIL import Image
 from rich.cells import cell_len
+from support.stages import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pipeline.runs.curves
@@ -26,7 +27,6 @@ from pipeline.runs.compare import compare, comparison_page, draw
 from pipeline.runs.curves import EVENTS, FIRST, PICTURE, SHARE, Curves
 from pipeline.runs.folder import RunError
 from pipeline.runs.metrics import CURVES, points
-from pipeline.training.train import train
 
 JUDGED = {"discriminator": {"lr": 0.1}, "milestones": [1]}
 
@@ -290,13 +290,13 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(judged, tmp_path):
 
     whole = (judged / "metrics.jsonl").read_text()
     first, second = map(json.loads, whole.splitlines())
-    refuses("config.yaml", None, r"run is no run directory, since it has no config.yaml; name a folder that train-student --out made")
+    refuses("config.yaml", None, r"run is no run of train-student \(it has no config.yaml\); check the path, or leave this run out")
     refuses(
         "config.yaml", "train: {lr: -1}", r"config.yaml is damaged \(.*train.lr must be above 0, got -1\); leave this run out, or bring"
     )
     for text in ("", "a: [", b"\xff"):
         refuses("config.yaml", text, "config.yaml is damaged")
-    refuses("metrics.jsonl", None, "run has no finished epoch yet; wait for it, or leave this run out")
+    refuses("metrics.jsonl", None, r"run has no finished epoch \(it has no metrics.jsonl\); finish one, or leave this run out")
     refuses("metrics.jsonl", "", "metrics.jsonl is empty; leave this run out")
     refuses("metrics.jsonl", whole[:-20], "metrics.jsonl is damaged")
     refuses("metrics.jsonl", b"\xff\n", "metrics.jsonl is damaged")

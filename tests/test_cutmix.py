@@ -14,24 +14,22 @@ import torch
 import zarr
 from conftest import CPU, changed, tree, write_photos
 from scipy.stats import ks_2samp
+from support.stages import crop_renderer, drawn_crops, generate, make_replay, make_targets, scan, stored_labels, train
 
 from cache import LabelStore, StoreError
 from pipeline import config_file
-from pipeline.config import Config, ConfigError, Crops, CutMix, Render
+from pipeline.config import Config, ConfigError, CropPolicy, CutMix, Render
 from pipeline.images import folders
-from pipeline.images.scan import scan
-from pipeline.labelling.generate import generate
-from pipeline.provenance import policy_of
-from pipeline.render.dali import CropRenderer
+from pipeline.images.folders import DataFolder
+from pipeline.provenance.description import policy_of
 from pipeline.render.mixing import paste
+from pipeline.runtime.execution import Execution
 from pipeline.sampling import cutmix, philox, random_crop
 from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.sampling.cutmix import GROUP
 from pipeline.sampling.epoch_order import blocks_of, side_by_side
-from pipeline.training.batches import Batch, Replay
+from pipeline.training.batches import Batch
 from pipeline.training.source import DrawnCrops, StoredLabels, choose_source
-from pipeline.training.targets import Targets
-from pipeline.training.train import train
 
 SIZES = (64, 48)  # of conftest's teachers
 BAD = {"cut.jpg": b"\xff\xd8\xff\xe0 no more", "empty.jpg": b"", "notes.txt": b"no image", "none.jpg": b"neither"}
@@ -100,7 +98,7 @@ def test_prob_is_the_share_of_mixed_crops_and_the_others_have_no_rectangle():
 
 def test_a_mix_tells_nothing_of_its_crop():
     size = np.full(len(PEOPLE), 200)
-    box, flips = random_crop.draw(Crops(), PEOPLE, size, size, 0)
+    box, flips = random_crop.draw(CropPolicy(), PEOPLE, size, size, 0)
     mix = cutmix.boxes(CutMix(), 0, PEOPLE, 0)
     partner = cutmix.partners(0, PEOPLE, np.ones(len(PEOPLE), bool), 0)
     drawn = np.stack([kept_share(mix), mix[:, 0], mix[:, 1], partner % GROUP, flips, box[:, 0], box[:, 1], box[:, 2] * box[:, 3]])
@@ -224,7 +222,7 @@ class ByHand:
         )
         self.usable = np.flatnonzero(group["images/status"][:] == 0)
         names = group["images/path"][:]
-        one = CropRenderer(SIZES, 1, 1, interpolation="bilinear", exif="ignore", threads=1)
+        one = crop_renderer(SIZES, 1, 1, interpolation="bilinear", exif="ignore", threads=1)
         self.alone = {size: np.zeros((len(names), size, size, 3), np.uint8) for size in SIZES}
         for row in self.usable:
             rendered = one([(folder / names[row]).read_bytes()], boxes[None, row : row + 1], flips[None, row : row + 1])[0]
@@ -289,7 +287,7 @@ def test_a_store_keeps_the_mix_of_every_crop_and_none_for_an_unusable_image(stor
 
 def batches(source: StoredLabels | DrawnCrops, folder: Path, epoch: int, **how: object) -> list[Batch]:
     options = {"sizes": SIZES, "batch_size": 8, "seed": 5} | how
-    with Replay(source, folder, rendering=Render(threads=2), **options).epoch(epoch) as made:
+    with make_replay(source, folder, rendering=Render(threads=2), **options).epoch(epoch) as made:
         return list(made)
 
 
@@ -297,7 +295,7 @@ def batches(source: StoredLabels | DrawnCrops, folder: Path, epoch: int, **how: 
 @pytest.mark.parametrize("prob", [1.0, 0.6])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_student_sees_the_teachers_pictures_bit_for_bit(stores, by_hand, data, prob, batch_size, world):
-    source = StoredLabels(LabelStore.open(stores[prob]), 2)
+    source = stored_labels(LabelStore.open(stores[prob]), 2)
     of_class = source.images.class_index
     for epoch in (0, 3):
         kept = by_hand[prob][epoch % 2]
@@ -318,9 +316,9 @@ def test_the_student_sees_the_teachers_pictures_bit_for_bit(stores, by_hand, dat
 
 
 def test_hard_labels_of_a_mixed_store_are_mixed_by_area(stores, by_hand, data, mixing):
-    source = StoredLabels(LabelStore.open(stores[0.6]), 2, hard=True)
+    source = stored_labels(LabelStore.open(stores[0.6]), 2, hard=True)
     kept, of_class = by_hand[0.6][0], source.images.class_index
-    targets = Targets(changed(mixing, train={"labels": "hard"}), source, 3, CPU, [])
+    targets = make_targets(changed(mixing, train={"labels": "hard"}), source)
     for batch in batches(source, data, 0):
         a = kept.area[SIZES[0]][batch.rows][:, None]
         wanted = (1 - a) * np.eye(3)[of_class[batch.rows]] + a * np.eye(3)[of_class[kept.partner[batch.rows]]] * (a > 0)
@@ -339,24 +337,24 @@ def test_a_mix_does_not_depend_on_which_rows_are_asked_for_in_which_order(stores
 
 
 def test_what_is_shuffled_together_holds_whole_groups_of_partners():
-    assert blocks_of(8, 32, Crops()) == (8, 64)
+    assert blocks_of(8, 32, CropPolicy()) == (8, 64)
     for chunk_rows, shard_rows in ((8, 32), (4, 1500), (512, 16_384), (1024, 32_768), (2048, 65_536), (1, 5000)):
-        rows, blocks = blocks_of(chunk_rows, shard_rows, Crops(cutmix=CutMix()))
+        rows, blocks = blocks_of(chunk_rows, shard_rows, CropPolicy(cutmix=CutMix()))
         assert shard_rows % rows == 0 and blocks >= 1
         ends = {*range(0, shard_rows, GROUP), shard_rows}
         assert set(range(rows, shard_rows + 1, rows)) <= ends
 
 
-def drawn(photos: Path, policy: Crops, shard_rows: int = 32) -> DrawnCrops:
+def drawn(photos: Path, policy: CropPolicy, shard_rows: int = 32) -> DrawnCrops:
     folder = photos / "train"
     names = folders.class_names(folder)
     found = scan(folder, names, exif="ignore", threads=2, order_seed=policy.seed)
-    return DrawnCrops(found, names, policy, "cpu", 2, (shard_rows, shard_rows), {})
+    return drawn_crops(found, names, policy, 2, (shard_rows, shard_rows))
 
 
 def asked_for(source: DrawnCrops, folder: Path, epoch: int, batch_size: int, **how: object) -> list[np.ndarray]:
     """The rows that every batch of an epoch reads, and so decodes."""
-    replay = Replay(source, folder, sizes=[32], batch_size=batch_size, seed=5, rendering=Render(threads=2), **how)
+    replay = make_replay(source, folder, sizes=[32], batch_size=batch_size, seed=5, rendering=Render(threads=2), **how)
     read, asked = replay.read, []
 
     def counted(rows: np.ndarray) -> list[bytes]:
@@ -371,14 +369,14 @@ def asked_for(source: DrawnCrops, folder: Path, epoch: int, batch_size: int, **h
 
 @pytest.mark.parametrize("prob", [1.0, 0.6])
 def test_with_even_batches_and_groups_no_image_is_decoded_twice(photos, prob):
-    source = drawn(photos, Crops(cutmix=CutMix(prob=prob)))  # groups of 32, 32 and 26 rows
+    source = drawn(photos, CropPolicy(cutmix=CutMix(prob=prob)))  # groups of 32, 32 and 26 rows
     for batch_size, window_blocks in ((2, 64), (16, 64), (16, 1), (90, 1)):
         source.window_blocks = window_blocks
         assert np.array_equal(np.sort(np.concatenate(asked_for(source, photos / "train", 1, batch_size))), source.images.usable)
 
 
 def test_with_odd_batches_a_pair_that_is_parted_is_decoded_twice_and_no_other(photos):
-    source = drawn(photos, Crops(cutmix=CutMix()))
+    source = drawn(photos, CropPolicy(cutmix=CutMix()))
     asked = asked_for(source, photos / "train", 0, 15)
     assert all(len(np.unique(rows)) == len(rows) for rows in asked)
     assert [len(rows) for rows in asked] == [16] * 6  # of six batches every two part one pair
@@ -451,8 +449,8 @@ def test_more_views_extend_a_mixed_store_to_what_one_run_would_have_made(stores,
 def test_by_area_pictures_and_labels_are_mixed_with_the_neighbours_in_the_batch(photos, recipe, store_path, crops_per_image, batch_size):
     mix, folder, seed, epoch = CutMix(prob=0.8, beta=0.7), photos / "train", 5, 2
     store = LabelStore.open(store_path)
-    source, eye = StoredLabels(store, 2), np.eye(3)
-    targets = Targets(changed(recipe, train={"hard_weight": 0.5}), source, 3, CPU, [])
+    source, eye = stored_labels(store, 2), np.eye(3)
+    targets = make_targets(changed(recipe, train={"hard_weight": 0.5}), source)
     how = {"sizes": [32], "batch_size": batch_size, "seed": seed, "crops_per_image": crops_per_image}
     areas = []
     for plain, batch in zip(batches(source, folder, epoch, **how), batches(source, folder, epoch, mix=mix, **how), strict=True):
@@ -479,8 +477,8 @@ def test_by_area_pictures_and_labels_are_mixed_with_the_neighbours_in_the_batch(
 
 @pytest.mark.parametrize("crops_per_image", [1, 2])
 def test_by_area_every_number_of_processes_sees_the_same_global_batches(photos, recipe, store_path, crops_per_image):
-    source = StoredLabels(LabelStore.open(store_path), 2)
-    targets = Targets(changed(recipe, train={"hard_weight": 0.5}), source, 3, CPU, [])
+    source = stored_labels(LabelStore.open(store_path), 2)
+    targets = make_targets(changed(recipe, train={"hard_weight": 0.5}), source)
     how = {"sizes": [32], "batch_size": 30, "crops_per_image": crops_per_image, "mix": CutMix()}
 
     def seen(batch: Batch) -> Iterator[torch.Tensor]:
@@ -498,7 +496,7 @@ def test_by_area_every_number_of_processes_sees_the_same_global_batches(photos, 
 
 
 def test_by_area_a_process_decodes_no_neighbour_that_it_does_not_paste(photos):
-    source, mix = drawn(photos, Crops()), CutMix(prob=0.5)
+    source, mix = drawn(photos, CropPolicy()), CutMix(prob=0.5)
     # Of a batch of 30 each of two processes has 15: the pair in the middle is parted.
     parts = [asked_for(source, photos / "train", 0, 30, mix=mix, rank=rank, world=2) for rank in (0, 1)]
     shown = batches(source, photos / "train", 0, sizes=[32], batch_size=30)
@@ -513,7 +511,7 @@ def test_by_area_a_process_decodes_no_neighbour_that_it_does_not_paste(photos):
 
 
 def test_by_area_an_epoch_draws_anew_even_where_it_replays_a_view(photos, store_path):
-    source = StoredLabels(LabelStore.open(store_path), 2)
+    source = stored_labels(LabelStore.open(store_path), 2)
     first, later = (
         {
             row: a
@@ -537,12 +535,12 @@ def test_by_area_training_mixes_what_the_student_is_trained_on(photos, recipe, s
 
 def test_a_recipe_without_cutmix_replays_the_mix_of_a_store_and_says_so(stores, data, mixing, tmp_path, capsys):
     silent = changed(mixing, crops={"cutmix": None})
-    silent = silent.model_copy(update={"crops": Crops(views=2)})  # its file doesn't speak of CutMix
+    silent = silent.model_copy(update={"crops": CropPolicy(views=2)})  # its file doesn't speak of CutMix
     ours = train(silent, data, tmp_path / "silent", store=stores[1.0], device=CPU)
     assert "CutMix, its label as the teachers saw it" in capsys.readouterr().err
     theirs = train(mixing, data, tmp_path / "told", store=stores[1.0], device=CPU)
     assert ours["loss"] == theirs["loss"]
-    filled, source, _ = choose_source(silent, data, stores[1.0], None, CPU)
+    filled, source, _ = choose_source(silent, DataFolder.find(data, "train"), stores[1.0], Execution())
     assert filled.crops.cutmix == source.policy.cutmix == CutMix()
 
 
@@ -567,7 +565,7 @@ def test_training_with_a_mix_that_the_store_has_not_is_refused(photos, data, rec
 
 
 def test_mixing_twice_is_refused(data, mixing, stores, tmp_path):
-    twice = mixing.model_copy(update={"crops": Crops(views=2), "train": mixing.train.model_copy(update={"cutmix": CutMix()})})
+    twice = mixing.model_copy(update={"crops": CropPolicy(views=2), "train": mixing.train.model_copy(update={"cutmix": CutMix()})})
     says = r"train.cutmix would mix the pictures of .*1.0.zarr again, which its teachers saw mixed; set train.cutmix=null"
     refused(ConfigError, says, train, twice, data, tmp_path / "run", store=stores[1.0], device=CPU)
     both = {"crops": {"cutmix": {}}, "train": {"cutmix": {}}}

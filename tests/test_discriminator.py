@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import CPU, changed, toy_provenance
 from safetensors.torch import load_file
+from support.stages import make_replay, make_targets, stored_labels, train
+from support.stores import write
 
 from cache import LabelStore
 from cache.create import create
@@ -20,11 +22,9 @@ from cache.writer import StoreWriter
 from pipeline import config_file
 from pipeline.config import Config, ConfigError, ModelSpec
 from pipeline.models.weights import load, load_teachers
-from pipeline.training.batches import Batch, Replay
+from pipeline.training.batches import Batch
 from pipeline.training.losses import Discriminator, log_floored, reverse_gradient
-from pipeline.training.source import StoredLabels
 from pipeline.training.targets import Goal, Targets
-from pipeline.training.train import train
 
 LEARNT, HELD_OUT = 4096, 1024  # rows
 NO_FLOOR = 2.0**-149  # the smallest float32
@@ -95,9 +95,9 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
     }
     assert create(path, images=manifest, views=1, attributes=attributes)
     codes = codec.encode(logits.softmax(dim=1).float().numpy())
-    StoreWriter(path).write(0, 0, codes, np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)), np.zeros(n, bool))
+    write(StoreWriter(path), 0, 0, codes, np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)), np.zeros(n, bool))
     store = LabelStore.open(path)
-    targets = Targets(Config(train={"discriminator": {}}), StoredLabels(store, 1), classes, CPU, [])
+    targets = make_targets(Config(train={"discriminator": {}}), stored_labels(store, 1))
     codes = torch.from_numpy(store.codes(0, slice(None)))
     return Stored(logits, targets(Batch(np.arange(n), {}, codes, torch.zeros(n, dtype=torch.int64), None, n)), targets)
 
@@ -248,7 +248,7 @@ def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, 
     torch.manual_seed(2)
     judge = Discriminator(3)
     loss, on_student, on_teachers = 0.0, 0, 0
-    replay = Replay(StoredLabels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=2, rendering=still.render)
+    replay = make_replay(stored_labels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=2, rendering=still.render)
     with replay.epoch(0) as batches, torch.no_grad():
         for batch in batches:
             p = torch.from_numpy(store.probabilities(0, batch.rows))
@@ -285,7 +285,7 @@ def test_online_the_discriminator_trains_on_either_input(photos, recipe, tmp_pat
 def test_the_teachers_mean_logits_are_those_by_hand(recipe, store_path):
     live = changed(recipe, train={"online": True, "discriminator": {"input": "mean_logits"}})
     teachers = load_teachers([ModelSpec.model_validate(spec) for spec in live.teachers], CPU)
-    targets = Targets(live, StoredLabels(LabelStore.open(store_path), 1), 3, CPU, teachers)
+    targets = make_targets(live, stored_labels(LabelStore.open(store_path), 1), teachers)
     random = torch.Generator().manual_seed(0)
     pixels = {size: torch.randint(0, 256, (20, size, size, 3), dtype=torch.uint8, generator=random) for size in (32, 48, 64)}
     goal = targets(Batch(np.arange(20), pixels, None, torch.zeros(20, dtype=torch.int64), None, 20))

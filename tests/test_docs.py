@@ -27,7 +27,6 @@ from pipeline.exchange import fkd_format
 from pipeline.labelling import plan
 from pipeline.models import names
 from pipeline.models import weights as weights_module
-from pipeline.models.weights import _create
 
 ROOT = Path(__file__).parents[1]
 WORDNET = ("n01440764", "n01443537", "n01484850")
@@ -128,7 +127,10 @@ def by_one(teacher: str) -> Callable[[World, Path], None]:
 
 def weights(model: str, classes: int, prefix: str = "") -> Callable[[World, Path], None]:
     def make(world: World, place: Path) -> None:
-        tensors = {prefix + name: tensor for name, tensor in _create(model, pretrained=False, num_classes=classes).state_dict().items()}
+        tensors = {
+            prefix + name: tensor
+            for name, tensor in weights_module._create(model, pretrained=False, num_classes=classes).state_dict().items()
+        }
         if place.suffix == ".safetensors":
             from safetensors.torch import save_file
 
@@ -180,7 +182,7 @@ def worlds(short_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
     for path in (ROOT / "configs").glob("*.yaml"):
         (folder / "configs" / path.name).write_text(yaml.safe_dump(smaller(yaml.safe_load(path.read_text()))))
 
-    create = _create
+    create = weights_module._create
     tiny = {"fc": "test_resnet", "classifier": "test_efficientnet"}
 
     def small(name: str, *, pretrained: bool, **options: int) -> torch.nn.Module:

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU
+from support.stages import centre_renderer, evaluate, scan
 
 from cache.errors import MealError
 from pipeline.config import ModelSpec
-from pipeline.evaluation import evaluate
 from pipeline.images import folders
-from pipeline.images.scan import scan
 from pipeline.models.model import Model
 from pipeline.models.weights import load
-from pipeline.render.dali import CentreRenderer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
         per_model = []
         for model in models:
             look = (model.image_size, model.interpolation)
-            pixels = CentreRenderer([look], 1, exif="ignore", threads=1)([blob], manifest.height[[row]], manifest.width[[row]])[look]
+            pixels = centre_renderer([look], 1, exif="ignore", threads=1)([blob], manifest.height[[row]], manifest.width[[row]])[look]
             with torch.no_grad():
                 per_model.append(model(pixels).softmax(dim=1)[0].numpy())
         rows.append(per_model)

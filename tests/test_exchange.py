@@ -14,6 +14,7 @@ import torch
 from conftest import CPU, changed, edit_store, tree
 from killing import Moment, Run, Server
 from PIL import Image
+from support.stages import import_labels, train
 from test_cli import run
 from torchvision.transforms import functional
 
@@ -24,8 +25,6 @@ from cache.merge import merge
 from pipeline.exchange import fkd_format
 from pipeline.exchange import import_labels as import_labels_module
 from pipeline.exchange.export_labels import export_labels
-from pipeline.exchange.import_labels import import_labels
-from pipeline.training.train import train
 
 CROPS = 3
 
@@ -162,7 +161,7 @@ def test_another_import_into_the_same_store_is_refused(imported, published, phot
 
 
 def test_an_imported_store_is_not_gone_on_with_by_teachers_nor_the_other_way_round(imported, published, photos, recipe, store_path):
-    from pipeline.labelling.generate import generate
+    from support.stages import generate
 
     with pytest.raises(StoreError, match="labels that others made"):
         generate(recipe, photos, imported, device=CPU)
@@ -327,7 +326,7 @@ def test_folders_with_dots_and_nested_ones_are_found_where_fkds_generator_puts_t
 
 
 def test_crops_of_turned_photographs_are_not_exported(photos, recipe, tmp_path):
-    from pipeline.labelling.generate import generate
+    from support.stages import generate
 
     generate(changed(recipe, crops={"views": 1, "exif": "apply"}), photos, tmp_path / "t.zarr", device=CPU)
     with pytest.raises(StoreError, match="turned by their EXIF, and FKD's code doesn't turn them"):
@@ -466,7 +465,7 @@ def test_wrong_usage_is_one_line(store_path, photos, tmp_path, monkeypatch, argu
 
 
 def test_mixed_pictures_are_not_exported(photos, recipe, tmp_path):
-    from pipeline.labelling.generate import generate
+    from support.stages import generate
 
     mixed = changed(recipe, crops={"views": 1, "cutmix": {"prob": 1.0, "beta": 1.0}})
     generate(mixed, photos, tmp_path / "m.zarr", device=CPU)

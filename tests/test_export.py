@@ -20,6 +20,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import CPU, changed, edit_store, tree
 from safetensors.torch import load_file, save_file
+from support.stages import import_labels, train
 from test_exchange import write_set
 
 from cache import LabelStore
@@ -29,14 +30,13 @@ from pipeline.config import ModelSpec
 from pipeline.exchange import export_student
 from pipeline.exchange import onnx as onnx_module
 from pipeline.exchange.export_student import export, summary
-from pipeline.exchange.import_labels import import_labels
+from pipeline.exchange.trained import ExportError
 from pipeline.models import names, timm_export
 from pipeline.models import weights as weights_module
 from pipeline.models.weights import load
 from pipeline.runs import checkpoint
-from pipeline.runs.folder import ExportError, _header
+from pipeline.runs.folder import RunFolder
 from pipeline.training.loop import Run
-from pipeline.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,7 +269,7 @@ def test_this_tools_own_evaluation_of_the_folder_finds_the_figures_of_the_card(h
 
 def test_an_older_checkpoint_has_no_class_names_but_its_store_does(soft, store_path, tmp_path):
     run = Path(shutil.copytree(soft, tmp_path / "run"))
-    described = _header(run / "best.safetensors")
+    described = RunFolder(run).header("best")
     for key in ("class_names", "teachers"):
         del described[key]
     save_file(load_file(run / "best.safetensors"), run / "best.safetensors", metadata={"meal_v2": json.dumps(described)})
@@ -364,7 +364,7 @@ def other_timm(run: Path, scratch: Path, store: Path, patch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("prepare", "says"),
     [
-        (without("config.yaml"), "is no run of train-student with a finished epoch (it has no config.yaml); check the path"),
+        (without("config.yaml"), "is no run of train-student (it has no config.yaml); check the path"),
         (without("metrics.jsonl"), "(it has no metrics.jsonl)"),
         (without("best.safetensors"), "best.safetensors; check the path, or run train-student again"),
         (cut_short, "best.safetensors is damaged ("),
@@ -426,7 +426,7 @@ def test_a_run_that_goes_on_meanwhile_is_not_mixed_up(copied, tmp_path, monkeypa
 
     def and_train(spec: ModelSpec) -> object:
         model = loading(spec)
-        checkpoint.save_model(copied / "best.safetensors", model, {**_header(copied / "best.safetensors"), "epoch": 7})
+        checkpoint.save_model(copied / "best.safetensors", model, {**RunFolder(copied).header("best"), "epoch": 7})
         return model
 
     monkeypatch.setattr(export_student, "load", and_train)

@@ -13,18 +13,15 @@ import pytest
 import torch
 from conftest import CPU, changed, write_photos
 from safetensors.torch import load_file
+from support.stages import generate, make_replay, stored_labels, train
 
 from cache import LabelStore
 from cache.format.codec import CODECS, divergence
 from pipeline import config_file
 from pipeline.config import Config, ModelSpec
-from pipeline.labelling.generate import generate
 from pipeline.models.weights import load
-from pipeline.training.batches import Replay
 from pipeline.training.losses import soft_cross_entropy
-from pipeline.training.source import StoredLabels
 from pipeline.training.targets import Decoder
-from pipeline.training.train import train
 
 LOSSY = [name for name in CODECS if name != "float32"]
 SEEDS, EPOCHS = range(4), 6
@@ -127,8 +124,8 @@ def start(world: World) -> Start:
     student = load(WITHOUT_BATCHNORM, classes=3, image_size=32, seed=0)
     student.module.train()
     weights = dict(student.module.named_parameters())
-    source = StoredLabels(LabelStore.open(world.store("float32")), 2)
-    with Replay(source, world.data / "train", sizes=[32], batch_size=96, seed=0, rendering=world.recipe.render).epoch(0) as batches:
+    source = stored_labels(LabelStore.open(world.store("float32")), 2)
+    with make_replay(source, world.data / "train", sizes=[32], batch_size=96, seed=0, rendering=world.recipe.render).epoch(0) as batches:
         (batch,) = batches
     slopes = []
     for pixels in batch.pixels[32].split(1):

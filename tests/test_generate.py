@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 from conftest import CPU, edit_store, tree, write_photos, write_teacher
+from support.stages import crop_renderer, generate
 
 from cache import LabelStore, StoreError
 from cache.errors import MealError
@@ -25,9 +26,7 @@ from cache.verify import verify
 from pipeline.config import Config, ModelSpec
 from pipeline.images import folders
 from pipeline.images.folders import DataError
-from pipeline.labelling.generate import generate
 from pipeline.models.model import ModelError
-from pipeline.render.dali import CropRenderer
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +39,7 @@ def by_hand(store: LabelStore, teachers: list[dict], folder: Path, view: int, ro
         size = teacher["image_size"]
         module = timm.create_model(teacher["model"], num_classes=store.classes, checkpoint_path=teacher["checkpoint"]).eval()
         mean, std = (torch.tensor(module.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
-        renderer = CropRenderer([size], 1, 1, interpolation="bilinear", exif="ignore", threads=1)
+        renderer = crop_renderer([size], 1, 1, interpolation="bilinear", exif="ignore", threads=1)
         crops = [
             renderer([(folder / store.images.path[row]).read_bytes()], boxes[None, i : i + 1], flips[None, i : i + 1])[0][size][0]
             for i, row in enumerate(rows)

@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, changed
+from support.stages import crop_renderer, evaluate, generate, scan, train
 
 from cache import LabelStore
-from pipeline.evaluation import evaluate
-from pipeline.images.scan import scan
 from pipeline.inspection.relabel import recheck
-from pipeline.labelling.generate import generate
 from pipeline.models.weights import load
-from pipeline.render.dali import CropRenderer
 from pipeline.render.hardware_jpeg import hardware_engines
 from pipeline.runtime.device_transfer import Returning, Sender
-from pipeline.training.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
 CUDA, ROOT = torch.device("cuda"), Path(__file__).parents[1]
@@ -96,7 +92,7 @@ def rendered(
     blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray, backend: str, order: np.ndarray, batch: int, *more: int
 ) -> np.ndarray:
     """Crops at 64 px, rendered in an order and in batches, perhaps beside other sizes; in their own order again."""
-    renderer = CropRenderer([64, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
+    renderer = crop_renderer([64, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
     parts = [order[first : first + batch] for first in range(0, len(order), batch)]
     made = torch.cat([renderer([blobs[i] for i in rows], boxes[None, rows], flips[None, rows])[0][64] for rows in parts])
     return made.cpu().numpy()[np.argsort(order)]

@@ -34,6 +34,9 @@ from google_crc32c import value as crc32c
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
+from support import stages
+from support.stages import crop_renderer, generate, train
+from support.stores import write
 
 from cache import LabelStore, StoreError
 from cache.errors import MealError
@@ -46,15 +49,11 @@ from cache.writer import StoreWriter
 from cli import main
 from pipeline.config import Config, ModelSpec
 from pipeline.images import folders
-from pipeline.images import scan as scan_module
 from pipeline.images.folders import DataError
 from pipeline.images.scan import unusable_summary
 from pipeline.inspection.relabel import recheck
-from pipeline.labelling.generate import generate
 from pipeline.models.model import ModelError
 from pipeline.models.weights import load
-from pipeline.render.dali import CropRenderer
-from pipeline.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -330,7 +329,7 @@ def test_max_megapixels_is_the_limit(tmp_path, kind):
     (tmp_path / "ant" / "x").write_bytes(encoded(kind, (500, 400)))
 
     def reason(limit: float) -> str:
-        found = scan_module.scan(tmp_path, ["ant"], exif="ignore", threads=1, max_megapixels=limit)
+        found = stages.scan(tmp_path, ["ant"], exif="ignore", threads=1, max_megapixels=limit)
         assert (found.status[0] == USABLE) == (found.reason[0] == "")
         return found.reason[0]
 
@@ -467,7 +466,7 @@ def test_what_the_library_says_of_odd_names_is_one_line_too(odd, recipe, tmp_pat
     classes = store.class_names
     for name in classes:
         (data / name / f"new\n{MARK} line.jpg").write_bytes(b"no image")
-    found = scan_module.scan(data, classes, exif="ignore", threads=1)
+    found = stages.scan(data, classes, exif="ignore", threads=1)
     assert len(unusable_summary(found)) == 2  # not UTF-8, not an image
     for line in unusable_summary(found):
         tame(line + "\n")
@@ -547,7 +546,7 @@ def test_folders_in_folders_without_end_are_looked_through_or_refused_in_one_lin
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
         with suppress(DataError):
-            paths, *_ = folders.list_files(data, ["ant", "bee", "cat"])
+            paths, *_ = folders.list_files(folders.DataFolder(data, ["ant", "bee", "cat"]))
             assert len(paths) == 7
     finally:
         sys.setrecursionlimit(limit)
@@ -633,7 +632,7 @@ def test_an_image_that_changes_while_a_stage_is_at_work_is_named(recipe, store_p
     before = tree(store)
     checked = []
     for place in (
-        "pipeline.provenance.require_same_pixels",
+        "pipeline.provenance.refusals.require_same_pixels",
         "pipeline.training.source.require_same_pixels",
     ):  # the last of the looks beforehand
         monkeypatch.setattr(place, lambda *arguments: checked.append(CHANGES[change](image)))
@@ -686,7 +685,7 @@ def test_a_teacher_whose_output_is_not_finite_is_named_with_the_image(photos, re
 def pooled(store: LabelStore, folder: Path, spec: ModelSpec) -> np.ndarray:
     """float32 [views, rows, features]: what the head of a teacher sees of every crop."""
     teacher = load(spec)
-    renderer = CropRenderer([teacher.image_size], store.views, len(store.images), interpolation="bilinear", exif="ignore", threads=2)
+    renderer = crop_renderer([teacher.image_size], store.views, len(store.images), interpolation="bilinear", exif="ignore", threads=2)
     blobs = [(folder / path).read_bytes() for path in store.images.path]
     crops = [store.crops(view, slice(None)) for view in range(store.views)]
     seen = renderer(blobs, np.stack([boxes for boxes, _ in crops]), np.stack([flips for _, flips in crops]))
@@ -836,7 +835,7 @@ def forge(path: Path, shards: dict, changes: list[tuple[str, str, object]]) -> N
     identity = schema.canonical_digest(json.loads((path / "zarr.json").read_text())["attributes"].get("provenance"))
     for (view, shard), (record, content) in shards.items():
         mine = np.array([record])
-        mine["digest"] = np.frombuffer(schema.shard_digest(identity, view, shard, *content), "u1")
+        mine["digest"] = np.frombuffer(schema.shard_digest(identity, view, shard, content.codes, *content.crops.arrays()), "u1")
         (path / f"records/c/{view}/{shard}/0").write_bytes(with_checksum(mine.tobytes()))
     seal(path)
 
@@ -1041,8 +1040,9 @@ def test_crops_outside_their_images_are_not_trained_from(cage, commands, photos,
     """Whoever made the store vouches for them; decoders believe any number."""
     writer = StoreWriter(copy)
     for view, shard in ((0, 0), (0, 2)):
-        codes, boxes, flips = writer.store.content(view, shard)[0]
-        writer.write(view, shard, codes, np.broadcast_to(np.array(box, np.int32), boxes.shape), flips)
+        codes, crops = writer.store.content(view, shard)[0]
+        boxes, flips = crops.arrays()
+        write(writer, view, shard, codes, np.broadcast_to(np.array(box, np.int32), boxes.shape), flips)
     c = commands(photos, copy)
     trained, sampled = cage(c.train, [*c.sample, "--sample=180"], megabytes=2000)
     trained.refused("view 0", "generate")

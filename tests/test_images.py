@@ -15,12 +15,13 @@ import pytest
 from conftest import CLASSES
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from support.stages import scan
 
 from cache.format.manifest import UNUSABLE, USABLE, Images
 from pipeline.images import folders
-from pipeline.images.folders import DataError
+from pipeline.images.folders import DataError, DataFolder
 from pipeline.images.reader import Reader
-from pipeline.images.scan import scan, unusable_summary
+from pipeline.images.scan import unusable_summary
 from pipeline.sampling import epoch_order
 
 ROOT = Path(__file__).parents[1]
@@ -135,8 +136,10 @@ MALFORMED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
+from pipeline.images.folders import DataFolder
 from pipeline.images.scan import scan
-found = scan(Path({data!r}), ["a", "b"], exif="ignore", threads=2, order_seed=0)
+from pipeline.render.settings import RenderSettings
+found = scan(DataFolder(Path({data!r}), ["a", "b"]), RenderSettings(threads=2), order_seed=0)
 good = sorted(path for path, status in zip(found.path, found.status) if status == 0 and "good" in path)
 unnamed = [path for path, status, reason in zip(found.path, found.status, found.reason) if status != 0 and not reason]
 print(len(found), int((found.status != 0).sum()), len(good), len(unnamed))
@@ -225,7 +228,7 @@ def test_a_split_that_isnt_there_is_refused_in_one_line(tmp_path):
         (lambda: folders.split_folder(tmp_path, "val"), "has train but no val; name another --split"),
         (lambda: folders.split_folder(tmp_path / "nowhere", "train"), "there is no folder .*nowhere; --data must name"),
         (lambda: folders.class_names(tmp_path / "empty"), "has no class folders"),
-        (lambda: folders.list_files(tmp_path / "train", ["bee"]), "class folder ant of .* is not among the 1 classes"),
+        (lambda: folders.list_files(DataFolder(tmp_path / "train", ["bee"])), "class folder ant of .* is not among the 1 classes"),
     ):
         with pytest.raises(DataError, match=says) as refused:
             act()
@@ -239,7 +242,7 @@ def test_nested_folders_are_found_and_loops_of_links_end(tmp_path):
     write(tmp_path / "bee", {"4.jpg": b"x"})
     (tmp_path / "ant" / "deep" / "loop").symlink_to(tmp_path / "ant")
     (tmp_path / "ant" / "link").symlink_to(tmp_path / ".elsewhere")
-    paths, class_index, sizes, _ = folders.list_files(tmp_path, ["ant", "bee"])
+    paths, class_index, sizes, _ = folders.list_files(DataFolder(tmp_path, ["ant", "bee"]))
     assert list(paths) == ["ant/deep/deeper/1.jpg", "ant/link/linked/3.jpg", "bee/4.jpg"]
     assert list(class_index) == [0, 0, 1] and list(sizes) == [1, 1, 1]
 
@@ -272,11 +275,11 @@ def test_a_class_map_gives_the_class_indices(tmp_path):
     listed.write_text("zebra\npolar bear\n\nant\n")
     classes = folders.read_class_map(listed)
     assert classes == ["zebra", "polar bear", "ant"]
-    paths, class_index, _, _ = folders.list_files(tmp_path / "data", classes)
+    paths, class_index, _, _ = folders.list_files(DataFolder(tmp_path / "data", classes))
     assert dict(zip(paths, class_index, strict=True)) == {"polar bear/1.jpg": 1, "ant/1.jpg": 2}
     write(tmp_path / "data" / "brown bear", {"1.jpg": b"x"})
     with pytest.raises(DataError, match=r"class folder brown bear .* is not among the 3 classes"):
-        folders.list_files(tmp_path / "data", classes)
+        folders.list_files(DataFolder(tmp_path / "data", classes))
 
 
 @pytest.mark.parametrize("content", [b"ant\nbee\nant\n", b"", b"\n \n", b"\xff\xfe\x00"])
@@ -314,19 +317,19 @@ def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
     ],
 )
 def test_another_data_set_is_refused_with_count_and_first_path(data, manifest, change, says):
-    folders.require_same_files(data, manifest, CLASSES, "labels.zarr")
+    folders.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
     change(data)
     with pytest.raises(DataError, match=f"is not the data set that labels.zarr was made from: {says}"):
-        folders.require_same_files(data, manifest, CLASSES, "labels.zarr")
+        folders.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
 
 
 def test_another_class_index_is_refused(data, manifest):
     with pytest.raises(DataError, match=r"60 of 90 images of another size or class, the first is ant/000\.jpg"):
-        folders.require_same_files(data, manifest, ("cat", "bee", "ant"), "labels.zarr")
+        folders.require_same_files(DataFolder(data, ("cat", "bee", "ant")), manifest, "labels.zarr")
 
 
 def test_the_same_files_are_the_same_files_with_a_name_that_isnt_utf8_among_them(zoo, tmp_path):
     data = Path(shutil.copytree(zoo / "bad", tmp_path / "data" / "bad", symlinks=True)).parent
     (data / "bad" / "latin-z.jpg").write_bytes(good_files()["colour.jpg"])
     found = scan(data, ["bad"], exif="ignore", threads=1, order_seed=0)
-    folders.require_same_files(data, found, ["bad"], "labels.zarr")
+    folders.require_same_files(DataFolder(data, ["bad"]), found, "labels.zarr")

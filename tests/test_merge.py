@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CPU, changed, tree, write_teacher
+from support.stages import generate
 
 from cache import LabelStore, StoreError
 from cache.format.codec import CODECS, divergence
@@ -16,7 +17,6 @@ from cache.verify import verify
 from pipeline.config import Config, ConfigError
 from pipeline.inspection.relabel import recheck
 from pipeline.inspection.store_facts import store_facts
-from pipeline.labelling.generate import generate
 from pipeline.runtime.precision import ROUNDING
 
 

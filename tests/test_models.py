@@ -9,15 +9,14 @@ import pytest
 import timm
 import torch
 from conftest import CLASSES, CPU, changed
+from support.stages import generate, train
 from torch import nn
 
 from pipeline.config import Config, ModelSpec
-from pipeline.labelling.generate import generate
 from pipeline.models import weights as weights_module
 from pipeline.models.model import ModelError
 from pipeline.models.names import ALIASES, resolve
 from pipeline.models.weights import _create, load, load_teachers
-from pipeline.training.train import train
 
 
 def authors_file(path: Path, architecture: str, classes: int = 1000, *, legacy: bool = False, **wrapped: object) -> nn.Module:

@@ -6,12 +6,11 @@ import pytest
 import torch
 from conftest import CPU, changed
 from safetensors.torch import load_file
+from support.stages import generate, train
 
 from pipeline.config import Config
-from pipeline.labelling.generate import generate
 from pipeline.models.model import Model
 from pipeline.runs.folder import RunError
-from pipeline.training.train import train
 
 # Teachers' batches of 16 in both; the last ones of a shard, and of an epoch, are filled up. (At odd sizes a row's last bit depends on its place.)
 CUT = {

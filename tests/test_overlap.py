@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, changed, tree
+from support.stages import generate, train
 
 from cache import LabelStore
 from cache.errors import MealError, StoreError
@@ -23,17 +24,15 @@ from cache.writer import StoreWriter
 from pipeline.config import Config
 from pipeline.images.folders import DataError
 from pipeline.labelling import stream
-from pipeline.labelling.generate import generate
 from pipeline.labelling.stream import UNITS, Labeller
 from pipeline.models.model import ModelError
-from pipeline.provenance import OTHER_BATCHES
+from pipeline.provenance.fingerprint import OTHER_BATCHES
 from pipeline.render.dali import CropRenderer
 from pipeline.runtime import device_transfer
 from pipeline.runtime.device_transfer import Sender, Sent
 from pipeline.runtime.threads import ahead, behind
 from pipeline.training import loop
 from pipeline.training.loop import Run
-from pipeline.training.train import train
 
 FINGERPRINT = 1 + OTHER_BATCHES  # batches in which its crops are rendered
 PATIENCE = 20.0  # seconds, after which a part that waits for another gives up

@@ -11,14 +11,12 @@ import timm
 import torch
 from conftest import CPU
 from PIL import Image
+from support.stages import evaluate, generate, scan
 from torchvision.transforms import functional as F
 
 from cache.format.codec import divergence
 from pipeline import config_file
 from pipeline.config import ModelSpec
-from pipeline.evaluation import evaluate
-from pipeline.images.scan import scan
-from pipeline.labelling.generate import generate
 from pipeline.models import names, weights
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import CPU, changed, tree, write_photos
 from disk import MEMORY, Disk, Moment
+from support import stores
 from test_store import blocks, create, manifest
 
 from cache import LabelStore, StoreError
@@ -54,7 +55,7 @@ def write(writer: StoreWriter, places: tuple[Place, ...], done: set) -> None:
     for view, shard in places:
         with writer.claimed([view], shard) as mine:
             for view in mine:
-                writer.write(view, shard, *blocks(writer, view, shard))
+                stores.write(writer, view, shard, *blocks(writer, view, shard))
                 done.add((view, shard))
 
 
@@ -159,10 +160,10 @@ def test_a_shard_that_is_written_again_is_the_old_one_or_the_new_one_or_none(roo
     writer = StoreWriter(path)
     (new,) = truth.written[1, 4]
     old = (new[0][:, ::-1], new[1][::-1], ~new[2])
-    writer.write(1, 4, *old)
+    stores.write(writer, 1, 4, *old)
     with Disk(root).watch() as disk:
         disk.done.add("the store")
-        writer.write(1, 4, *new)
+        stores.write(writer, 1, 4, *new)
     assert first_fault(disk, "s.zarr", place / "after", Truth(truth.manifest, {(1, 4): [old, new]})) is None
     last = disk.rebuild(disk.moments[-1], place / "last", luck="none")
     assert wrong(last / "s.zarr", frozenset([(1, 4)]), Truth(truth.manifest, {(1, 4): [new]})) is None
@@ -270,7 +271,7 @@ def test_a_disk_keeps_what_was_forced_to_it_and_may_lose_the_rest(root, place):
 
 
 def test_labels_that_were_made_survive_a_power_failure(root, place, recipe, one_thread, monkeypatch):
-    from pipeline.labelling.generate import generate
+    from support.stages import generate
 
     write_photos(place / "data", 5)
     (place / "data" / "bee" / "notes.txt").write_text("no image")

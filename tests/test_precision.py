@@ -12,26 +12,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, changed, edit_store
+from support import stages
+from support.stages import generate, train
 
 from cache import LabelStore, StoreError
 from cache.errors import DamagedStore
 from cache.format import schema
 from cache.merge import merge
-from pipeline import provenance
 from pipeline.config import Config, ConfigError
 from pipeline.config_file import validate
 from pipeline.inspection import relabel
 from pipeline.labelling import plan, stream
-from pipeline.labelling.generate import generate
 from pipeline.models import model as model_module
 from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load
+from pipeline.provenance import description, refusals
 from pipeline.render.dali import DECODERS
 from pipeline.runs.folder import RunError
 from pipeline.runtime.device_transfer import Returning
 from pipeline.runtime.precision import HALF, ROUNDING, PrecisionError, in_precision, require_precision, rounding
-from pipeline.training import loop, resume
-from pipeline.training.train import train
+from pipeline.training import resume
 
 CUDA = torch.device("cuda")
 
@@ -66,7 +66,7 @@ def test_a_backward_pass_has_the_same(recipe, photos, store_path, tmp_path, monk
     seen = []
     real = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (seen.append((*flags(), torch.backends.cudnn.benchmark)), real(loss)))
-    monkeypatch.setattr(loop, "require_precision", lambda *_: None)
+    monkeypatch.setattr("pipeline.training.train.require_precision", lambda *_: None)
     train(changed(recipe, train={"epochs": 1, "precision": precision}), photos, tmp_path / "run", store=store_path, device=CPU)
     tf32 = precision == "tf32"
     assert set(seen) == {(tf32, tf32, True)}  # and cuDNN tries its algorithms, shapes being fixed
@@ -113,7 +113,7 @@ def test_tf32_is_refused_where_there_is_none(recipe, photos, store_path, tmp_pat
         train(changed(recipe, train={"precision": "tf32"}), photos, tmp_path / "run", store=store_path, device=CPU)
     assert str(refused.value) == line.format("train.precision", "train.precision") and not (tmp_path / "run").exists()
     with pytest.raises(PrecisionError, match="store.precision tf32"):
-        plan.make_plan(changed(recipe, store={"precision": "tf32"}), photos, None, device=CPU)
+        stages.make_plan(changed(recipe, store={"precision": "tf32"}), photos, None, device=CPU)
     with pytest.raises(PrecisionError, match="store.precision tf32"):
         train(changed(recipe, store={"precision": "tf32"}, train={"online": True}), photos, tmp_path / "run", device=CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla V100")
@@ -145,12 +145,12 @@ def test_arithmetic_is_as_before_after_an_error():
 
 
 def test_a_gpu_is_recorded_by_name_capability_and_versions(h100, store_path, tmp_path):
-    facts = provenance.made_with(gpu=True)
+    facts = description.made_with(gpu=True)
     assert facts["gpu"] == "NVIDIA H100" and facts["capability"] == "9.0" and {"cuda", "cudnn", "driver", "torch"} <= facts.keys()
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     edit_store(copy, lambda attributes: attributes.update(made_with=facts))
     assert LabelStore.open(copy).attributes["made_with"]["gpu"] == "NVIDIA H100"
-    assert not {"gpu", "capability", "cudnn"} & provenance.made_with().keys()  # of what a CPU made
+    assert not {"gpu", "capability", "cudnn"} & description.made_with().keys()  # of what a CPU made
     assert "gpu" not in LabelStore.open(store_path).attributes["made_with"]
 
 
@@ -267,12 +267,12 @@ def test_going_on_with_a_store_on_another_gpu_is_told(h100, store_path, tmp_path
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     store = on_a_gpu(copy, "float16", {"gpu": "NVIDIA A100"})
     line = f"{copy} was begun on NVIDIA A100; labels of this NVIDIA H100 are the same to rounding, 0.04 in total variation at most"
-    assert provenance.changed_gpu(store, CUDA) == line
-    assert provenance.changed_gpu(store, CPU) is None  # which is refused
+    assert refusals.changed_gpu(store, CUDA) == line
+    assert refusals.changed_gpu(store, CPU) is None  # which is refused
     edit_store(copy, lambda attributes: attributes["made_with"].update(gpu="NVIDIA H100"))
-    assert provenance.changed_gpu(LabelStore.open(copy), CUDA) is None
+    assert refusals.changed_gpu(LabelStore.open(copy), CUDA) is None
     edit_store(copy, lambda attributes: attributes["made_with"].pop("gpu"))
-    assert "begun by a version that recorded no GPU, and whose float32 was TF32 in conv" in provenance.changed_gpu(
+    assert "begun by a version that recorded no GPU, and whose float32 was TF32 in conv" in refusals.changed_gpu(
         LabelStore.open(copy), CUDA
     )
 
@@ -286,7 +286,7 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(recipe,
         StoreError,
         match="made with another way to render crops .DALI's own choice of decoder, .*; this version: CUDA .hw_decoder_load 0.0.*generate a new store",
     ):
-        provenance.require_same_recipe(LabelStore.open(copy), changed(recipe, render={"backend": "gpu"}), teachers, CPU)
+        refusals.require_same_recipe(LabelStore.open(copy), changed(recipe, render={"backend": "gpu"}), teachers, CPU)
     assert "decoder" not in LabelStore.open(store_path).provenance["renderer"]  # of a CPU's store nothing is new
     how = {"renderer": {"backend": "gpu", "steps": "as now"}}
     with pytest.raises(
@@ -330,6 +330,6 @@ def test_the_plan_times_what_will_run(recipe: Config, photos, monkeypatch, setti
     monkeypatch.setattr(
         Model, "__call__", lambda model, pixels, precision: (seen.append((len(pixels), precision)), real(model, pixels, precision))[1]
     )
-    told = plan.make_plan(changed(recipe, store=settings | {"precision": "bfloat16"}), photos, None, device=CPU)
+    told = stages.make_plan(changed(recipe, store=settings | {"precision": "bfloat16"}), photos, None, device=CPU)
     assert compiled == ["bfloat16"] * 2 * bool(settings) and {precision for _, precision in seen} == {"bfloat16"}
     assert {n for n, _ in seen} == sizes and told["teachers_per_second"] > 0

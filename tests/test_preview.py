@@ -7,13 +7,15 @@ import shutil
 
 import pytest
 from conftest import CPU, changed, tree, write_teacher
+from support import stages
 from test_cli import SMOKE, run
 
 from cache import LabelStore
-from pipeline.inspection import terminal
 from pipeline.inspection.store_facts import store_facts
 from pipeline.labelling import cost, plan
 from pipeline.labelling.cost import BYTES_PER_CROP
+from pipeline.labelling.plan import Plan
+from pipeline.labelling.plan_page import plan_page
 from pipeline.models.model import ModelError
 
 
@@ -23,7 +25,7 @@ def quick(monkeypatch):
 
 
 def test_crops_hours_and_bytes_are_those_of_the_store(recipe, photos, store_path, tmp_path):
-    told = plan.make_plan(recipe, photos, tmp_path / "s.zarr", device=CPU, workers=4)
+    told = stages.make_plan(recipe, photos, tmp_path / "s.zarr", device=CPU, workers=4)
     facts = store_facts(store_path)
     assert told["images"] == 90 and told["crops"] == facts["labelled_crops"] == 180 and told["shards"] == facts["shards"] == 6
     store = LabelStore.open(store_path)
@@ -35,19 +37,19 @@ def test_crops_hours_and_bytes_are_those_of_the_store(recipe, photos, store_path
 
 
 def test_what_is_finished_is_not_counted_again(recipe, photos, store_path):
-    told = plan.make_plan(changed(recipe, crops={"views": 2}), photos, store_path, device=CPU)
+    told = stages.make_plan(changed(recipe, crops={"views": 2}), photos, store_path, device=CPU)
     assert told["finished"] == 1 and told["hours"] == 0
 
 
 def test_an_extension_is_what_is_counted(recipe, photos, store_path, tmp_path):
-    told = plan.make_plan(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU)
+    told = stages.make_plan(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU)
     assert told["finished"] == pytest.approx(2 / 8) and told["crops"] == 720 and told["hours"] > 0
     assert told["bytes_left"] == pytest.approx(0.75 * told["store_bytes"])
-    assert plan.make_plan(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU, first_view=2)["finished"] == 0
+    assert stages.make_plan(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU, first_view=2)["finished"] == 0
 
 
 def test_a_store_that_would_be_refused_counts_nothing(recipe, photos, store_path, capsys):
-    told = plan.make_plan(changed(recipe, store={"codec": "float16"}), photos, store_path, device=CPU)
+    told = stages.make_plan(changed(recipe, store={"codec": "float16"}), photos, store_path, device=CPU)
     assert told["finished"] == 0 and "is not counted" in capsys.readouterr().err
 
 
@@ -59,12 +61,12 @@ def test_bad_images_are_left_out_as_stage_one_leaves_them_out(recipe, photos, tm
     (tmp_path / "train" / "ant" / "002.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "train" / "ant" / "003a.jpg")
     (tmp_path / "train" / "ant" / os.fsdecode(b"n\xff.jpg")).write_bytes(good)
-    assert plan.make_plan(recipe, tmp_path, None, device=CPU)["images"] == 92
+    assert stages.make_plan(recipe, tmp_path, None, device=CPU)["images"] == 92
 
 
 def test_own_teachers_count_at_their_own_size(recipe, photos, tmp_path):
     """A checkpoint of this tool knows it, and the config says nothing."""
-    from pipeline.training.train import train
+    from support.stages import train
 
     hard = {"labels": "hard", "epochs": 1, "milestones": []}
     train(changed(recipe, student={"model": "test_resnet", "image_size": 32}, train=hard), photos, tmp_path / "t", device=CPU)
@@ -83,8 +85,8 @@ def test_nothing_is_needed_and_nothing_is_written(tmp_path, monkeypatch, teacher
 def test_a_disk_that_is_too_small_is_told(recipe, photos, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: usage._replace(free=100))
-    told = plan.make_plan(recipe, photos, tmp_path / "deep" / "s.zarr", device=CPU)
-    terminal.plan_page(told)
+    told = stages.make_plan(recipe, photos, tmp_path / "deep" / "s.zarr", device=CPU)
+    plan_page(Plan(**told))
     assert told["free_bytes"] == 100 and "NOT ENOUGH" in capsys.readouterr().out
 
 
@@ -115,4 +117,4 @@ def _preview(recipe, checkpoint, photos):
     from pipeline.config import ModelSpec
 
     spec = ModelSpec(model="test_resnet", checkpoint=str(checkpoint))
-    return plan.make_plan(recipe.model_copy(update={"teachers": (spec,)}), photos, None, device=CPU)
+    return stages.make_plan(recipe.model_copy(update={"teachers": (spec,)}), photos, None, device=CPU)

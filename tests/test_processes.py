@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import CPU, changed, write_photos
 from safetensors.torch import load_file
+from support.stages import evaluate, generate, make_replay, scan, stored_labels, train
 from test_workers import House, Run, require_no_trace
 
 from cache import LabelStore
@@ -32,15 +33,9 @@ from cache.system import signals
 from cache.system.claims import claims_of
 from cache.system.signals import Stopped
 from pipeline.config import ModelSpec
-from pipeline.evaluation import evaluate
-from pipeline.images.scan import scan
-from pipeline.labelling.generate import generate
 from pipeline.models.weights import load
-from pipeline.provenance import FINGERPRINT_CROPS
+from pipeline.provenance.fingerprint import FINGERPRINT_CROPS
 from pipeline.runtime import distributed
-from pipeline.training.batches import Replay
-from pipeline.training.source import StoredLabels
-from pipeline.training.train import train
 
 ROOT = Path(__file__).parents[1]
 SOON = 30.0  # seconds in which the others notice that one is gone
@@ -157,7 +152,7 @@ def test_batchnorm_sees_the_images_of_its_own_process_and_its_memory_is_averaged
     student = load(ModelSpec(model="resnet10t", pretrained=False), classes=3, image_size=32, seed=0)
     module, store = student.module.train(), LabelStore.open(bench.store)
     began = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with Replay(StoredLabels(store, 2), bench.house.data / "train", sizes=[32], batch_size=90, seed=0, rendering=_Rendering()).epoch(
+    with make_replay(stored_labels(store, 2), bench.house.data / "train", sizes=[32], batch_size=90, seed=0, rendering=_Rendering()).epoch(
         0
     ) as batches:
         (batch,) = batches
@@ -274,7 +269,7 @@ def test_an_image_that_changes_in_one_processs_part_is_named_by_that_one(bench, 
     write_photos(data, 30, seed=3)
     generate(changed(recipe, crops={"views": 1}), data, tmp_path / "s.zarr", device=CPU)
     store = LabelStore.open(tmp_path / "s.zarr")
-    replay = Replay(StoredLabels(store, 1), data, sizes=[32], batch_size=16, seed=0, rendering=_Rendering(), rank=1, world=2)
+    replay = make_replay(stored_labels(store, 1), data, sizes=[32], batch_size=16, seed=0, rendering=_Rendering(), rank=1, world=2)
     with replay.epoch(0) as batches:
         theirs = [row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS]  # which nobody looks at before
     photo = data / store.images.path[theirs[0]]

@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from conftest import CPU, changed, edit_store, tree, write_teacher
 from safetensors.torch import load_file, save_file
+from support.stages import generate, train
 
 from cache import LabelStore
 from cache.errors import MealError
@@ -27,9 +28,7 @@ from cli import main
 from pipeline.config import Config, ModelSpec
 from pipeline.inspection.relabel import recheck
 from pipeline.inspection.store_facts import store_facts
-from pipeline.labelling.generate import generate
 from pipeline.models.weights import load
-from pipeline.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

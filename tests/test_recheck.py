@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import CPU, changed, edit_store, write_teacher
+from support.stages import generate
 
 from cache import LabelStore, StoreError
 from cache.writer import StoreWriter
@@ -17,7 +18,6 @@ from cli import main
 from pipeline.config import Config
 from pipeline.inspection import relabel
 from pipeline.inspection.relabel import recheck
-from pipeline.labelling.generate import generate
 from pipeline.render import mixing
 
 
@@ -57,8 +57,8 @@ def test_mixed_pictures_are_mixed_again(photos, recipe, tmp_path, monkeypatch):
 
 def test_labels_of_other_crops_are_noticed_though_every_digest_is_right(photos, recipe, copy):
     writer = StoreWriter(copy)
-    (codes, _, _), (_, boxes, flips) = (writer.store.content(view, 1)[0] for view in (0, 1))
-    writer.write(1, 1, codes, boxes, flips)
+    here, there = (writer.store.content(view, 1)[0] for view in (0, 1))
+    writer.write(1, 1, here.codes, there.crops)
     result = looked_at(copy, photos, recipe)
     assert result["sound"] and not result["trusted"]
     (problem,) = result["problems"]
@@ -78,7 +78,7 @@ def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(photos, re
     said = fine.probabilities(0, slice(0, 32))
     other = np.roll(said, 1, axis=0) if what == "of another image" else said ** (1.5 if what == "sharper" else 1 / 1.5)
     other /= other.sum(axis=1, keepdims=True)
-    writer.write(0, 0, writer.store.codec.encode(other), *writer.store.content(0, 0)[0][1:])
+    writer.write(0, 0, writer.store.codec.encode(other), writer.store.content(0, 0)[0].crops)
     result = looked_at(path, photos, recipe, 180)
     assert result["sound"] and not result["trusted"] and result["sample"]["worst"][0]["row"] < 32
     assert result["sample"]["unexplained"] > 10 * result["sample"]["allowed"]

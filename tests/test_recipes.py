@@ -9,17 +9,16 @@ import pytest
 import timm
 import torch
 from conftest import CLASSES, CPU, write_photos
+from support.stages import generate, train
 from torch import nn
 
 from cache import LabelStore
 from pipeline import config_file
 from pipeline.config import Config, Discriminator, Train
 from pipeline.labelling import cost
-from pipeline.labelling.generate import generate
 from pipeline.models import weights
 from pipeline.models.names import resolve
 from pipeline.runs import checkpoint
-from pipeline.training.train import train
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("meal_v2_*.yaml"))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

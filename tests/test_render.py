@@ -12,18 +12,18 @@ import torch
 from conftest import edit_store
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
+from support.stages import centre_renderer, crop_renderer, make_replay, stored_labels
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from cache import LabelStore, StoreError
-from pipeline.config import Crops, Render
+from pipeline.config import CropPolicy, Render
 from pipeline.images import reader
 from pipeline.images.folders import DataError
-from pipeline.provenance import require_same_pixels
+from pipeline.provenance.refusals import require_same_pixels
 from pipeline.render import dali, hardware_jpeg
-from pipeline.render.dali import BLANK, CentreRenderer, CropRenderer, RenderError, WholeDecode
+from pipeline.render.dali import BLANK, CropRenderer, RenderError, WholeDecode
+from pipeline.render.settings import RenderSettings
 from pipeline.sampling import philox, random_crop
-from pipeline.training.batches import Replay
-from pipeline.training.source import StoredLabels
 
 Rendered = list[dict[int, torch.Tensor]]
 
@@ -63,7 +63,7 @@ def as_teachers(
 ) -> Rendered:
     """As stage one does: every view and size from one whole decode."""
     how = {"interpolation": "bilinear", "exif": "ignore"} | how
-    renderer = CropRenderer(sizes, len(boxes), batch_size, threads=threads, **how)
+    renderer = crop_renderer(sizes, len(boxes), batch_size, threads=threads, **how)
     starts = range(0, len(blobs), batch_size)
     parts = [renderer(blobs[s : s + batch_size], boxes[:, s : s + batch_size], flips[:, s : s + batch_size]) for s in starts]
     return [{size: torch.cat([part[view][size] for part in parts]) for size in sizes} for view in range(len(boxes))]
@@ -94,8 +94,8 @@ def teachers_pixels(store: LabelStore, photos: Path) -> Rendered:
 def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, batch_size, threads):
     """A whole epoch of each view, bit for bit."""
     for epoch, size in ((0, 64), (1, 64), (2, 48), (3, 33)):
-        replay = Replay(
-            StoredLabels(store, 2), photos / "train", sizes=[size], batch_size=batch_size, seed=0, rendering=Render(threads=threads)
+        replay = make_replay(
+            stored_labels(store, 2), photos / "train", sizes=[size], batch_size=batch_size, seed=0, rendering=Render(threads=threads)
         )
         seen = 0
         with replay.epoch(epoch) as batches:
@@ -120,10 +120,10 @@ def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
 @pytest.mark.parametrize("exif", ["ignore", "apply"])
 def test_every_kind_of_image_gives_the_student_the_teachers_pixels(exif, interpolation):
     files, views, how = odd_files(), 6, {"exif": exif, "interpolation": interpolation}
-    whole = WholeDecode(exif)
+    whole = WholeDecode(RenderSettings(exif=exif))
     height, width = np.array([whole(blob) for blob in files.values()]).T
     identity = philox.identities(np.array([*files], object))
-    drawn = [random_crop.draw(Crops(), identity, height, width, view) for view in range(views)]
+    drawn = [random_crop.draw(CropPolicy(), identity, height, width, view) for view in range(views)]
     boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
     blobs = [*files.values()]
     teachers = as_teachers(blobs, boxes, flips, [32, 57], len(blobs), 2, **how)
@@ -160,7 +160,7 @@ def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
     mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     resize = Resize(size * 256 // 224, interpolation=mode)
     theirs = np.array(Compose([resize, CenterCrop(size)])(photo)).astype(float)
-    centre = CentreRenderer([(size, interpolation)], 1, exif="ignore", threads=1)
+    centre = centre_renderer([(size, interpolation)], 1, exif="ignore", threads=1)
     (ours,) = centre([encoded(photo, "PNG")], np.array(shape[:1]), np.array(shape[1:]))[size, interpolation].numpy().astype(float)
     assert ours.shape == (size, size, 3)
     difference = np.abs(ours - theirs).mean()
@@ -172,12 +172,12 @@ def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
 
 def test_evaluation_takes_images_of_any_shape_and_several_sizes_at_once():
     files = odd_files()
-    height, width = np.array([WholeDecode("ignore")(blob) for blob in files.values()]).T
+    height, width = np.array([WholeDecode(RenderSettings())(blob) for blob in files.values()]).T
     looks = [(64, "bilinear"), (32, "bicubic"), (32, "bilinear"), (64, "bilinear")]
-    together = CentreRenderer(looks, len(files), exif="ignore", threads=2)([*files.values()], height, width)
+    together = centre_renderer(looks, len(files), exif="ignore", threads=2)([*files.values()], height, width)
     assert set(together) == set(looks)
     for size, interpolation in set(looks):
-        alone = CentreRenderer([(size, interpolation)], 1, exif="ignore", threads=1)
+        alone = centre_renderer([(size, interpolation)], 1, exif="ignore", threads=1)
         for i, blob in enumerate(files.values()):
             (pixels,) = alone([blob], height[i : i + 1], width[i : i + 1])[size, interpolation]
             assert torch.equal(pixels, together[size, interpolation][i])
@@ -237,7 +237,7 @@ def test_a_blank_is_black_and_changes_no_neighbour(store, photos):
 
 def test_an_image_that_fails_later_is_an_error_of_one_line_and_the_renderer_lives_on(photos):
     blob = (photos / "train" / "ant" / "000.jpg").read_bytes()
-    renderer = CropRenderer([32], 1, 2, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 2, interpolation="bilinear", exif="ignore", threads=1)
     box, flips = np.array([[[0, 0, 40, 40]]]), np.array([[False]])
     before = renderer([blob], box, flips)[0][32]
     with pytest.raises(RenderError, match="DALI could not render") as refused:
@@ -270,11 +270,11 @@ def test_baseline_jpegs_are_known_by_their_header():
 
 
 def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatch):
-    renderer = CropRenderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
     monkeypatch.setattr(dali.fn.decoders, "image", lambda encoded, **how: (how["device"], how.get("hw_decoder_load")))
-    assert renderer._decoded(None, "ignore", False) == ("cpu", None)
+    assert renderer._decoded(None, False) == ("cpu", None)
     renderer.gpu = True
-    assert [renderer._decoded(None, "ignore", hardware) for hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
+    assert [renderer._decoded(None, hardware) for hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
 
 
 @pytest.mark.parametrize(("engines", "refused"), [(0, True), (7, False), (None, False)])
@@ -287,9 +287,9 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
     how = {"interpolation": "bilinear", "exif": "ignore", "backend": "gpu-hardware"}
     if refused:
         with pytest.raises(RenderError, match="Tesla V100 has none; use render.backend: gpu$"):
-            CropRenderer([32], 1, 4, **how)
+            crop_renderer([32], 1, 4, **how)
     else:
-        assert CropRenderer([32], 1, 4, **how).divides
+        assert crop_renderer([32], 1, 4, **how).divides
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
 )
 def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
     """And is told as other want of memory is, from which the command line's advice comes."""
-    renderer = CropRenderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     blobs = [encoded(cut(40, 50), "JPEG")] * 2
     renderer(blobs, *crops_of(blobs, 1))
     renderer.gpu = True
@@ -308,10 +308,10 @@ def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
 
 
 def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
-    whole = WholeDecode("ignore")
+    whole = WholeDecode(RenderSettings())
     height, width = np.array([whole(blob) for blob in blobs]).T
     identity = philox.identities(np.array([str(i) for i in range(len(blobs))], object))
-    boxes, flips = zip(*(random_crop.draw(Crops(), identity, height, width, view) for view in range(views)), strict=True)
+    boxes, flips = zip(*(random_crop.draw(CropPolicy(), identity, height, width, view) for view in range(views)), strict=True)
     return np.stack(boxes), np.stack(flips)
 
 
@@ -320,8 +320,8 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
     """As with render.backend gpu-hardware: batches of baseline JPEGs filled up, the others apart."""
     kinds = list(odd_files().values())
     boxes, flips = crops_of(kinds, views)
-    plain = CropRenderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
-    renderer = CropRenderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
+    plain = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
+    renderer = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
     renderer.divides = True
     fed: list[tuple[bool, int]] = []
     run = renderer.run
@@ -343,7 +343,7 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
 def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied():
     """It writes without waiting for what the GPU was told before."""
     blobs = [encoded(cut(40, 50), "JPEG"), encoded(cut(40, 50), "PNG")]
-    renderer = CropRenderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
     renderer.divides = True
     happened: list[str] = []
 
@@ -364,7 +364,7 @@ def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied
 def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
     kinds = [*odd_files().values()]
     boxes, flips = crops_of(kinds, 1)
-    renderer = CropRenderer([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
     renderer.divides = True
     kinds[6] = kinds[6][:200]
     with pytest.raises(RenderError) as failed:
@@ -379,14 +379,14 @@ def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, mo
     looked: list[str] = []
 
     class Look:
-        def __init__(self, exif: str, backend: str = "cpu") -> None:
-            self.backend = backend
+        def __init__(self, settings: RenderSettings) -> None:
+            self.backend = settings.backend
 
         def __call__(self, blob: bytes) -> tuple[int, int] | None:
             looked.append(self.backend)
             return None if self.backend == "gpu" and blob == blobs[3] else (40, 50)
 
-    renderer = CropRenderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     renderer(blobs, boxes, flips)
     monkeypatch.setattr(dali, "WholeDecode", Look)
     monkeypatch.setattr(renderer.pipes[False], "run", lambda: (_ for _ in ()).throw(RuntimeError("the GPU's decoder can't")))
@@ -406,7 +406,7 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
             super().__init__(**{name: value for name, value in how.items() if name not in ("exec_async", "exec_pipelined")})
 
     monkeypatch.setattr(dali.dali, "Pipeline", Default)
-    renderer = CropRenderer([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
+    renderer = crop_renderer([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
     blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
     boxes, flips = store.crops(0, slice(None))
     made = []
@@ -449,7 +449,7 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, m
 def test_views_of_one_rendering_lie_behind_each_other():
     blobs = [encoded(cut(60, 80), "JPEG", quality=80 + i) for i in range(3)]
     boxes, flips = crops_of(blobs, 2)
-    made = CropRenderer([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(blobs, boxes, flips)
+    made = crop_renderer([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(blobs, boxes, flips)
     whole = made.all_views[32]
     assert whole.shape == (2, 3, 32, 32, 3) and torch.equal(whole[1], made[1][32])
     assert whole.flatten(0, 1).data_ptr() == made[0][32].data_ptr()

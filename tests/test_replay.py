@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU
+from support.stages import make_replay, stored_labels
 
 from cache import LabelStore
 from cache.format.codec import CODECS
 from pipeline.config import Render
 from pipeline.runtime.threads import ahead
 from pipeline.sampling.epoch_order import WINDOW_BLOCKS, batch_sizes, epoch_windows
-from pipeline.training.batches import Batch, Replay
-from pipeline.training.source import StoredLabels
+from pipeline.training.batches import Batch
 from pipeline.training.targets import Decoder
 
 UNUSABLE = [0, 5, 6, 7, 40, 41, 42, 43, 89]
@@ -29,9 +29,9 @@ def order(usable: np.ndarray, block_rows: int, seed: int, epoch: int) -> np.ndar
 
 
 def batches(store_path: Path, photos: Path, epoch: int, *, hard: bool = False, **how: int) -> list[Batch]:
-    source = StoredLabels(LabelStore.open(store_path), 2, hard=hard)
+    source = stored_labels(LabelStore.open(store_path), 2, hard=hard)
     options = {"sizes": [32], "batch_size": 16, "seed": 5} | how
-    with Replay(source, photos / "train", rendering=Render(threads=2), **options).epoch(epoch) as made:
+    with make_replay(source, photos / "train", rendering=Render(threads=2), **options).epoch(epoch) as made:
         return list(made)
 
 
@@ -71,9 +71,9 @@ def test_the_order_is_a_good_shuffle(rows, block_rows):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_no_process_has_a_single_image_of_a_batch_and_together_they_have_it_once_or_each_whole(store_path, photos, world):
     """BatchNorm needs two."""
-    source = StoredLabels(LabelStore.open(store_path), 2)
+    source = stored_labels(LabelStore.open(store_path), 2)
     each = [
-        Replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=1), rank=rank, world=world)
+        make_replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=1), rank=rank, world=world)
         for rank in range(world)
     ]
     for size in range(2, 20):
@@ -84,8 +84,8 @@ def test_no_process_has_a_single_image_of_a_batch_and_together_they_have_it_once
 
 
 def test_another_epoch_than_was_begun_is_the_one_that_was_asked_for(store_path, photos):
-    source = StoredLabels(LabelStore.open(store_path), 2)
-    replay = Replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=2))
+    source = stored_labels(LabelStore.open(store_path), 2)
+    replay = make_replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=2))
     for begun in (0, 1):
         replay.begin(begun)
         with replay.epoch(0) as made:

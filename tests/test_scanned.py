@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import CLASSES, CPU, changed
 from PIL import Image
+from support import stages
+from support.stages import train
 
 from cache.format.manifest import UNUSABLE, Images
 from pipeline.images import scan as scan_module
 from pipeline.images.folders import DataError
 from pipeline.images.scan import _read_any
 from pipeline.images.scan_cache import Scanned
-from pipeline.training.train import train
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def scan(folder: Path, before: Scanned | None, **how: object) -> Images:
-    return scan_module.scan(folder, CLASSES, **{"exif": "ignore", "threads": 2, "order_seed": 3, **how}, before=before)
+    return stages.scan(folder, CLASSES, **{"exif": "ignore", "threads": 2, "order_seed": 3, **how}, before=before)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from conftest import toy_provenance, tree
+from support.stores import write
 
 from cache import LabelStore, StoreError
 from cache import create as create_module
@@ -87,7 +88,7 @@ def fill(path: Path, *places: tuple[int, int]) -> LabelStore:
     """Write the shards (view, shard), all of them if none is given, and open the store anew."""
     writer = StoreWriter(path)
     for view, shard in places or np.ndindex(writer.store.views, writer.store.shards):
-        writer.write(view, shard, *blocks(writer, view, shard))
+        write(writer, view, shard, *blocks(writer, view, shard))
     return LabelStore.open(path)
 
 
@@ -208,8 +209,8 @@ def test_a_records_digest_is_the_sha256_that_the_docstring_states(full):
 def test_zeros_are_written_as_files_too(path):
     writer = StoreWriter(path)
     codes, boxes, flips = blocks(writer, 0, 4)
-    writer.write(0, 4, codes, np.zeros_like(boxes), np.zeros_like(flips))
-    writer.write(0, 3, *blocks(writer, 0, 3))  # no image of this shard is usable: all labels are zero
+    write(writer, 0, 4, codes, np.zeros_like(boxes), np.zeros_like(flips))
+    write(writer, 0, 3, *blocks(writer, 0, 3))  # no image of this shard is usable: all labels are zero
     for shard in (3, 4):
         for file in (f"labels/c/0/{shard}/0", f"boxes/c/0/{shard}/0", f"flips/c/0/{shard}", f"records/c/0/{shard}/0"):
             assert (path / file).stat().st_size > 0, file
@@ -358,9 +359,9 @@ def test_a_writer_refuses_a_usable_row_without_label_and_an_unusable_one_with(pa
     missing, surplus = codes.copy(), codes.copy()
     missing[5], surplus[1] = 0, codes[0]
     with pytest.raises(StoreError, match=r"view 0, c1/é021.jpg: no label for a usable image"):
-        writer.write(0, 1, missing, boxes, flips)
+        write(writer, 0, 1, missing, boxes, flips)
     with pytest.raises(StoreError, match=r"view 0, c2/é017.jpg: a label for an unusable image"):
-        writer.write(0, 1, surplus, boxes, flips)
+        write(writer, 0, 1, surplus, boxes, flips)
     assert not (path / "labels/c").exists() and LabelStore.open(path).progress() == (0, 10)
 
 
@@ -447,10 +448,10 @@ def test_writing_a_shard_again_takes_its_record_away_first(full, monkeypatch):
 
     monkeypatch.setattr(writer, "_sync", killed)
     with pytest.raises(KeyboardInterrupt):
-        writer.write(1, 0, codes, boxes, flips)
+        write(writer, 1, 0, codes, boxes, flips)
     assert not LabelStore.open(full).finished()[1, 0]
     monkeypatch.undo()
-    writer.write(1, 0, codes, boxes, flips)
+    write(writer, 1, 0, codes, boxes, flips)
     assert np.array_equal(LabelStore.open(full).codes(1, rows), codes)
 
 

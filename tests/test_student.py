@@ -18,19 +18,16 @@ import torch
 import yaml
 from conftest import CPU, changed, edit_store, write_photos, write_teacher
 from safetensors.torch import load_file
+from support.stages import generate, make_replay, stored_labels, train
 
 from cache import LabelStore, StoreError
 from pipeline.config import ConfigError, ModelSpec
 from pipeline.images.folders import DataError
-from pipeline.labelling.generate import generate
 from pipeline.models.model import ModelError
 from pipeline.models.weights import load
 from pipeline.runs.folder import RunError
 from pipeline.training import losses
-from pipeline.training.batches import Replay
 from pipeline.training.losses import Discriminator
-from pipeline.training.source import StoredLabels
-from pipeline.training.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +50,7 @@ def test_an_epoch_is_sgd_on_the_stored_labels_by_hand(photos, recipe, store_path
     student = load(one.student, classes=3, image_size=32, seed=0)
     module = student.module.train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=0)
-    replay = Replay(StoredLabels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=0, rendering=one.render)
+    replay = make_replay(stored_labels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=0, rendering=one.render)
     total = entropy = 0.0
     with replay.epoch(0) as batches:
         for batch in batches:

@@ -9,14 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import CPU, changed
+from support.stages import generate, train
 
 from pipeline.config import Config
 from pipeline.labelling import stream
-from pipeline.labelling.generate import generate
 from pipeline.render.dali import CropRenderer
 from pipeline.runtime.profiling import Clock, advice_on_labelling, advice_on_training
 from pipeline.training.loop import Learner
-from pipeline.training.train import train
 
 SLOW = 0.3  # seconds more that a call takes
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import zarr
 from conftest import CPU, changed, edit_store, tree
+from support.stages import generate
+from support.stores import write
 
 from cache import LabelStore, StoreError, repair
 from cache.errors import DamagedStore
@@ -21,7 +23,6 @@ from cache.format import seal
 from cache.format.schema import UNMIXED
 from cache.verify import Verdict, verify
 from cache.writer import StoreWriter
-from pipeline.labelling.generate import generate
 from pipeline.sampling.crop_sampler import CropSampler
 
 PER_SHARD = ("labels", "boxes", "flips", "records")
@@ -184,13 +185,13 @@ def test_labels_that_were_never_any_are_found_though_every_digest_is_right(copy)
     """A store of somebody whose program is wrong: sealed, recorded, and nonsense."""
     writer = StoreWriter(copy)
     store = writer.store
-    codes, boxes, flips = (a.copy() for a in store.content(0, 0)[0])
+    codes, (boxes, flips) = store.content(0, 0)[0].codes, store.content(0, 0)[0].crops.arrays()
     for what, codes_, boxes_ in (
         ("does not sum to one", np.full_like(codes, 255), boxes),
         ("is not inside its image", codes, boxes + np.array([0, 0, 10_000, 0], np.int32)),
         ("is not inside its image", codes, boxes - np.array([1000, 0, 0, 0], np.int32)),
     ):
-        writer.write(0, 0, codes_, boxes_, flips)
+        write(writer, 0, 0, codes_, boxes_, flips)
         (finding,) = verify(copy).damaged
         assert (finding.view, finding.shard) == (0, 0) and what in finding.what
 

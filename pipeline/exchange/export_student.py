@@ -14,9 +14,10 @@ from cache.system.durable import whole_folder
 from pipeline.config import ModelSpec
 from pipeline.exchange.model_card import card
 from pipeline.exchange.onnx import ONNX, require_onnx, write_onnx
+from pipeline.exchange.trained import ExportError, read_run
 from pipeline.models.timm_export import save_for_timm
 from pipeline.models.weights import load
-from pipeline.runs.folder import ExportError, _header, read_run
+from pipeline.runs.folder import RunFolder
 
 
 def export(run: Path, out: Path, *, weights: str = "best", onnx: bool = True, store: Path | None = None) -> dict:
@@ -37,7 +38,7 @@ def export(run: Path, out: Path, *, weights: str = "best", onnx: bool = True, st
         if not mine:
             raise ExportError(f"another process is exporting to {out}; wait for it, or choose another --out")
         model = load(ModelSpec(model=trained.facts["model"], checkpoint=str(trained.file)))
-        if _header(trained.file) != trained.facts:
+        if RunFolder(run).header(weights) != trained.facts:
             raise ExportError(f"{trained.file} was written anew while it was read, since its run goes on; run this command again")
         model.module.to(memory_format=torch.contiguous_format)  # as timm makes it, and as the exporter to ONNX wants it
         with whole_folder(target) as scratch:

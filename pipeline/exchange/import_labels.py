@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,24 @@ from cache.create import create
 from cache.errors import StoreError
 from cache.format import schema
 from cache.format.codec import CODECS
+from cache.format.crops import Crops
 from cache.format.manifest import UNUSABLE, USABLE, Images
 from cache.format.validate import MOST_VIEWS
 from cache.system.signals import check, finishing
 from cache.writer import StoreWriter
-from pipeline import provenance
 from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
-from pipeline.images import folders
+from pipeline.images.folders import DataFolder, list_files, require_same_files
 from pipeline.images.scan import scan, unusable_summary
+from pipeline.provenance.description import describe_store
+from pipeline.provenance.fingerprint import fingerprint_rows
+from pipeline.provenance.refusals import require_same_classes
 from pipeline.render.dali import STEPS
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime import threads
 from pipeline.runtime.progress import Progress, say
 
+SEED = 0  # of the row order
 AT_ONCE = 1 << 30  # bytes of labels that are held at once
 SIZE = 224  # pixels at which the fingerprint is rendered where the teachers' size isn't known
 TELLING = 64  # label files by whose bytes a label set is known, beside all names and sizes
@@ -43,35 +48,42 @@ REFUSED = {
 }
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a user knows of labels that others made, which no label file says.
+
+    teachers: names of who made them. image_size: what the teachers saw, in pixels. interpolation: of the crops that were labelled; FKD's generator has
+    bicubic.
+    """
+
+    teachers: Sequence[str] = ()
+    image_size: int | None = None
+    interpolation: str = "bicubic"
+
+
 def import_labels(
     directory: Path,
-    data: Path,
+    data: DataFolder,
     path: Path,
     *,
     split: str = "train",
-    classes: list[str] | None = None,
-    teachers: Sequence[str] = (),
-    image_size: int | None = None,
-    interpolation: str = "bicubic",
+    known: Known = Known(),
     views: int | None = None,
     codec: str = "pow8",
-    seed: int = 0,
 ) -> LabelStore:
     """Make a store of a folder of FKD's label files (fkd_format.py), or finish or mend the one that is there; several may do so at once.
 
     directory: holds CLASS/NAME.tar, or one or two folders above that (IMAGENET/TRAIN/CLASS). data: the images that were labelled. Images without a label file
-    are unusable. teachers, image_size: what the user knows of who made the labels, which no file says. interpolation: of the crops that were labelled; FKD's
-    generator has bicubic. views: the first so many crops, otherwise all; more than the store has extend it. seed: of the row order. Raises MealError for what the user can mend: a damaged
-    file, crops that are no whole pixels of these images, labels of another kind or number than the first file's.
+    are unusable. split: the images' folder in the label files' paths. views: the first so many crops, otherwise all; more than the store has extend it.
+    Raises MealError for what the user can mend: a damaged file, crops that are no whole pixels of these images, labels of another kind or number than the
+    first file's.
     """
     require_a_name(split)
-    folder = folders.split_folder(data, split)
-    names = classes or folders.class_names(folder)
     path = path.absolute()
     with fkd_format.reading():
-        source = _Source(directory, split, folder, names, views)
-        about = _about(source, teachers, image_size, interpolation, CODECS[codec].describe(), seed, len(names))
-        writer = repair.opened(path, lambda at, least: _create(at, folder, names, source, about, least), say)
+        source = _Source(directory, split, data, views)
+        about = _about(source, known, CODECS[codec].describe())
+        writer = repair.opened(path, lambda at, least: _create(at, data, source, about, least), say)
         store = writer.store
         if "imported" not in store.provenance:
             raise StoreError(f"{path} holds labels that were made here; choose another --store for imported ones")
@@ -79,8 +91,8 @@ def import_labels(
             if difference := schema.first_difference(section, store.provenance[section], wanted):
                 where, theirs, ours = difference
                 raise StoreError(f"{path} was imported with {where} {theirs}, this is {ours}; pass the same, or choose another --store")
-        provenance.require_same_classes(store, classes, "pass that one again, or choose another --store")
-        folders.require_same_files(folder, store.images, store.class_names, str(path))
+        require_same_classes(store, data, "pass that one again, or choose another --store")
+        require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))
         source.show(max(source.views, store.views))
         if writer.uneven or source.views > store.views:
             writer.grow(source.views)
@@ -91,8 +103,9 @@ def import_labels(
 class _Source:
     """A folder of label files, and which of them belong to the images."""
 
-    def __init__(self, directory: Path, split: str, folder: Path, classes: Sequence[str], views: int | None) -> None:
-        paths, _, _, _ = folders.list_files(folder, classes)
+    def __init__(self, directory: Path, split: str, data: DataFolder, views: int | None) -> None:
+        classes = len(data.class_names)
+        paths, _, _, _ = list_files(data)
         self.places = named(paths, split, fkd_format.generated)
         self.root, self.below = _root_of(directory, split, list(self.places))
         if self.root != directory:
@@ -102,11 +115,11 @@ class _Source:
         there = [image for image in sorted(self.files) if self.sizes[image] >= 0]
         if not there:
             raise LabelFileError(
-                f"{directory} has no label file for any of the {len(paths):,} images of {folder}, like {fkd_format.generated(paths[0], split)}; "
+                f"{directory} has no label file for any of the {len(paths):,} images of {data.path}, like {fkd_format.generated(paths[0], split)}; "
                 "name the folder that holds the class folders of label files, and the images that were labelled"
             )
-        first = fkd_format.read(self.file(there[0]), len(classes))
-        self.kind, self.crops, self.half, self.classes = first.kind, len(first.coords), first.coords.dtype == np.float16, len(classes)
+        first = fkd_format.read(self.file(there[0]), classes)
+        self.kind, self.crops, self.half, self.classes = first.kind, len(first.coords), first.coords.dtype == np.float16, classes
         self.show(views or self.crops)
         digest = hashlib.sha256(json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode())
         for image in there[:TELLING]:
@@ -168,27 +181,25 @@ def _size(file: Path) -> int:
     return found.st_size
 
 
-def _about(
-    source: _Source, teachers: Sequence[str], image_size: int | None, interpolation: str, codec: dict, seed: int, classes: int
-) -> dict:
+def _about(source: _Source, known: Known, codec: dict) -> dict:
     """Provenance as far as known; what isn't is null."""
     one = {
         "weights": None,
         "files": source.digest,
-        "classes": classes,
-        "image_size": image_size,
+        "classes": source.classes,
+        "image_size": known.image_size,
         "mean": None,
         "std": None,
         "interpolation": None,
     }
     return {
         "imported": {"format": "fkd", "labels": source.kind, "half_precision": bool(source.half)},
-        "teachers": [{"model": name, **one} for name in (teachers or ["unknown"])],
+        "teachers": [{"model": name, **one} for name in (known.teachers or ["unknown"])],
         "crops": {
             "policy": "as imported",
             **dict.fromkeys(("tries", "scale", "ratio", "flip")),
-            "seed": seed,
-            "interpolation": interpolation,
+            "seed": SEED,
+            "interpolation": known.interpolation,
             "exif": "ignore",
         },
         "renderer": {"backend": "cpu", "steps": STEPS},
@@ -197,44 +208,25 @@ def _about(
     }
 
 
-def _create(path: Path, folder: Path, classes: list[str], source: _Source, about: dict, views: int) -> None:
+def _create(path: Path, data: DataFolder, source: _Source, about: dict, views: int) -> None:
     """Make an empty store, from a look at every image."""
-    found = scan(folder, classes, exif=about["crops"]["exif"], order_seed=about["crops"]["seed"])
+    found = scan(data, RenderSettings.of_provenance(about), order_seed=SEED)
     unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (found.status == USABLE)
     reason = np.where(unlabelled, "no label file", found.reason).astype(object)
     found = replace(found, status=np.where(unlabelled, UNUSABLE, found.status).astype(np.uint8), reason=reason)
     for line in unusable_summary(found):
         say(line)
     if len(found.usable) == 0:
-        raise StoreError(f"no image of {folder} is usable and has labels; name the images that were labelled")
-    chunk_rows, shard_rows = schema.shard_rows_for(len(found), len(classes), np.dtype(about["codec"]["dtype"]).itemsize)
-    origin = about | {
-        "data": {
-            "images": len(found),
-            "usable": len(found.usable),
-            "manifest": found.manifest_digest(),
-            "classes": schema.canonical_digest({"names": classes}).hex(),
-        },
-        "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
-    }
-    rows = provenance.fingerprint_rows(found)
-    boxes, flips = [], []
-    for row in rows:
-        box, flip, _ = _image(source, found, row)
-        boxes.append(box[0])
-        flips.append(flip[0])
+        raise StoreError(f"no image of {data.path} is usable and has labels; name the images that were labelled")
+    layout = schema.shard_rows_for(len(found), source.classes, np.dtype(about["codec"]["dtype"]).itemsize)
+    images = [_image(source, found, row) for row in fingerprint_rows(found)]
+    first = Crops(np.stack([boxes[0] for boxes, _, _ in images]), np.array([flips[0] for _, flips, _ in images]))
     sizes = {teacher["image_size"] or SIZE for teacher in about["teachers"]}
-    attributes = {
-        "codec": about["codec"],
-        "class_names": classes,
-        "provenance": origin,
-        "fingerprint": provenance.fingerprint(folder, found, rows, np.stack(boxes), np.array(flips), sizes, origin, None),
-        "made_with": provenance.made_with(),
-    }
+    attributes = describe_store(data, found, about, layout, first, sizes)
     with finishing():
         create(path, images=found, views=max(source.views, views), attributes=attributes)
     say(
-        f"created {path}: {len(found.usable):,} images × {source.views} views × {len(classes):,} classes, labels {source.kind}"
+        f"created {path}: {len(found.usable):,} images × {source.views} views × {source.classes:,} classes, labels {source.kind}"
         + (", in half precision, whose boxes may be a pixel off in images of more than 1,024" if source.half else "")
     )
 
@@ -311,7 +303,7 @@ def _write(writer: StoreWriter, source: _Source, shard: int, views: list[int], g
             part = slice(start, start + store.chunk_rows)
             rows = np.stack([label[i] for label in labels[part]])
             codes[at[part]] = store.codec.encode(_dense(rows, source, store, good[part]))
-        writer.write(view, shard, codes, boxes[i], flips[i])
+        writer.write(view, shard, codes, Crops(boxes[i], flips[i]))
 
 
 def _dense(labels: np.ndarray, source: _Source, store: LabelStore, rows: np.ndarray) -> np.ndarray:

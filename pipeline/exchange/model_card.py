@@ -12,9 +12,9 @@ import yaml
 from cache import LabelStore
 from cache.errors import printable
 from pipeline import config_file
+from pipeline.exchange.trained import Trained
 from pipeline.models.model import Model
 from pipeline.models.names import public
-from pipeline.runs.folder import Trained
 from pipeline.runtime.progress import duration
 
 

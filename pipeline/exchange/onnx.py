@@ -13,9 +13,9 @@ from textwrap import shorten
 
 import torch
 
+from pipeline.exchange.trained import ExportError
 from pipeline.models.model import Model
 from pipeline.models.timm_export import attention_by_steps
-from pipeline.runs.folder import ExportError
 
 ONNX = "model.onnx"
 BATCHES = (1, 3)  # images of the batches on which ONNX Runtime is compared with PyTorch

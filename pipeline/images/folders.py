@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,31 @@ class DataError(MealError):
     """A data set that isn't there, isn't laid out as expected, or isn't the one that a store was made from."""
 
 
+@dataclass(frozen=True)
+class DataFolder:
+    """The class folders of one split, and what their classes are called.
+
+    path: the folder that holds them. class_names: in the order of the models' outputs, so that a name's place is its class index. mapped: whether a class
+    map gave the names; otherwise they are the folders', sorted. root: the folder that the user named, which may hold several splits.
+    """
+
+    path: Path
+    class_names: Sequence[str]
+    mapped: bool = False
+    root: Path | None = None
+
+    @classmethod
+    def find(cls, data: str | Path, split: str, class_map: Sequence[str] | None = None) -> DataFolder:
+        """Find the class folders of a split: those of DATA/SPLIT, or of DATA if it isn't divided into splits. Raises DataError."""
+        path = split_folder(data, split)
+        return cls(path, class_map or class_names(path), class_map is not None, Path(data))
+
+
 def split_folder(data: str | Path, split: str) -> Path:
     """The folder that holds the class folders: DATA/SPLIT if there is one, or DATA itself if it isn't divided into splits."""
     data = Path(data)
+    if not split or "/" in split or split in (".", ".."):
+        raise DataError(f"--split is {split!r}; it must be the name of a folder of --data, like train")
     if not data.is_dir():
         raise DataError(f"there is no folder {data}; --data must name a folder of class folders, or one with train/ and val/")
     splits = [name for name in dict.fromkeys((split, "train", "val")) if is_split(data, name)]
@@ -69,9 +92,10 @@ def read_class_map(path: str | Path) -> list[str]:
     return names
 
 
-def list_files(folder: Path, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every file below the class folders, hidden ones left out: str [n] paths relative to ``folder``, sorted; int32 [n] class index;
-    int64 [n] size in bytes; int64 [n] when it was changed last, ns since 1970. A class folder that isn't among ``classes`` is an error."""
+def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every file below the class folders, hidden ones left out: str [n] paths relative to the folder, sorted; int32 [n] class index;
+    int64 [n] size in bytes; int64 [n] when it was changed last, ns since 1970. A class folder of no known class is an error."""
+    folder, classes = data.path, data.class_names
     index = {name: i for i, name in enumerate(classes)}
     names = class_names(folder)
     for name in names:
@@ -131,9 +155,9 @@ def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
                     yield path, status.st_size, status.st_mtime_ns
 
 
-def require_same_files(folder: Path, images: Images, classes: Sequence[str], made: str) -> None:
+def require_same_files(data: DataFolder, images: Images, made: str) -> None:
     """Raises DataError unless the folder holds exactly the files of the manifest, with the same sizes (contents are compared when read)."""
-    paths, class_index, sizes, _ = list_files(folder, classes)
+    paths, class_index, sizes, _ = list_files(data)
     paths = np.array([printable_paths(p) for p in paths], object)
     here = np.argsort(paths, kind="stable")  # a name that isn't UTF-8 sorts elsewhere when it is printed
     paths, class_index, sizes = paths[here], class_index[here], sizes[here]
@@ -153,6 +177,6 @@ def require_same_files(folder: Path, images: Images, classes: Sequence[str], mad
         missing, added = sorted(then - now), sorted(now - then)
         first, count, what = (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
     raise DataError(
-        f"{folder} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "
+        f"{data.path} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "
         "pass the folder it was made from, or generate a new store"
     )

@@ -9,8 +9,8 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +18,26 @@ from PIL import Image
 
 from cache.errors import printable
 from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
-from pipeline.config import Config
-from pipeline.images.folders import list_files
+from pipeline.images.folders import DataFolder, list_files
 from pipeline.images.scan_cache import Scanned
 from pipeline.render.dali import Header, WholeDecode, quiet_decoders
+from pipeline.render.settings import MAX_MEGAPIXELS, RenderSettings
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for
 from pipeline.sampling.epoch_order import row_order
 
-MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
-
-
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 
 
-def scan(
-    folder: Path,
-    classes: Sequence[str],
-    *,
-    exif: str,
-    threads: int | None = None,
-    order_seed: int | None = None,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    before: Scanned | None = None,
-) -> Images:
+def scan(data: DataFolder, settings: RenderSettings, *, order_seed: int | None = None, before: Scanned | None = None) -> Images:
     """Read and decode every file whole, and note size, digest, dimensions, and why a file is unusable.
 
-    exif: "ignore" or "apply", as the renderer will decode. order_seed: rows in a random order that depends on the seed and the paths
-    (so that a run of rows is a fair sample of the classes); None: sorted by path. max_megapixels: a larger image is unusable, and never decoded: what
-    it says of its size decides, since a file of some kilobytes can hold a picture of gigabytes. before: what an earlier scan found, which holds for files
-    that haven't changed since; it notes what this one finds.
+    settings: as the renderer will decode. An image above its ``max_megapixels`` is never decoded: what the image says of its size decides, since a file of
+    some kilobytes can hold a picture of gigabytes. order_seed: rows in a random order that depends on the seed and the paths (so that a run of rows is a fair
+    sample of the classes); None: sorted by path. before: what an earlier scan found, which holds for files that haven't changed since; it notes what this one
+    finds.
     """
-    paths, class_index, sizes, changed = list_files(folder, classes)
+    paths, class_index, sizes, changed = list_files(data)
     n = len(paths)
     if order_seed is not None:
         order = row_order(order_seed, paths)
@@ -58,19 +46,18 @@ def scan(
     height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
     reason = np.full(n, "", dtype=object)
     if before:
-        known, found = before.recall(exif, paths, sizes, changed)
+        known, found = before.recall(settings.exif, paths, sizes, changed)
         columns = {"bytes": sizes, "digest": digest, "height": height, "width": width}
         for name, values in found.items():
             columns[name][known] = values
-    unknown = np.flatnonzero((height == 0) | (height.astype(np.int64) * width > max_megapixels * 1e6))
+    unknown = np.flatnonzero((height == 0) | (height.astype(np.int64) * width > settings.max_megapixels * 1e6))
     height[unknown] = width[unknown] = 0
-    threads = threads_for(threads)
     decoders = threading.local()
 
     def examine(row: int) -> None:
         """Fill in the columns of one file."""
         if not hasattr(decoders, "look"):
-            decoders.look = Look(folder, exif, max_megapixels)
+            decoders.look = Look(data.path, settings)
         blob, shape, reason[row] = decoders.look(paths[row])
         if blob is None:
             sizes[row] = max(sizes[row], 0)
@@ -79,7 +66,11 @@ def scan(
         digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
         height[row], width[row] = shape or (0, 0)
 
-    with quiet_decoders(), Progress("reading images", len(unknown), "images") as progress, ThreadPoolExecutor(threads) as pool:
+    with (
+        quiet_decoders(),
+        Progress("reading images", len(unknown), "images") as progress,
+        ThreadPoolExecutor(threads_for(settings.threads)) as pool,
+    ):
         try:
             for start in range(0, len(unknown), SCAN_WINDOW):
                 for _ in pool.map(examine, unknown[start : start + SCAN_WINDOW]):
@@ -89,7 +80,7 @@ def scan(
     status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
     found = Images(np.array([printable_paths(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
     if before:
-        before.note(exif, found, changed)
+        before.note(settings.exif, found, changed)
     return found
 
 
@@ -97,9 +88,10 @@ class Look:
     """Looks at one file after the other, in one thread: bytes (None if they can't be read), height and width in pixels (None if it can't be used), and
     the reason, empty if there is none."""
 
-    def __init__(self, folder: Path, exif: str, max_megapixels: float) -> None:
-        self.folder, self.max_megapixels = folder, max_megapixels
-        self.header, self.whole = Header(exif), WholeDecode(exif)
+    def __init__(self, folder: Path, settings: RenderSettings) -> None:
+        self.folder, self.max_megapixels = folder, settings.max_megapixels
+        settings = replace(settings, backend="cpu")  # a GPU may refuse images that it is not asked for
+        self.header, self.whole = Header(settings), WholeDecode(settings)
 
     def __call__(self, path: str) -> tuple[bytes | None, tuple[int, int] | None, str]:
         blob = _read_any(self.folder, path)
@@ -151,11 +143,13 @@ def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
     return f"DALI can't decode this {kind} file"
 
 
-def empty_classes(images: Images, classes: Sequence[str], folder: Path) -> list[str]:
+def empty_classes(images: Images, data: DataFolder) -> list[str]:
     """A line if classes have no usable image, which may be meant (a subset) or a folder forgotten."""
     seen = set(images.class_index[images.usable].tolist())
-    empty = [name for i, name in enumerate(classes) if i not in seen]
-    return [f"{len(empty)} of {len(classes)} classes have no usable image in {folder}, the first is {empty[0]}"] if empty else []
+    empty = [name for i, name in enumerate(data.class_names) if i not in seen]
+    return (
+        [f"{len(empty)} of {len(data.class_names)} classes have no usable image in {data.path}, the first is {empty[0]}"] if empty else []
+    )
 
 
 def unusable_summary(images: Images) -> list[str]:
@@ -170,17 +164,9 @@ def unusable_summary(images: Images) -> list[str]:
     return lines
 
 
-def scan_for(folder: Path, names: list[str], config: Config, exif: str, before: Scanned | None, *, order_seed: int | None = None) -> Images:
-    """What is in a folder of images of these classes; and say what of it can't be used, or is missing."""
-    found = scan(
-        folder,
-        names,
-        exif=exif,
-        threads=config.render.threads,
-        order_seed=order_seed,
-        max_megapixels=config.render.max_megapixels,
-        before=before,
-    )
-    for line in [*unusable_summary(found), *empty_classes(found, names, folder)]:
+def scan_and_say(data: DataFolder, settings: RenderSettings, *, order_seed: int | None = None, before: Scanned | None = None) -> Images:
+    """Scan (``scan``), and say which files can't be used, and which classes have no image."""
+    found = scan(data, settings, order_seed=order_seed, before=before)
+    for line in [*unusable_summary(found), *empty_classes(found, data)]:
         say(line)
     return found

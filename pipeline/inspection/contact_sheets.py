@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from pipeline.images import reader
 from pipeline.images.reader import Reader
 from pipeline.inspection.statistics import Survey
 from pipeline.inspection.stored_crops import pixels_of
-from pipeline.provenance import policy_of
 from pipeline.render.dali import CropRenderer
+from pipeline.render.settings import RenderSettings
 
 CARDS = 12  # of a sheet
 BARS = 5  # classes of a label that are shown
@@ -121,9 +121,9 @@ def _pasted(store: LabelStore, view: int, row: int) -> str:
 
 def _whole(store: LabelStore, rows: np.ndarray, read: Reader) -> torch.Tensor:
     """uint8 [n, …, …, 3]: images whole, as the renderer decodes them, squeezed into a square."""
-    manifest, policy = store.images, policy_of(store)
+    manifest = store.images
     boxes = np.stack([np.zeros_like(rows), np.zeros_like(rows), manifest.height[rows], manifest.width[rows]], axis=1)
-    renderer = CropRenderer([2 * THUMBNAIL], 1, len(rows), interpolation=policy.interpolation, exif=policy.exif)
+    renderer = CropRenderer([2 * THUMBNAIL], 1, len(rows), replace(RenderSettings.of_store(store), backend="cpu"))
     with reader.naming(manifest, rows):
         return renderer(read(rows), boxes[None], np.zeros((1, len(rows)), bool))[0][2 * THUMBNAIL]
 

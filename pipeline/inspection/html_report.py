@@ -14,7 +14,7 @@ from PIL import Image
 from cache import LabelStore
 from cache.errors import StoreError, printable
 from cache.system.durable import make_folder, replace_file
-from pipeline.images.folders import require_same_files
+from pipeline.images.folders import DataFolder, require_same_files
 from pipeline.inspection import statistics
 from pipeline.inspection.contact_sheets import sheets
 from pipeline.inspection.statistics import DAMAGED, DONE, LABELS, MISSING, Survey
@@ -45,7 +45,7 @@ def write_report(path: Path, file: Path, *, data: Path | None = None, labels: in
         raise StoreError(f"{file} is inside the store, where only its own files may be; name another place for --report")
     facts, store = store_facts(path), LabelStore.open(path)
     if data is not None:  # before the store is read, which may take an hour
-        require_same_files(data, store.images, store.class_names, str(path))
+        require_same_files(DataFolder(data, store.class_names), store.images, str(path))
     make_folder(file.absolute().parent)
     found = statistics.survey(store, labels=labels, check=check)
     titles = class_titles(store.class_names)

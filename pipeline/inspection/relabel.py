@@ -12,13 +12,13 @@ from cache import LabelStore
 from cache.errors import DamagedStore, MealError, StoreError
 from cache.format.codec import divergence
 from cache.verify import verify
-from pipeline import provenance
 from pipeline.config import ModelSpec
-from pipeline.images import folders
+from pipeline.images.folders import DataFolder, require_same_files
 from pipeline.images.reader import Reader
 from pipeline.inspection.stored_crops import pixels_of
 from pipeline.models.model import ensemble
 from pipeline.models.weights import load_teachers
+from pipeline.provenance.refusals import require_same_pixels
 from pipeline.runtime.precision import rounding
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for
@@ -77,7 +77,7 @@ def _disagreement(sample: dict) -> str:
 
 def require_same_images(store: LabelStore, folder: Path, threads: int | None = None) -> None:
     """Raises DataError unless the folder holds the manifest's files, byte for byte: all are read."""
-    folders.require_same_files(folder, store.images, store.class_names, str(store.path))
+    require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
     with Reader(folder, store.images, threads) as read, Progress("reading images", len(store.usable), "images") as progress:
         for rows in np.array_split(store.usable, max(1, len(store.usable) // 256)):
             read(rows)
@@ -97,9 +97,9 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
         raise StoreError(
             f"{store.path} holds labels of teachers whose weights aren't known, so they can't be made again; leave --sample out"
         )
-    folders.require_same_files(folder, store.images, store.class_names, str(store.path))
+    require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
     teachers = _teachers(store, specs, device)
-    provenance.require_same_pixels(store, folder, None)
+    require_same_pixels(store, folder)
     compute = store.provenance["compute"]
     places = _choose(store, sample, seed)
     kl, tv, equal, unexplained = np.zeros((4, len(places)))

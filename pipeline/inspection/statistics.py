@@ -130,7 +130,7 @@ def _look(store: LabelStore, view: int, shard: int, rows: np.ndarray, spread: np
     rows = rows[(rows >= here.start) & (rows < here.stop)]
     if fault or len(rows) == 0:
         return fault, {}, np.zeros((0, store.classes), np.float32)
-    codes, boxes = content[0][rows - here.start], content[1][rows - here.start]
+    codes, boxes = content.codes[rows - here.start], content.crops.boxes[rows - here.start]
     entries: dict[str, list[np.ndarray]] = {"entropy": [], "first": [], "confidence": [], "folder": []}
     kept, most = [], int(np.isin(rows, spread, assume_unique=True).sum())
     folders = store.images.class_index[rows]

@@ -8,8 +8,7 @@ from rich.text import Text
 from cache.errors import printable
 from cache.verify import Finding
 from pipeline.inspection.store_facts import store_lines
-from pipeline.labelling.cost import GPU_FLOPS
-from pipeline.runtime.progress import duration, results
+from pipeline.runtime.progress import results
 
 FINDINGS = 20  # lines of a kind on a page
 
@@ -115,43 +114,3 @@ def image_page(facts: dict) -> None:
         table.add_row(str(view["view"]), *map(str, view["box"]), mirrored, f"{view['entropy']:.2f}", label)
     if facts["views"]:
         console.print(table)
-
-
-def plan_page(result: dict) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    counted = "" if result["counted"] else " (ImageNet's; --data counts yours)"
-    table.add_row("crops", f"{result['images']:,} images{counted} × {result['views']} views = {result['crops']:,}")
-    if result["finished"]:
-        table.add_row("", f"{100 * result['finished']:.1f} % of them are finished")
-    table.add_row("teachers", printable(" + ".join(result["teachers"])) + f", {result['gflop_per_crop']:.3g} GFLOP a crop")
-    loader = (
-        f", loader {result['loader_per_second']:,.1f}; together {result['crops_per_second']:,.1f}"
-        if result["loader_per_second"]
-        else " (the loader is timed with --data)"
-    )
-    table.add_row(
-        "measured", f"crops/s on this {result['device']}, {result['precision']}: teachers {result['teachers_per_second']:,.1f}{loader}"
-    )
-    workers = (
-        f", {duration(3600 * result['hours'] / result['workers'])} with {result['workers']} workers like it"
-        if result["workers"] > 1
-        else ""
-    )
-    table.add_row("time", f"{duration(3600 * result['hours'])} on one such device{workers}")
-    if result["device"] == "cpu":
-        hours = duration(3600 * result["gpu_hours"])
-        table.add_row("", f"{hours} on a GPU that does {GPU_FLOPS / 1e12:.0f} TFLOP/s: arithmetic alone, not measured")
-    how = "measured on some crops" if result["bytes_measured"] else "of real labels of that many classes, not measured here"
-    table.add_row("store", f"{_bytes(result['store_bytes'])}, {result['bytes_per_crop']:.0f} bytes a crop ({result['codec']}, {how})")
-    table.add_row("", f"{result['shards']:,} shards in {result['files']:,} files")
-    if result["free_bytes"] is not None:
-        short = "" if result["free_bytes"] > result["bytes_left"] else ": NOT ENOUGH"
-        table.add_row("", f"{_bytes(result['free_bytes'])} are free there{short}")
-    results().print(table)
-
-
-def _bytes(n: float) -> str:
-    power = min(4, max(0, len(f"{n:.0f}") - 1) // 3)
-    return f"{n / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -8,71 +8,60 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from cache import LabelStore, repair
 from cache.errors import StoreError
 from cache.format.manifest import USABLE
 from cache.system.claims import claim, claims_of, held, holders, sweep
 from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
-from pipeline import provenance
 from pipeline.config import Config, ConfigError
-from pipeline.images import folders
+from pipeline.images.folders import DataFolder, require_same_files
 from pipeline.images.reader import Reader
 from pipeline.labelling.coordination import grown, naming, once, opened
 from pipeline.labelling.create import create_store, repair_store
-from pipeline.labelling.shares import places_of_share, unfinished_units
+from pipeline.labelling.labelling import Labelling
+from pipeline.labelling.shares import Share
 from pipeline.labelling.stream import Labeller, place_of
-from pipeline.models.model import Model
 from pipeline.models.weights import load_teachers
+from pipeline.provenance import refusals
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import require_precision
-from pipeline.runtime.profiling import LABELLING, Clock, advice_on_labelling, report
+from pipeline.runtime.profiling import LABELLING, advice_on_labelling, report
 from pipeline.runtime.progress import Progress, duration, say
 from pipeline.runtime.threads import threads_for
-from pipeline.sampling.crop_sampler import CropSampler
 
 CHECK_THREADS = 4  # each holds a shard, some 32 MiB of codes
 
 
 def generate(
     config: Config,
-    data: Path,
+    data: DataFolder,
     path: Path,
+    execution: Execution,
     *,
-    split: str = "train",
-    classes: list[str] | None = None,
-    device: torch.device,
-    worker: tuple[int, int] = (0, 1),
-    first_view: int = 0,
+    share: Share | None = None,
     strict: bool = False,
     check: bool = True,
-    profile: bool = False,
 ) -> LabelStore:
     """Make a label store, or finish or extend the one that is there.
 
-    classes: class folders in the order of the teachers' outputs (a class map); None: the folders' names, sorted.
-    worker: (i, n), this process does every n-th unit of work from the i-th on. first_view: earlier views
-    are left as they are. strict: an unusable file is an error.
-    check: read the finished shards of this worker's share again, and make anew what isn't what was written; False: believe them.
-    profile: say at the end where the time of labelling went, and what to change.
-    Raises MealError for whatever the user can mend.
+    share: what this process does of the work; None: all of it. strict: an unusable file is an error. check: read the finished shards of this share again,
+    and make anew what isn't what was written; False: believe them. Raises MealError for whatever the user can mend.
     """
-    if first_view >= config.crops.views:
-        raise ConfigError(f"--first-view {first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
-    require_precision(config.store.precision, device, "store.precision")
-    folder = folders.split_folder(data, split)
-    names = classes or folders.class_names(folder)
-    teachers = load_teachers(config.teachers, device)
+    share = share or Share(views_per_decode=config.store.views_per_decode)
+    if share.first_view >= config.crops.views:
+        raise ConfigError(f"--first-view {share.first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
+    require_precision(config.store.precision, execution.device, "store.precision")
+    teachers = load_teachers(config.teachers, execution.device)
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
+    work = Labelling(config, data, teachers, execution)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):
         if any(part.is_file() for part in path.parents):
             raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
-        leads = worker[0] == 0
-        once(path, "create", path.exists, lambda: create_store(config, folder, path, names, teachers, device, strict), leads)
+        once(path, "create", path.exists, lambda: create_store(work, path, strict=strict), share.leads)
         if repair.folder_of(path).exists():  # left by a process that was killed, or in use now
             with claim(claims_of(path), "create") as mine:
                 if mine:
@@ -81,42 +70,40 @@ def generate(
         if damage:
             say(damage)
             # Nobody may extend meanwhile what is being put right.
-            once(
-                path,
-                "create",
-                lambda: not opened(path)[1],
-                lambda: repair_store(config, folder, path, names, teachers, device),
-                leads,
-                "grow",
-            )
+            once(path, "create", lambda: not opened(path)[1], lambda: repair_store(work, path), share.leads, "grow")
             writer = StoreWriter(path)
-        if "imported" in writer.store.provenance:
-            raise StoreError(
-                f"{path} holds labels that others made, which no teacher here can go on with; finish or mend it with import-labels, or choose another --store"
-            )
-        provenance.require_same_recipe(writer.store, config, teachers, device)
-        provenance.require_same_classes(writer.store, classes, "pass that one again, or generate a new store")
-        folders.require_same_files(folder, writer.store.images, writer.store.class_names, str(path))
-        provenance.require_same_pixels(writer.store, folder, config.render.threads)
-        if changed := provenance.changed_gpu(writer.store, device):
-            say(changed)
-        if config.crops.views < writer.store.views:
-            say(f"{path} has {writer.store.views} views already; none is taken away")
-        if config.store.shard_rows not in (None, writer.store.shard_rows):
-            say(f"{path} keeps its shards of {writer.store.shard_rows} rows; store.shard_rows {config.store.shard_rows} is for a new store")
-        writer = grown(writer, config.crops.views, leads)
-        doubtful = _discard_damaged(config, writer, worker, first_view) if check else []
-        _fill(config, writer, folder, teachers, device, worker, first_view, doubtful, profile)
+        _require_same(work, writer.store)
+        writer = grown(writer, config.crops.views, share.leads)
+        doubtful = _discard_damaged(writer, share, config.render.threads) if check else []
+        _fill(work, writer, share, doubtful)
         return LabelStore.open(path)
 
 
-def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int], first_view: int) -> list[tuple[int, int]]:
-    """Read what is finished of this worker's share, and take the records of shards away that aren't what was written: they will be made anew.
+def _require_same(work: Labelling, store: LabelStore) -> None:
+    """Refuse to go on with a store that was made otherwise, and say what of the command doesn't count. Raises StoreError or DataError."""
+    config, path = work.config, store.path
+    if "imported" in store.provenance:
+        raise StoreError(
+            f"{path} holds labels that others made, which no teacher here can go on with; finish or mend it with import-labels, or choose another --store"
+        )
+    refusals.require_same_recipe(store, config, work.teachers, work.device)
+    refusals.require_same_classes(store, work.data, "pass that one again, or generate a new store")
+    require_same_files(DataFolder(work.data.path, store.class_names), store.images, str(path))
+    refusals.require_same_pixels(store, work.data.path, config.render.threads)
+    if changed := refusals.changed_gpu(store, work.device):
+        say(changed)
+    if config.crops.views < store.views:
+        say(f"{path} has {store.views} views already; none is taken away")
+    if config.store.shard_rows not in (None, store.shard_rows):
+        say(f"{path} keeps its shards of {store.shard_rows} rows; store.shard_rows {config.store.shard_rows} is for a new store")
+
+
+def _discard_damaged(writer: StoreWriter, share: Share, threads: int | None) -> list[tuple[int, int]]:
+    """Read what is finished of this share, and take the records of shards away that aren't what was written: they will be made anew.
     Returns (view, shard) of those that another process holds."""
     store, doubtful = writer.store, []
-    places = places_of_share(store.finished(), config.store.views_per_decode, worker, first_view)
-    threads = min(threads_for(config.render.threads), CHECK_THREADS)
-    with Progress("checking", len(places), "shards") as progress, ThreadPoolExecutor(threads) as pool:
+    places = share.places(store.finished())
+    with Progress("checking", len(places), "shards") as progress, ThreadPoolExecutor(min(threads_for(threads), CHECK_THREADS)) as pool:
         try:
             for (view, shard), fault in zip(places, pool.map(lambda place: store.fault(*place), places), strict=True):
                 if fault:
@@ -129,34 +116,24 @@ def _discard_damaged(config: Config, writer: StoreWriter, worker: tuple[int, int
     return doubtful
 
 
-def _fill(
-    config: Config,
-    writer: StoreWriter,
-    folder: Path,
-    teachers: list[Model],
-    device: torch.device,
-    worker: tuple[int, int],
-    first_view: int,
-    doubtful: list[tuple[int, int]],
-    profile: bool,
-) -> None:
-    """Label whatever this worker's share is missing. What others are at is waited for, and done here if they drop it or die. doubtful: damaged shards that
+def _fill(work: Labelling, writer: StoreWriter, share: Share, doubtful: list[tuple[int, int]]) -> None:
+    """Label whatever this share is missing. What others are at is waited for, and done here if they drop it or die. doubtful: damaged shards that
     others held when they were looked at."""
-    store = writer.store
+    store, clock = writer.store, work.execution.clock
     size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
-    units = unfinished_units(store.finished(), config.store.views_per_decode, worker, first_view)
+    units = share.units(store.finished())
     if units and not os.access(store.path / "records", os.W_OK):
         raise StoreError(
             f"{store.path} is not finished and can't be written (Permission denied, or a read-only file system); mend that, and run the same command again"
         )
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
-    plan = CropSampler(config.crops, store.images, store.shard_rows)
-    with Progress("labelling", total, "crops") as progress, Reader(folder, store.images, config.render.threads) as read:
-        clock = Clock(device, exact=profile)
-        label, waited = Labeller(config, writer, plan, read, teachers, device, clock), False
+    threads = work.config.render.threads
+    with Progress("labelling", total, "crops") as progress, Reader(work.data.path, store.images, threads) as read:
+        clock.begin()
+        label, waited = Labeller(work, writer, read), False
         while units or doubtful:
             labelled = label(units, progress)
-            units = unfinished_units(store.finished(), config.store.views_per_decode, worker, first_view)
+            units = share.units(store.finished())
             left = doubtful + [(view, unit.shard) for unit in units for view in unit.views]
             if left and not waited:
                 busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
@@ -170,19 +147,25 @@ def _fill(
                 time.sleep(1.0)
                 check_signals()
             doubtful = [place for place in doubtful if store.fault(*place) and not writer.discard(*place)]
-            units = unfinished_units(store.finished(), config.store.views_per_decode, worker, first_view) if waited else units
+            units = share.units(store.finished()) if waited else units
     if progress.done:
         say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
-        if profile:
-            for line in report(clock, LABELLING, advice_on_labelling(clock, config, device)):
+        if clock.exact:
+            for line in report(clock, LABELLING, advice_on_labelling(clock, work.config, work.device)):
                 say(line)
+    _say_what_is_left(writer, share)
+
+
+def _say_what_is_left(writer: StoreWriter, share: Share) -> None:
+    """Say how complete the store is, and tidy a complete one up."""
+    store = writer.store
     done, of = store.progress()
     if done == of:
         if os.access(store.path, os.W_OK):
             writer.tidy()
         sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
-    elif worker[1] > 1:
+    elif share.workers > 1:
         say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
     else:
-        say(f"views {first_view} to {store.views - 1} are done; {of - done} of {of} shards of {store.path} are left")
+        say(f"views {share.first_view} to {store.views - 1} are done; {of - done} of {of} shards of {store.path} are left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,18 @@ from cache import LabelStore
 from cache.errors import MealError, StoreError
 from cache.format.codec import CODECS
 from pipeline.config import Config, ConfigError
-from pipeline.images import folders
-from pipeline.images.folders import DataError
+from pipeline.images.folders import DataError, DataFolder, list_files
 from pipeline.images.scan import Look
 from pipeline.labelling import cost
 from pipeline.labelling.cost import BYTES_PER_CROP, BYTES_PER_MIXED_CROP, GPU_FLOPS, IMAGENET_IMAGES
+from pipeline.labelling.shares import Share
 from pipeline.models.model import Model, ModelError, ensemble
 from pipeline.models.weights import load, load_teachers
-from pipeline.provenance import layout_of, require_class_count, require_same_recipe
+from pipeline.provenance.description import layout_of
+from pipeline.provenance.refusals import require_class_count, require_same_recipe
 from pipeline.render import dali
 from pipeline.render.dali import CropRenderer, Rendered
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.progress import say
 from pipeline.sampling import philox, random_crop
@@ -48,76 +51,99 @@ KNOWN = {
 }
 
 
-def make_plan(
-    config: Config,
-    data: Path | None,
-    path: Path | None,
-    *,
-    split: str = "train",
-    classes: list[str] | None = None,
-    device: torch.device,
-    workers: int = 1,
-    first_view: int = 0,
-) -> dict:
-    """Crops, hours and bytes of the store that ``config`` asks for.
+@dataclass(frozen=True)
+class Plan:
+    """What filling a store will take: counts, rates per second, hours of this machine and of a GPU of ``GPU_FLOPS``, bytes on disk."""
+
+    images: int
+    counted: bool  # in a folder; otherwise as many as ImageNet has
+    views: int
+    crops: int
+    finished: float  # share of the crops that the store holds already, 0 … 1
+    classes: int
+    teachers: list[str]
+    real_weights: bool
+    device: str
+    precision: str
+    teachers_per_second: float
+    loader_per_second: float | None
+    crops_per_second: float
+    hours: float
+    workers: int
+    gflop_per_crop: float
+    gpu_hours: float
+    codec: str
+    bytes_per_crop: float
+    bytes_measured: bool
+    store_bytes: float
+    bytes_left: float
+    shards: int
+    files: int
+    free_bytes: int | None
+
+
+def make_plan(config: Config, data: DataFolder | None, path: Path | None, *, device: torch.device, share: Share | None = None) -> Plan:
+    """Time teachers and loader shortly, and work out crops, hours and bytes of the store that ``config`` asks for.
 
     data: its images are counted, and some read, rendered and labelled; None: as many as ImageNet has, and the teachers alone are timed, on noise. path: what is
-    finished there already is not counted again, and what its disk has room for is told. workers: among which the work is divided. first_view: earlier views
-    are not to be labelled. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse too.
+    finished there already is not counted again, and what its disk has room for is told. share: its number of workers divides the hours, and its first view
+    is the first that counts. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse
+    too.
     """
+    share = share or Share()
     require_precision(config.store.precision, device, "store.precision")
     teachers, real = _teachers(config, device)
+    classes = teachers[0].classes
     count, pixels, rendering, boxes = IMAGENET_IMAGES, None, None, None
     if data is not None:
-        folder = folders.split_folder(data, split)
-        names = classes or folders.class_names(folder)
-        require_class_count(folder, names, teachers)
-        paths = folders.list_files(folder, names)[0]
+        require_class_count(data, teachers)
+        paths = list_files(data)[0]
         count = len(paths)
-        pixels, boxes, rendering = _rendered(config, folder, paths, {t.image_size for t in teachers})
+        pixels, boxes, rendering = _rendered(config, data.path, paths, {t.image_size for t in teachers})
     if pixels is None:
         n = config.store.batch_size
         pixels = {t.image_size: torch.randint(256, (n, t.image_size, t.image_size, 3), dtype=torch.uint8) for t in teachers}
     p, forward = _labelled(config, teachers, pixels, device)
     # On a device of its own the teachers don't wait for the loader unless it is slower; on a CPU they share the cores.
     per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
-    bytes_per_crop = _bytes_per_crop(config, p, boxes, teachers[0].classes) if real and boxes is not None else None
-    views = config.crops.views - first_view
+    measured = _bytes_per_crop(config, p, boxes) if real and boxes is not None else None
+    size = measured or _bytes_known(config, classes)
+    views = config.crops.views - share.first_view
     if views < 1:
-        raise ConfigError(f"--first-view {first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
+        raise ConfigError(f"--first-view {share.first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
     total = count * views
-    finished = _finished(path, config, teachers if real else [], device, first_view) if path is not None and path.exists() else 0.0
+    here = path is not None and path.exists()
+    finished = _finished(path, config, teachers if real else [], device, share.first_view) if here else 0.0
     left = total * (1 - finished)
-    size = bytes_per_crop or _bytes_known(config, teachers[0].classes)
-    shards = -(-count // layout_of(config, count, teachers[0].classes)[1]) * views
+    shards = -(-count // layout_of(config, count, classes)[1]) * views
     gflop = sum(cost.flops(t.name, t.image_size)[0] for t in teachers) / 1e9
-    return {
-        "images": count,
-        "counted": data is not None,
-        "views": views,
-        "crops": total,
-        "finished": finished,
-        "classes": teachers[0].classes,
-        "teachers": [t.name for t in teachers],
-        "real_weights": real,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "precision": config.store.precision,
-        "teachers_per_second": 1 / forward,
-        "loader_per_second": 1 / rendering if rendering else None,
-        "crops_per_second": 1 / per_crop,
-        "hours": left * per_crop / 3600,
-        "workers": workers,
-        "gflop_per_crop": gflop,
-        "gpu_hours": left * gflop * 1e9 / (3600 * GPU_FLOPS),
-        "codec": config.store.codec,
-        "bytes_per_crop": size,
-        "bytes_measured": bytes_per_crop is not None,
-        "store_bytes": total * size,
-        "bytes_left": left * size,
-        "shards": shards,
-        "files": shards * (4 + 2 * bool(config.crops.cutmix) + bool(CODECS[config.store.codec].tail)),
-        "free_bytes": _free(path),
-    }
+    return Plan(
+        images=count,
+        counted=data is not None,
+        views=views,
+        crops=total,
+        finished=finished,
+        classes=classes,
+        teachers=[t.name for t in teachers],
+        real_weights=real,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        precision=config.store.precision,
+        teachers_per_second=1 / forward,
+        loader_per_second=1 / rendering if rendering else None,
+        crops_per_second=1 / per_crop,
+        hours=left * per_crop / 3600,
+        workers=share.workers,
+        gflop_per_crop=gflop,
+        gpu_hours=left * gflop * 1e9 / (3600 * GPU_FLOPS),
+        codec=config.store.codec,
+        bytes_per_crop=size,
+        bytes_measured=measured is not None,
+        store_bytes=total * size,
+        bytes_left=left * size,
+        shards=shards,
+        files=shards * (4 + 2 * bool(config.crops.cutmix) + bool(CODECS[config.store.codec].tail)),
+        free_bytes=_free(path),
+    )
 
 
 def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
@@ -135,7 +161,7 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
 def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
     """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the seconds that reading and rendering a crop took."""
     chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
-    look = Look(folder, config.crops.exif, config.render.max_megapixels)
+    look = Look(folder, RenderSettings.of_config(config))
     with dali.quiet_decoders():
         shapes = {path: shape for path in chosen if (shape := look(path)[1])}
     good = list(shapes)
@@ -148,15 +174,7 @@ def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) 
     height, width = np.array([shapes[path] for path in good]).T
     drawn = [random_crop.draw(config.crops, identity, height, width, view) for view in range(views)]
     boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
-    renderer = CropRenderer(
-        sorted(sizes),
-        views,
-        len(good),
-        interpolation=config.crops.interpolation,
-        exif=config.crops.exif,
-        backend=config.render.backend,
-        threads=config.render.threads,
-    )
+    renderer = CropRenderer(sorted(sizes), views, len(good), RenderSettings.of_config(config))
 
     def work() -> Rendered:
         made = renderer([(folder / path).read_bytes() for path in good], boxes, flips)
@@ -204,7 +222,7 @@ def _timed(work: Callable[[], object]) -> float:
     return (time.perf_counter() - begun) / calls
 
 
-def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray, classes: int) -> float:
+def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray) -> float:
     """Of label, box and flip as they are compressed; with CutMix also partner and rectangle, which hardly can be."""
     codec = CODECS[config.store.codec]
     boxes = np.ascontiguousarray(boxes[: len(p)], np.int32)
@@ -230,7 +248,8 @@ def _finished(path: Path, config: Config, teachers: list[Model], device: torch.d
     except MealError as error:
         say(f"{path} is not counted: {error}")
         return 0.0
-    return float(store.finished()[first_view : config.crops.views].sum() / ((config.crops.views - first_view) * store.shards))
+    views = config.crops.views
+    return float(store.finished()[first_view:views].sum() / ((views - first_view) * store.shards))
 
 
 def _free(path: Path | None) -> int | None:

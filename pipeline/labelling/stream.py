@@ -14,17 +14,19 @@ import numpy as np
 import torch
 
 from cache.errors import BusyStore
+from cache.format.crops import BoxesAndFlips, Crops
 from cache.format.manifest import USABLE
 from cache.writer import StoreWriter
-from pipeline.config import Config
 from pipeline.images import reader
 from pipeline.images.reader import Reader
-from pipeline.models.model import Model, ModelError, ensemble
-from pipeline.render import mixing
+from pipeline.labelling.labelling import Labelling
+from pipeline.labelling.shares import Unit
+from pipeline.models.model import ModelError, ensemble
 from pipeline.render.dali import BLANK, CropRenderer
+from pipeline.render.mixing import paste_all
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime.device_transfer import Returning, Sender, Sent
 from pipeline.runtime.precision import fixed_shapes
-from pipeline.runtime.profiling import Clock
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import ahead, behind, share_the_interpreter
 from pipeline.sampling.crop_sampler import CropSampler
@@ -36,14 +38,6 @@ BEHIND = 4  # forward passes whose labels wait to be coded
 UNITS = 3  # at once: one that is rendered, one that is labelled, one that is written; what is claimed no other worker can do
 
 
-@dataclass
-class Unit:
-    """Work that is done or not: some views of one shard."""
-
-    views: list[int]
-    shard: int
-
-
 @dataclass(eq=False)
 class Job:
     """A unit whose claims this process holds."""
@@ -51,7 +45,7 @@ class Job:
     unit: Unit
     rows: np.ndarray  # int64 [n], of the shard
     usable: np.ndarray  # bool [n]
-    kept: list[tuple[np.ndarray, ...]]  # per view, in the order of store.crop_arrays
+    crops: Crops  # [views, n]
     codes: np.ndarray  # [views, n, codec.columns]
     claims: ExitStack
     left: int  # labels that are still to come, blank ones included
@@ -59,10 +53,10 @@ class Job:
     writing: threading.Lock = field(default_factory=threading.Lock)
     dropped: bool = False  # nothing of it may be written any more
 
-    def rendered_at(self, cut: slice) -> tuple[np.ndarray, np.ndarray]:
+    def rendered_at(self, cut: slice) -> BoxesAndFlips:
         """Boxes int [views, n, 4] and flips bool [views, n]; of an unusable image a pixel."""
-        boxes, flips = np.stack([k[0][cut] for k in self.kept]), np.stack([k[1][cut] for k in self.kept])
-        return np.where(self.usable[cut][None, :, None], boxes, np.array([0, 0, 1, 1])), flips
+        crops = self.crops.take(cut)
+        return BoxesAndFlips(np.where(self.usable[cut][None, :, None], crops.boxes, np.array([0, 0, 1, 1])), crops.flips)
 
 
 @dataclass
@@ -80,19 +74,12 @@ class Labeller:
     """Labels units with the teachers. Batches are cut by place in the shard (with CutMix, in the group of rows that are mixed with each other), one view
     a batch, an unusable image keeping its place."""
 
-    def __init__(
-        self,
-        config: Config,
-        writer: StoreWriter,
-        plan: CropSampler,
-        read: Reader,
-        teachers: list[Model],
-        device: torch.device,
-        clock: Clock | None = None,
-    ) -> None:
-        self.config, self.writer, self.store, self.plan, self.read = config, writer, writer.store, plan, read
-        self.teachers = [t.compiled_teacher(config.store.precision) for t in teachers] if config.store.compile else teachers
-        self.send, self.clock = Sender(device), clock or Clock()
+    def __init__(self, work: Labelling, writer: StoreWriter, read: Reader) -> None:
+        self.config, self.writer, self.store, self.read = work.config, writer, writer.store, read
+        precision = work.config.store.precision
+        self.teachers = [t.compiled_teacher(precision) for t in work.teachers] if work.config.store.compile else work.teachers
+        self.sampler = CropSampler(work.config.crops, writer.store.images, writer.store.shard_rows)
+        self.send, self.clock = Sender(work.device), work.execution.clock
         self.renderers: dict[int, CropRenderer] = {}  # by number of views
         self.open: list[Job] = []
         self.leaving = threading.Event()
@@ -200,9 +187,12 @@ class Labeller:
         store = self.store
         rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
         codes = np.zeros((len(views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype)
-        job = Job(Unit(views, unit.shard), rows, store.images.status[rows] == USABLE, [], codes, claims, len(views) * len(rows), len(views))
+        with claims:  # let go of, should drawing the crops fail
+            crops = Crops.stack([self.sampler.whole_crops(view, rows) for view in views])
+            claims = claims.pop_all()
+        usable = store.images.status[rows] == USABLE
+        job = Job(Unit(views, unit.shard), rows, usable, crops, codes, claims, len(views) * len(rows), len(views))
         self.open.append(job)
-        job.kept = [self.plan.crops(view, rows) + (self.plan.mixes(view, rows) if store.mixed else ()) for view in views]
         return job
 
     def _rendered(self, job: Job, part: range) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
@@ -233,12 +223,10 @@ class Labeller:
                             whole[size] = p.new_empty(len(part), *p.shape[1:])
                         whole[size][cut.start - first : cut.stop - first] = p
             for cut in () if self.leaving.is_set() else cuts:
-                views = []
                 with self.clock.part("mix"):
-                    for (_, _, partner, box), pixels in zip(job.kept, group, strict=True):
-                        here = slice(cut.start - first, cut.stop - first)
-                        place = np.where(partner[cut] < 0, job.rows[cut], partner[cut]) - job.rows[first]
-                        views.append({size: mixing.paste(p[here], p, place, box[cut]) for size, p in pixels.items()})
+                    crops, here = job.crops.take(cut), slice(cut.start - first, cut.stop - first)
+                    place = np.where(crops.partner < 0, job.rows[cut], crops.partner) - job.rows[first]
+                    views = [paste_all(pixels, here, place[view], crops.rectangle[view]) for view, pixels in enumerate(group)]
                 yield cut, views
 
     def _renderer(self, views: int) -> CropRenderer:
@@ -247,10 +235,7 @@ class Labeller:
                 [t.image_size for t in self.teachers],
                 views,
                 self.config.store.batch_size,
-                interpolation=self.config.crops.interpolation,
-                exif=self.config.crops.exif,
-                backend=self.config.render.backend,
-                threads=self.config.render.threads,
+                RenderSettings.of_config(self.config),
                 pinned=self.send.device.type == "cuda" and not self.store.mixed,  # mixed pictures are new tensors
             )
         return self.renderers[views]
@@ -278,7 +263,7 @@ class Labeller:
                 return
             try:
                 with self.clock.part("write"):
-                    self.writer.write(job.unit.views[view], job.unit.shard, job.codes[view], *job.kept[view])
+                    self.writer.write(job.unit.views[view], job.unit.shard, job.codes[view], job.crops.view(view))
             except BusyStore as taken:  # its owner now does it, or did
                 say(str(taken))
         job.unwritten -= 1

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from nvidia.dali import fn, types
 
 from cache.errors import MealError
 from pipeline.render.hardware_jpeg import hardware_engines, is_baseline_jpeg
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime.threads import threads_for
 
 STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
@@ -60,8 +62,9 @@ class _Graph:
     pinned: results of a renderer on the CPU lie in pinned memory, from where a GPU copies them without another copy.
     """
 
-    def __init__(self, batch_size: int, threads: int, backend: str, *, pinned: bool = False) -> None:
-        self.batch_size, self.threads, self.backend = batch_size, threads, backend
+    def __init__(self, batch_size: int, settings: RenderSettings, *, pinned: bool = False) -> None:
+        self.batch_size, self.settings, self.threads = batch_size, settings, threads_for(settings.threads)
+        self.backend = backend = settings.backend
         self.gpu, self.divides = backend in GPU_BACKENDS, backend == "gpu-hardware"
         self.pinned = pinned and not self.gpu
         if self.gpu and not torch.cuda.is_available():
@@ -78,7 +81,7 @@ class _Graph:
         self.lent: dict[bool, tuple] = {}  # the last outputs of a pipeline on a GPU, and the event after which they have been copied
 
     def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
-        """Return the pipeline's outputs for encoded images. ``decode``: (encoded, exif) → decoded whole."""
+        """Return the pipeline's outputs for encoded images. ``decode``: encoded → decoded whole."""
         raise NotImplementedError
 
     def run(self, blobs: Sequence[bytes], *, hardware: bool = False, **arguments: np.ndarray) -> Sequence:
@@ -173,18 +176,20 @@ class _Graph:
         )
         with pipe:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            pipe.set_outputs(*self.define(encoded, lambda encoded, exif: self._decoded(encoded, exif, hardware)))
+            pipe.set_outputs(*self.define(encoded, lambda encoded: self._decoded(encoded, hardware)))
         pipe.build()
         return pipe
 
-    def _decoded(self, encoded: dali.data_node.DataNode, exif: str, hardware: bool) -> dali.data_node.DataNode:
+    def _decoded(self, encoded: dali.data_node.DataNode, hardware: bool) -> dali.data_node.DataNode:
         where = {"device": "mixed", "hw_decoder_load": 1.0 if hardware else 0.0} if self.gpu else {"device": "cpu"}
-        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=exif == "apply", jpeg_fancy_upsampling=True, **where)
+        return fn.decoders.image(
+            encoded, output_type=types.RGB, adjust_orientation=self.settings.exif == "apply", jpeg_fancy_upsampling=True, **where
+        )
 
     def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
         """Find the image that can't be decoded alone, on the CPU or on the renderer's own backend: its place, and whether only a GPU refuses it."""
         for backend in dict.fromkeys(("cpu", self.backend)):
-            look = WholeDecode("ignore", backend)
+            look = WholeDecode(RenderSettings(backend=backend))
             for place, blob in enumerate(blobs):
                 if look(blob) is None:
                     return place, backend != "cpu"
@@ -199,22 +204,19 @@ class CropRenderer(_Graph):
         sizes: Sequence[int],
         views: int,
         batch_size: int,
+        settings: RenderSettings,
         *,
-        interpolation: str,
-        exif: str,
-        backend: str = "cpu",
-        threads: int | None = None,
         pinned: bool = False,
     ) -> None:
-        super().__init__(batch_size, threads_for(threads), backend, pinned=pinned)
-        self.sizes, self.views, self.interpolation, self.exif = sorted(set(sizes)), views, interpolation, exif
+        super().__init__(batch_size, settings, pinned=pinned)
+        self.sizes, self.views = sorted(set(sizes)), views
 
     def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
         def argument(name: str, dtype: types.DALIDataType, ndim: int) -> dali.data_node.DataNode:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
         outputs = []
-        image = None if self.views == 1 and not self.gpu else decode(encoded, self.exif)
+        image = None if self.views == 1 and not self.gpu else decode(encoded)
         for view in range(self.views):
             start, shape = argument(f"start{view}", types.INT32, 1), argument(f"shape{view}", types.INT32, 1)
             flip = argument(f"flip{view}", types.INT32, 0)
@@ -225,13 +227,13 @@ class CropRenderer(_Graph):
                     shape=shape,
                     axes=[0, 1],
                     output_type=types.RGB,
-                    adjust_orientation=self.exif == "apply",
+                    adjust_orientation=self.settings.exif == "apply",
                     jpeg_fancy_upsampling=True,
                 )
             else:
                 cut = fn.slice(image, start=start, shape=shape, axes=[0, 1])
             for size in self.sizes:
-                resized = fn.resize(cut, size=[size, size], interp_type=_INTERPOLATION[self.interpolation], antialias=True)
+                resized = fn.resize(cut, size=[size, size], interp_type=_INTERPOLATION[self.settings.interpolation], antialias=True)
                 outputs.append(fn.flip(resized, horizontal=flip))
         return outputs
 
@@ -268,17 +270,15 @@ class CentreRenderer(_Graph):
         self,
         looks: Sequence[tuple[int, str]],
         batch_size: int,
+        settings: RenderSettings,
         *,
-        exif: str,
-        backend: str = "cpu",
-        threads: int | None = None,
         pinned: bool = False,
     ) -> None:
-        super().__init__(batch_size, threads_for(threads), backend, pinned=pinned)
-        self.looks, self.exif = sorted(set(looks)), exif
+        super().__init__(batch_size, settings, pinned=pinned)
+        self.looks = sorted(set(looks))
 
     def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
-        image = decode(encoded, self.exif)
+        image = decode(encoded)
         outputs = []
         for i, (size, interpolation) in enumerate(self.looks):
             whole = fn.external_source(name=f"whole{i}", dtype=types.FLOAT, ndim=1)
@@ -305,9 +305,8 @@ class _OneImage(_Graph):
     """Looks at one image. One a pipeline, and a pipeline a thread: destroying a pipeline in which one image of several has failed crashes DALI 2.4
     (a segmentation fault within a few dozen failures, measured), while its other images are still being decoded."""
 
-    def __init__(self, exif: str, backend: str = "cpu") -> None:
-        super().__init__(1, 1, backend)
-        self.exif = exif
+    def __init__(self, settings: RenderSettings) -> None:
+        super().__init__(1, replace(settings, threads=1))
 
     def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
         return 0, self.gpu
@@ -317,7 +316,7 @@ class Header(_OneImage):
     """What the decoder will take an image's size to be, from its header alone."""
 
     def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
-        return [fn.peek_image_shape(encoded, adjust_orientation=self.exif == "apply")]
+        return [fn.peek_image_shape(encoded, adjust_orientation=self.settings.exif == "apply")]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
         """(height, width) in pixels; None if DALI knows no such image."""
@@ -332,7 +331,7 @@ class WholeDecode(_OneImage):
     """Decodes an image whole, for what that tells: height and width, or that the bytes are no image."""
 
     def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
-        return [decode(encoded, self.exif)]
+        return [decode(encoded)]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
         """(height, width) of the decoded image; None if it can't be decoded whole."""

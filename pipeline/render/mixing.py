@@ -18,3 +18,8 @@ def paste(pixels: torch.Tensor, others: torch.Tensor, place: np.ndarray, box: np
         if bottom > top and right > left:
             onto[i, top:bottom, left:right] = source[other, top:bottom, left:right]
     return mixed
+
+
+def paste_all(pixels: dict[int, torch.Tensor], here: slice, place: np.ndarray, rectangle: np.ndarray) -> dict[int, torch.Tensor]:
+    """Mix the crops at ``here`` of each output size (``paste``). place, rectangle: of these crops."""
+    return {size: paste(p[here], p, place, rectangle) for size, p in pixels.items()}

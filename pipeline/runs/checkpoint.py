@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from safetensors.torch import save_file
 
 from cache.system.durable import write
 from pipeline.models.model import METADATA, Model
-from pipeline.runs.folder import RunError
 
 
 def save_model(path: Path, model: Model, facts: dict) -> None:
@@ -36,15 +34,3 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
 def save_state(path: Path, state: dict) -> None:
     """Everything that a run needs to go on: tensors, numbers and strings only."""
     write(path, lambda scratch: torch.save(state, scratch))
-
-
-def load_state(path: Path) -> dict | None:
-    """None if there is nothing to go on from. Raises RunError if the file is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
-        raise RunError(
-            f"{path} is damaged ({shorten(str(error), 120, placeholder=' …')}); choose another --out, or delete that folder to start again"
-        ) from None

@@ -19,8 +19,8 @@ from cache.system import durable
 from pipeline.config import Config
 from pipeline.config_file import flat
 from pipeline.runs.curves import COLOURS, furnish, grid, line, small_multiples
-from pipeline.runs.folder import RunError, config_of, metrics_of
-from pipeline.runs.metrics import CURVES, best_of, labels_of, points
+from pipeline.runs.folder import RunError, RunFolder
+from pipeline.runs.metrics import CURVES, best_of, images_of, labels_of, points
 from pipeline.runtime.progress import duration, results
 
 STYLES = ("-", "--", "-.", ":")  # with seven colours, 28 runs look different each
@@ -38,7 +38,8 @@ def compare(runs: Sequence[Path]) -> dict:
     if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
         raise RunError(f"{twice} is named twice; name each run once")
     names = _names(folders)
-    configs, histories = [config_of(folder) for folder in folders], [metrics_of(folder / "metrics.jsonl") for folder in folders]
+    read = [RunFolder(folder, "leave this run out, or bring the file back") for folder in folders]
+    configs, histories = [run.config() for run in read], [run.metrics() for run in read]
     return {
         "runs": [
             {"name": name, "path": str(folder), **_facts(config, metrics)}
@@ -64,7 +65,7 @@ def _names(folders: list[Path]) -> list[str]:
 def _facts(config: Config, metrics: list[dict]) -> dict:
     last, best = metrics[-1], best_of(metrics)
     seconds = sum(m["seconds"] for m in metrics)
-    images = sum(m.get("images") or m["images_per_second"] * m["seconds"] for m in metrics)
+    images = sum(images_of(m) for m in metrics)
     return {
         "student": config.student.model if config.student else None,
         "labels": labels_of(config),

@@ -42,6 +42,11 @@ def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in found], [value for _, value in found]
 
 
+def images_of(one: dict) -> float:
+    """Crops that the student saw in a pass; of runs of an older version, which didn't note them, worked out from the speed."""
+    return one.get("images") or one["images_per_second"] * one["seconds"]
+
+
 def best_of(metrics: Sequence[dict]) -> tuple[int, float] | None:
     """Epochs done and top-1 of best.safetensors: the newest of the best. None without validation."""
     epochs, top1 = points(metrics, "val_top1")

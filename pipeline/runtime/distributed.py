@@ -22,6 +22,7 @@ from torch import distributed, nn
 from cache.errors import MealError
 from cache.system.signals import check
 from pipeline.runtime import progress
+from pipeline.runtime.malloc import keep_freed_memory
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # with process 0, which may decode a whole data set meanwhile; a process that dies is noticed at once
@@ -29,6 +30,27 @@ STALL = timedelta(minutes=30)  # with the others in a step, while one's disk doe
 # DistributedDataParallel is to leave buffers alone: BatchNorm's are averaged at an epoch's end. Of two names for that, a newer torch warns of the old one.
 _KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
 _ALONE = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _KNOWN): False}
+
+
+class DeviceError(MealError):
+    """A device that this machine doesn't have."""
+
+
+def own_device(name: str | None = None) -> torch.device:
+    """Return the device that this process is to work on: "cpu", or "cuda", which is this process's GPU under torchrun; by default a GPU if there is one.
+
+    Has the C library keep freed memory too (``keep_freed_memory``), since loader and models work in large blocks. Raises DeviceError.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi")
+    keep_freed_memory()
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if place >= count:
+        raise DeviceError(f"torchrun starts process {place} on a machine with {count} GPUs; use --nproc-per-node {count}")
+    torch.cuda.set_device(place)
+    return torch.device("cuda")
 
 
 class Elsewhere(MealError):

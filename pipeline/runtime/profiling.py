@@ -36,11 +36,17 @@ class Clock:
     that costs some speed, and is for --profile."""
 
     def __init__(self, device: torch.device | None = None, *, exact: bool = False) -> None:
+        self.exact = exact
         self.seconds: dict[str, float] = defaultdict(float)
         self.lock = threading.Lock()
         self.settle: Callable[[], object] = (
             torch.cuda.synchronize if exact and device is not None and device.type == "cuda" else lambda: None
         )
+        self.begun = time.perf_counter()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self.seconds.clear()
         self.begun = time.perf_counter()
 
     @contextmanager

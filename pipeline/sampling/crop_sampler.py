@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import numpy as np
 
+from cache.format.crops import BoxesAndFlips, Crops, Mixes
 from cache.format.manifest import USABLE, Images
-from pipeline.config import Crops
+from pipeline.config import CropPolicy
 from pipeline.sampling import cutmix, philox, random_crop
 
 
 class CropSampler:
-    def __init__(self, policy: Crops, images: Images, shard_rows: int) -> None:
+    def __init__(self, policy: CropPolicy, images: Images, shard_rows: int) -> None:
         self.policy, self.images, self.shard_rows = policy, images, shard_rows
         self.identity = philox.identities(images.path)  # uint64 [images]
 
-    def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
         """int64 [n] rows → boxes int32 [n, 4] (top, left, height, width in pixels) and flips bool [n]; zeros where the image is unusable."""
         boxes, flips = np.zeros((len(rows), 4), np.int32), np.zeros(len(rows), bool)
         good = np.flatnonzero(self.images.status[rows] == USABLE)
         of = rows[good]
         boxes[good], flips[good] = random_crop.draw(self.policy, self.identity[of], self.images.height[of], self.images.width[of], view)
-        return boxes, flips
+        return BoxesAndFlips(boxes, flips)
 
-    def mixes(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def mixes(self, view: int, rows: np.ndarray) -> Mixes:
         """int64 [n] rows → rows of the partners int32 [n], -1 for none, and rectangles float32 [n, 4] (``cutmix.boxes``). The policy must mix."""
         seed = self.policy.seed
         partner = np.empty(len(rows), np.int32)
@@ -39,4 +40,8 @@ class CropSampler:
         box = cutmix.boxes(self.policy.cutmix, seed, self.identity[rows], view)
         partner[(partner == rows) | ~box.any(axis=1)] = -1
         box[partner < 0] = 0
-        return partner, box
+        return Mixes(partner, box)
+
+    def whole_crops(self, view: int, rows: np.ndarray) -> Crops:
+        """int64 [n] rows → their crops, with CutMix what is pasted into them too."""
+        return Crops(*self.crops(view, rows), *(self.mixes(view, rows) if self.policy.cutmix else ()))

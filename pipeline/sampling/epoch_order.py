@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cache.format.manifest import printable_paths
-from pipeline.config import Crops
+from pipeline.config import CropPolicy
 from pipeline.sampling import philox
 from pipeline.sampling.cutmix import GROUP
 
@@ -25,7 +25,7 @@ WINDOW_BLOCKS = 64  # of about 1 MiB each: what is shuffled together, and held i
 FEWEST_BLOCKS = 4
 
 
-def blocks_of(chunk_rows: int, shard_rows: int, policy: Crops) -> tuple[int, int]:
+def blocks_of(chunk_rows: int, shard_rows: int, policy: CropPolicy) -> tuple[int, int]:
     """(rows of a block, blocks of a window) for reading and shuffling: a chunk is a block; with CutMix a block holds whole groups of partners."""
     if policy.cutmix is None:
         return chunk_rows, WINDOW_BLOCKS

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config import Crops
+from pipeline.config import CropPolicy
 from pipeline.sampling import philox
 
 TRIES = 10
 
 
-def draw(policy: Crops, identity: np.ndarray, height: np.ndarray, width: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(policy: CropPolicy, identity: np.ndarray, height: np.ndarray, width: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
     """Crops of one view.
 
     identity: uint64 [n] (philox.identities of the paths); height, width: int [n], pixels of the decoded images, 1 or more.

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.config import CutMix, Render
+from cache.format.crops import BoxesAndFlips, Crops, Mixes
+from pipeline.config import CutMix, Train
 from pipeline.images.reader import Reader, naming
-from pipeline.render import mixing
 from pipeline.render.dali import CropRenderer, Rendered
+from pipeline.render.mixing import paste_all
 from pipeline.runtime.device_transfer import Sender, Sent
-from pipeline.runtime.profiling import Clock
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.threads import ahead
 from pipeline.sampling import cutmix, philox
 from pipeline.sampling.epoch_order import FEWEST_BLOCKS, batch_sizes, epoch_windows, side_by_side
@@ -53,49 +53,69 @@ class Batch:
         return len(self) * self.world / (self.total * self.copies)
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How an epoch is cut into batches.
+
+    batch_size: crops of a global batch. seed: of the order. crops_per_image: how many views of each image are in a batch (FKD, arXiv 2112.01528): an epoch's
+    pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch.
+    """
+
+    batch_size: int
+    seed: int
+    crops_per_image: int = 1
+    mix: CutMix | None = None
+
+    @classmethod
+    def of(cls, recipe: Train) -> Batching:
+        """Take it from a config's section."""
+        return cls(recipe.batch_size, recipe.seed, recipe.crops_per_image, recipe.cutmix)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that are shuffled together, in the epoch's order, and all that the source knows of them."""
+
+    rows: np.ndarray  # int64 [n]
+    labels: np.ndarray | None  # codes [views, n, classes]
+    crops: Crops  # [views, n]; partner: the row itself where nothing is pasted
+    theirs: BoxesAndFlips | None  # [views, n], the partners' own crops; with the source's CutMix only
+
+    def take(self, places: np.ndarray | slice) -> Window:
+        labels = None if self.labels is None else self.labels[:, places]
+        theirs = None if self.theirs is None else BoxesAndFlips(*(column[:, places] for column in self.theirs))
+        return Window(self.rows[places], labels, self.crops.take(places), theirs)
+
+    def join(self, other: Window) -> Window:
+        labels = None if self.labels is None else np.concatenate([self.labels, other.labels], axis=1)
+        theirs = None
+        if self.theirs is not None:
+            theirs = BoxesAndFlips(*(np.concatenate(pair, axis=1) for pair in zip(self.theirs, other.theirs, strict=True)))
+        return Window(np.concatenate([self.rows, other.rows]), labels, Crops.join([self.crops, other.crops]), theirs)
+
+
 class Replay:
     """Epochs of a source as batches: the same sequence of global batches for every number of processes.
 
-    sizes: output sizes in pixels, the first one the student's. batch_size: crops of a global batch. crops_per_image: how many views of each image
-    are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch.
-    rank, world: which of how many processes this is, each of which has a part of every batch. device: where the tensors are to be.
+    sizes: output sizes in pixels, the first one the student's. execution: where the tensors are to be, and the processes, each of which has a part of every
+    batch.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        *,
-        sizes: Sequence[int],
-        batch_size: int,
-        seed: int,
-        rendering: Render,
-        crops_per_image: int = 1,
-        mix: CutMix | None = None,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | None = None,
-        clock: Clock | None = None,
-    ) -> None:
-        self.source, self.size, self.seed, self.mix, self.rank, self.world = source, sizes[0], seed, mix, rank, world
-        self.send, self.clock = Sender(device or torch.device("cpu")), clock or Clock()
-        self.views = crops_per_image
+    def __init__(self, source: Source, sizes: Sequence[int], batching: Batching, execution: Execution | None = None) -> None:
+        execution = execution or Execution()
+        self.source, self.size, self.batching = source, sizes[0], batching
+        self.rank, self.world = execution.processes.rank, execution.processes.world
+        self.send, self.clock = Sender(execution.device), execution.clock
+        self.views = batching.crops_per_image
         self.begun: tuple[int, ExitStack, Iterator[Sent[Batch]]] | None = None
-        self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // crops_per_image)
-        self.sizes = batch_sizes(len(source.images.usable), batch_size // crops_per_image)  # in images
+        self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // self.views)
+        self.sizes = batch_sizes(len(source.images.usable), batching.batch_size // self.views)  # in images
         self.class_index = source.images.class_index.astype(np.int64)
-        self.read = Reader(folder, source.images, rendering.threads)
-        self.renderer = CropRenderer(
-            sizes,
-            self.views,
-            max(len(self._mine(size)) for size in self.sizes)
-            * (1 + (self.views if mix or source.policy.cutmix else 0)),  # with partners, at worst
-            interpolation=source.policy.interpolation,
-            exif=source.policy.exif,
-            backend=source.backend,
-            threads=rendering.threads,
-            pinned=self.send.device.type == "cuda" and not (mix or source.policy.cutmix),  # mixed pictures are new tensors
-        )
+        self.read = Reader(source.data.path, source.images, source.settings.threads)
+        mixed = bool(batching.mix or source.policy.cutmix)
+        most = max(len(self._mine(size)) for size in self.sizes) * (1 + self.views * mixed)  # with partners, at worst
+        pinned = execution.on_gpu and not mixed  # mixed pictures are new tensors
+        self.renderer = CropRenderer(sizes, self.views, most, source.settings, pinned=pinned)
 
     def close(self) -> None:
         """End all threads."""
@@ -138,122 +158,128 @@ class Replay:
     def _batches(self, epoch: int) -> Iterator[Sent[Batch]]:
         sizes = iter(self.sizes)
         size = next(sizes, 0)
-        waiting: list[np.ndarray | None] | None = None
+        waiting: Window | None = None
         with ahead(self._windows(epoch), depth=1) as windows, self.send.beside():
             for fresh in windows:
-                waiting = fresh if waiting is None else [_join(pair) for pair in zip(waiting, fresh, strict=True)]
-                while size and len(waiting[0]) >= size:
-                    batch = self._batch(epoch, *(None if column is None else column[:size] for column in waiting))
+                waiting = fresh if waiting is None else waiting.join(fresh)
+                while size and len(waiting.rows) >= size:
+                    batch = self._batch(epoch, waiting.take(slice(size)))
                     with self.clock.part("send"):
                         sent = self.send(batch)
                     yield sent
-                    waiting = [None if column is None else column[size:] for column in waiting]
+                    waiting = waiting.take(slice(size, None))
                     size = next(sizes, 0)
 
-    def _windows(self, epoch: int) -> Iterator[list[np.ndarray | None]]:
-        for rows in epoch_windows(self.source.images.usable, self.source.block_rows, self.seed, epoch, self.window_blocks):
+    def _windows(self, epoch: int) -> Iterator[Window]:
+        source, seed = self.source, self.batching.seed
+        for rows in epoch_windows(source.images.usable, source.block_rows, seed, epoch, self.window_blocks):
             with self.clock.part("labels"):
-                columns = self._columns(epoch, rows)
-            yield columns
+                window = self._window(epoch, rows)
+            yield window
 
-    def _columns(self, epoch: int, rows: np.ndarray) -> list[np.ndarray | None]:
-        """All that the source knows of some rows, in the epoch's order, per view in the second axis: rows [n], labels [n, views, classes] or None,
-        boxes [n, views, 4], flips [n, views]; with the source's CutMix also partner [n, views], box and flip of the partner's crop, and
-        mix_box [n, views, 4]."""
+    def _window(self, epoch: int, rows: np.ndarray) -> Window:
+        """All that the source knows of some rows, in the epoch's order; with CutMix partners come next to each other."""
         source = self.source
         views = [(epoch + j) % source.views for j in range(self.views)]
         mixes = [source.mixes(view, rows) for view in views] if source.policy.cutmix else []
         if mixes and self.views == 1:
-            order = side_by_side(rows, mixes[0][0])
-            rows, mixes = rows[order], [tuple(column[order] for column in mixes[0])]
-        columns: list[list] = []
-        for j, view in enumerate(views):
-            column = [source.labels(view, rows), *source.crops(view, rows)]
-            if mixes:
-                partner, mix_box = mixes[j]
-                partner = np.where(partner < 0, rows, partner)
-                column += [partner, *source.crops(view, partner), mix_box]
-            columns.append(column)
-        return [rows, *(None if per_view[0] is None else _stacked(per_view) for per_view in zip(*columns, strict=True))]
-
-    def _batch(
-        self, epoch: int, rows: np.ndarray, labels: np.ndarray | None, boxes: np.ndarray, flips: np.ndarray, *mixes: np.ndarray
-    ) -> Batch:
-        """This process's part of a global batch."""
-        mine, total, copies = self._mine(len(rows)), len(rows) * self.views, self.world if self._is_small(len(rows)) else 1
-        by_area = None
-        if self.mix:  # neighbours in the batch, which is in a random order
-            mate = cutmix.pairs(np.arange(len(rows)))
-            identity = philox.identities(self.source.images.path[rows])
-            drawn = [cutmix.boxes(self.mix, self.seed, identity, epoch + j) for j in range(self.views)]
-            mixes = (np.repeat(rows[mate][:, None], self.views, axis=1), boxes[mate], flips[mate], np.stack(drawn, axis=1))
-            by_area = None if labels is None else _flat(labels[mate][mine])
-        labels = None if labels is None else torch.from_numpy(_flat(labels[mine]))
-        mixes = tuple(column[mine] for column in mixes)
-        rows, boxes, flips = rows[mine], boxes[mine], flips[mine]
-        mixed = None
+            order = side_by_side(rows, mixes[0].partner)
+            rows, mixes = rows[order], [Mixes(*(column[order] for column in mixes[0]))]
+        labels = [source.labels(view, rows) for view in views]
+        crops = [source.crops(view, rows) for view in views]
+        stacked = None if labels[0] is None else _stacked(labels)
         if not mixes:
-            pixels = {size: p.flatten(0, 1) for size, p in self._render(rows, boxes, flips).all_views.items()}
+            return Window(rows, stacked, Crops.stack([Crops(*crop) for crop in crops]), None)
+        partners = [np.where(mix.partner < 0, rows, mix.partner) for mix in mixes]
+        theirs = [source.crops(view, partner) for view, partner in zip(views, partners, strict=True)]
+        own = [Crops(*crop, partner, mix.rectangle) for crop, partner, mix in zip(crops, partners, mixes, strict=True)]
+        return Window(rows, stacked, Crops.stack(own), BoxesAndFlips(*(_stacked(column) for column in zip(*theirs, strict=True))))
+
+    def _batch(self, epoch: int, whole: Window) -> Batch:
+        """This process's part of a global batch."""
+        n = len(whole.rows)
+        mine, total, copies = self._mine(n), n * self.views, self.world if self._is_small(n) else 1
+        by_area = None
+        if self.batching.mix:
+            whole, by_area = self._with_neighbours(epoch, whole)
+            by_area = None if by_area is None else torch.from_numpy(_flat(by_area[:, mine]))
+        part = whole.take(mine)
+        labels = None if part.labels is None else torch.from_numpy(_flat(part.labels))
+        mixed = None
+        if part.theirs is None:
+            views = self._render(part.rows, part.crops.boxes, part.crops.flips).all_views
+            pixels = {size: p.flatten(0, 1) for size, p in views.items()}
         else:
-            partner, their_boxes, their_flips, mix_box = mixes
-            partner = np.where(mix_box.any(axis=2), partner, rows[:, None])
-            shown, boxes, flips, at = with_partners(rows, boxes, flips, partner, their_boxes, their_flips)
-            views = self._render(shown, boxes, flips)
-            with self.clock.part("mix"):
-                views = [
-                    {size: mixing.paste(p[: len(rows)], p, at[:, j], mix_box[:, j]) for size, p in view.items()}
-                    for j, view in enumerate(views)
-                ]
-            pixels = {size: torch.cat([view[size] for view in views]) if len(views) > 1 else views[0][size] for size in views[0]}
+            rectangle = part.crops.rectangle
+            partner = np.where(rectangle.any(axis=2), part.crops.partner, part.rows)
+            pixels = self._mixed_pixels(part, partner)
             mixed = Mixed(
-                torch.from_numpy(cutmix.area(_flat(mix_box), self.size)),
+                torch.from_numpy(cutmix.area(_flat(rectangle), self.size)),
                 torch.from_numpy(self.class_index[_flat(partner)]),
-                None if by_area is None else torch.from_numpy(by_area),
+                by_area,
             )
-        classes = torch.from_numpy(np.tile(self.class_index[rows], self.views))
-        return Batch(rows, pixels, labels, classes, mixed, total, self.world, copies)
+        classes = torch.from_numpy(np.tile(self.class_index[part.rows], self.views))
+        return Batch(part.rows, pixels, labels, classes, mixed, total, self.world, copies)
+
+    def _with_neighbours(self, epoch: int, whole: Window) -> tuple[Window, np.ndarray | None]:
+        """Pair neighbours in a global batch, which is in a random order, for CutMix by area: the batch with partners, and the partners' codes [views, n,
+        classes], if there are labels."""
+        rows, crops = whole.rows, whole.crops
+        mate = cutmix.pairs(np.arange(len(rows)))
+        identity = philox.identities(self.source.images.path[rows])
+        batching = self.batching
+        drawn = np.stack([cutmix.boxes(batching.mix, batching.seed, identity, epoch + j) for j in range(self.views)])
+        partner = np.repeat(rows[mate][None], self.views, axis=0)
+        theirs = crops.take(mate)
+        mixed = Window(rows, whole.labels, Crops(crops.boxes, crops.flips, partner, drawn), BoxesAndFlips(theirs.boxes, theirs.flips))
+        return mixed, None if whole.labels is None else whole.labels[:, mate]
+
+    def _mixed_pixels(self, part: Window, partner: np.ndarray) -> dict[int, torch.Tensor]:
+        """Render a part of a batch with the partners [views, n] of its crops, and paste: output size → uint8 [views · n, size, size, 3]."""
+        shown, crops, at = with_partners(part.rows, part.crops, partner, part.theirs)
+        views = self._render(shown, crops.boxes, crops.flips)
+        own = slice(len(part.rows))
+        with self.clock.part("mix"):
+            mixed = [paste_all(view, own, at[j], part.crops.rectangle[j]) for j, view in enumerate(views)]
+        return {size: torch.cat([view[size] for view in mixed]) if len(mixed) > 1 else mixed[0][size] for size in mixed[0]}
 
     def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> Rendered:
-        """Boxes [n, views, 4] and flips [n, views] of some rows → per view: output size → uint8 [n, size, size, 3]."""
+        """Boxes [views, n, 4] and flips [views, n] of some rows → per view: output size → uint8 [n, size, size, 3]."""
         with self.clock.part("read"):
             blobs = self.read(rows)
         with self.clock.part("render"), naming(self.source.images, rows):
-            return self.renderer(blobs, boxes.swapaxes(0, 1), flips.swapaxes(0, 1))
+            return self.renderer(blobs, boxes, flips)
 
 
 def with_partners(
-    rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray, partner: np.ndarray, their_boxes: np.ndarray, their_flips: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rows: np.ndarray, crops: Crops, partner: np.ndarray, theirs: BoxesAndFlips
+) -> tuple[np.ndarray, BoxesAndFlips, np.ndarray]:
     """What to render for a batch with CutMix: its rows, and behind them those partners that aren't among them, each once.
 
-    rows [n]; boxes [n, views, 4] and flips [n, views] of their crops; partner [n, views] rows, with box and flip of the partner's crop.
-    Returns rows, boxes and flips of all that is needed, and int64 [n, views]: at which of these places each partner is.
+    rows [n]; crops [views, n]; partner [views, n] rows, and ``theirs``, the partners' own crops [views, n].
+    Returns rows, boxes and flips of all that is needed, and int64 [views, n]: at which of these places each partner is.
     """
-    views = partner.shape[1]
     absent, first = np.unique(partner, return_index=True)
     new = ~np.isin(absent, rows)
-    absent, first = absent[new], np.divmod(first[new], views)
+    absent, first = absent[new], np.divmod(first[new], partner.shape[1])
     shown = np.concatenate([rows, absent])
     sorter = np.argsort(shown)
     at = sorter[np.searchsorted(shown, partner, sorter=sorter)]
     # In a view that doesn't need an image any of its crops will do.
-    more_boxes, more_flips = (np.repeat(column[first][:, None], views, axis=1) for column in (their_boxes, their_flips))
-    for j in range(views):
-        outside = np.flatnonzero(at[:, j] >= len(rows))
-        more_boxes[at[outside, j] - len(rows), j] = their_boxes[outside, j]
-        more_flips[at[outside, j] - len(rows), j] = their_flips[outside, j]
-    return shown, np.concatenate([boxes, more_boxes]), np.concatenate([flips, more_flips]), at
-
-
-def _join(pair: tuple[np.ndarray | None, np.ndarray | None]) -> np.ndarray | None:
-    return None if pair[0] is None else np.concatenate(pair)
+    boxes, flips = (np.repeat(column[first][None], len(partner), axis=0) for column in theirs)
+    for view, places in enumerate(at):
+        outside = np.flatnonzero(places >= len(rows))
+        boxes[view, places[outside] - len(rows)] = theirs.boxes[view, outside]
+        flips[view, places[outside] - len(rows)] = theirs.flips[view, outside]
+    whole = BoxesAndFlips(np.concatenate([crops.boxes, boxes], axis=1), np.concatenate([crops.flips, flips], axis=1))
+    return shown, whole, at
 
 
 def _stacked(per_view: Sequence[np.ndarray]) -> np.ndarray:
-    """[n, …] a view → [n, views, …]; of one view no copy is made."""
-    return per_view[0][:, None] if len(per_view) == 1 else np.stack(per_view, axis=1)
+    """[n, …] a view → [views, n, …]; of one view no copy is made."""
+    return per_view[0][None] if len(per_view) == 1 else np.stack(per_view)
 
 
 def _flat(column: np.ndarray) -> np.ndarray:
-    """[images, views, …] → [views · images, …], the order of a batch."""
-    return np.ascontiguousarray(column.swapaxes(0, 1).reshape(-1, *column.shape[2:]))
+    """[views, images, …] → [views · images, …], the order of a batch."""
+    return np.ascontiguousarray(column.reshape(-1, *column.shape[2:]))

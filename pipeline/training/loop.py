@@ -11,20 +11,20 @@ from torch import nn
 
 from cache.system import durable
 from pipeline.config import Config
-from pipeline.evaluation import Validation, evaluate
+from pipeline.evaluation import Looking, Validation, evaluate
 from pipeline.models.model import Model, sync_batchnorm
 from pipeline.runs import checkpoint
 from pipeline.runs.curves import Curves
-from pipeline.runs.folder import RunError
+from pipeline.runs.folder import METRICS, STATE, RunError
 from pipeline.runtime.device_transfer import fetched
-from pipeline.runtime.distributed import ALONE, Elsewhere, Processes
+from pipeline.runtime.distributed import Elsewhere
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import in_precision
-from pipeline.runtime.profiling import Clock
 from pipeline.runtime.progress import Progress, duration, say
 from pipeline.runtime.threads import share_the_interpreter
 from pipeline.sampling import philox
 from pipeline.training import losses, schedule
-from pipeline.training.batches import Batch, Replay
+from pipeline.training.batches import Batch, Batching, Replay
 from pipeline.training.losses import Discriminator
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
@@ -71,44 +71,31 @@ class Run:
         student: Model,
         teachers: list[Model],
         source: Source,
-        folder: Path,
         validation: Validation | None,
-        device: torch.device,
-        processes: Processes = ALONE,
-        clock: Clock | None = None,
+        execution: Execution | None = None,
     ) -> None:
-        self.config, self.out, self.student, self.source, self.validation, self.device = config, out, student, source, validation, device
-        self.processes, self.clock = processes, clock or Clock()
+        execution = execution or Execution()
+        self.config, self.out, self.student, self.source, self.validation = config, out, student, source, validation
+        self.execution, self.device, self.processes, self.clock = execution, execution.device, execution.processes, execution.clock
+        self.clock.begin()
         recipe = config.train
-        if recipe.sync_bn and processes.world > 1:
+        if recipe.sync_bn and self.processes.world > 1:
             sync_batchnorm(student)
         groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
         self.discriminator = None
         if recipe.discriminator:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
-                self.discriminator = Discriminator(student.classes, reversal=recipe.discriminator.reversal).to(device)
+                self.discriminator = Discriminator(student.classes, reversal=recipe.discriminator.reversal).to(self.device)
             groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
-        fused = device.type == "cuda"  # one kernel for all weights; on a CPU it would only round otherwise than before
+        fused = execution.on_gpu  # one kernel for all weights; on a CPU it would only round otherwise than before
         self.optimizer = torch.optim.SGD(
             groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused or None
         )
-        self.targets = Targets(config, source, student.classes, device, teachers, processes.world)
+        self.targets = Targets(config, source, teachers, execution)
         self.learner: nn.Module = Learner(student, self.discriminator, self.targets, recipe.precision, recipe.compile)
-        self.replay = Replay(
-            source,
-            folder,
-            sizes=[recipe.image_size, *(teacher.image_size for teacher in teachers)],
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            rendering=config.render,
-            crops_per_image=recipe.crops_per_image,
-            mix=recipe.cutmix,
-            rank=processes.rank,
-            world=processes.world,
-            device=device,
-            clock=self.clock,
-        )
+        sizes = [recipe.image_size, *(teacher.image_size for teacher in teachers)]
+        self.replay = Replay(source, sizes, Batching.of(recipe), execution)
         share_the_interpreter()
         self.epoch = 0
         self.metrics: list[dict] = []
@@ -207,20 +194,15 @@ class Run:
 
     def _validate(self) -> dict:
         self.student.module.eval()
-        result = evaluate(
-            [self.student],
-            self.validation.folder,
-            self.validation.images,
-            self.student.classes,
-            device=self.device,
-            batch_size=min(256, self.config.train.batch_size),
-            exif=self.source.policy.exif,
-            backend=self.source.backend,
-            threads=self.config.render.threads,
+        recipe = self.config.train
+        looking = Looking(
+            self.source.settings,
+            batch_size=min(256, recipe.batch_size),
+            precision="float32" if recipe.precision == "float32" else "tf32",  # which on a CPU is the same
             what="validating",
-            processes=self.processes,
-            precision="float32" if self.config.train.precision == "float32" else "tf32",  # which on a CPU is the same
-        )["models"][0]
+        )
+        validation = self.validation
+        result = evaluate([self.student], validation.data, validation.images, looking=looking, execution=self.execution)["models"][0]
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 
     def _save(self) -> None:
@@ -233,7 +215,7 @@ class Run:
             "labels": self.config.train.labels,
             "source": self.source.identity,
             "teachers": self.source.teachers,
-            "class_names": self.source.class_names,
+            "class_names": list(self.source.data.class_names),
             **({"imported": self.source.imported} if self.source.imported else {}),
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
@@ -241,7 +223,7 @@ class Run:
         if newest.get("val_top1", 0.0) >= max(m.get("val_top1", 0.0) for m in self.metrics):
             checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
-        durable.write(self.out / "metrics.jsonl", lambda scratch: scratch.write_text(lines))
+        durable.write(self.out / METRICS, lambda scratch: scratch.write_text(lines))
         state = {
             "model": self.student.module.state_dict(),
             "discriminator": self.discriminator.state_dict() if self.discriminator else None,
@@ -251,7 +233,7 @@ class Run:
             "source": self.source.identity,
             "how": self.source.how,
         }
-        checkpoint.save_state(self.out / "state.pt", state)
+        checkpoint.save_state(self.out / STATE, state)
         self.curves.show(self.metrics)
 
     def _summary(self, m: dict) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from cache.format.schema import first_difference
 from pipeline.config import Config
 from pipeline.config_file import flat
-from pipeline.runs import checkpoint
 from pipeline.runs.curves import EVENTS, PICTURE
-from pipeline.runs.folder import SCANS, RunError, _lines, started_config
+from pipeline.runs.folder import CONFIG, METRICS, SCANS, STATE, RunError, RunFolder
 from pipeline.training.source import Source, StoredLabels
 
 FREE_KEYS = (
@@ -26,26 +23,28 @@ FREE_KEYS = (
 
 def views_of_run(out: Path) -> int | None:
     """How many views the run in ``out`` replays, if there is one: a store that has grown since must not change it."""
-    if not (out / "state.pt").exists():
+    run = RunFolder(out)
+    if not (out / STATE).exists():
         return None
     try:
-        return yaml.safe_load((out / "config.yaml").read_text())["train"]["views"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return run.config().train.views
+    except RunError:  # which is told when the run is gone on with
         return None
 
 
 def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
     """What a run in ``out`` goes on from; None if it is a new one. Raises RunError unless what is there is a part of this very run."""
-    state = checkpoint.load_state(out / "state.pt")
+    run = RunFolder(out, "choose another --out")
+    state = run.state()
     if state is None:
         # A kill in the first epoch leaves these.
-        ours = {"config.yaml", *SCANS, "last.safetensors", "best.safetensors", "metrics.jsonl", PICTURE}
+        ours = {CONFIG, *SCANS, "last.safetensors", "best.safetensors", METRICS, PICTURE}
         if out.exists() and any(p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
-        if len(_lines(out / "metrics.jsonl")) > 1:
+        if run.lines() > 1:
             raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
     else:
-        before, now = flat(started_config(out).model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        before, now = flat(run.config().model_dump(mode="json")), flat(config.model_dump(mode="json"))
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(

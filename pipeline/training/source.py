@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from cache import LabelStore
 from cache.errors import StoreError
 from cache.format.codec import CODECS, Codec
+from cache.format.crops import BoxesAndFlips, Mixes
 from cache.format.manifest import Images
 from cache.format.schema import canonical_digest
-from pipeline.config import Config, ConfigError, Crops, CutMix
-from pipeline.images.folders import class_names, require_same_files
-from pipeline.images.scan import scan_for
+from pipeline.config import Config, ConfigError, CropPolicy, CutMix
+from pipeline.images.folders import DataFolder, class_names, require_same_files
+from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
 from pipeline.models.weights import load_teachers
-from pipeline.provenance import layout_of, policy_of, recipe, require_class_count, require_same_classes, require_same_pixels
-from pipeline.runtime.distributed import ALONE, Processes
+from pipeline.provenance.description import layout_of, policy_of, recipe
+from pipeline.provenance.refusals import require_class_count, require_same_classes, require_same_pixels
+from pipeline.render.settings import RenderSettings
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import say
 from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.sampling.epoch_order import blocks_of
@@ -29,87 +31,81 @@ from pipeline.sampling.epoch_order import blocks_of
 
 def choose_source(
     config: Config,
-    folder: Path,
+    data: DataFolder,
     path: Path | None,
-    classes: list[str] | None,
-    device: torch.device,
+    execution: Execution,
     *,
     started_views: int | None = None,
     allow_renderer_difference: bool = False,
-    processes: Processes = ALONE,
     before: Scanned | None = None,
 ) -> tuple[Config, Source, list[Model]]:
-    """The config with what the source decides filled in, the source, checked against the folder, and the teachers if they are to be live. before: what an earlier
-    start found in the folder."""
+    """Choose where crops and labels come from, and check that against the images.
+
+    path: a label store, or None. started_views: views that the run replays, if it was begun before. before: what an earlier start found in the folder. Returns
+    the config with what the source decides filled in, the source, and the teachers if they are to be live.
+    """
+    processes = execution.processes
     if path is not None:
         if config.train.online:
             raise ConfigError("train.online asks live teachers and takes no --store; leave one of them out")
-        filled, source = processes.together(
-            lambda: _from_store(config, folder, path, classes, started_views, allow_renderer_difference, processes.leads)
-        )
-        return filled, source, []
+
+        def chosen() -> tuple[Config, Source]:
+            store = _open_for(config, data, path, look=processes.leads)
+            return _from_store(config, data, store, started_views, allow_renderer_difference)
+
+        return *processes.together(chosen), []
     if config.train.labels == "soft" and not config.train.online:
         raise ConfigError(
             "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard"
         )
-    names = classes or class_names(folder)
-    teachers = processes.together(lambda: load_teachers(config.teachers, device)) if config.train.online else []
+    teachers = processes.together(lambda: load_teachers(config.teachers, execution.device)) if config.train.online else []
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
     if teachers:
-        require_class_count(folder, names, teachers)
-    found = processes.first(lambda: scan_for(folder, names, config, config.crops.exif, before, order_seed=config.crops.seed))
+        require_class_count(data, teachers)
+    settings, seed = RenderSettings.of_config(config), config.crops.seed
+    found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
     how: dict = {}  # what labels depend on, beside the images
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
     if teachers:
-        layout = layout_of(config, len(found), len(names))
-        how = recipe(config, CODECS[config.store.codec], teachers, device) | {"layout": list(layout)}
+        layout = layout_of(config, len(found), len(data.class_names))
+        how = recipe(config, CODECS[config.store.codec], teachers, execution.device) | {"layout": list(layout)}
     if config.train.crops_per_image > views:
         raise ConfigError(
             f"train.crops_per_image is {config.train.crops_per_image} and train.views {views}; raise train.views, or lower train.crops_per_image"
         )
     _say_repeats(config, views)
-    return config, DrawnCrops(found, names, config.crops, config.render.backend, views, layout, how), teachers
+    return config, DrawnCrops(data, found, config.crops, settings, views, layout, how), teachers
 
 
-def _from_store(
-    config: Config,
-    folder: Path,
-    path: Path,
-    classes: list[str] | None,
-    started_views: int | None,
-    allow_renderer_difference: bool,
-    leads: bool,
-) -> tuple[Config, Source]:
-    """leads: whether to look which files are in the folder; one process is enough for that, and each compares what it reads."""
+def _open_for(config: Config, data: DataFolder, path: Path, *, look: bool) -> LabelStore:
+    """Open a store, and refuse one of other images, classes or crops than the command's. look: at which files are in the folder; one process is enough for
+    that, and each compares what it reads."""
     store = LabelStore.open(path)
-    require_same_classes(store, classes, "leave it out, the store knows its classes")
-    folders = class_names(folder)
+    require_same_classes(store, data, "leave it out, the store knows its classes")
+    folders = class_names(data.path)
     foreign = sorted(set(folders) - set(store.class_names))
     if foreign:
         raise StoreError(
-            f"{path} has labels for {store.classes} classes, {folder} has {len(folders)} class folders of which {len(foreign)} are not among them "
+            f"{path} has labels for {store.classes} classes, {data.path} has {len(folders)} class folders of which {len(foreign)} are not among them "
             f"(the first is {foreign[0]}); pass the images that the store was made from, or generate a new store"
         )
-    if leads:
-        require_same_files(folder, store.images, store.class_names, str(path))
+    if look:
+        require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))
     _require_same_policy(config, store)
+    return store
+
+
+def _from_store(
+    config: Config, data: DataFolder, store: LabelStore, started_views: int | None, allow_renderer_difference: bool
+) -> tuple[Config, Source]:
+    """Fill in the config what the store decides, and check views and pixels."""
+    path = store.path
     views = config.train.views or started_views or store.views
-    if views > store.views:
-        raise StoreError(
-            f"train.views is {views} but {path} has {store.views}; extend it with {store.made_by} --views {views}, or lower train.views"
-        )
-    if config.train.crops_per_image > views:
-        repair = "raise train.views" if views < store.views else f"extend it with {store.made_by} --views {config.train.crops_per_image}"
-        raise StoreError(
-            f"train.crops_per_image is {config.train.crops_per_image}, but the run replays {views} of {path}'s views; {repair}, or lower "
-            "train.crops_per_image"
-        )
-    for view in range(min(views, config.train.epochs)):
-        store.require_finished(view)
+    _require_views(config, store, views)
     try:
-        require_same_pixels(store, folder, config.render.threads)
+        require_same_pixels(store, data.path, config.render.threads)
     except StoreError as difference:
         if not allow_renderer_difference:
             raise
@@ -125,7 +121,25 @@ def _from_store(
             "render": config.render.model_copy(update={"backend": store.provenance["renderer"]["backend"]}),
         }
     )
-    return filled, StoredLabels(store, views, hard=config.train.labels == "hard")
+    own = DataFolder(data.path, store.class_names)
+    return filled, StoredLabels(store, own, RenderSettings.of_config(filled), views, hard=config.train.labels == "hard")
+
+
+def _require_views(config: Config, store: LabelStore, views: int) -> None:
+    """Raises StoreError unless the store has so many views, and those that the first epochs replay are finished."""
+    path = store.path
+    if views > store.views:
+        raise StoreError(
+            f"train.views is {views} but {path} has {store.views}; extend it with {store.made_by} --views {views}, or lower train.views"
+        )
+    if config.train.crops_per_image > views:
+        repair = "raise train.views" if views < store.views else f"extend it with {store.made_by} --views {config.train.crops_per_image}"
+        raise StoreError(
+            f"train.crops_per_image is {config.train.crops_per_image}, but the run replays {views} of {path}'s views; {repair}, or lower "
+            "train.crops_per_image"
+        )
+    for view in range(min(views, config.train.epochs)):
+        store.require_finished(view)
 
 
 def _say_repeats(config: Config, views: int) -> None:
@@ -161,23 +175,23 @@ def _plain(value: object) -> object:
 class Source(Protocol):
     """Where crops and labels come from: a label store, or an image folder alone."""
 
+    data: DataFolder
     images: Images
-    class_names: list[str]
     views: int  # epoch e replays view e mod views
     block_rows: int  # rows that are read together
     window_blocks: int  # blocks that are shuffled together
-    policy: Crops
-    backend: str
+    policy: CropPolicy
+    settings: RenderSettings
     identity: str  # of images, classes and labels: what a run is bound to
     codec: Codec | None  # of ``labels``
     how: dict  # what live teachers' labels depend on, beside images and classes
     teachers: list[str]  # timm names with tags of who made the labels; empty if nobody did
     imported: dict | None  # what is known of labels that others made
 
-    def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips: ...
 
-    def mixes(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of partners int32 [n], -1 for none, and rectangles float32 [n, 4]; asked for only if ``policy.cutmix`` is set."""
+    def mixes(self, view: int, rows: np.ndarray) -> Mixes:
+        """What is pasted into the crops; asked for only if ``policy.cutmix`` is set."""
         ...
 
     def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
@@ -188,21 +202,20 @@ class Source(Protocol):
 class StoredLabels:
     """Crops and soft labels of a store; or its crops with hard labels, for a baseline on the same pixels."""
 
-    def __init__(self, store: LabelStore, views: int, *, hard: bool = False) -> None:
-        self.store, self.views, self.hard = store, views, hard
-        self.images, self.class_names = store.images, store.class_names
+    def __init__(self, store: LabelStore, data: DataFolder, settings: RenderSettings, views: int, *, hard: bool = False) -> None:
+        self.store, self.data, self.settings, self.views, self.hard = store, data, settings, views, hard
+        self.images = store.images
         self.policy = policy_of(store)
         self.block_rows, self.window_blocks = blocks_of(store.chunk_rows, store.shard_rows, self.policy)
-        self.backend: str = store.provenance["renderer"]["backend"]
         self.identity = store.identity.hex()
         self.codec, self.how = (None if hard else store.codec), {}
         self.teachers = [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
         self.imported = None if hard else store.provenance.get("imported")
 
-    def crops(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
         return self.store.crops(view, rows)
 
-    def mixes(self, view: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def mixes(self, view: int, rows: np.ndarray) -> Mixes:
         return self.store.mixes(view, rows)
 
     def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
@@ -216,13 +229,20 @@ class DrawnCrops:
     layout: rows of a chunk and of a shard. how: what labels depend on beside images and classes."""
 
     def __init__(
-        self, images: Images, class_names: list[str], policy: Crops, backend: str, views: int, layout: tuple[int, int], how: dict
+        self,
+        data: DataFolder,
+        images: Images,
+        policy: CropPolicy,
+        settings: RenderSettings,
+        views: int,
+        layout: tuple[int, int],
+        how: dict,
     ) -> None:
-        self.images, self.class_names, self.policy, self.backend, self.views = images, class_names, policy, backend, views
+        self.data, self.images, self.policy, self.settings, self.views = data, images, policy, settings, views
         self.block_rows, self.window_blocks = blocks_of(*layout, policy)
-        self.plan = CropSampler(policy, images, layout[1])
-        self.crops, self.mixes = self.plan.crops, self.plan.mixes
-        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": class_names}).hex()
+        sampler = CropSampler(policy, images, layout[1])
+        self.crops, self.mixes = sampler.crops, sampler.mixes
+        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": list(data.class_names)}).hex()
         self.codec, self.how = None, how
         self.teachers, self.imported = [teacher["model"] for teacher in how.get("teachers", ())], None
 

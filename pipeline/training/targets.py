@@ -10,6 +10,7 @@ from torch import nn
 from cache.format.codec import CODECS, Codec
 from pipeline.config import Config
 from pipeline.models.model import Model, ensemble
+from pipeline.runtime.execution import Execution
 from pipeline.training import losses
 from pipeline.training.batches import Batch
 from pipeline.training.source import Source
@@ -46,14 +47,17 @@ class Goal:
 class Targets:
     """Goals of batches, which are on the training device, and the student's loss towards them."""
 
-    def __init__(self, config: Config, source: Source, classes: int, device: torch.device, teachers: list[Model], world: int = 1) -> None:
-        self.recipe, self.classes, self.teachers = config.train, classes, teachers
+    def __init__(self, config: Config, source: Source, teachers: list[Model], execution: Execution) -> None:
+        self.recipe, self.classes, self.teachers = config.train, len(source.data.class_names), teachers
         # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be larger than a process's part of a batch.
-        self.pieces, self.precision = min(config.store.batch_size, -(-config.train.batch_size // world)), config.store.precision
+        self.pieces, self.precision = (
+            min(config.store.batch_size, -(-config.train.batch_size // execution.processes.world)),
+            config.store.precision,
+        )
         codec = source.codec or CODECS[config.store.codec]
         self.floor = codec.floor
         self.soft = self.recipe.labels == "soft"
-        self.decode = Decoder(CODECS["float32"] if teachers else codec, device)
+        self.decode = Decoder(CODECS["float32"] if teachers else codec, execution.device)
 
     def __call__(self, batch: Batch) -> Goal:
         mixed = batch.mixed

@@ -5,85 +5,48 @@ from __future__ import annotations
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-import torch
-
 from cache.format.manifest import USABLE, Images
 from cache.system import durable
 from cache.system.claims import claim, claims_of
 from pipeline.config import Config, ConfigError
 from pipeline.evaluation import Validation
-from pipeline.images import folders
-from pipeline.images.folders import DataError, is_split, split_folder
-from pipeline.images.scan import scan_for
+from pipeline.images.folders import DataError, DataFolder, is_split, split_folder
+from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
+from pipeline.models.model import Model
 from pipeline.models.weights import load
-from pipeline.runs.folder import SCANS, RunError
+from pipeline.runs.folder import CONFIG, SCANS, RunError
 from pipeline.runtime.distributed import ALONE, Processes
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import fixed_shapes, require_precision
-from pipeline.runtime.profiling import TRAINING, Clock, advice_on_training, report
+from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
-from pipeline.training import resume
 from pipeline.training.loop import Run
+from pipeline.training.resume import state_of_run, views_of_run
 from pipeline.training.source import Source, choose_source
-
-
-def find_validation(
-    data: Path, other: Path | None, source: Source, config: Config, processes: Processes = ALONE, before: Scanned | None = None
-) -> Validation | None:
-    """DATA/val, or the folder that the user named; None if there is neither. before: what an earlier start found there."""
-    folder = processes.together(lambda: _validation_folder(data, other))
-    if not processes.first(lambda: folder is not None):
-        say("no validation: the data has no val/, and no --val-data was given")
-        return None
-    return Validation(
-        processes.together(lambda: _required(folder, data)), processes.first(lambda: _to_validate_on(folder, source, config, before))
-    )
-
-
-def _validation_folder(data: Path, other: Path | None) -> Path | None:
-    if other is not None:
-        if not other.is_dir():
-            raise DataError(f"--val-data {other} is no folder; it must hold class folders, or val/ with them")
-        return split_folder(other, "val")
-    return split_folder(data, "val") if is_split(data, "val") else None
-
-
-def _required(folder: Path | None, data: Path) -> Path:
-    if folder is None:
-        raise DataError(f"{data} has no val/ here, and has one where the first process runs; put it on every machine")
-    return folder
-
-
-def _to_validate_on(folder: Path, source: Source, config: Config, before: Scanned | None) -> Images:
-    found = scan_for(folder, source.class_names, config, source.policy.exif, before)
-    if not (found.status == USABLE).any():
-        raise DataError(f"{folder} holds no image to validate on")
-    return found
 
 
 def train(
     config: Config,
-    data: Path,
+    data: DataFolder,
     out: Path,
     *,
     store: Path | None = None,
-    classes: list[str] | None = None,
     validation: Path | None = None,
-    device: torch.device,
+    execution: Execution | None = None,
     allow_renderer_difference: bool = False,
-    processes: Processes = ALONE,
-    profile: bool = False,
 ) -> dict:
     """Train a student and leave it in ``out``; go on from the last finished epoch if ``out`` holds a part of this very run.
 
-    store: the label store; needed for soft labels. classes: a class map, where there is no store. validation: another folder to validate on
-    than ``data``/val. processes: those that train together, each with its part of every batch; the first one writes. profile: say at the end where the time went, and what to change.
+    data: the images; its class map counts where there is no store. store: the label store; needed for soft labels. validation: another folder to validate on
+    than val/ of the folder that the user named. execution: with several processes, each has its part of every batch, and the first one writes.
     Returns the last epoch's metrics. Raises MealError for whatever the user can mend.
     """
+    execution = execution or Execution()
     if config.student is None:
         raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
-    processes.together(lambda: _require_possible(config, processes, device))
-    folder, out = folders.split_folder(data, "train"), out.absolute()
+    processes, out = execution.processes, out.absolute()
+    processes.together(lambda: _require_possible(config, execution))
     if any(part.is_file() for part in (out, *out.parents)):
         raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
@@ -91,46 +54,85 @@ def train(
         scans = [Scanned(out / name) for name in SCANS]
         config, source, teachers = choose_source(
             config,
-            folder,
+            data,
             store,
-            classes,
-            device,
-            started_views=processes.first(lambda: resume.views_of_run(out)),
+            execution,
+            started_views=processes.first(lambda: views_of_run(out)),
             allow_renderer_difference=allow_renderer_difference,
-            processes=processes,
             before=scans[0],
         )
         if len(source.images.usable) < 2:
-            raise DataError(f"{folder} holds {len(source.images.usable)} usable images; training needs two or more")
-        state = processes.first(lambda: resume.state_of_run(out, config, source))
-        validated = find_validation(data, validation, source, config, processes, scans[1])
-        student = processes.together(
-            lambda: load(config.student, classes=len(source.class_names), image_size=config.train.image_size, seed=config.train.seed)
-        )
-        student.interpolation = source.policy.interpolation
+            raise DataError(f"{data.path} holds {len(source.images.usable)} usable images; training needs two or more")
+        state = processes.first(lambda: state_of_run(out, config, source))
+        validated = find_validation(data, validation, source, processes, scans[1])
+        student = processes.together(lambda: _student(config, source))
         for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
         processes.first(lambda: _make_folder(out, config, scans))
-        run = processes.together(
-            lambda: Run(
-                config, out, student.to(device), teachers, source, folder, validated, device, processes, Clock(device, exact=profile)
-            )
-        )
+        run = processes.together(lambda: Run(config, out, student.to(execution.device), teachers, source, validated, execution))
         run.learner = processes.joined(run.learner)
         with closing(run.replay), fixed_shapes():
             if state is not None:
                 run.restore(state)
-            if run.epoch >= config.train.epochs:
-                say(f"{out} has its {run.epoch} epochs already; a larger --epochs goes on")
-            while run.epoch < config.train.epochs:
-                run.train_pass()
-            if profile:
-                for line in report(run.clock, TRAINING, advice_on_training(run.clock, config, device)):
-                    say(line)
-            return run.metrics[-1]
+            return _train_epochs(run)
 
 
-def _require_possible(config: Config, processes: Processes, device: torch.device) -> None:
+def _student(config: Config, source: Source) -> Model:
+    recipe = config.train
+    student = load(config.student, classes=len(source.data.class_names), image_size=recipe.image_size, seed=recipe.seed)
+    student.interpolation = source.policy.interpolation
+    return student
+
+
+def _train_epochs(run: Run) -> dict:
+    """Train until the run has all its epochs. Returns the last epoch's metrics."""
+    config, clock = run.config, run.clock
+    if run.epoch >= config.train.epochs:
+        say(f"{run.out} has its {run.epoch} epochs already; a larger --epochs goes on")
+    while run.epoch < config.train.epochs:
+        run.train_pass()
+    if clock.exact:
+        for line in report(clock, TRAINING, advice_on_training(clock, config, run.device)):
+            say(line)
+    return run.metrics[-1]
+
+
+def find_validation(
+    data: DataFolder, other: Path | None, source: Source, processes: Processes = ALONE, before: Scanned | None = None
+) -> Validation | None:
+    """Find val/ beside the images, or the folder that the user named; None if there is neither. before: what an earlier start found there."""
+    folder = processes.together(lambda: _validation_folder(data, other))
+    if not processes.first(lambda: folder is not None):
+        say("no validation: the data has no val/, and no --val-data was given")
+        return None
+    folder = processes.together(lambda: _required(folder, data))
+    mine = DataFolder(folder, source.data.class_names)
+    return Validation(mine, processes.first(lambda: _to_validate_on(mine, source, before)))
+
+
+def _validation_folder(data: DataFolder, other: Path | None) -> Path | None:
+    if other is not None:
+        if not other.is_dir():
+            raise DataError(f"--val-data {other} is no folder; it must hold class folders, or val/ with them")
+        return split_folder(other, "val")
+    return split_folder(data.root, "val") if data.root and is_split(data.root, "val") else None
+
+
+def _required(folder: Path | None, data: DataFolder) -> Path:
+    if folder is None:
+        raise DataError(f"{data.root} has no val/ here, and has one where the first process runs; put it on every machine")
+    return folder
+
+
+def _to_validate_on(data: DataFolder, source: Source, before: Scanned | None) -> Images:
+    found = scan_and_say(data, source.settings, before=before)
+    if not (found.status == USABLE).any():
+        raise DataError(f"{data.path} holds no image to validate on")
+    return found
+
+
+def _require_possible(config: Config, execution: Execution) -> None:
+    processes, device = execution.processes, execution.device
     least = 2 * processes.world * config.train.crops_per_image
     if processes.world > 1 and config.train.batch_size < least:
         raise ConfigError(
@@ -153,7 +155,7 @@ def _make_folder(out: Path, config: Config, scans: list[Scanned]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for scan in scans:
         scan.keep()
-    durable.write(out / "config.yaml", lambda scratch: scratch.write_text(config.to_yaml()))
+    durable.write(out / CONFIG, lambda scratch: scratch.write_text(config.to_yaml()))
 
 
 def _unusual(config: Config, source: Source) -> list[str]:

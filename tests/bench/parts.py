@@ -24,20 +24,25 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.stages import scan, stored_labels
 
 from cache import LabelStore
 from cache.format.manifest import Images
 from cache.writer import StoreWriter
 from pipeline.config import Config
 from pipeline.config_file import validate
+from pipeline.images.folders import DataFolder
 from pipeline.images.reader import Reader
-from pipeline.images.scan import scan
-from pipeline.labelling import create, shares, stream
-from pipeline.labelling.stream import Labeller, Unit
+from pipeline.labelling import create, stream
+from pipeline.labelling.labelling import Labelling
+from pipeline.labelling.shares import Share, Unit
+from pipeline.labelling.stream import Labeller
 from pipeline.models.model import Model
+from pipeline.runtime.execution import Execution
 from pipeline.runtime.profiling import Clock
 from pipeline.runtime.progress import Progress
-from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.training import batches, losses
 from pipeline.training.loop import Run
 from pipeline.training.source import DrawnCrops, StoredLabels
@@ -54,7 +59,7 @@ class Extent:
     photographs: int = 256  # different ones
     copies: int = 16
     teachers: tuple[str, str] = ("tf_efficientnet_lite1", "tf_efficientnet_lite2")
-    loop: str = "tf_efficientnet_lite0"
+    student: str = "tf_efficientnet_lite0"
     rows: int = 100_000  # of labels that are read alone
     files: int = 1_000  # of labels, one per image
     image_size: int | None = None  # of the teachers, in pixels; None: their own
@@ -223,16 +228,18 @@ class Place:
     def empty(self, config: Config, data: Path, teachers: list[Model]) -> Path:
         self.number += 1
         path = self.folder / f"{self.number}.zarr"
-        create.create_store(config, data, path, CLASSES, teachers, self.device)
+        create.create_store(self.labelling(config, data, teachers), path)
         return path
+
+    def labelling(self, config: Config, data: Path, teachers: list[Model]) -> Labelling:
+        return Labelling(config, DataFolder(data, CLASSES), teachers, Execution(self.device))
 
     def labeller(self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack) -> tuple[Labeller, list[Unit]]:
         writer = StoreWriter(path)
         store = writer.store
         read = stack.enter_context(Reader(data, store.images))
-        plan = CropSampler(config.crops, store.images, store.shard_rows)
-        units = shares.unfinished_units(store.finished(), config.store.views_per_decode, (0, 1), 0)
-        return Labeller(config, writer, plan, read, teachers, self.device), units
+        units = Share(views_per_decode=config.store.views_per_decode).units(store.finished())
+        return Labeller(self.labelling(config, data, teachers), writer, read), units
 
     def rendered(self, run: Labeller, units: list[Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
         """What the loader makes of these units, batch by batch, per view: for nobody."""
@@ -259,7 +266,8 @@ class Place:
     def training(
         self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None
     ) -> Run:
-        run = Run(config, self.folder / "run", model, teachers or [], source, data, None, self.device)
+        source.data = DataFolder(data, CLASSES)
+        run = Run(config, self.folder / "run", model, teachers or [], source, None, Execution(self.device))
         run._save = lambda: None  # once an epoch, and an epoch here is short
         return run
 
@@ -285,4 +293,4 @@ def stored(place: Place, data: Path, config: Config) -> StoredLabels:
     made = config.model_copy(update={"crops": config.crops.model_copy(update={"views": 1})})
     nothing = [stand_in(0, place.device)]
     path = place.labelled(made, data, place.empty(made, data, nothing), nothing)[1]
-    return StoredLabels(LabelStore.open(path), 1)
+    return stored_labels(LabelStore.open(path), 1)

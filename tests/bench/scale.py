@@ -36,6 +36,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.stages import stored_labels
+from support.stores import write
 
 from cache import LabelStore, verify
 from cache import create as create_module
@@ -43,14 +47,13 @@ from cache.format import schema
 from cache.format.codec import CODECS, DEFAULT
 from cache.format.manifest import USABLE, Images
 from cache.writer import StoreWriter
-from pipeline.config import Crops, Render
+from pipeline.config import CropPolicy
 from pipeline.inspection.store_facts import store_facts
-from pipeline.labelling import shares
-from pipeline.provenance import policy_of
+from pipeline.labelling.shares import Share
+from pipeline.provenance.description import policy_of
 from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.sampling.epoch_order import epoch_windows
-from pipeline.training.batches import Replay
-from pipeline.training.source import StoredLabels
+from pipeline.training.batches import Batching, Replay, Window
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -106,9 +109,9 @@ def some_codes(n: int, seed: int) -> np.ndarray:
     return CODECS[DEFAULT].encode(p)
 
 
-def create(path: Path, images: Images, views: int) -> Crops:
+def create(path: Path, images: Images, views: int) -> CropPolicy:
     """An empty store, and its policy."""
-    codec, policy = CODECS[DEFAULT], Crops(views=views)
+    codec, policy = CODECS[DEFAULT], CropPolicy(views=views)
     chunk_rows, shard_rows = schema.shard_rows_for(len(images), CLASSES, np.dtype(codec.dtype).itemsize)
     provenance = {
         "teachers": [{"model": "none", "image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "weights": "0" * 64}],
@@ -138,7 +141,7 @@ def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
         codes[images.status[rows] != USABLE] = 0
         crops = plan.crops(0, rows)
         began = time.process_time()
-        writer.write(0, shard, codes, *crops)
+        write(writer, 0, shard, codes, *crops)
         seconds.append((time.process_time() - began) / len(rows))
     copy_views(path, 1)
     return seconds
@@ -192,8 +195,9 @@ def resuming(path: Path) -> Iterator[Callable]:
         writer = StoreWriter(path)
         now = writer.store
         assert not writer.uneven
-        share = shares.places_of_share(now.finished(), DECODES, (0, 1), 0)
-        (unit,) = shares.unfinished_units(now.finished(), DECODES, (0, 1), 0)
+        own = Share(views_per_decode=DECODES)
+        share = own.places(now.finished())
+        (unit,) = own.units(now.finished())
         usable = [int((now.images.status[now.shard_slice(shard)] == USABLE).sum()) for shard in range(now.shards)]
         CropSampler(policy_of(now), now.images, now.shard_rows)
         with writer.claimed(unit.views, unit.shard) as views:
@@ -241,7 +245,7 @@ def verifying(path: Path) -> Iterator[Callable]:
 
 @contextmanager
 def planning_epoch(path: Path) -> Iterator[Callable]:
-    source = StoredLabels(LabelStore.open(path), 1)
+    source = stored_labels(LabelStore.open(path), 1)
     usable = source.images.usable
     yield lambda: sum(len(rows) for rows in epoch_windows(usable, source.block_rows, 0, 1, source.window_blocks))
 
@@ -256,15 +260,15 @@ def drawing_crops(path: Path) -> Iterator[Callable]:
 class Unrendered(Replay):
     """Batches that are counted, not rendered."""
 
-    def _batch(self, epoch: int, rows: np.ndarray, *columns: np.ndarray) -> int:
-        return len(rows)
+    def _batch(self, epoch: int, whole: Window) -> int:
+        return len(whole.rows)
 
 
 @contextmanager
 def reading_epoch(path: Path) -> Iterator[Callable]:
     """Labels and crops of a view in training order, digests compared, cut into batches: an epoch of every rank, but for its pictures."""
     store = LabelStore.open(path)
-    replay = Unrendered(StoredLabels(store, store.views), path, sizes=[224], batch_size=512, seed=0, rendering=Render(threads=1))
+    replay = Unrendered(stored_labels(store, store.views), [224], Batching(512, 0))
     for view in range(store.views):
         store.require_finished(view)
 

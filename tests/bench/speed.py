@@ -35,6 +35,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import machine
 from parts import (
@@ -54,18 +55,18 @@ from parts import (
     stand_in,
     stored,
 )
+from support.stages import drawn_crops, make_replay, stored_labels
+from support.stores import write
 
 from cache import LabelStore
 from cache.writer import StoreWriter
-from pipeline.config import Config
 from pipeline.labelling.cost import estimate
 from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load, load_teachers
 from pipeline.runtime import progress
 from pipeline.runtime.malloc import keep_freed_memory
 from pipeline.sampling.crop_sampler import CropSampler
-from pipeline.training.batches import Replay
-from pipeline.training.source import DrawnCrops, StoredLabels
+from pipeline.training.batches import Batching, Replay
 
 SLOWER = 1.25
 
@@ -182,7 +183,7 @@ def the_student(place: Place) -> Iterator[Figure]:
 def the_stand_in_student(place: Place) -> Iterator[Figure]:
     config = place.config(train={"batch_size": 64})
     source = stored(place, place.many, config)
-    loader = Replay(source, place.many, sizes=[224], batch_size=64, seed=0, rendering=config.render)
+    loader = make_replay(source, place.many, sizes=[224], batch_size=64, seed=0, rendering=config.render)
 
     def loading() -> float:
         with serial(), loader.epoch(0) as batches:
@@ -211,7 +212,7 @@ def online(place: Place) -> Iterator[Figure]:
     plain = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
     live = place.config(teachers=place.teachers, store={"batch_size": 32}, train={"online": True})
     teachers = load_teachers(live.teachers, CPU)
-    drawn = DrawnCrops(source.images, CLASSES, live.crops, "cpu", 1, (len(source.images),) * 2, {})
+    drawn = drawn_crops(source.images, CLASSES, live.crops, 1, (len(source.images),) * 2)
     asking = place.training(live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers)
     of_a_pass(plain)
     found = pairs(lambda: of_a_pass(asking), lambda: of_a_pass(plain), place.repeats)
@@ -246,8 +247,8 @@ def the_loader(place: Place) -> Iterator[Figure]:
     found = place.manifest
     processes = len(os.sched_getaffinity(0))
     for crops in (1, 2, 4):
-        source = DrawnCrops(found, CLASSES, config.crops.model_copy(update={"views": crops}), "cpu", crops, (len(found),) * 2, {})
-        ours = Replay(source, place.many, sizes=[224], batch_size=64 * crops, seed=0, rendering=config.render, crops_per_image=crops)
+        source = drawn_crops(found, CLASSES, config.crops.model_copy(update={"views": crops}), crops, (len(found),) * 2)
+        ours = make_replay(source, place.many, sizes=[224], batch_size=64 * crops, seed=0, rendering=config.render, crops_per_image=crops)
         theirs = torch.utils.data.DataLoader(
             Torchvision(place.many, crops), 64, shuffle=True, num_workers=processes, persistent_workers=True
         )
@@ -277,8 +278,8 @@ def labels(place: Place) -> Iterator[Figure]:
     n, files = place.extent.rows, place.extent.files
     path = place.folder / "labels.zarr"
     _store_of(path, n)
-    source = StoredLabels(LabelStore.open(path), 1)
-    reader = scale.Unrendered(source, path, sizes=[32], batch_size=512, seed=0, rendering=Config().render)
+    source = stored_labels(LabelStore.open(path), 1)
+    reader = scale.Unrendered(source, [32], Batching(512, 0))
     folder = place.folder / "fkd"
     folder.mkdir()
     rng = torch.Generator().manual_seed(0)
@@ -318,7 +319,7 @@ def _store_of(path: Path, n: int) -> None:
         codes = scale.some_codes(len(rows), shard)
         codes[store.images.status[rows] != 0] = 0
         with writer.claimed([0], shard):
-            writer.write(0, shard, codes, *plan.crops(0, rows))
+            write(writer, 0, shard, codes, *plan.crops(0, rows))
 
 
 MEASUREMENTS = {

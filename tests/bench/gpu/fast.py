@@ -11,13 +11,13 @@ import torch
 from finding import Bench, Finding
 from parts import CLASSES, bare_steps, of_a_pass, seconds, stored
 from right import crops_of
+from support.stages import crop_renderer, drawn_crops
 
 from pipeline.labelling.cost import estimate, flops
 from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load, load_teachers
 from pipeline.render.dali import CropRenderer
 from pipeline.runtime.precision import fixed_shapes
-from pipeline.training.source import DrawnCrops
 
 AIM = "≥ 0.97 is the aim"  # of both stages, beside what their models do alone
 LEAST = 2.0  # seconds that decoding is timed for
@@ -118,7 +118,7 @@ def online(bench: Bench, stored_rate: float) -> Iterator[Finding]:
     live = bench.config(**bench.settings(teachers=bench.teachers, store={"precision": bench.half}, train={"online": True}))
     models = load_teachers(live.teachers, bench.device)
     found = bench.manifest
-    drawn = DrawnCrops(found, CLASSES, live.crops.model_copy(update={"views": 2}), "cpu", 2, (len(found),) * 2, {})
+    drawn = drawn_crops(found, CLASSES, live.crops.model_copy(update={"views": 2}), 2, (len(found),) * 2)
     run = bench.training(live, drawn, bench.many, load(live.student, classes=1000, image_size=bench.size).to(bench.device), models)
     with fixed_shapes():
         rate = len(found.usable) / of_a_pass(run)
@@ -137,7 +137,7 @@ def decoding(bench: Bench) -> Iterator[Finding]:
     for backend in bench.backends():
         rates = {}
         for views in (1, 2, 4, 8):
-            renderer = CropRenderer([bench.size], views, n, interpolation="bilinear", exif="ignore", backend=backend, pinned=bench.gpu)
+            renderer = crop_renderer([bench.size], views, n, interpolation="bilinear", exif="ignore", backend=backend, pinned=bench.gpu)
 
             def work(renderer: CropRenderer = renderer, views: int = views) -> None:
                 renderer(blobs, boxes[:views], flips[:views])

@@ -10,10 +10,12 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from support.stages import train
 
 from pipeline import config_file
 from pipeline.runtime import distributed
-from pipeline.training.train import train
 
 
 def main() -> None:

@@ -17,15 +17,17 @@ import torch
 from finding import Bench, Finding, at_most
 from parts import CPU, seconds, stored
 from PIL import Image
+from support.stages import crop_renderer
 
 from cache.format.codec import divergence
-from pipeline import provenance
-from pipeline.config import Crops
+from pipeline.config import CropPolicy
 from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load
+from pipeline.provenance import description
 from pipeline.render import dali
-from pipeline.render.dali import CropRenderer, WholeDecode
+from pipeline.render.dali import WholeDecode
 from pipeline.render.hardware_jpeg import hardware_engines
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import ROUNDING
 from pipeline.sampling import philox, random_crop
 
@@ -49,7 +51,7 @@ def the_machine(bench: Bench) -> Iterator[Finding]:
     if not bench.gpu:
         yield Finding("machine", "a CPU", detail=versions)
         return
-    facts = provenance.gpu_facts()
+    facts = description.gpu_facts()
     yield Finding("machine", facts.pop("gpu"), detail=facts | versions)
     n = 2**26
     pinned, there = torch.empty(n, dtype=torch.uint8, pin_memory=True), torch.empty(n, dtype=torch.uint8, device=bench.device)
@@ -87,10 +89,10 @@ def odd_kinds() -> dict[str, bytes]:
 
 def crops_of(blobs: list[bytes], views: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Draw boxes [views, n, 4] and flips [views, n], as a store would have them."""
-    whole = WholeDecode("ignore")
+    whole = WholeDecode(RenderSettings())
     height, width = np.array([whole(blob) for blob in blobs]).T
     identity = philox.identities(np.array([f"{i:04d}" for i in range(len(blobs))], object))
-    drawn = [random_crop.draw(Crops(), identity, height, width, view) for view in range(views)]
+    drawn = [random_crop.draw(CropPolicy(), identity, height, width, view) for view in range(views)]
     return np.stack([boxes for boxes, _ in drawn]), np.stack([flips for _, flips in drawn])
 
 
@@ -98,7 +100,7 @@ def pixels(bench: Bench) -> Iterator[Finding]:
     """Find out whether a crop's pixels depend on what else is rendered with it, and how far they are from the CPU's."""
     for backend in bench.backends():
         kinds = odd_kinds()
-        look = WholeDecode("ignore", backend)
+        look = WholeDecode(RenderSettings(backend=backend))
         refused = [name for name, blob in kinds.items() if look(blob) is None]
         if refused:
             yield Finding(f"pictures that {backend} can't decode", ", ".join(refused), "none", False)
@@ -143,7 +145,7 @@ def moving(bench: Bench, backend: str, blobs: list[bytes], only: tuple[str, ...]
     own, mixed = np.arange(len(blobs)), np.random.default_rng(0).permutation(len(blobs))
 
     def rendered(order: np.ndarray, batch: int, *more: int, beside: Callable[[], object] = lambda: None) -> np.ndarray:
-        renderer = CropRenderer([bench.size, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
+        renderer = crop_renderer([bench.size, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend)
         made = []
         for first in range(0, len(order), batch):  # without a wait for the batch before
             rows = order[first : first + batch]
@@ -193,7 +195,7 @@ def labels(bench: Bench) -> Iterator[Finding]:
     judges, what = bench.judges()
     blobs = bench.encoded
     boxes, flips = crops_of(blobs)
-    pixels = CropRenderer([t.image_size for t in judges], 1, len(blobs), interpolation="bilinear", exif="ignore")(blobs, boxes, flips)[0]
+    pixels = crop_renderer([t.image_size for t in judges], 1, len(blobs), interpolation="bilinear", exif="ignore")(blobs, boxes, flips)[0]
     batch = min(BATCH, len(blobs))
     exact = ensemble(judges, pixels, "float32", batch_size=batch)[0]
     there = {size: p.to(bench.device) for size, p in pixels.items()}

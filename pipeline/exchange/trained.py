@@ -1,0 +1,103 @@
+"""A checkpoint of a run, and what the run tells of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache import LabelStore
+from cache.errors import StoreError
+from pipeline.config import Config
+from pipeline.models.names import public
+from pipeline.runs.folder import SCANS, RunError, RunFolder
+from pipeline.runs.metrics import images_of
+
+
+class ExportError(RunError):
+    """A run that can't be exported, or not to this place."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run, and what the run tells of it."""
+
+    file: Path
+    facts: dict  # the checkpoint's header
+    config: Config
+    passes: list[dict]  # metrics.jsonl
+    figures: dict  # of those, the pass that the checkpoint is of
+    validated: int | None  # images of the validation, if the run tells
+    class_names: list[str] | None  # of the outputs, in order
+    teachers: list[str]  # timm names, without paths; empty if there were none, or if neither checkpoint nor store tells
+    # The crop policy, as a store has it. None if the run had a store that wasn't given: of imported crops config.yaml has defaults.
+    drawn: dict | None
+    imported: dict | None  # what labels of others were imported from
+
+    @property
+    def origin(self) -> dict:
+        """Where the weights come from, for config.json."""
+        kept = {key: self.facts.get(key) for key in ("labels", "source", "epoch", "val_top1")}
+        return {"model": public(self.facts["model"]), "weights": self.file.stem, "teachers": self.teachers, **kept}
+
+    @property
+    def epochs(self) -> int:
+        """Done so far."""
+        return self.passes[-1]["epoch"] + 1
+
+    @property
+    def images(self) -> int:
+        """Crops that the student saw in all of them."""
+        return sum(images_of(one) for one in self.passes)
+
+    @property
+    def seconds(self) -> float:
+        return sum(one["seconds"] for one in self.passes)
+
+
+def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Trained:
+    """What a run directory holds. Raises ExportError, in one line, if that isn't all that a card needs, or doesn't belong together."""
+    folder = RunFolder(run)
+    file = folder.checkpoint(weights)
+    config, passes, facts = folder.config(), folder.metrics(), folder.header(weights)
+    if config.student is None:
+        raise ExportError(f"{run / 'config.yaml'} names no student, so it is not what train-student wrote; restore it from a copy")
+    figures = next((one for one in passes if one["epoch"] == facts["epoch"]), None)
+    if figures is None or figures.get("val_top1") != facts.get("val_top1", figures.get("val_top1")):
+        raise ExportError(
+            f"{file} is of epoch {facts['epoch'] + 1}, of which metrics.jsonl has {'other' if figures else 'no'} figures; "
+            "run the same train-student command again to finish that epoch, and then this, or pass the other --weights"
+        )
+    if store is not None and store.identity.hex() != facts["source"]:
+        raise StoreError(
+            f"{store.path} (identity {store.identity.hex()[:12]}…) isn't what {run} was trained from ({facts['source'][:12]}…); "
+            "pass that store, or leave --store out"
+        )
+    names = facts.get("class_names") or (store.class_names if store else None)  # checkpoints before 0.5 had none
+    if names is not None and len(names) != facts["classes"]:
+        raise ExportError(f"{file} has {facts['classes']} classes and names {len(names)}; restore it from a copy")
+    teachers = facts.get("teachers") or []
+    if store and facts["labels"] == "soft":
+        teachers = [teacher["model"] for teacher in store.provenance["teachers"]]
+    if store:
+        drawn, imported = store.provenance["crops"], store.provenance.get("imported")
+    else:
+        without_store = config.train.online or (run / SCANS[0]).is_file()
+        drawn, imported = config.crops.model_dump(mode="json") if without_store else None, facts.get("imported")
+    return Trained(
+        file, facts, config, passes, figures, _validated(run, figures), names, [public(name) for name in teachers], drawn, imported
+    )
+
+
+def _validated(run: Path, figures: dict) -> int | None:
+    """How many images were validated on, as the run's last start found them; None if none were, or if the figures can't be of so many."""
+    if "val_top1" not in figures:
+        return None
+    try:
+        with np.load(run / SCANS[1], allow_pickle=False) as kept:
+            images = len(kept["bytes"])
+    except Exception:  # there is none, as before 0.4, or a damaged one, which can raise anything
+        return None
+    hits = images * figures["val_top1"] / 100
+    return images if images and abs(hits - round(hits)) < 1e-6 else None
