@@ -9,8 +9,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUFF := $(BIN)/ruff
-STYLE := --line-length 140 --target-version py311
-RULES := --select E,F,W,I,B,UP,SIM,C4,RUF --ignore E501,RUF001,RUF002,RUF003,RUF043,SIM105
 
 .PHONY: setup demo bench gpu study test lint format
 setup: .venv/installed
@@ -30,12 +28,12 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
-	$(RUFF) check $(STYLE) $(RULES) .
-	$(RUFF) format --check $(STYLE) .
+	$(RUFF) check .
+	$(RUFF) format --check .
 
 format: .venv/installed
-	$(RUFF) check --fix $(STYLE) $(RULES) .
-	$(RUFF) format $(STYLE) .
+	$(RUFF) check --fix .
+	$(RUFF) format .
 
 .venv/installed: setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

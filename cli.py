@@ -1,4 +1,5 @@
-"""The command line. Commands only translate: what they do is in pipeline/ and cache/."""
+"""The command line. Commands only translate: what they do is in pipeline/ and
+cache/."""
 
 from __future__ import annotations
 
@@ -15,13 +16,16 @@ import click
 
 
 class Group(click.Group):
-    """Commands in the order of the work, the nearest name for an unknown one, and one line for what a user can mend."""
+    """Commands in the order of the work, the nearest name for an unknown one, and one
+    line for what a user can mend."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if self.get_command(ctx, args[0]) is None and (close := difflib.get_close_matches(args[0], self.commands, 1)):
+        if self.get_command(ctx, args[0]) is None and (
+            close := difflib.get_close_matches(args[0], self.commands, 1)
+        ):
             ctx.fail(f"No such command '{args[0]}'. Did you mean {close[0]}?")
         return super().resolve_command(ctx, args)
 
@@ -48,20 +52,28 @@ class Group(click.Group):
                 click.echo(f"error: {said}; lower --batch-size", err=True)
             elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 click.echo(
-                    f"error: torch.compile fails here ({said}); leave out store.compile and train.compile, or install a C++ compiler",
+                    f"error: torch.compile fails here ({said}); leave out store.compile and "
+                    f"train.compile, or install a C++ compiler",
                     err=True,
                 )
             else:
                 raise
         except OSError as error:  # a full disk, a folder without permission
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {printable(where)}{error.strerror or error}; mend that and run the same command again", err=True)
+            click.echo(
+                f"error: {printable(where)}{error.strerror or error}; mend that and run the same "
+                f"command again",
+                err=True,
+            )
         ctx.exit(1)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 def main() -> None:
-    """Offline MEAL V2: label every crop once with an ensemble of teachers, then train students from the stored labels."""
+    """Offline MEAL V2: label every crop once with an ensemble of teachers, then train
+    students from the stored labels."""
 
 
 def options(*several: Callable) -> Callable:
@@ -75,18 +87,43 @@ def options(*several: Callable) -> Callable:
 
 folder = click.Path(path_type=Path)
 config_option = click.option(
-    "--config", required=True, type=folder, help="Recipe: a YAML file, or the name of one of the project's (meal_v2_resnet50)."
+    "--config",
+    required=True,
+    type=folder,
+    help="Recipe: a YAML file, or the name of one of the project's (meal_v2_resnet50).",
 )
-set_option = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a value of the config: train.lr=0.005.")
-data_option = click.option("--data", required=True, type=folder, help="Folder of class folders, or of train/ and val/ that hold them.")
-device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where models run.  [default: cuda if there is one]")
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value of the config: train.lr=0.005.",
+)
+data_option = click.option(
+    "--data",
+    required=True,
+    type=folder,
+    help="Folder of class folders, or of train/ and val/ that hold them.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where models run.  [default: cuda if there is one]",
+)
 class_map_option = click.option(
     "--class-map",
     metavar="imagenet-1k|FILE",
-    help="Class folders in the order of the models' outputs, where the folders are a subset: ImageNet's, or a file with a name a line.",
+    help="Class folders in the order of the models' outputs, where the folders are a subset: "
+    "ImageNet's, or a file with a name a line.",
 )
-profile_option = click.option("--profile", is_flag=True, help="Say at the end where the time went, and what would make it faster.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+profile_option = click.option(
+    "--profile",
+    is_flag=True,
+    help="Say at the end where the time went, and what would make it faster.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
 
 
 class TeacherType(click.ParamType):
@@ -97,7 +134,12 @@ class TeacherType(click.ParamType):
             return value
         model, equals, checkpoint = value.partition("=")
         if not model or (equals and not checkpoint):
-            self.fail(f"{value!r} must be MODEL or MODEL=CHECKPOINT, like resnet50.ram_in1k=weights.safetensors", param, ctx)
+            self.fail(
+                f"{value!r} must be MODEL or MODEL=CHECKPOINT, like "
+                f"resnet50.ram_in1k=weights.safetensors",
+                param,
+                ctx,
+            )
         return {"model": model, "checkpoint": checkpoint or None}
 
 
@@ -107,23 +149,47 @@ MODEL = TeacherType()
 @main.command("generate-labels", short_help="Stage one: label every crop with the teachers.")
 @options(
     config_option,
-    click.option("--data", type=folder, help="Folder of class folders, or of train/ and val/ that hold them."),
+    click.option(
+        "--data", type=folder, help="Folder of class folders, or of train/ and val/ that hold them."
+    ),
     click.option("--store", type=folder, help="Label store: made, finished or extended."),
     click.option(
-        "--plan", is_flag=True, help="Make nothing: tell crops, hours and bytes, from a short timing. Needs neither --data nor --store."
+        "--plan",
+        is_flag=True,
+        help="Make nothing: tell crops, hours and bytes, from a short timing. Needs neither --data "
+        "nor --store.",
     ),
-    click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Replaces the config's teachers; give it several times."),
+    click.option(
+        "--teacher",
+        "teachers",
+        multiple=True,
+        type=MODEL,
+        help="Replaces the config's teachers; give it several times.",
+    ),
     click.option("--views", type=int, help="Crops per image; more than the store has extends it."),
     click.option("--split", default="train", show_default=True, help="Folder of --data to label."),
     class_map_option,
     device_option,
-    click.option("--batch-size", type=int, help="Crops per forward pass of a teacher; belongs to the store."),
-    click.option("--worker", metavar="I/N", help="Do the I-th of N shares, I from 0. Combines with torchrun."),
     click.option(
-        "--first-view", type=click.IntRange(0), default=0, help="Label the views from this one on; for stores that are joined by merge."
+        "--batch-size", type=int, help="Crops per forward pass of a teacher; belongs to the store."
     ),
-    click.option("--strict", is_flag=True, help="Stop at an unusable file instead of leaving it out."),
-    click.option("--no-check", is_flag=True, help="Believe finished shards, instead of reading this worker's share of them again first."),
+    click.option(
+        "--worker", metavar="I/N", help="Do the I-th of N shares, I from 0. Combines with torchrun."
+    ),
+    click.option(
+        "--first-view",
+        type=click.IntRange(0),
+        default=0,
+        help="Label the views from this one on; for stores that are joined by merge.",
+    ),
+    click.option(
+        "--strict", is_flag=True, help="Stop at an unusable file instead of leaving it out."
+    ),
+    click.option(
+        "--no-check",
+        is_flag=True,
+        help="Believe finished shards, instead of reading this worker's share of them again first.",
+    ),
     profile_option,
     set_option,
 )
@@ -145,18 +211,27 @@ def generate_labels(
     profile,
     settings,
 ):
-    """Label every crop of every image once, with the mean softmax of the teachers, into a Zarr store.
+    """Label every crop of every image once, with the mean softmax of the teachers, into
+    a Zarr store.
 
-    Run again, it finishes what is missing and touches nothing that is done. With more --views it extends the store. --plan tells beforehand what it will take.
+    Run again, it finishes what is missing and touches nothing that is done. With more
+    --views it extends the store. --plan tells beforehand what it will take.
 
     \b
     Example:
       python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --plan
-      python cli.py generate-labels --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr
-      python cli.py generate-labels --config configs/smoke_cpu.yaml --data photos --store photos.zarr \\
-          --teacher tf_efficientnet_lite1=lite1.safetensors --teacher tf_efficientnet_lite2=lite2.safetensors --views 2
+      python cli.py generate-labels --config configs/meal_v2_resnet50.yaml \\
+          --data imagenet --store labels.zarr
+      python cli.py generate-labels --config configs/smoke_cpu.yaml --data photos \\
+          --store photos.zarr --views 2 \\
+          --teacher tf_efficientnet_lite1=lite1.safetensors \\
+          --teacher tf_efficientnet_lite2=lite2.safetensors
     """
-    recipe = _recipe(config, settings, {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size})
+    recipe = _recipe(
+        config,
+        settings,
+        {"teachers": list(teachers), "crops.views": views, "store.batch_size": batch_size},
+    )
     if plan:
         from pipeline.labelling.plan import make_plan
         from pipeline.labelling.plan_page import plan_page
@@ -187,16 +262,34 @@ def generate_labels(
 @options(
     config_option,
     data_option,
-    click.option("--store", type=folder, help="Label store; needed unless --online, or train.labels is hard."),
-    click.option("--online", is_flag=True, help="No store: the config's teachers label every batch, as in the paper."),
-    click.option("--teacher", "teachers", multiple=True, type=MODEL, help="Replaces the config's teachers, with --online."),
+    click.option(
+        "--store", type=folder, help="Label store; needed unless --online, or train.labels is hard."
+    ),
+    click.option(
+        "--online",
+        is_flag=True,
+        help="No store: the config's teachers label every batch, as in the paper.",
+    ),
+    click.option(
+        "--teacher",
+        "teachers",
+        multiple=True,
+        type=MODEL,
+        help="Replaces the config's teachers, with --online.",
+    ),
     click.option("--out", required=True, type=folder, help="Run directory: made, or gone on with."),
     click.option("--student", type=MODEL, help="Replaces the config's student."),
     click.option("--epochs", type=int, help="Epochs in all; epoch e replays view e mod views."),
     click.option("--batch-size", type=int, help="Images per step."),
-    click.option("--val-data", type=folder, help="Validate on this folder; otherwise on DATA/val if there is one."),
     click.option(
-        "--allow-renderer-difference", is_flag=True, help="Train even if this machine renders other pixels than the teachers saw."
+        "--val-data",
+        type=folder,
+        help="Validate on this folder; otherwise on DATA/val if there is one.",
+    ),
+    click.option(
+        "--allow-renderer-difference",
+        is_flag=True,
+        help="Train even if this machine renders other pixels than the teachers saw.",
     ),
     class_map_option,
     device_option,
@@ -222,25 +315,40 @@ def train_student(
 ):
     """Train a student on exactly the crops of a label store, against its soft labels.
 
-    The run directory holds metrics.jsonl, config.yaml, last.safetensors and best.safetensors. Run again, it goes on after the last finished epoch.
-    With --set train.labels=hard the same loop trains on the class folders: the baseline, and how own teachers are made (no --store needed).
-    With --online it is MEAL V2 as published: the reference for what a store gives, at several times the cost.
+    The run directory holds metrics.jsonl, config.yaml, last.safetensors and
+    best.safetensors. Run again, it goes on after the last finished epoch. With --set
+    train.labels=hard the same loop trains on the class folders: the baseline, and how
+    own teachers are made (no --store needed). With --online it is MEAL V2 as published:
+    the reference for what a store gives, at several times the cost.
 
     \b
     Example:
-      python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --store labels.zarr --out run
-      python cli.py train-student --config configs/meal_v2_resnet50.yaml --data imagenet --online --out reference
-      python cli.py train-student --config configs/smoke_cpu.yaml --data photos --out teacher --set train.labels=hard
+      python cli.py train-student --config configs/meal_v2_resnet50.yaml \\
+          --data imagenet --store labels.zarr --out run
+      python cli.py train-student --config configs/meal_v2_resnet50.yaml \\
+          --data imagenet --online --out reference
+      python cli.py train-student --config configs/smoke_cpu.yaml --data photos \\
+          --out teacher --set train.labels=hard
     """
     from pipeline.runtime.distributed import joining
     from pipeline.runtime.execution import Execution
     from pipeline.training.train import train
 
-    changed = {"student.model": student and student["model"], "student.checkpoint": student and student["checkpoint"]}
-    changed |= {"train.epochs": epochs, "train.batch_size": batch_size, "train.online": online or None, "teachers": list(teachers)}
+    changed = {
+        "student.model": student and student["model"],
+        "student.checkpoint": student and student["checkpoint"],
+    }
+    changed |= {
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.online": online or None,
+        "teachers": list(teachers),
+    }
     recipe = _recipe(config, settings, changed)
     if teachers and not recipe.train.online:
-        raise click.UsageError("--teacher names live teachers and goes with --online; a store has its labels already")
+        raise click.UsageError(
+            "--teacher names live teachers and goes with --online; a store has its labels already"
+        )
     place = _device(device)
     with joining(place) as processes:
         train(
@@ -258,33 +366,73 @@ def train_student(
 @options(
     data_option,
     click.option(
-        "--model", "models", multiple=True, required=True, type=MODEL, help="Give it several times for the ensemble's figures too."
+        "--model",
+        "models",
+        multiple=True,
+        required=True,
+        type=MODEL,
+        help="Give it several times for the ensemble's figures too.",
     ),
     click.option(
-        "--teacher", "teachers", multiple=True, type=MODEL, help="Compare each model with the mean softmax of these: KL, and agreement."
+        "--teacher",
+        "teachers",
+        multiple=True,
+        type=MODEL,
+        help="Compare each model with the mean softmax of these: KL, and agreement.",
     ),
-    click.option("--split", default="val", show_default=True, help="Folder of --data to evaluate on."),
+    click.option(
+        "--split", default="val", show_default=True, help="Folder of --data to evaluate on."
+    ),
     class_map_option,
-    click.option("--image-size", type=click.IntRange(8), help="Pixels; otherwise each model's own."),
-    click.option("--mean", nargs=3, type=float, help="RGB mean in 0 … 1 for every model; otherwise each model's own."),
+    click.option(
+        "--image-size", type=click.IntRange(8), help="Pixels; otherwise each model's own."
+    ),
+    click.option(
+        "--mean",
+        nargs=3,
+        type=float,
+        help="RGB mean in 0 … 1 for every model; otherwise each model's own.",
+    ),
     click.option("--std", nargs=3, type=float, help="Likewise."),
     click.option(
-        "--interpolation", type=click.Choice(["bilinear", "bicubic"]), help="Of the resize, for every model; otherwise each model's own."
+        "--interpolation",
+        type=click.Choice(["bilinear", "bicubic"]),
+        help="Of the resize, for every model; otherwise each model's own.",
     ),
     click.option(
-        "--exif", type=click.Choice(["ignore", "apply"]), default="ignore", show_default=True, help="Turn photographs by their EXIF."
+        "--exif",
+        type=click.Choice(["ignore", "apply"]),
+        default="ignore",
+        show_default=True,
+        help="Turn photographs by their EXIF.",
     ),
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
     device_option,
     json_option,
 )
-def evaluate_models(data, models, teachers, split, class_map, image_size, mean, std, interpolation, exif, batch_size, device, as_json):
-    """Single-crop accuracy: the shorter side resized to size·256/224, then the central square.
+def evaluate_models(
+    data,
+    models,
+    teachers,
+    split,
+    class_map,
+    image_size,
+    mean,
+    std,
+    interpolation,
+    exif,
+    batch_size,
+    device,
+    as_json,
+):
+    """Single-crop accuracy: the shorter side resized to size·256/224, then the central
+    square.
 
     \b
     Example:
       python cli.py eval --data imagenet --model resnet50.ram_in1k
-      python cli.py eval --data imagenet --model resnet50=run/best.safetensors --teacher senet154 --teacher resnet152_v1s
+      python cli.py eval --data imagenet --model resnet50=run/best.safetensors \\
+          --teacher senet154 --teacher resnet152_v1s
     """
     from pipeline.evaluation import Looking, evaluate_checkpoints
     from pipeline.inspection.terminal import evaluation_table
@@ -308,16 +456,42 @@ def evaluate_models(data, models, teachers, split, class_map, image_size, mean, 
 @main.command(short_help="What a label store is, who made it, and how complete it is.")
 @options(
     click.argument("store", type=folder),
-    click.option("--report", type=folder, help="Write a page of HTML about the store: distributions, agreement, confusions, photographs."),
-    click.option("--data", type=folder, help="With --report: show photographs of this folder, the one that was labelled."),
-    click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
-    click.option("--labels", type=click.IntRange(1), default=200_000, show_default=True, help="With --report: look at so many."),
-    click.option("--no-check", is_flag=True, help="With --report: compare only shards that are looked at with their digests."),
-    click.option("--image", help="Show one image: its views with their crops and labels. A path as in the store, or its end."),
+    click.option(
+        "--report",
+        type=folder,
+        help="Write a page of HTML about the store: distributions, agreement, confusions, "
+        "photographs.",
+    ),
+    click.option(
+        "--data",
+        type=folder,
+        help="With --report: show photographs of this folder, the one that was labelled.",
+    ),
+    click.option(
+        "--split", default="train", show_default=True, help="Folder of --data that was labelled."
+    ),
+    click.option(
+        "--labels",
+        type=click.IntRange(1),
+        default=200_000,
+        show_default=True,
+        help="With --report: look at so many.",
+    ),
+    click.option(
+        "--no-check",
+        is_flag=True,
+        help="With --report: compare only shards that are looked at with their digests.",
+    ),
+    click.option(
+        "--image",
+        help="Show one image: its views with their crops and labels. A path as in the store, or "
+        "its end.",
+    ),
     json_option,
 )
 def inspect(store, report, data, split, labels, no_check, image, as_json):
-    """Show a label store: provenance, completeness, bytes per crop, entropy, agreement with the class folders.
+    """Show a label store: provenance, completeness, bytes per crop, entropy, agreement
+    with the class folders.
 
     \b
     Example:
@@ -330,9 +504,13 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
     from pipeline.inspection.terminal import image_page, store_page
 
     if report and image:
-        raise click.UsageError("--report is of a whole store, --image of one image; give one of them")
+        raise click.UsageError(
+            "--report is of a whole store, --image of one image; give one of them"
+        )
     if data and not report:
-        raise click.UsageError("--data is for the photographs of a --report; name a file for it, or leave --data out")
+        raise click.UsageError(
+            "--data is for the photographs of a --report; name a file for it, or leave --data out"
+        )
     if image:
         facts = image_facts(store, image)
         page = image_page
@@ -341,7 +519,13 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         from pipeline.inspection.html_report import write_report
         from pipeline.runtime.progress import say
 
-        facts = write_report(store, report, data=data and split_folder(data, split), labels=labels, check=not no_check)
+        facts = write_report(
+            store,
+            report,
+            data=data and split_folder(data, split),
+            labels=labels,
+            check=not no_check,
+        )
         say(f"wrote {report}; open it in a browser")
         page = None
     else:
@@ -355,8 +539,16 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
 @main.command("verify", short_help="Whether a label store is, to the last bit, what was written.")
 @options(
     click.argument("store", type=folder),
-    click.option("--data", type=folder, help="Compare every image, or those of the sample, with the manifest, byte for byte."),
-    click.option("--sample", type=click.IntRange(1), help="With --data: render so many random crops again and run the teachers on them."),
+    click.option(
+        "--data",
+        type=folder,
+        help="Compare every image, or those of the sample, with the manifest, byte for byte.",
+    ),
+    click.option(
+        "--sample",
+        type=click.IntRange(1),
+        help="With --data: render so many random crops again and run the teachers on them.",
+    ),
     click.option(
         "--teacher",
         "teachers",
@@ -364,17 +556,32 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         type=MODEL,
         help="The store's teachers in its order, where their weights are files of yours.",
     ),
-    click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice of --sample."),
-    click.option("--threads", type=click.IntRange(1), help="That read the store, some 200 MB each.  [default: one a core, at most 8]"),
+    click.option(
+        "--split", default="train", show_default=True, help="Folder of --data that was labelled."
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Of the choice of --sample.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="That read the store, some 200 MB each.  [default: one a core, at most 8]",
+    ),
     device_option,
     json_option,
 )
 def verify_store(store, data, sample, teachers, split, seed, threads, device, as_json):
-    """Read a label store whole: every digest, every label's sum, every crop inside its image, nothing missing, nothing foreign.
+    """Read a label store whole: every digest, every label's sum, every crop inside its
+    image, nothing missing, nothing foreign.
 
-    With --data the images are compared too, or, with --sample, that many labels are made again, which must be stored as those are. Status 0: sound and
-    complete. Status 1: something is damaged, foreign, missing or can't be read; run generate-labels again, which makes what is damaged or missing anew.
+    With --data the images are compared too, or, with --sample, that many labels are
+    made again, which must be stored as those are. Status 0: sound and complete. Status
+    1: something is damaged, foreign, missing or can't be read; run generate-labels
+    again, which makes what is damaged or missing anew.
 
     \b
     Example:
@@ -386,7 +593,9 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
     from pipeline.inspection.terminal import verdict_page
 
     if (sample or teachers) and not (data and sample):
-        raise click.UsageError("--sample renders images again and needs --data; --teacher needs both")
+        raise click.UsageError(
+            "--sample renders images again and needs --data; --teacher needs both"
+        )
     result = recheck(
         store,
         data and split_folder(data, split),
@@ -401,16 +610,26 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
         raise SystemExit(1)
 
 
-@main.command("compare", short_help="Training runs beside each other: figures, settings that differ, curves.")
+@main.command(
+    "compare", short_help="Training runs beside each other: figures, settings that differ, curves."
+)
 @options(
     click.argument("runs", type=folder, nargs=-1, required=True),
-    click.option("--figure", type=folder, default="comparison.png", show_default=True, help="Picture of the curves: .png, .pdf or .svg."),
+    click.option(
+        "--figure",
+        type=folder,
+        default="comparison.png",
+        show_default=True,
+        help="Picture of the curves: .png, .pdf or .svg.",
+    ),
     json_option,
 )
 def compare_runs(runs, figure, as_json):
-    """Compare run directories of train-student: what each reached, which settings differ, and their curves in one picture.
+    """Compare run directories of train-student: what each reached, which settings
+    differ, and their curves in one picture.
 
-    Runs may still be training, and may have any number of epochs. With --json the whole metrics are told too.
+    Runs may still be training, and may have any number of epochs. With --json the whole
+    metrics are told too.
 
     \b
     Example:
@@ -426,10 +645,17 @@ def compare_runs(runs, figure, as_json):
     say(f"wrote {figure}")
 
 
-@main.command("export", short_help="A trained student for others: for timm and the hub, and for ONNX Runtime.")
+@main.command(
+    "export", short_help="A trained student for others: for timm and the hub, and for ONNX Runtime."
+)
 @options(
     click.argument("run", type=folder),
-    click.option("--out", required=True, type=folder, help="Folder to make: config.json, model.safetensors, model.onnx and README.md."),
+    click.option(
+        "--out",
+        required=True,
+        type=folder,
+        help="Folder to make: config.json, model.safetensors, model.onnx and README.md.",
+    ),
     click.option(
         "--weights",
         type=click.Choice(["best", "last"]),
@@ -437,15 +663,26 @@ def compare_runs(runs, figure, as_json):
         show_default=True,
         help="Of the epoch with the highest validation top-1, or of the last one.",
     ),
-    click.option("--no-onnx", is_flag=True, help="Leave out model.onnx, which needs onnx, onnxscript and onnxruntime."),
-    click.option("--store", type=folder, help="The label store of the run, from which the card tells more of the teachers."),
+    click.option(
+        "--no-onnx",
+        is_flag=True,
+        help="Leave out model.onnx, which needs onnx, onnxscript and onnxruntime.",
+    ),
+    click.option(
+        "--store",
+        type=folder,
+        help="The label store of the run, from which the card tells more of the teachers.",
+    ),
     json_option,
 )
 def export_run(run, out, weights, no_onnx, store, as_json):
-    """Make a folder of a trained student that needs nothing of this tool: for timm, as its hub has it, for ONNX Runtime, and with a model card.
+    """Make a folder of a trained student that needs nothing of this tool: for timm, as
+    its hub has it, for ONNX Runtime, and with a model card.
 
-    timm.create_model("local-dir:OUT", pretrained=True) is the student, bit for bit; model.onnx is compared with it on random inputs, and refused if its
-    softmax is off by more than 1e-4 in total variation. The card says how the student was made, and what the run measured of it. RUN stays as it is.
+    timm.create_model("local-dir:OUT", pretrained=True) is the student, bit for bit;
+    model.onnx is compared with it on random inputs, and refused if its softmax is off
+    by more than 1e-4 in total variation. The card says how the student was made, and
+    what the run measured of it. RUN stays as it is.
 
     \b
     Example:
@@ -465,11 +702,15 @@ def export_run(run, out, weights, no_onnx, store, as_json):
     click.option("--codec", help="Of averaged labels.  [default: the first store's]"),
 )
 def merge_stores(stores, out, codec):
-    """Join stores of one recipe that were filled apart, or average stores of different teachers.
+    """Join stores of one recipe that were filled apart, or average stores of different
+    teachers.
 
-    Joined are shards and views: of two clusters without a common disk, one labels with --worker 0/2, the other with --worker 1/2; or one --views 90, and
-    the other --views 180 --first-view 90. Averaged are labels of the same crops by different teachers, each teacher counting once: for teachers that
-    don't fit on a GPU together, or are added later. Refused when the crops differ. Run again, it goes on where it was stopped.
+    Joined are shards and views: of two clusters without a common disk, one labels with
+    --worker 0/2, the other with --worker 1/2; or one --views 90, and the other --views
+    180 --first-view 90. Averaged are labels of the same crops by different teachers,
+    each teacher counting once: for teachers that don't fit on a GPU together, or are
+    added later. Refused when the crops differ. Run again, it goes on where it was
+    stopped.
 
     \b
     Example:
@@ -488,20 +729,36 @@ def merge_stores(stores, out, codec):
     say(
         f"{out} is complete: {of} of {of} shards"
         if done == of
-        else f"{done} of {of} shards of {out}; the others aren't in the stores yet, or another merge is at them; run this command again later"
+        else f"{done} of {of} shards of {out}; the others aren't in the stores yet, or another "
+        f"merge is at them; run this command again later"
     )
 
 
 @main.command("import-labels", short_help="Labels that others published, as a store: no stage one.")
 @options(
     click.argument("directory", type=folder),
-    click.option("--format", "form", default="fkd", show_default=True, metavar="fkd", help="Of the label files."),
+    click.option(
+        "--format",
+        "form",
+        default="fkd",
+        show_default=True,
+        metavar="fkd",
+        help="Of the label files.",
+    ),
     data_option,
     click.option("--store", required=True, type=folder, help="Label store: made, or finished."),
     click.option(
-        "--teacher", "teachers", multiple=True, metavar="NAME", help="Who made the labels, as far as you know; give it several times."
+        "--teacher",
+        "teachers",
+        multiple=True,
+        metavar="NAME",
+        help="Who made the labels, as far as you know; give it several times.",
     ),
-    click.option("--image-size", type=click.IntRange(8, 4096), help="What the teachers saw, in pixels, if you know it."),
+    click.option(
+        "--image-size",
+        type=click.IntRange(8, 4096),
+        help="What the teachers saw, in pixels, if you know it.",
+    ),
     click.option(
         "--interpolation",
         type=click.Choice(["bilinear", "bicubic"]),
@@ -509,30 +766,58 @@ def merge_stores(stores, out, codec):
         show_default=True,
         help="Of the crops that were labelled: FKD's generator has bicubic.",
     ),
-    click.option("--views", type=click.IntRange(1), help="The first so many crops of each image.  [default: all]"),
+    click.option(
+        "--views",
+        type=click.IntRange(1),
+        help="The first so many crops of each image.  [default: all]",
+    ),
     click.option("--codec", default="pow8", show_default=True, help="How the store keeps labels."),
-    click.option("--split", default="train", show_default=True, help="Folder of --data that was labelled."),
+    click.option(
+        "--split", default="train", show_default=True, help="Folder of --data that was labelled."
+    ),
     class_map_option,
 )
-def import_labels(directory, form, data, store, teachers, image_size, interpolation, views, codec, split, class_map):
-    """Make a label store of the label files in DIRECTORY, one an image, and of the images that were labelled.
+def import_labels(
+    directory,
+    form,
+    data,
+    store,
+    teachers,
+    image_size,
+    interpolation,
+    views,
+    codec,
+    split,
+    class_map,
+):
+    """Make a label store of the label files in DIRECTORY, one an image, and of the
+    images that were labelled.
 
-    FKD (arXiv 2112.01528) publishes such files, its generator makes them, and MEAL V2's authors use them for "Fast MEAL V2". Crops, flips and labels are taken
-    as they are; what no file says (weights, normalisation, how crops were drawn) is recorded as unknown. Images without a label file are left out.
-    Files are read as tensors only: nothing in them is executed. Run again, it goes on where it was stopped.
+    FKD (arXiv 2112.01528) publishes such files, its generator makes them, and MEAL V2's
+    authors use them for "Fast MEAL V2". Crops, flips and labels are taken as they are;
+    what no file says (weights, normalisation, how crops were drawn) is recorded as
+    unknown. Images without a label file are left out. Files are read as tensors only:
+    nothing in them is executed. Run again, it goes on where it was stopped.
 
     \b
     Example:
-      python cli.py import-labels FKD_soft_label_500_crops_marginal_smoothing_k_5 --data imagenet --store fkd.zarr \\
+      python cli.py import-labels FKD_soft_label_500_crops_marginal_smoothing_k_5 \\
+          --data imagenet --store fkd.zarr \\
           --teacher tf_efficientnet_l2_ns_475 --image-size 475
     """
     from pipeline.exchange.fkd_format import LabelFileError
     from pipeline.exchange.import_labels import REFUSED, Known, import_labels
 
     if form in REFUSED:
-        raise LabelFileError(f"{form} label sets can't be imported: {REFUSED[form]}; make labels with generate-labels")
+        raise LabelFileError(
+            f"{form} label sets can't be imported: {REFUSED[form]}; make labels with "
+            f"generate-labels"
+        )
     if form != "fkd":
-        raise click.BadParameter(f"{form!r} must be fkd ({' and '.join(REFUSED)} can't be replayed exactly)", param_hint="--format")
+        raise click.BadParameter(
+            f"{form!r} must be fkd ({' and '.join(REFUSED)} can't be replayed exactly)",
+            param_hint="--format",
+        )
     import_labels(
         directory,
         _data(data, split, class_map),
@@ -547,18 +832,35 @@ def import_labels(directory, form, data, store, teachers, image_size, interpolat
 @main.command("export-labels", short_help="A store's labels as files for FKD's training code.")
 @options(
     click.argument("store", type=folder),
-    click.option("--out", required=True, type=folder, help="Folder of label files: made, or gone on with."),
     click.option(
-        "--labels", type=click.Choice(["full", "top5", "top10"]), default="top5", show_default=True, help="Classes that are kept."
+        "--out", required=True, type=folder, help="Folder of label files: made, or gone on with."
     ),
-    click.option("--views", type=click.IntRange(1), help="The first so many crops of each image.  [default: all]"),
-    click.option("--split", default="train", show_default=True, help="Folder of the images in the data set, which is in the files' paths."),
+    click.option(
+        "--labels",
+        type=click.Choice(["full", "top5", "top10"]),
+        default="top5",
+        show_default=True,
+        help="Classes that are kept.",
+    ),
+    click.option(
+        "--views",
+        type=click.IntRange(1),
+        help="The first so many crops of each image.  [default: all]",
+    ),
+    click.option(
+        "--split",
+        default="train",
+        show_default=True,
+        help="Folder of the images in the data set, which is in the files' paths.",
+    ),
 )
 def export_labels(store, out, labels, views, split):
-    """Write a label file for each image, OUT/SPLIT/CLASS/NAME.tar, as FKD (github.com/szq0214/FKD) reads them.
+    """Write a label file for each image, OUT/SPLIT/CLASS/NAME.tar, as FKD
+    (github.com/szq0214/FKD) reads them.
 
-    top5 and top10 are its marginal_smoothing_k5 and _k10: the likeliest classes, and what is left even over the others. Crops become shares of the image's
-    height and width.
+    top5 and top10 are its marginal_smoothing_k5 and _k10: the likeliest classes, and
+    what is left even over the others. Crops become shares of the image's height and
+    width.
 
     \b
     Example:
@@ -571,13 +873,20 @@ def export_labels(store, out, labels, views, split):
 
 @main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")
 @options(
-    click.option("--out", type=folder, default="demo", show_default=True, help="Folder for data, runs and store."),
+    click.option(
+        "--out",
+        type=folder,
+        default="demo",
+        show_default=True,
+        help="Folder for data, runs and store.",
+    ),
     device_option,
     json_option,
     set_option,
 )
 def demo(out, device, as_json, settings):
-    """Train two teachers, label a store with them, train a student from it and the same student without it, and compare.
+    """Train two teachers, label a store with them, train a student from it and the same
+    student without it, and compare.
 
     \b
     Example:
@@ -608,7 +917,11 @@ def _json(result: dict) -> str:
 def _recipe(path: Path, settings: tuple[str, ...], overrides: dict[str, Any]) -> Any:
     from pipeline.config_file import load
 
-    return load(path, {key: value for key, value in overrides.items() if value not in (None, [])}, list(settings))
+    return load(
+        path,
+        {key: value for key, value in overrides.items() if value not in (None, [])},
+        list(settings),
+    )
 
 
 def _codec(name: str) -> Any:
@@ -617,7 +930,9 @@ def _codec(name: str) -> Any:
     if name not in CODECS:
         close = difflib.get_close_matches(name, CODECS, 1)
         raise click.BadParameter(
-            f"{name!r} must be one of {', '.join(CODECS)}" + (f"; did you mean {close[0]}?" if close else ""), param_hint="--codec"
+            f"{name!r} must be one of {', '.join(CODECS)}"
+            + (f"; did you mean {close[0]}?" if close else ""),
+            param_hint="--codec",
         )
     return CODECS[name]
 
@@ -663,8 +978,12 @@ def _share(recipe: Any, text: str | None, first_view: int) -> Any:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     index, slash, count = (text or "0/1").partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise click.BadParameter(f"{text!r} must be I/N with I from 0 to N-1, like 0/4", param_hint="--worker")
-    return Share(int(index) * world + rank, int(count) * world, first_view, recipe.store.views_per_decode)
+        raise click.BadParameter(
+            f"{text!r} must be I/N with I from 0 to N-1, like 0/4", param_hint="--worker"
+        )
+    return Share(
+        int(index) * world + rank, int(count) * world, first_view, recipe.store.views_per_decode
+    )
 
 
 if __name__ == "__main__":

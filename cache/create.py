@@ -1,4 +1,5 @@
-"""Create an empty label store: in a folder beside it, synced, then renamed, so that a store exists whole or not at all."""
+"""Create an empty label store: in a folder beside it, synced, then renamed, so that a
+store exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cache.format.manifest import Images
-from cache.format.schema import CROP_ARRAYS, FORMAT, RECORD, format_version, how_to_read, shard_arrays
+from cache.format.schema import (
+    CROP_ARRAYS,
+    FORMAT,
+    RECORD,
+    format_version,
+    how_to_read,
+    shard_arrays,
+)
 from cache.format.seal import read_metadata, write_seal
 from cache.system.claims import alive
 from cache.system.durable import make_folder, sync_folder, sync_tree
@@ -23,15 +31,21 @@ FORGOTTEN = 86_400.0  # seconds after which an unfinished store of another machi
 
 
 def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
-    """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so that a store is there whole or not at all.
+    """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so
+    that a store is there whole or not at all.
 
-    ``attributes`` holds ``codec``, ``class_names``, ``provenance`` and whatever else describes the store. Returns False if somebody else's store came first.
+    ``attributes`` holds ``codec``, ``class_names``, ``provenance`` and whatever else
+    describes the store. Returns False if somebody else's store came first.
     """
     make_folder(path.parent)
     host = socket.gethostname()
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):  # by a process that was killed
+    for left in path.parent.glob(
+        f".{glob.escape(path.name)}.*.creating"
+    ):  # by a process that was killed
         *_, process, _ = left.name.split(".")
-        if not left.name.startswith(f".{path.name}.{host}."):  # of another machine: it takes an hour at most
+        if not left.name.startswith(
+            f".{path.name}.{host}."
+        ):  # of another machine: it takes an hour at most
             gone = time.time() - left.stat().st_mtime > FORGOTTEN
         else:  # in a container every run may have the same number
             gone = process.isdecimal() and (int(process) == os.getpid() or not alive(int(process)))
@@ -54,7 +68,9 @@ def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
 def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
     """Write an empty store."""
     n, classes = len(images), len(attributes["class_names"])
-    chunk_rows, shard_rows = (attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows"))
+    chunk_rows, shard_rows = (
+        attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows")
+    )
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
     packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]
@@ -69,7 +85,9 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
             "format_version": format_version(attributes["provenance"]),
             "views": views,
             "how_to_read": how_to_read(attributes["codec"], mixed),
-            "record_fields": [[name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names],
+            "record_fields": [
+                [name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names
+            ],
             "row_order": images.order,
             **attributes,
         },

@@ -1,4 +1,5 @@
-"""Several stores of the same crops as one: views and shards that were labelled apart are joined, labels of different teachers averaged."""
+"""Several stores of the same crops as one: views and shards that were labelled apart
+are joined, labels of different teachers averaged."""
 
 from __future__ import annotations
 
@@ -18,21 +19,34 @@ from cache.format.crops import Content
 from cache.format.manifest import USABLE
 from cache.reader import LabelStore
 
-ALIKE = ("crops", "renderer", "data")  # sections of the provenance that say which crops of which images, as which pixels
+ALIKE = (
+    "crops",
+    "renderer",
+    "data",
+)  # sections of the provenance that say which crops of which images, as which pixels
 
 
 def merge(
-    paths: Sequence[Path], out: Path, *, codec: Codec | None = None, say: Callable[[str], None], progress: Callable[[int], None]
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    codec: Codec | None = None,
+    say: Callable[[str], None],
+    progress: Callable[[int], None],
 ) -> LabelStore:
-    """Make ``out`` from the stores at ``paths``, or go on with what an earlier call made of the same ones.
+    """Make ``out`` from the stores at ``paths``, or go on with what an earlier call
+    made of the same ones.
 
-    Stores of one recipe are joined: a shard is taken from the first store in which it is finished and sound. Stores that differ in their
-    teachers are averaged: p = Σ nᵢ·pᵢ / Σ nᵢ with nᵢ teachers in store i, which is the mean softmax (Eq. 1) of them all; where one of the stores has no
-    label yet, neither has ``out``. codec: of the averaged labels; otherwise the first store's. progress: is told how many shards were looked at.
-    What of ``out`` is not what was written there is made anew.
+    Stores of one recipe are joined: a shard is taken from the first store in which it
+    is finished and sound. Stores that differ in their teachers are averaged: p = Σ
+    nᵢ·pᵢ / Σ nᵢ with nᵢ teachers in store i, which is the mean softmax (Eq. 1) of them
+    all; where one of the stores has no label yet, neither has ``out``. codec: of the
+    averaged labels; otherwise the first store's. progress: is told how many shards were
+    looked at. What of ``out`` is not what was written there is made anew.
 
-    Raises StoreError, before anything is written, if images, crops, pixels or classes differ, or a teacher would count twice; and at the end, if shards
-    were damaged in the stores.
+    Raises StoreError, before anything is written, if images, crops, pixels or classes
+    differ, or a teacher would count twice; and at the end, if shards were damaged in
+    the stores.
     """
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
@@ -42,29 +56,49 @@ def merge(
     same = [_recipe(a.provenance) == _recipe(b.provenance) for a, b in combinations(stores, 2)]
     if any(same) and not all(same):
         raise StoreError(
-            "some of the stores have the same teachers and recipe, and some have not; join the same ones first, then average the results"
+            "some of the stores have the same teachers and recipe, and some have not; join the "
+            "same ones first, then average the results"
         )
     joining = all(same)
     for other in stores[1:]:
         _require_alike(stores[0], other)
     if joining and codec is not None and codec != stores[0].codec:
-        raise StoreError(f"stores of one recipe are joined as they are, with codec {stores[0].codec.name}; leave --codec out")
-    views = max(store.views for store in stores) if joining else min(store.views for store in stores)
+        raise StoreError(
+            f"stores of one recipe are joined as they are, with codec {stores[0].codec.name}; "
+            f"leave --codec out"
+        )
+    views = (
+        max(store.views for store in stores) if joining else min(store.views for store in stores)
+    )
     if not joining and (most := max(store.views for store in stores)) > views:
         say(f"views {views} to {most - 1} are not in all of the stores, and are left out")
-    attributes = dict(stores[0].attributes) if joining else _averaged(stores, codec or stores[0].codec)
-    writer = repair.opened(out, lambda at, least: _make(at, stores[0], attributes, max(views, least)), say)
+    attributes = (
+        dict(stores[0].attributes) if joining else _averaged(stores, codec or stores[0].codec)
+    )
+    writer = repair.opened(
+        out, lambda at, least: _make(at, stores[0], attributes, max(views, least)), say
+    )
     if _recipe(writer.store.provenance) != _recipe(attributes["provenance"]):
-        raise StoreError(f"{out} is there already and was made from other stores; choose another --out, or remove it")
+        raise StoreError(
+            f"{out} is there already and was made from other stores; choose another --out, or "
+            f"remove it"
+        )
     if writer.store.views < views or writer.uneven:
         writer.grow(views)
-    say(f"{'joining' if joining else 'averaging'} {len(stores)} stores into {out}: {views} views, codec {writer.store.codec.name}")
+    say(
+        f"{'joining' if joining else 'averaging'} {len(stores)} stores into {out}: {views} views, "
+        f"codec {writer.store.codec.name}"
+    )
     lost: list[str] = []
     for shard in range(writer.store.shards):
         writer.discard_damaged(shard, views, say)
         with writer.claimed(list(range(views)), shard) as missing:
             for view in missing:
-                content, fault = _first(stores, view, shard) if joining else _mean(stores, writer.store, view, shard)
+                content, fault = (
+                    _first(stores, view, shard)
+                    if joining
+                    else _mean(stores, writer.store, view, shard)
+                )
                 if content is not None:
                     writer.write(view, shard, *content)
                 elif fault is not None:
@@ -72,14 +106,19 @@ def merge(
             progress(views)
     if lost:
         raise StoreError(
-            f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend that store with the command that made it, then merge again"
+            f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend "
+            f"that store with the command that made it, then merge again"
         )
     return LabelStore.open(out)
 
 
 def _recipe(provenance: dict) -> bytes:
-    """What stores that can be joined have in common: all of the provenance, but for a teacher's tag, which weights say better."""
-    teachers = [{**teacher, "model": schema.architecture(teacher["model"])} for teacher in provenance["teachers"]]
+    """What stores that can be joined have in common: all of the provenance, but for a
+    teacher's tag, which weights say better."""
+    teachers = [
+        {**teacher, "model": schema.architecture(teacher["model"])}
+        for teacher in provenance["teachers"]
+    ]
     return schema.canonical_digest({**provenance, "teachers": teachers})
 
 
@@ -90,19 +129,37 @@ def _require_alike(first: LabelStore, other: LabelStore) -> None:
         if difference := schema.first_difference(section, ours, theirs):
             key, one, another = difference
             raise StoreError(
-                f"{where}: {key} is {one} in one and {another} in the other; labels are of the same crops only if all of it is the same"
+                f"{where}: {key} is {one} in one and {another} in the other; labels are of the "
+                f"same crops only if all of it is the same"
             )
-    if first.class_names != other.class_names or not np.array_equal(first.images.path, other.images.path):
-        raise StoreError(f"{where}: their classes or rows are in another order; make them from the same data and class map")
+    if first.class_names != other.class_names or not np.array_equal(
+        first.images.path, other.images.path
+    ):
+        raise StoreError(
+            f"{where}: their classes or rows are in another order; make them from the same data "
+            f"and class map"
+        )
     for store in (first, other):
         if "fingerprint" not in store.attributes:
-            raise StoreError(f"{where}: {store.path} has no fingerprint of its pixels; restore it from a copy or generate a new store")
+            raise StoreError(
+                f"{where}: {store.path} has no fingerprint of its pixels; restore it from a copy "
+                f"or generate a new store"
+            )
     ours, theirs = (store.attributes["fingerprint"] for store in (first, other))
     if any(ours[key] != theirs[key] for key in ("rows", "boxes", "flips")):
-        raise StoreError(f"{where}: their crops are others; labels are averaged only of the same ones")
-    differing = [size for size in ours["digests"].keys() & theirs["digests"].keys() if ours["digests"][size] != theirs["digests"][size]]
+        raise StoreError(
+            f"{where}: their crops are others; labels are averaged only of the same ones"
+        )
+    differing = [
+        size
+        for size in ours["digests"].keys() & theirs["digests"].keys()
+        if ours["digests"][size] != theirs["digests"][size]
+    ]
     if differing:
-        raise StoreError(f"{where}: they were made on machines that render other pixels (at {', '.join(sorted(differing))} px)")
+        raise StoreError(
+            f"{where}: they were made on machines that render other pixels (at "
+            f"{', '.join(sorted(differing))} px)"
+        )
 
 
 def _known_by(teacher: dict) -> str:
@@ -116,9 +173,12 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
     for store in stores:
         for teacher in store.provenance["teachers"]:
             if other := seen.get(_known_by(teacher)):
-                where, one, another = schema.first_difference("", other.provenance, store.provenance) or ("nothing", "", "")
+                where, one, another = schema.first_difference(
+                    "", other.provenance, store.provenance
+                ) or ("nothing", "", "")
                 raise StoreError(
-                    f"{other.path} and {store.path} both have labels of {teacher['model']}, which would count twice; leave one of them out (they can't be "
+                    f"{other.path} and {store.path} both have labels of {teacher['model']}, which "
+                    f"would count twice; leave one of them out (they can't be "
                     f"joined either, since they differ in {where}: {one} and {another})"
                 )
         seen |= {_known_by(teacher): store for teacher in store.provenance["teachers"]}
@@ -133,13 +193,25 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
                 "teachers": len(store.provenance["teachers"]),
                 "codec": store.codec.describe(),
                 "compute": store.provenance["compute"],
-                **({"gpu": gpu} if (gpu := store.attributes.get("made_with", {}).get("gpu")) else {}),
-                **{key: store.provenance[key] for key in ("merged", "imported") if key in store.provenance},
+                **(
+                    {"gpu": gpu}
+                    if (gpu := store.attributes.get("made_with", {}).get("gpu"))
+                    else {}
+                ),
+                **{
+                    key: store.provenance[key]
+                    for key in ("merged", "imported")
+                    if key in store.provenance
+                },
             }
             for store in stores
         ],
     }
-    digests = {size: digest for store in stores for size, digest in store.attributes["fingerprint"]["digests"].items()}
+    digests = {
+        size: digest
+        for store in stores
+        for size, digest in store.attributes["fingerprint"]["digests"].items()
+    }
     return {
         **first.attributes,
         "codec": codec.describe(),
@@ -152,8 +224,11 @@ def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
     create(out, images=like.images, views=views, attributes=repair.described(attributes))
 
 
-def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[Content | None, str | None]:
-    """Content of a shard from the first store that has it, sound; where one has it, but none has it sound, that one and what is wrong."""
+def _first(
+    stores: Sequence[LabelStore], view: int, shard: int
+) -> tuple[Content | None, str | None]:
+    """Content of a shard from the first store that has it, sound; where one has it, but
+    none has it sound, that one and what is wrong."""
     wrong = None
     for store in stores:
         if view < store.views and store.has_record(view, shard):
@@ -164,8 +239,11 @@ def _first(stores: Sequence[LabelStore], view: int, shard: int) -> tuple[Content
     return None, wrong
 
 
-def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int) -> tuple[Content | None, str | None]:
-    """Averaged codes of a shard and its crops; None where a store has no label yet, or a damaged one, and then which and what is wrong."""
+def _mean(
+    stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int
+) -> tuple[Content | None, str | None]:
+    """Averaged codes of a shard and its crops; None where a store has no label yet, or
+    a damaged one, and then which and what is wrong."""
     rows = made.shard_slice(shard)
     usable = made.images.status[rows] == USABLE
     codes = np.zeros((len(usable), made.codec.columns(made.classes)), made.codec.dtype)
@@ -178,13 +256,17 @@ def _mean(stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int)
     crops = [store.whole_crops(view, rows) for store in stores]
     for store, theirs in zip(stores[1:], crops[1:], strict=True):
         if not crops[0].equals(theirs):
-            raise StoreError(f"{stores[0].path} and {store.path} have other crops in {made.place(view, shard)}; they can't be averaged")
+            raise StoreError(
+                f"{stores[0].path} and {store.path} have other crops in {made.place(view, shard)}; "
+                f"they can't be averaged"
+            )
     weights = [len(store.provenance["teachers"]) for store in stores]
     for first in range(0, len(usable), made.chunk_rows):
         part = slice(first, first + made.chunk_rows)
         here = np.arange(rows.start, rows.stop)[part][usable[part]]
         total = sum(
-            np.float32(n / sum(weights)) * store.codec.decode(store.codes(view, here)) for n, store in zip(weights, stores, strict=True)
+            np.float32(n / sum(weights)) * store.codec.decode(store.codes(view, here))
+            for n, store in zip(weights, stores, strict=True)
         )
         codes[part][usable[part]] = made.codec.encode(total)
     return Content(codes, crops[0]), None

@@ -1,4 +1,5 @@
-"""Reading a label store: what is finished, labels as codes or probabilities, crops, and what the store says of itself."""
+"""Reading a label store: what is finished, labels as codes or probabilities, crops, and
+what the store says of itself."""
 
 from __future__ import annotations
 
@@ -24,12 +25,20 @@ from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
 
-UNREADABLE = (KeyError, ValueError, RuntimeError, TypeError, OverflowError, OSError)  # a checksum, a file cut short, none at all
+UNREADABLE = (
+    KeyError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    OverflowError,
+    OSError,
+)  # a checksum, a file cut short, none at all
 _short_of_memory = threading.Lock()
 
 
 class LabelStore:
-    """An open label store. Everything is read lazily; reading labels of a shard without a completion record raises StoreError."""
+    """An open label store. Everything is read lazily; reading labels of a shard without
+    a completion record raises StoreError."""
 
     def __init__(self, path: Path, attributes: dict) -> None:
         self.path = path
@@ -38,27 +47,39 @@ class LabelStore:
         self.codec = codecs.from_description(self.attributes["codec"])
         self.class_names: list[str] = self.attributes["class_names"]
         self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what says what a crop is
-        self.shard_arrays = schema.shard_arrays(attributes)  # names of all that has a file per shard, but for its record
+        self.shard_arrays = schema.shard_arrays(
+            attributes
+        )  # names of all that has a file per shard, but for its record
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
         self.group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
         self._arrays: dict[str, zarr.Array] = {}
         self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
         shape = self.array("labels").shape
-        self.views: int = attributes.get("views", self.array("records").shape[0])  # the second: before there was a seal
+        self.views: int = attributes.get(
+            "views", self.array("records").shape[0]
+        )  # the second: before there was a seal
         self.shards: int = self.array("records").shape[1]
         self.classes: int = shape[2]
         for name in (*self.shard_arrays, "records"):
             if self.array(name).shape[0] < self.views:
-                raise errors.damaged(path, f"{name}/zarr.json", f"it has {self.array(name).shape[0]} views, the store {self.views}")
+                raise errors.damaged(
+                    path,
+                    f"{name}/zarr.json",
+                    f"it has {self.array(name).shape[0]} views, the store {self.views}",
+                )
 
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
-        """Open for reading. Raises StoreError if there is no store, or one that this version can't read; DamagedStore if what describes it is not
-        what was written."""
+        """Open for reading. Raises StoreError if there is no store, or one that this
+        version can't read; DamagedStore if what describes it is not what was
+        written."""
         path = Path(path)
         if not path.exists():
-            raise StoreError(f"there is no label store at {path}; make one with generate-labels, or check the path")
+            raise StoreError(
+                f"there is no label store at {path}; make one with generate-labels, or check the "
+                f"path"
+            )
         ours = (path / "records").is_dir() and (path / "labels").is_dir()
         try:
             whole = read_document(path / "zarr.json")
@@ -69,30 +90,56 @@ class LabelStore:
                 raise errors.unreadable(path, "zarr.json", error) from None
             if ours:
                 raise errors.damaged(path, "zarr.json", _one_line(error)) from None
-            raise StoreError(f"{path} is not a label store (it holds no Zarr v3 group); check the path, or choose a new one") from None
+            raise StoreError(
+                f"{path} is not a label store (it holds no Zarr v3 group); check the path, or "
+                f"choose a new one"
+            ) from None
         if found != FORMAT and not (ours and "seal" in attributes):
-            raise StoreError(f"{path} is a Zarr group but not a label store (its format is {found!r}); check the path")
-        if (type(version) is not int or version not in VERSIONS) and not only_its_version_is_wrong(attributes, whole):
+            raise StoreError(
+                f"{path} is a Zarr group but not a label store (its format is {found!r}); check "
+                f"the path"
+            )
+        if (type(version) is not int or version not in VERSIONS) and not only_its_version_is_wrong(
+            attributes, whole
+        ):
             newer = isinstance(version, int) and version > VERSIONS[-1]
             raise StoreError(
-                f"{path} has label store format {version}, this program reads {VERSIONS[0]} to {VERSIONS[-1]}; "
-                + ("it was made by a newer version: update this program" if newer else "use the version of this program that made it")
+                f"{path} has label store format {version}, this program reads {VERSIONS[0]} to "
+                f"{VERSIONS[-1]}; "
+                + (
+                    "it was made by a newer version: update this program"
+                    if newer
+                    else "use the version of this program that made it"
+                )
             )
-        sealed = type(version) is not int or version not in VERSIONS or version >= SEALED or "seal" in attributes
+        sealed = (
+            type(version) is not int
+            or version not in VERSIONS
+            or version >= SEALED
+            or "seal" in attributes
+        )
         if sealed:
             require_seal(path, {"zarr.json": whole})
-        documents = read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}  # one that may have grown since
+        documents = read_metadata(path, schema.shard_arrays(attributes)[1:]) | {
+            "zarr.json": whole
+        }  # one that may have grown since
         if sealed:
             require_seal(path, documents)
         try:
             validate.require_sense(path, attributes, documents)
             return cls(path, attributes)
         except KeyError as missing:
-            raise DamagedStore(f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new store") from None
+            raise DamagedStore(
+                f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new "
+                f"store"
+            ) from None
         except (ValueError, TypeError, OSError) as error:  # metadata cut short
             if errors.momentary(error):
                 raise errors.unreadable(path, "its description", error) from None
-            raise DamagedStore(f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new store") from None
+            raise DamagedStore(
+                f"{path} is damaged ({_one_line(error)}); restore it from a copy or generate a new "
+                f"store"
+            ) from None
 
     def array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
@@ -107,18 +154,26 @@ class LabelStore:
     @property
     def made_by(self) -> str:
         """The command that made the store, and finishes and mends it."""
-        return "merge" if "merged" in self.provenance else "import-labels" if "imported" in self.provenance else "generate-labels"
+        return (
+            "merge"
+            if "merged" in self.provenance
+            else "import-labels"
+            if "imported" in self.provenance
+            else "generate-labels"
+        )
 
     @cached_property
     def max_error(self) -> tuple[float | None, float]:
-        """What no stored label exceeds: (KL in nats, total variation) from the mean softmax of the teachers. An average of stores has lost what each of
-        them had lost, too, for which there is no bound of KL (None)."""
+        """What no stored label exceeds: (KL in nats, total variation) from the mean
+        softmax of the teachers. An average of stores has lost what each of them had
+        lost, too, for which there is no bound of KL (None)."""
         kl, _ = self.codec.max_error(self.classes)
         return (None if "merged" in self.provenance else kl), _lost(self.provenance, self.classes)
 
     @cached_property
     def images(self) -> Images:
-        """The manifest, in row order. Raises StoreError if it is not, whole, what the provenance says."""
+        """The manifest, in row order. Raises StoreError if it is not, whole, what the
+        provenance says."""
         for file in self.manifest_files():  # what Zarr would read as zeros and empty names
             if not (self.path / file).is_file():
                 raise errors.damaged(self.path, file, "it is missing")
@@ -131,16 +186,23 @@ class LabelStore:
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
             raise errors.damaged(self.path, "images/", "the manifest has another digest")
-        if self.attributes.get("row_order") not in (None, images.order):  # stores had none before 0.3
+        if self.attributes.get("row_order") not in (
+            None,
+            images.order,
+        ):  # stores had none before 0.3
             raise errors.damaged(self.path, "images/", "the rows are in another order")
         for path in images.path:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
-                raise StoreError(f"{self.path} names an image outside the data folder ({path!r}); don't use this store")
+                raise StoreError(
+                    f"{self.path} names an image outside the data folder ({path!r}); don't use "
+                    f"this store"
+                )
         return images
 
     def consolidated_is_right(self) -> bool:
-        """Whether the copies of the other zarr.json that zarr.consolidate_metadata puts into the store's own, if there are any, are their copies. They are
-        not read here, but by other programs."""
+        """Whether the copies of the other zarr.json that zarr.consolidate_metadata puts
+        into the store's own, if there are any, are their copies. They are not read
+        here, but by other programs."""
         documents = read_metadata(self.path, self.shard_arrays[1:])
         consolidated = documents.pop("zarr.json").get("consolidated_metadata")
         if consolidated is None:
@@ -150,14 +212,24 @@ class LabelStore:
             """Without what Zarr adds or leaves out in a copy."""
             if not isinstance(document, dict):
                 return document
-            return {key: value for key, value in document.items() if key != "consolidated_metadata" and value not in (None, {}, [])}
+            return {
+                key: value
+                for key, value in document.items()
+                if key != "consolidated_metadata" and value not in (None, {}, [])
+            }
 
         copies = consolidated.get("metadata") if isinstance(consolidated, dict) else None
-        wanted = {file.removesuffix("/zarr.json"): plain(document) for file, document in documents.items()}
-        return isinstance(copies, dict) and {name: plain(copy) for name, copy in copies.items()} == wanted
+        wanted = {
+            file.removesuffix("/zarr.json"): plain(document) for file, document in documents.items()
+        }
+        return (
+            isinstance(copies, dict)
+            and {name: plain(copy) for name, copy in copies.items()} == wanted
+        )
 
     def _column(self, name: str) -> np.ndarray:
-        """A column of the manifest; strings as Python's, one column at a time, since both kinds together take the most memory of all."""
+        """A column of the manifest; strings as Python's, one column at a time, since
+        both kinds together take the most memory of all."""
         column = self._read(f"images/{name}", np.s_[:])
         return column.astype(object) if column.dtype.kind in "OUT" else column
 
@@ -166,8 +238,12 @@ class LabelStore:
         files = []
         for name in Images.__dataclass_fields__:
             array = self.array(f"images/{name}")
-            chunks = (-(-length // size) for length, size in zip(array.shape, array.chunks, strict=True))
-            files += ["/".join([f"images/{name}/c", *map(str, place)]) for place in np.ndindex(*chunks)]
+            chunks = (
+                -(-length // size) for length, size in zip(array.shape, array.chunks, strict=True)
+            )
+            files += [
+                "/".join([f"images/{name}/c", *map(str, place)]) for place in np.ndindex(*chunks)
+            ]
         return files
 
     @cached_property
@@ -176,7 +252,8 @@ class LabelStore:
         return self.images.usable
 
     def records(self) -> np.ndarray:
-        """RECORD [views, shards], read anew; where a record is missing, damaged or of another place, all zeros."""
+        """RECORD [views, shards], read anew; where a record is missing, damaged or of
+        another place, all zeros."""
         try:
             self._require_files(self.path / "records" / "c")
             raw = self._read("records", np.s_[: self.views])
@@ -192,7 +269,8 @@ class LabelStore:
         return _records(raw, np.arange(self.views)[:, None], np.arange(self.shards))
 
     def _require_files(self, folder: Path) -> None:
-        """Raises StoreError if something below is neither folder nor file: reading a pipe would wait for ever."""
+        """Raises StoreError if something below is neither folder nor file: reading a
+        pipe would wait for ever."""
         for entry in os.scandir(folder) if folder.is_dir() else ():
             if entry.is_dir():
                 self._require_files(Path(entry.path))
@@ -204,11 +282,16 @@ class LabelStore:
         raw = np.zeros(RECORD.itemsize, "u1")
         with suppress(*UNREADABLE):
             if self.size("records", view, shard):
-                raw = self._take("records", np.s_[view, shard], str(self.file("records", view, shard).relative_to(self.path)))
+                raw = self._take(
+                    "records",
+                    np.s_[view, shard],
+                    str(self.file("records", view, shard).relative_to(self.path)),
+                )
         return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
 
     def finished_records(self) -> np.ndarray:
-        """RECORD [views, shards], read anew: ``records``, all zeros where the files are not there in the recorded size."""
+        """RECORD [views, shards], read anew: ``records``, all zeros where the files are
+        not there in the recorded size."""
         records = self.records()
 
         def look(view: int) -> None:
@@ -221,7 +304,8 @@ class LabelStore:
         return records
 
     def finished(self) -> np.ndarray:
-        """bool [views, shards], read anew: the record is there, and so are the files, of the recorded size."""
+        """bool [views, shards], read anew: the record is there, and so are the files,
+        of the recorded size."""
         return self.finished_records()["magic"] == RECORD_MAGIC
 
     def is_finished(self, view: int, shard: int) -> bool:
@@ -258,25 +342,31 @@ class LabelStore:
         return int(finished.sum()), finished.size
 
     def require_finished(self, view: int, shards: np.ndarray | None = None) -> None:
-        """Raises StoreError unless every shard of the view (or those given) is finished."""
+        """Raises StoreError unless every shard of the view (or those given) is
+        finished."""
         if not 0 <= view < self.views:
-            raise StoreError(f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with {self.made_by} --views {view + 1}")
+            raise StoreError(
+                f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with "
+                f"{self.made_by} --views {view + 1}"
+            )
         shards = np.arange(self.shards) if shards is None else shards
         if not self._finished[view, shards].all():
             self.__dict__.pop("_finished")  # another process may have finished it since
         missing = shards[~self._finished[view, shards]]
         if len(missing):
             raise StoreError(
-                f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} shards missing or damaged, the first is {missing[0]}); "
+                f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} "
+                f"shards missing or damaged, the first is {missing[0]}); "
                 f"run the same {self.made_by} command again to finish it"
             )
 
     def require_sound(self, view: int, shard: int) -> None:
-        """Read a finished shard whole, once per process, and raise StoreError unless it is what was written there."""
+        """Read a finished shard whole, once per process, and raise StoreError unless it
+        is what was written there."""
         if (view, shard) not in self._sound and (fault := self.fault(view, shard)):
             raise StoreError(
-                f"{self.place(view, shard)} of {self.path} are not what was written there: {fault}; "
-                f"run the same {self.made_by} command again to make them anew"
+                f"{self.place(view, shard)} of {self.path} are not what was written there: "
+                f"{fault}; run the same {self.made_by} command again to make them anew"
             )
 
     def fault(self, view: int, shard: int) -> str | None:
@@ -286,10 +376,13 @@ class LabelStore:
         return fault
 
     def content(self, view: int, shard: int) -> tuple[Content | None, str | None]:
-        """Read a finished shard whole and compare it with the digest in its record: what is in it, None where it can't be read; and what is wrong with it,
-        or None. Raises StoreError where that can't be told, for want of memory or permission or of a disk that answers.
+        """Read a finished shard whole and compare it with the digest in its record:
+        what is in it, None where it can't be read; and what is wrong with it, or None.
+        Raises StoreError where that can't be told, for want of memory or permission or
+        of a disk that answers.
 
-        Zarr's own checksums find flipped bits. They don't find a missing file, which reads as zeros, or a file of another place or store.
+        Zarr's own checksums find flipped bits. They don't find a missing file, which
+        reads as zeros, or a file of another place or store.
         """
         arrays: list[np.ndarray] = []
         for name in self.shard_arrays:
@@ -309,7 +402,11 @@ class LabelStore:
         if record["magic"] != RECORD_MAGIC:
             return content, "its completion record is missing or damaged"
         if digest != record["digest"].tobytes():
-            return content, "another digest than in its completion record (files of another place, or changed by other hands)"
+            return (
+                content,
+                "another digest than in its completion record (files of another place, or changed "
+                "by other hands)",
+            )
         if fault := content.crops.fault(self.shard_slice(shard), self.images):
             return content, fault
         if not self.codec.possible(content.codes):
@@ -317,22 +414,32 @@ class LabelStore:
         return content, None
 
     def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
-        """Stored codes of the rows, in their order, as ``codec.decode`` takes them: [n, classes], and with a codec that keeps the tail's mass that in one
-        more column. Whole inner chunks are read: ask for neighbours together."""
+        """Stored codes of the rows, in their order, as ``codec.decode`` takes them: [n,
+        classes], and with a codec that keeps the tail's mass that in one more column.
+        Whole inner chunks are read: ask for neighbours together."""
         codes = self._rows("labels", view, rows)
-        return codecs.pack(codes, self._rows("tail", view, rows)) if "tail" in self.shard_arrays else codes
+        return (
+            codecs.pack(codes, self._rows("tail", view, rows))
+            if "tail" in self.shard_arrays
+            else codes
+        )
 
     def probabilities(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
-        """float32 [n, classes]: decoded labels, every value above zero, rows summing to one. StoreError for a row that has no label."""
+        """float32 [n, classes]: decoded labels, every value above zero, rows summing to
+        one. StoreError for a row that has no label."""
         rows = self._as_rows(rows)
         unusable = self.images.status[rows] != USABLE
         if unusable.any():
             row = rows[np.argmax(unusable)]
-            raise StoreError(f"row {row} ({self.images.path[row]}) has no label: {self.images.reason[row]}; ask for rows of store.usable")
+            raise StoreError(
+                f"row {row} ({self.images.path[row]}) has no label: {self.images.reason[row]}; ask "
+                f"for rows of store.usable"
+            )
         return self.codec.decode(self.codes(view, rows))
 
     def crops(self, view: int, rows: np.ndarray | slice) -> BoxesAndFlips:
-        """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool [n] mirrored left-right after the crop)."""
+        """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool
+        [n] mirrored left-right after the crop)."""
         return BoxesAndFlips(self._rows("boxes", view, rows), self._rows("flips", view, rows))
 
     def whole_crops(self, view: int, rows: np.ndarray | slice) -> Crops:
@@ -345,14 +452,22 @@ class LabelStore:
         return "mix_box" in self.crop_arrays
 
     def mixes(self, view: int, rows: np.ndarray | slice) -> Mixes:
-        """What was pasted into the crops (CutMix): int32 [n] rows of the partners, -1 for none, and float32 [n, 4] top, left, bottom, right as
-        fractions of the output. The partner's crop is the one of the same view; the rectangle's pixels follow from ``how_to_read``."""
+        """What was pasted into the crops (CutMix): int32 [n] rows of the partners, -1
+        for none, and float32 [n, 4] top, left, bottom, right as fractions of the
+        output. The partner's crop is the one of the same view; the rectangle's pixels
+        follow from ``how_to_read``."""
         if not self.mixed:
-            raise StoreError(f"{self.path} holds no CutMix; ask store.mixed first, or make a store with crops.cutmix")
+            raise StoreError(
+                f"{self.path} holds no CutMix; ask store.mixed first, or make a store with "
+                f"crops.cutmix"
+            )
         return Mixes(self._rows("mix_partner", view, rows), self._rows("mix_box", view, rows))
 
     def shard_slice(self, shard: int) -> slice:
-        return slice(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.array("labels").shape[1]))
+        return slice(
+            shard * self.shard_rows,
+            min((shard + 1) * self.shard_rows, self.array("labels").shape[1]),
+        )
 
     def place(self, view: int, shard: int) -> str:
         """A shard, as a user is told of it."""
@@ -360,8 +475,11 @@ class LabelStore:
         return f"view {view}, rows {rows.start} to {rows.stop - 1}"
 
     def file(self, name: str, view: int, shard: int) -> Path:
-        """Where Zarr keeps a shard: its grid indices as folders, the last axes being one chunk."""
-        return Path(self.path, name, "c", str(view), str(shard), *["0"] * (self.array(name).ndim - 2))
+        """Where Zarr keeps a shard: its grid indices as folders, the last axes being
+        one chunk."""
+        return Path(
+            self.path, name, "c", str(view), str(shard), *["0"] * (self.array(name).ndim - 2)
+        )
 
     def _as_rows(self, rows: np.ndarray | slice) -> np.ndarray:
         n = self.array("labels").shape[1]
@@ -369,10 +487,15 @@ class LabelStore:
             return np.arange(*rows.indices(n))
         rows = np.atleast_1d(rows)
         if rows.size and rows.dtype.kind not in "iu":
-            raise StoreError(f"rows must be whole numbers or a slice, not {rows.dtype}; of a mask take np.flatnonzero(mask)")
+            raise StoreError(
+                f"rows must be whole numbers or a slice, not {rows.dtype}; of a mask take "
+                f"np.flatnonzero(mask)"
+            )
         rows = rows.astype(np.int64)
         if len(rows) and not (rows.min() >= 0 and rows.max() < n):
-            raise StoreError(f"{self.path} has rows 0 to {n - 1}, asked for {rows.min()} to {rows.max()}")
+            raise StoreError(
+                f"{self.path} has rows 0 to {n - 1}, asked for {rows.min()} to {rows.max()}"
+            )
         return rows
 
     def _rows(self, name: str, view: int, rows: np.ndarray | slice) -> np.ndarray:
@@ -395,14 +518,17 @@ class LabelStore:
         return out
 
     def _take(self, name: str, selection: tuple | slice, what: str) -> np.ndarray:
-        """A part of an array. Raises UnreadableStore for what passes, and one of ``UNREADABLE`` for what is wrong with a file."""
+        """A part of an array. Raises UnreadableStore for what passes, and one of
+        ``UNREADABLE`` for what is wrong with a file."""
         try:
             return self.array(name)[selection]
         except OSError as error:
             if errors.momentary(error):
                 raise errors.unreadable(self.path, what, error) from None
             raise
-        except MemoryError as error:  # for want of memory, or because a file says that it holds a terabyte
+        except (
+            MemoryError
+        ) as error:  # for want of memory, or because a file says that it holds a terabyte
             with _short_of_memory:
                 for _ in range(3):
                     if _room(4 * _most(self.array(name))):
@@ -418,12 +544,14 @@ class LabelStore:
             return self._take(name, selection, name)
         except UNREADABLE as error:  # no such array, checksum, truncated shard
             raise StoreError(
-                f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from a copy or generate a new one"
+                f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from "
+                f"a copy or generate a new one"
             ) from None
 
 
 def _most(array: zarr.Array) -> int:
-    """Bytes that a file of an array holds, decoded; a text of the manifest has 4 KiB at most."""
+    """Bytes that a file of an array holds, decoded; a text of the manifest has 4 KiB at
+    most."""
     size = 4096 if array.dtype.kind in "OUT" else array.dtype.itemsize
     return math.prod((*(array.shards or array.chunks), size))
 
@@ -437,7 +565,8 @@ def _room(size: int) -> bool:
 
 
 def _lost(provenance: dict, classes: int) -> float:
-    """Stated total variation of a store's labels, with that of the stores that were averaged into it."""
+    """Stated total variation of a store's labels, with that of the stores that were
+    averaged into it."""
     parts = provenance.get("merged", [])
     teachers = sum(part["teachers"] for part in parts)
     before = sum(part["teachers"] / teachers * _lost(part, classes) for part in parts)
@@ -445,9 +574,12 @@ def _lost(provenance: dict, classes: int) -> float:
 
 
 def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray:
-    """uint8 [views, shards, bytes] → RECORD [views, shards], all zeros where it isn't one of this view [views, 1] and shard [shards]."""
+    """uint8 [views, shards, bytes] → RECORD [views, shards], all zeros where it isn't
+    one of this view [views, 1] and shard [shards]."""
     records = np.ascontiguousarray(raw).view(RECORD)[..., 0].copy()
-    elsewhere = (records["magic"] != RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)
+    elsewhere = (
+        (records["magic"] != RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)
+    )
     records[elsewhere] = np.zeros((), RECORD)
     return records
 

@@ -1,4 +1,5 @@
-"""Putting a store's own description right: zarr.json files and the manifest, from an empty store that was made anew in the same way."""
+"""Putting a store's own description right: zarr.json files and the manifest, from an
+empty store that was made anew in the same way."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ from cache.writer import StoreWriter
 
 
 def folder_of(path: Path) -> Path:
-    """The folder in which a description is made anew. Only the holder of the claim "create" touches it."""
+    """The folder in which a description is made anew. Only the holder of the claim
+    "create" touches it."""
     return path.with_name(f".{path.name}.mending")
 
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Where to make the empty store that lends its files; removed at the end, and what a killed process left there at the start."""
+    """Where to make the empty store that lends its files; removed at the end, and what
+    a killed process left there at the start."""
     shutil.rmtree(folder_of(path), ignore_errors=True)
     try:
         yield folder_of(path) / path.name
@@ -38,13 +41,21 @@ def scratch(path: Path) -> Iterator[Path]:
 
 def described(attributes: dict) -> dict:
     """What an empty store is made with, of a store's attributes."""
-    return {key: attributes[key] for key in ("codec", "class_names", "provenance", "fingerprint", "made_with") if key in attributes}
+    return {
+        key: attributes[key]
+        for key in ("codec", "class_names", "provenance", "fingerprint", "made_with")
+        if key in attributes
+    }
 
 
-def opened(path: Path, make: Callable[[Path, int], object], say: Callable[[str], None]) -> StoreWriter:
-    """Open the store at ``path``, made if there is none, its description made anew if that is damaged.
+def opened(
+    path: Path, make: Callable[[Path, int], object], say: Callable[[str], None]
+) -> StoreWriter:
+    """Open the store at ``path``, made if there is none, its description made anew if
+    that is damaged.
 
-    make: creates an empty store of the same description at another path, with so many views at least.
+    make: creates an empty store of the same description at another path, with so many
+    views at least.
     """
     if not path.exists():
         make(path, 0)
@@ -55,17 +66,24 @@ def opened(path: Path, make: Callable[[Path, int], object], say: Callable[[str],
         say(str(damage))
         with claim(claims_of(path), "create", "grow") as mine:
             if len(mine) < 2:
-                raise BusyStore(f"{path} is being mended by another process right now; run this command again in a minute") from None
+                raise BusyStore(
+                    f"{path} is being mended by another process right now; run this command again "
+                    f"in a minute"
+                ) from None
             remake(path, lambda fresh, kept, views: make(fresh, views), say)
         writer = StoreWriter(path)
     return writer
 
 
-def remake(path: Path, make: Callable[[Path, dict | None, int], object], say: Callable[[str], None]) -> None:
+def remake(
+    path: Path, make: Callable[[Path, dict | None, int], object], say: Callable[[str], None]
+) -> None:
     """Make the description of a damaged store anew: an empty store lends its files.
 
-    make: creates an empty store at another path, of these attributes if some are given, with so many views at least. The attributes of the damaged store are
-    tried first, if they are whole or may be. Raises StoreError if the labels are not of the new description.
+    make: creates an empty store at another path, of these attributes if some are given,
+    with so many views at least. The attributes of the damaged store are tried first, if
+    they are whole or may be. Raises StoreError if the labels are not of the new
+    description.
     """
     kept, surely = attributes_of(path)
     with scratch(path) as fresh:
@@ -82,7 +100,8 @@ def remake(path: Path, make: Callable[[Path, dict | None, int], object], say: Ca
 
 
 def attributes_of(path: Path) -> tuple[dict | None, bool]:
-    """(the attributes of a damaged store, if they are what was written, or may be; whether they surely are)."""
+    """(the attributes of a damaged store, if they are what was written, or may be;
+    whether they surely are)."""
     whole = _document(path / "zarr.json")
     if not whole:
         return None, False
@@ -93,19 +112,25 @@ def attributes_of(path: Path) -> tuple[dict | None, bool]:
 
 
 def views_of(path: Path) -> int:
-    """Number of views that a damaged store has records of, or says that it has where its attributes are what was written."""
+    """Number of views that a damaged store has records of, or says that it has where
+    its attributes are what was written."""
     attributes, surely = attributes_of(path)
     said = attributes.get("views", 1) if surely else 1
     with suppress(OSError):
-        return max(said, *(int(name) + 1 for name in os.listdir(path / "records" / "c") if name.isdecimal()))
+        return max(
+            said,
+            *(int(name) + 1 for name in os.listdir(path / "records" / "c") if name.isdecimal()),
+        )
     return said
 
 
 def mend(path: Path, fresh: Path) -> list[str]:
-    """Replace what differs in the description of ``path`` from that of ``fresh``, an empty store made from the same images, teachers and recipe, with
-    at least ``views_of(path)`` views. Returns the replaced files.
+    """Replace what differs in the description of ``path`` from that of ``fresh``, an
+    empty store made from the same images, teachers and recipe, with at least
+    ``views_of(path)`` views. Returns the replaced files.
 
-    Raises StoreError, and changes nothing, if the labels in ``path`` are not of the recipe of ``fresh``: it is tried on a shard.
+    Raises StoreError, and changes nothing, if the labels in ``path`` are not of the
+    recipe of ``fresh``: it is tried on a shard.
     """
     made = LabelStore.open(fresh)
     whole = _document(path / "zarr.json")
@@ -124,7 +149,9 @@ def mend(path: Path, fresh: Path) -> list[str]:
             replaced.append(file)
     for column in sorted((fresh / "images").glob("*/c/**/*")):
         file = column.relative_to(fresh).as_posix()
-        if column.is_file() and (not (path / file).exists() or (path / file).read_bytes() != column.read_bytes()):
+        if column.is_file() and (
+            not (path / file).exists() or (path / file).read_bytes() != column.read_bytes()
+        ):
             durable.make_folder((path / file).parent)
             durable.replace_file(path / file, column.read_bytes())
             replaced.append(file)
@@ -133,8 +160,11 @@ def mend(path: Path, fresh: Path) -> list[str]:
 
 
 def _require_same_labels(path: Path, made: LabelStore) -> None:
-    """Raises StoreError unless a shard of ``path``, seen through the description ``made``, has the digest in its record; or there is none."""
-    links = [(made.path / name / "c", path / name / "c") for name in (*made.shard_arrays, "records")]
+    """Raises StoreError unless a shard of ``path``, seen through the description
+    ``made``, has the digest in its record; or there is none."""
+    links = [
+        (made.path / name / "c", path / name / "c") for name in (*made.shard_arrays, "records")
+    ]
     for link, target in links:
         if target.is_dir():
             link.symlink_to(target.resolve())
@@ -142,7 +172,8 @@ def _require_same_labels(path: Path, made: LabelStore) -> None:
         places = [(int(view), int(shard)) for view, shard in np.argwhere(made.finished())]
         if places and all(made.fault(*place) for place in places):
             raise StoreError(
-                f"the labels in {path} were made from other images, teachers or another recipe than this command's, and the store is damaged; run the "
+                f"the labels in {path} were made from other images, teachers or another recipe "
+                f"than this command's, and the store is damaged; run the "
                 "command that made it, or restore it from a copy"
             )
     finally:
@@ -166,7 +197,9 @@ def _document(file: Path) -> dict | None:
 def _sealed(whole: dict) -> bool:
     """Whether a store's own zarr.json is what was sealed."""
     seal = whole.get("attributes", {}).get("seal")
-    return isinstance(seal, dict) and seal.get("zarr.json") == seals({"zarr.json": whole})["zarr.json"]
+    return (
+        isinstance(seal, dict) and seal.get("zarr.json") == seals({"zarr.json": whole})["zarr.json"]
+    )
 
 
 def _views(document: dict) -> int:

@@ -1,4 +1,5 @@
-"""Whether a store is, whole, what was written: every digest compared, coverage, labels that sum to one, boxes inside their images, nothing foreign."""
+"""Whether a store is, whole, what was written: every digest compared, coverage, labels
+that sum to one, boxes inside their images, nothing foreign."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ from cache.format.manifest import USABLE, Images
 from cache.format.schema import RECORD_MAGIC
 from cache.reader import LabelStore
 
-STATISTICS = 1e-6  # relative: what a record's entropy may be off from one computed on another machine
+STATISTICS = (
+    1e-6  # relative: what a record's entropy may be off from one computed on another machine
+)
 
 
 @dataclass
 class Finding:
-    """Something that is wrong. Of a shard: its place; of another file: its path in the store."""
+    """Something that is wrong. Of a shard: its place; of another file: its path in the
+    store."""
 
     what: str
     view: int | None = None
@@ -31,13 +35,18 @@ class Finding:
     file: str | None = None
 
     def __str__(self) -> str:
-        place = self.file if self.view is None else f"view {self.view}, rows {self.first_row} to {self.last_row}"
+        place = (
+            self.file
+            if self.view is None
+            else f"view {self.view}, rows {self.first_row} to {self.last_row}"
+        )
         return f"{place}: {self.what}"
 
 
 @dataclass
 class Verdict:
-    """What ``verify`` found. ``missing``: places without a label yet, which nobody promised; ``damaged``: what was promised and isn't so."""
+    """What ``verify`` found. ``missing``: places without a label yet, which nobody
+    promised; ``damaged``: what was promised and isn't so."""
 
     shards: int = 0
     checked: int = 0
@@ -46,11 +55,14 @@ class Verdict:
     missing: list[Finding] = field(default_factory=list)
     unread: list[Finding] = field(default_factory=list)  # what could not be read for the moment
     foreign: list[str] = field(default_factory=list)  # files that are no part of a store
-    left: list[str] = field(default_factory=list)  # unfinished files of a process that was killed, or is writing now
+    left: list[str] = field(
+        default_factory=list
+    )  # unfinished files of a process that was killed, or is writing now
 
     @property
     def sound(self) -> bool:
-        """Everything could be read, nothing is damaged and nothing foreign; shards may be missing."""
+        """Everything could be read, nothing is damaged and nothing foreign; shards may
+        be missing."""
         return not (self.damaged or self.unread or self.foreign)
 
     @property
@@ -62,10 +74,14 @@ class Verdict:
         return {"sound": self.sound, "complete": self.complete, **asdict(self)}
 
 
-def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = lambda shards: None) -> Verdict:
-    """Read every file of a store and compare. progress: is told how many shards were read.
+def verify(
+    path: Path, *, threads: int = 1, progress: Callable[[int], None] = lambda shards: None
+) -> Verdict:
+    """Read every file of a store and compare. progress: is told how many shards were
+    read.
 
-    Memory: a shard (some 32 MiB of codes) a thread. Raises StoreError if there is no store at ``path``, or one of another version.
+    Memory: a shard (some 32 MiB of codes) a thread. Raises StoreError if there is no
+    store at ``path``, or one of another version.
     """
     verdict = Verdict()
     try:
@@ -76,12 +92,17 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
         return verdict
     for name in (*store.shard_arrays, "records"):
         if (views := store.array(name).shape[0]) != store.views:
-            verdict.damaged.append(Finding(f"it says {views} views, the store has {store.views}", file=f"{name}/zarr.json"))
+            verdict.damaged.append(
+                Finding(
+                    f"it says {views} views, the store has {store.views}", file=f"{name}/zarr.json"
+                )
+            )
     if not store.consolidated_is_right():
         verdict.damaged.append(
             Finding(
-                "its consolidated metadata, which other programs may read, says something else than the arrays' own files; "
-                "generate-labels takes it away, zarr.consolidate_metadata makes it anew",
+                "its consolidated metadata, which other programs may read, says something else "
+                "than the arrays' own files; generate-labels takes it away, "
+                "zarr.consolidate_metadata makes it anew",
                 file="zarr.json",
             )
         )
@@ -93,19 +114,31 @@ def verify(path: Path, *, threads: int = 1, progress: Callable[[int], None] = la
         view, shard = place
         kind, labelled = verdict.damaged, 0
         try:
-            fault, labelled = _shard(store, images, view, shard) if finished[place] else (_unfinished(store, view, shard), 0)
+            fault, labelled = (
+                _shard(store, images, view, shard)
+                if finished[place]
+                else (_unfinished(store, view, shard), 0)
+            )
         except UnreadableStore as error:
             kind, fault = verdict.unread, str(error)
         return fault and _at(store, view, shard, fault), kind, labelled
 
     with ThreadPoolExecutor(threads) as pool:
-        for place, (finding, kind, labelled) in zip(np.ndindex(finished.shape), pool.map(look, np.ndindex(finished.shape)), strict=True):
+        for place, (finding, kind, labelled) in zip(
+            np.ndindex(finished.shape), pool.map(look, np.ndindex(finished.shape)), strict=True
+        ):
             if finding is not None:
                 kind.append(finding)
             elif not finished[place]:
                 lost = store.file("labels", *place).exists()
                 verdict.missing.append(
-                    _at(store, *place, "without a completion record, so what is there doesn't count" if lost else "not labelled yet")
+                    _at(
+                        store,
+                        *place,
+                        "without a completion record, so what is there doesn't count"
+                        if lost
+                        else "not labelled yet",
+                    )
                 )
             verdict.checked += bool(finished[place]) and kind is not verdict.unread
             verdict.labelled += labelled
@@ -119,13 +152,17 @@ def _at(store: LabelStore, view: int, shard: int, what: str) -> Finding:
 
 
 def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
-    """Why a shard without a good record, or without the files it speaks of, is more than missing; None if it was just never finished."""
+    """Why a shard without a good record, or without the files it speaks of, is more
+    than missing; None if it was just never finished."""
     record = store.record(view, shard)
     if record["magic"] == RECORD_MAGIC:
         return "files that its completion record speaks of are missing, empty or of another size"
     file = store.file("records", view, shard)
     if store.has_record(view, shard):
-        return f"its completion record ({file.relative_to(store.path)}) is damaged, or of another place"
+        return (
+            f"its completion record ({file.relative_to(store.path)}) is damaged, or of another "
+            f"place"
+        )
     return None
 
 
@@ -139,12 +176,18 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
     usable = here.status == USABLE
     codes = content.codes
     labelled, entropy, agreeing = 0, 0.0, 0
-    for first in range(0, len(codes), store.chunk_rows):  # by chunks: a decoded shard takes gigabytes
+    for first in range(
+        0, len(codes), store.chunk_rows
+    ):  # by chunks: a decoded shard takes gigabytes
         part = slice(first, first + store.chunk_rows)
         given = codes[part].any(axis=1)
         if not np.array_equal(given, usable[part]):
             row = int(np.argmax(given != usable[part]))
-            return f"row {rows.start + first + row} {'has a label and no usable image' if given[row] else 'has no label'}", 0
+            return (
+                f"row {rows.start + first + row} "
+                f"{'has a label and no usable image' if given[row] else 'has no label'}",
+                0,
+            )
         plausible = store.codec.plausible(codes[part][given])
         if not plausible.all():
             row = np.flatnonzero(given)[np.argmin(plausible)]
@@ -154,19 +197,29 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
         entropy += codecs.entropy(probabilities).sum()
         agreeing += int((probabilities.argmax(axis=1) == here.class_index[part][given]).sum())
     record = store.record(view, shard)
-    if (labelled, agreeing) != (record["labelled"], record["agreeing"]) or abs(entropy - record["entropy"]) > STATISTICS * max(1, entropy):
+    if (labelled, agreeing) != (record["labelled"], record["agreeing"]) or abs(
+        entropy - record["entropy"]
+    ) > STATISTICS * max(1, entropy):
         return "its completion record counts other labels than there are", 0
     return None, labelled
 
 
 def _others(store: LabelStore) -> tuple[list[str], list[str]]:
-    """(files that are no part of the store, unfinished files), as paths in the store."""
+    """(files that are no part of the store, unfinished files), as paths in the
+    store."""
     names = (*store.shard_arrays, "records")
-    fixed = {"zarr.json", "images/zarr.json", *(f"{name}/zarr.json" for name in names), *store.manifest_files()}
+    fixed = {
+        "zarr.json",
+        "images/zarr.json",
+        *(f"{name}/zarr.json" for name in names),
+        *store.manifest_files(),
+    }
     fixed |= {f"images/{column.name}/zarr.json" for column in fields(Images)}
     foreign, left = [], []
     for folder, folders, files in os.walk(store.path):
-        for file in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+        for file in files + [
+            name for name in folders if os.path.islink(os.path.join(folder, name))
+        ]:
             path = Path(folder, file).relative_to(store.path).as_posix()
             if path not in fixed and not _is_shard(store, path, names):
                 (left if file.endswith(".partial") else foreign).append(path)
@@ -178,4 +231,8 @@ def _is_shard(store: LabelStore, path: str, names: tuple[str, ...]) -> bool:
     if name not in names or len(place) < 3 or not all(part.isdecimal() for part in place[1:3]):
         return False
     view, shard = int(place[1]), int(place[2])
-    return view < store.views and shard < store.shards and store.file(name, view, shard) == store.path / path
+    return (
+        view < store.views
+        and shard < store.shards
+        and store.file(name, view, shard) == store.path / path
+    )

@@ -1,4 +1,5 @@
-"""The recipe: one YAML file, typed and validated at load. Every field says its unit and meaning; an unknown key gets the nearest known one."""
+"""The recipe: one YAML file, typed and validated at load. Every field says its unit and
+meaning; an unknown key gets the nearest known one."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def nearest(word: str, known: Any) -> str:
 
 
 class ConfigError(MealError):
-    """A config, or an override of one, that asks for something that doesn't exist or makes no sense."""
+    """A config, or an override of one, that asks for something that doesn't exist or
+    makes no sense."""
 
 
 class Section(BaseModel):
@@ -33,11 +35,23 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """A timm model and where its weights come from."""
 
-    model: str = Field(description="timm name, with its tag where timm has several weights: resnet50.ram_in1k")
-    checkpoint: str | None = Field(None, description="file of weights (.safetensors, .pth, .pt); otherwise timm's from the hub")
-    pretrained: bool = Field(True, description="without a checkpoint: start from timm's weights (false: from random ones, a student only)")
-    image_size: int | None = Field(None, ge=8, le=4096, description="input size in pixels; otherwise the model's own")
-    mean: Colour | None = Field(None, description="normalisation of RGB in 0 … 1; otherwise the model's own")
+    model: str = Field(
+        description="timm name, with its tag where timm has several weights: resnet50.ram_in1k"
+    )
+    checkpoint: str | None = Field(
+        None, description="file of weights (.safetensors, .pth, .pt); otherwise timm's from the hub"
+    )
+    pretrained: bool = Field(
+        True,
+        description="without a checkpoint: start from timm's weights (false: from random ones, a "
+        "student only)",
+    )
+    image_size: int | None = Field(
+        None, ge=8, le=4096, description="input size in pixels; otherwise the model's own"
+    )
+    mean: Colour | None = Field(
+        None, description="normalisation of RGB in 0 … 1; otherwise the model's own"
+    )
     std: Colour | None = Field(None, description="likewise")
 
     @field_validator("mean")
@@ -56,25 +70,37 @@ class ModelSpec(Section):
 
 
 class CutMix(Section):
-    """CutMix (Yun et al., arXiv 1905.04899): a rectangle of another image's crop is pasted over a crop."""
+    """CutMix (Yun et al., arXiv 1905.04899): a rectangle of another image's crop is
+    pasted over a crop."""
 
     prob: float = Field(1.0, gt=0, le=1, description="probability that a crop is mixed")
-    beta: float = Field(1.0, gt=0, le=100, description="the share of the picture that stays is drawn from Beta(beta, beta)")
+    beta: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="the share of the picture that stays is drawn from Beta(beta, beta)",
+    )
 
 
 class CropPolicy(Section):
-    """RandomResizedCrop, flip and perhaps CutMix: what the teachers and the student see."""
+    """RandomResizedCrop, flip and perhaps CutMix: what the teachers and the student
+    see."""
 
     views: int = Field(1, ge=1, le=100_000, description="random crops per image")
     scale: Pair = Field((0.08, 1.0), description="least and greatest share of the image's area")
     ratio: Pair = Field((3 / 4, 4 / 3), description="least and greatest width over height")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
     seed: int = Field(0, ge=0, lt=2**64, description="of the crops and of the store's row order")
-    interpolation: Interpolation = Field("bilinear", description="of the resize, with anti-aliasing, for every teacher and student")
-    exif: Literal["ignore", "apply"] = Field(
-        "ignore", description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)"
+    interpolation: Interpolation = Field(
+        "bilinear", description="of the resize, with anti-aliasing, for every teacher and student"
     )
-    cutmix: CutMix | None = Field(None, description="the teachers label mixed pictures, as online CutMix has them; null: none")
+    exif: Literal["ignore", "apply"] = Field(
+        "ignore",
+        description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)",
+    )
+    cutmix: CutMix | None = Field(
+        None, description="the teachers label mixed pictures, as online CutMix has them; null: none"
+    )
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -92,23 +118,37 @@ class CropPolicy(Section):
 
 
 class Store(Section):
-    """How labels are made and kept. All of it belongs to a store: other values need another store."""
+    """How labels are made and kept. All of it belongs to a store: other values need
+    another store."""
 
     codec: str = Field(
-        DEFAULT, description="cbrt8, pow8 or sqrt8 (one byte a class), tail255, tail80 or tail40 (few bytes), float16 or float32"
+        DEFAULT,
+        description="cbrt8, pow8 or sqrt8 (one byte a class), tail255, tail80 or tail40 (few "
+        "bytes), float16 or float32",
     )
     batch_size: int = Field(64, ge=1, le=65_536, description="crops per forward pass of a teacher")
     precision: Precision = Field(
         "float32",
-        description="of the teachers' forward pass: float32, tf32 (GPUs from compute capability 8.0 on), float16 or bfloat16; softmax and mean are float32 always",
+        description="of the teachers' forward pass: float32, tf32 (GPUs from compute capability "
+        "8.0 on), float16 or bfloat16; softmax and mean are float32 always",
     )
     compile: bool = Field(
-        False, description="let torch.compile make the teachers faster, which takes a minute at each start; labels are the same to rounding"
+        False,
+        description="let torch.compile make the teachers faster, which takes a minute at each "
+        "start; labels are the same to rounding",
     )
     shard_rows: int | None = Field(
-        None, ge=1, description="images per shard, the unit that is done or not; otherwise near 32 MiB of labels"
+        None,
+        ge=1,
+        description="images per shard, the unit that is done or not; otherwise near 32 MiB of "
+        "labels",
     )
-    views_per_decode: int = Field(4, ge=1, description="views made from one decode of an image (not recorded: labels don't depend on it)")
+    views_per_decode: int = Field(
+        4,
+        ge=1,
+        description="views made from one decode of an image (not recorded: labels don't depend on "
+        "it)",
+    )
 
     @field_validator("codec")
     @classmethod
@@ -121,25 +161,41 @@ class Store(Section):
 class Render(Section):
     backend: Literal["cpu", "gpu", "gpu-hardware"] = Field(
         "cpu",
-        description="where images are decoded and resized: cpu, gpu (CUDA), or gpu-hardware (the GPU's JPEG decoder for baseline JPEGs: "
-        "an experiment, not yet seen on a card). A store is replayed on the one it was made on",
+        description="where images are decoded and resized: cpu, gpu (CUDA), or gpu-hardware (the "
+        "GPU's JPEG decoder for baseline JPEGs: an experiment, not yet seen on a card). A store "
+        "is replayed on the one it was made on",
     )
-    threads: int | None = Field(None, ge=1, description="decoder threads; otherwise as many as the process may use (at most 16)")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="decoder threads; otherwise as many as the process may use (at most 16)",
+    )
     max_megapixels: float = Field(
         179.0,
         gt=0,
-        description="an image of more is left out: each takes 3 bytes a pixel in every decoder thread, and may be a decompression bomb",
+        description="an image of more is left out: each takes 3 bytes a pixel in every decoder "
+        "thread, and may be a decompression bomb",
     )
 
 
 class Discriminator(Section):
-    """MEAL V2's discriminator, trained together with the student: its loss is added to the soft cross-entropy."""
+    """MEAL V2's discriminator, trained together with the student: its loss is added to
+    the soft cross-entropy."""
 
-    lr: float = Field(1e-4, gt=0, description="its own learning rate at the start, which decays as the student's does")
-    reversal: bool = Field(False, description="reverse its gradient on the way to the student, who then learns to deceive it (an ablation)")
+    lr: float = Field(
+        1e-4,
+        gt=0,
+        description="its own learning rate at the start, which decays as the student's does",
+    )
+    reversal: bool = Field(
+        False,
+        description="reverse its gradient on the way to the student, who then learns to deceive it "
+        "(an ablation)",
+    )
     input: Literal["log_mean", "mean_logits"] = Field(
         "log_mean",
-        description="what it sees: clamped log-probabilities; or, as in the authors' code, logits and the mean of the teachers' (online only)",
+        description="what it sees: clamped log-probabilities; or, as in the authors' code, logits "
+        "and the mean of the teachers' (online only)",
     )
 
 
@@ -147,20 +203,32 @@ class Train(Section):
     """The student's loop. The defaults are MEAL V2's (arXiv 2009.08453, Sec. 4)."""
 
     labels: Literal["soft", "hard"] = Field(
-        "soft", description="the store's soft labels, or the class folders (the baseline, and own teachers)"
+        "soft",
+        description="the store's soft labels, or the class folders (the baseline, and own "
+        "teachers)",
     )
-    online: bool = Field(False, description="ask the teachers in every step, as the paper does, instead of a store (--online)")
+    online: bool = Field(
+        False,
+        description="ask the teachers in every step, as the paper does, instead of a store "
+        "(--online)",
+    )
     image_size: int = Field(224, ge=8, le=4096, description="pixels")
     epochs: int = Field(180, ge=1)
     batch_size: int = Field(512, ge=2, le=65_536, description="images per step, over all processes")
     crops_per_image: int = Field(
-        1, ge=1, le=64, description="crops (views) of each decoded image in a batch; batch_size and epochs go on counting crops, as in FKD"
+        1,
+        ge=1,
+        le=64,
+        description="crops (views) of each decoded image in a batch; batch_size and epochs go on "
+        "counting crops, as in FKD",
     )
     lr: float = Field(0.01, gt=0, description="learning rate at the start")
     schedule: Literal["step", "cosine"] = Field(
         "step", description="gamma at the milestones, or half a cosine down to zero over all epochs"
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs in which the learning rate rises linearly to its full value")
+    warmup_epochs: float = Field(
+        0.0, ge=0, description="epochs in which the learning rate rises linearly to its full value"
+    )
     milestones: Annotated[tuple[int, ...], Strict(False)] = Field(
         (100,), description="epochs, counted from 0, from which gamma applies once more"
     )
@@ -169,52 +237,101 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="of forward and backward pass: float32, tf32 (GPUs from compute capability 8.0 on) or bfloat16; weights and loss are float32 always",
+        description="of forward and backward pass: float32, tf32 (GPUs from compute capability 8.0 "
+        "on) or bfloat16; weights and loss are float32 always",
     )
-    compile: bool = Field(False, description="let torch.compile make the steps faster; the first ones take a minute more")
+    compile: bool = Field(
+        False,
+        description="let torch.compile make the steps faster; the first ones take a minute more",
+    )
     sync_bn: bool = Field(
-        False, description="BatchNorm over the images of all processes (GPUs only); otherwise each with its own, as in the paper"
+        False,
+        description="BatchNorm over the images of all processes (GPUs only); otherwise each with "
+        "its own, as in the paper",
     )
     views: int | None = Field(
         None,
         ge=1,
-        description="use the first so many views; otherwise all of the store, or a fresh one in every epoch without a store. Epoch e replays view e mod views",
+        description="use the first so many views; otherwise all of the store, or a fresh one in "
+        "every epoch without a store. Epoch e replays view e mod views",
     )
-    label_temperature: float = Field(1.0, gt=0, le=100, description="t: soft labels p become p^(1/t) / Σ p^(1/t); above 1 they are softer")
-    student_temperature: float = Field(1.0, gt=0, le=100, description="t: the student's logits are divided by t in the soft cross-entropy")
-    hard_weight: float = Field(0.0, ge=0, lt=1, description="weight of the class folder's cross-entropy; the soft labels' is 1 minus this")
+    label_temperature: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="t: soft labels p become p^(1/t) / Σ p^(1/t); above 1 they are softer",
+    )
+    student_temperature: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="t: the student's logits are divided by t in the soft cross-entropy",
+    )
+    hard_weight: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="weight of the class folder's cross-entropy; the soft labels' is 1 minus this",
+    )
     cutmix: CutMix | None = Field(
         None,
-        description="mix crops of a batch, and their labels by area: the cheap way, with an ordinary store (crops.cutmix: the faithful one)",
+        description="mix crops of a batch, and their labels by area: the cheap way, with an "
+        "ordinary store (crops.cutmix: the faithful one)",
     )
-    discriminator: Discriminator | None = Field(None, description="with soft labels only; null: none")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the order of images, a new head, random weights and dropout")
+    discriminator: Discriminator | None = Field(
+        None, description="with soft labels only; null: none"
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of the order of images, a new head, random weights and dropout",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
-        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
-            raise ValueError(f"train.milestones must be rising epochs from 1 on, got {list(self.milestones)}")
+        if list(self.milestones) != sorted(set(self.milestones)) or any(
+            m < 1 for m in self.milestones
+        ):
+            raise ValueError(
+                f"train.milestones must be rising epochs from 1 on, got {list(self.milestones)}"
+            )
         if self.discriminator and self.labels == "hard":
-            raise ValueError("train.discriminator needs soft labels; set train.discriminator=null, or train.labels=soft")
+            raise ValueError(
+                "train.discriminator needs soft labels; set train.discriminator=null, or "
+                "train.labels=soft"
+            )
         if self.online and self.labels == "hard":
-            raise ValueError("train.online asks teachers, whose labels are soft; leave it out, or set train.labels=soft")
+            raise ValueError(
+                "train.online asks teachers, whose labels are soft; leave it out, or set "
+                "train.labels=soft"
+            )
         if self.discriminator and self.discriminator.input == "mean_logits" and not self.online:
             raise ValueError(
-                "train.discriminator.input mean_logits needs live teachers, since a store holds no logits; set it to log_mean, or train --online"
+                "train.discriminator.input mean_logits needs live teachers, since a store holds no "
+                "logits; set it to log_mean, or train --online"
             )
         if self.hard_weight and self.labels == "hard":
-            raise ValueError("train.hard_weight mixes the hard label into soft ones; leave it out, or set train.labels=soft")
+            raise ValueError(
+                "train.hard_weight mixes the hard label into soft ones; leave it out, or set "
+                "train.labels=soft"
+            )
         if self.batch_size % self.crops_per_image or self.batch_size == self.crops_per_image > 1:
             raise ValueError(
-                f"train.batch_size counts crops and must be a multiple of train.crops_per_image ({self.crops_per_image}), twice it at least, got {self.batch_size}"
+                f"train.batch_size counts crops and must be a multiple of train.crops_per_image "
+                f"({self.crops_per_image}), twice it at least, got {self.batch_size}"
             )
         if self.epochs % self.crops_per_image:
             raise ValueError(
-                f"train.epochs must be a multiple of train.crops_per_image ({self.crops_per_image}), since a pass shows so many crops of every "
+                f"train.epochs must be a multiple of train.crops_per_image "
+                f"({self.crops_per_image}), since a pass shows so many crops of every "
                 f"image, got {self.epochs}"
             )
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"train.warmup_epochs must be at most train.epochs ({self.epochs}), got {self.warmup_epochs:g}")
+            raise ValueError(
+                f"train.warmup_epochs must be at most train.epochs ({self.epochs}), got "
+                f"{self.warmup_epochs:g}"
+            )
         return self
 
 
@@ -230,10 +347,14 @@ class Config(Section):
     def _one_size(self) -> Config:
         if self.student and self.student.image_size not in (None, self.train.image_size):
             raise ValueError(
-                f"student.image_size is {self.student.image_size}; the student's size is train.image_size, {self.train.image_size}"
+                f"student.image_size is {self.student.image_size}; the student's size is "
+                f"train.image_size, {self.train.image_size}"
             )
         if self.crops.cutmix and self.train.cutmix:
-            raise ValueError("crops.cutmix and train.cutmix would mix every picture twice; set one of them to null")
+            raise ValueError(
+                "crops.cutmix and train.cutmix would mix every picture twice; set one of them to "
+                "null"
+            )
         return self
 
     def to_yaml(self) -> str:

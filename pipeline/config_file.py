@@ -1,4 +1,5 @@
-"""Read a recipe from YAML, apply overrides, and turn what pydantic refuses into one line."""
+"""Read a recipe from YAML, apply overrides, and turn what pydantic refuses into one
+line."""
 
 from __future__ import annotations
 
@@ -10,31 +11,54 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, ConfigError, CropPolicy, CutMix, Discriminator, ModelSpec, Render, Section, Store, Train, nearest
+from pipeline.config import (
+    Config,
+    ConfigError,
+    CropPolicy,
+    CutMix,
+    Discriminator,
+    ModelSpec,
+    Render,
+    Section,
+    Store,
+    Train,
+    nearest,
+)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a string; here it is a number, as people mean it."""
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs"
 
 
 def found(path: Path) -> Path:
-    """Return the file of a recipe that is named without a folder or an ending, if the project has it and no file of this name is here."""
+    """Return the file of a recipe that is named without a folder or an ending, if the
+    project has it and no file of this name is here."""
     recipe = RECIPES / f"{path.name}.yaml"
     return recipe if path.name == str(path) and not path.exists() and recipe.is_file() else path
 
 
-def load(path: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None) -> Config:
-    """Read a YAML file, put ``overrides`` (dotted key → value) and then ``settings`` ("dotted.key=YAML value") in, and validate.
+def load(
+    path: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None
+) -> Config:
+    """Read a YAML file, put ``overrides`` (dotted key → value) and then ``settings``
+    ("dotted.key=YAML value") in, and validate.
 
     The recipes of the project are also found by their name alone: ``meal_v2_resnet50``.
-    Raises ConfigError with one line that names the field, its value and what it must be.
+    Raises ConfigError with one line that names the field, its value and what it must
+    be.
     """
     path = found(Path(path))
     try:
@@ -42,14 +66,18 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None, settings: li
     except OSError as error:
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         raise ConfigError(
-            f"{path} can't be read ({error.strerror}); recipes of the project go by their name{nearest(path.stem, known)}"
+            f"{path} can't be read ({error.strerror}); recipes of the project go by their "
+            f"name{nearest(path.stem, known)}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
     if document is None:
         document = {}
     if not isinstance(document, dict):
-        raise ConfigError(f"{path} must hold sections (teachers, crops, store, student, train), not a {type(document).__name__}")
+        raise ConfigError(
+            f"{path} must hold sections (teachers, crops, store, student, train), not a "
+            f"{type(document).__name__}"
+        )
     for key, value in (overrides or {}).items():
         _put(document, key, value)
     for setting in settings or ():
@@ -69,18 +97,30 @@ def validate(document: dict, source: str, section: type[Section] | None = None) 
     try:
         return (section or Config).model_validate(document)
     except ValidationError as error:
-        problems = [_one_line(p) for p in sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")]
+        problems = [
+            _one_line(p)
+            for p in sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+        ]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{source}: {problems[0]}{more}") from None
 
 
 def flat(document: object, prefix: str = "") -> dict[str, object]:
-    """Sections as dotted keys, and lists of sections too (teachers.0.model), as --set takes them."""
-    if isinstance(document, list) and document and all(isinstance(value, dict) for value in document):
+    """Sections as dotted keys, and lists of sections too (teachers.0.model), as --set
+    takes them."""
+    if (
+        isinstance(document, list)
+        and document
+        and all(isinstance(value, dict) for value in document)
+    ):
         document = dict(enumerate(document))
     if not isinstance(document, dict):
         return {prefix: document}
-    return {k: v for key, value in document.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v
+        for key, value in document.items()
+        for k, v in flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _put(document: dict, key: str, value: Any) -> None:
@@ -104,7 +144,10 @@ def _put(document: dict, key: str, value: Any) -> None:
 
 def _index(place: list, name: str, key: str) -> int:
     if not name.isdigit() or int(name) >= len(place):
-        raise ConfigError(f"--set {key}: {name!r} must be a number from 0 to {len(place) - 1}, the place in the list")
+        raise ConfigError(
+            f"--set {key}: {name!r} must be a number from 0 to {len(place) - 1}, the place in the "
+            f"list"
+        )
     return int(name)
 
 
@@ -112,7 +155,9 @@ def _one_line(problem: dict) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
     if kind == "extra_forbidden":
-        return f"{where} is not known{nearest(str(problem['loc'][-1]), _fields(problem['loc'][:-1]))}"
+        return (
+            f"{where} is not known{nearest(str(problem['loc'][-1]), _fields(problem['loc'][:-1]))}"
+        )
     if kind == "missing":
         return f"{where} is missing"
     if kind == "value_error":
@@ -128,7 +173,10 @@ def _one_line(problem: dict) -> str:
         word, bound = bounds[kind]
         return f"{where} must be {word} {_bound(context[bound])}, got {_show(got)}"
     if kind == "model_type":
-        return f"{where} must be a section with keys {', '.join(_fields(problem['loc']))}, got {_show(got)}"
+        return (
+            f"{where} must be a section with keys {', '.join(_fields(problem['loc']))}, got "
+            f"{_show(got)}"
+        )
     message = problem["msg"].replace("Input should be", "must be")
     return f"{where} {message[0].lower()}{message[1:]}, got {_show(got)}"
 
@@ -145,7 +193,14 @@ def _show(value: Any) -> str:
 
 def _fields(location: tuple) -> list[str]:
     """Names of the keys that a section may hold."""
-    sections = {"teachers": ModelSpec, "student": ModelSpec, "crops": CropPolicy, "store": Store, "render": Render, "train": Train}
+    sections = {
+        "teachers": ModelSpec,
+        "student": ModelSpec,
+        "crops": CropPolicy,
+        "store": Store,
+        "render": Render,
+        "train": Train,
+    }
     if location[-1:] == ("discriminator",):
         return list(Discriminator.model_fields)
     if location[-1:] == ("cutmix",):

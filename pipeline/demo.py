@@ -1,4 +1,5 @@
-"""The whole story on real images that ship with scikit-learn: teachers, labels, a student from them, and the same student without them."""
+"""The whole story on real images that ship with scikit-learn: teachers, labels, a
+student from them, and the same student without them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ TRAINING_IMAGES = 1297  # the first ones; the other 500 are for validation
 
 
 def write_digits(folder: Path) -> None:
-    """The 1,797 handwritten digits as 8 × 8 PNG files: folder/train and folder/val with a folder per digit. Whole or not at all."""
+    """The 1,797 handwritten digits as 8 × 8 PNG files: folder/train and folder/val with
+    a folder per digit. Whole or not at all."""
     if folder.exists():
         return
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -46,7 +48,8 @@ def write_digits(folder: Path) -> None:
 
 
 def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False) -> dict:
-    """Run it all in ``out``, print the closing table unless ``quiet``, and return its figures. What ``out`` holds already is not done again."""
+    """Run it all in ``out``, print the closing table unless ``quiet``, and return its
+    figures. What ``out`` holds already is not done again."""
     started = time.monotonic()
     data, store = out / "digits", out / "labels.zarr"
     out.mkdir(parents=True, exist_ok=True)
@@ -59,20 +62,34 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
         recipe = config.model_copy(
             update={
                 "student": student,
-                "train": config.train.model_copy(update={"labels": labels} | ({"discriminator": None} if labels == "hard" else {})),
+                "train": config.train.model_copy(
+                    update={"labels": labels}
+                    | ({"discriminator": None} if labels == "hard" else {})
+                ),
             }
         )
         run = out / name.replace(" ", "-")
-        train(recipe, DataFolder.find(data, "train"), run, store=stored, execution=Execution(device))
+        train(
+            recipe, DataFolder.find(data, "train"), run, store=stored, execution=Execution(device)
+        )
         seconds[name] = time.monotonic() - begun
         return ModelSpec(model=student.model, checkpoint=str(run / "last.safetensors"))
 
     names = [f"teacher {t.model}" for t in config.teachers]
-    scratch = [ModelSpec(model=t.model, image_size=t.image_size, pretrained=False) for t in config.teachers]
-    teachers = [trained(name, "hard", spec, None) for name, spec in zip(names, scratch, strict=True)]
+    scratch = [
+        ModelSpec(model=t.model, image_size=t.image_size, pretrained=False) for t in config.teachers
+    ]
+    teachers = [
+        trained(name, "hard", spec, None) for name, spec in zip(names, scratch, strict=True)
+    ]
     say("— soft labels")
     begun = time.monotonic()
-    generate(config.model_copy(update={"teachers": tuple(teachers)}), DataFolder.find(data, "train"), store, Execution(device))
+    generate(
+        config.model_copy(update={"teachers": tuple(teachers)}),
+        DataFolder.find(data, "train"),
+        store,
+        Execution(device),
+    )
     seconds["soft labels"] = time.monotonic() - begun
     soft = trained("student from soft labels", "soft", config.student, store)
     hard = trained("student from hard labels", "hard", config.student, store)
@@ -86,9 +103,16 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     learned = evaluate(students, val, found, teachers=ensemble, **shown)
     facts = store_facts(store)
     rows = dict(zip(names, taught["models"], strict=True)) | {"ensemble": taught["ensemble"]}
-    rows |= dict(zip(("student from soft labels", "student from hard labels"), learned["models"], strict=True))
+    rows |= dict(
+        zip(
+            ("student from soft labels", "student from hard labels"), learned["models"], strict=True
+        )
+    )
     result = {
-        "rows": [{**figures, "name": name, "seconds": seconds.get(name)} for name, figures in rows.items()],
+        "rows": [
+            {**figures, "name": name, "seconds": seconds.get(name)}
+            for name, figures in rows.items()
+        ],
         "label_seconds": seconds["soft labels"],
         "labelled_crops": facts["labelled_crops"],
         "label_bytes_per_crop": facts["label_bytes_per_crop"],
@@ -100,18 +124,34 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
 
 
 def _print(result: dict, out: Path, found: Images) -> None:
-    table = Table(title=f"Handwritten digits, {len(found):,} validation images", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"Handwritten digits, {len(found):,} validation images",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     table.add_column("")
     for name in ("top-1 %", "KL to teachers", "agreement %", "time"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
-        compared = [f"{row['teacher_kl']:.4f}", f"{row['teacher_agreement']:.2f}"] if "teacher_kl" in row else ["", ""]
-        table.add_row(row["name"], f"{row['top1']:.2f}", *compared, duration(row["seconds"]) if row["seconds"] else "")
+        compared = (
+            [f"{row['teacher_kl']:.4f}", f"{row['teacher_agreement']:.2f}"]
+            if "teacher_kl" in row
+            else ["", ""]
+        )
+        table.add_row(
+            row["name"],
+            f"{row['top1']:.2f}",
+            *compared,
+            duration(row["seconds"]) if row["seconds"] else "",
+        )
     share = result["rows"][-1]["top1"] / 100
     error = 100 * (share * (1 - share) / len(found)) ** 0.5
     console = results()
     console.print(table)
     console.print(
-        f"{result['labelled_crops']:,} crops labelled once, in {duration(result['label_seconds'])}; {result['label_bytes_per_crop']:.1f} bytes per crop; "
-        f"{duration(result['seconds'])} in all. One run: the standard error of each top-1 is about {error:.1f}. Look at the store: python cli.py inspect {out / 'labels.zarr'}"
+        f"{result['labelled_crops']:,} crops labelled once, in "
+        f"{duration(result['label_seconds'])}; {result['label_bytes_per_crop']:.1f} bytes per "
+        f"crop; {duration(result['seconds'])} in all. One run: the standard error of each top-1 "
+        f"is about {error:.1f}. Look at the store: python cli.py inspect {out / 'labels.zarr'}"
     )

@@ -1,4 +1,5 @@
-"""Exact single-crop top-1 and top-5 of models and of their ensemble, and how close a model is to a teacher ensemble."""
+"""Exact single-crop top-1 and top-5 of models and of their ensemble, and how close a
+model is to a teacher ensemble."""
 
 from __future__ import annotations
 
@@ -37,8 +38,11 @@ class Figures:
     teacher_kl: float = 0.0  # sum of KL(teachers‖model), nats
     teacher_hits: int = 0  # images where model and teachers put the same class first
 
-    def add(self, probabilities: torch.Tensor, target: torch.Tensor, teachers: torch.Tensor | None) -> None:
-        """float [n, classes] probabilities, int64 [n] class indices, float [n, classes] mean softmax of the teachers."""
+    def add(
+        self, probabilities: torch.Tensor, target: torch.Tensor, teachers: torch.Tensor | None
+    ) -> None:
+        """float [n, classes] probabilities, int64 [n] class indices, float [n, classes]
+        mean softmax of the teachers."""
         best = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
         hit = best == target[:, None]
         self.images += len(target)
@@ -53,23 +57,33 @@ class Figures:
     def add_up(self, processes: Processes) -> None:
         """Over what all processes counted."""
         names = [field.name for field in fields(self) if field.name != "name"]
-        counts = processes.sum(torch.tensor([getattr(self, name) for name in names], dtype=torch.float64))
+        counts = processes.sum(
+            torch.tensor([getattr(self, name) for name in names], dtype=torch.float64)
+        )
         for name, count in zip(names, counts.tolist(), strict=True):
             setattr(self, name, type(getattr(self, name))(count))
 
     def report(self, compared: bool) -> dict:
         """Percentages and means, as --json prints them."""
         n = max(1, self.images)
-        figures = {"name": self.name, "top1": 100 * self.top1_hits / n, "top5": 100 * self.top5_hits / n, "loss": self.loss / n}
+        figures = {
+            "name": self.name,
+            "top1": 100 * self.top1_hits / n,
+            "top5": 100 * self.top5_hits / n,
+            "loss": self.loss / n,
+        }
         if compared:
-            figures |= {"teacher_kl": self.teacher_kl / n, "teacher_agreement": 100 * self.teacher_hits / n}
+            figures |= {
+                "teacher_kl": self.teacher_kl / n,
+                "teacher_agreement": 100 * self.teacher_hits / n,
+            }
         return figures
 
 
 @dataclass(frozen=True)
 class Looking:
-    """How models are evaluated. settings: of the renderer, whose interpolation is each model's own. precision: of the forward passes. what: shown beside the
-    progress."""
+    """How models are evaluated. settings: of the renderer, whose interpolation is each
+    model's own. precision: of the forward passes. what: shown beside the progress."""
 
     settings: RenderSettings = field(default_factory=RenderSettings)
     batch_size: int = 64
@@ -86,41 +100,61 @@ def evaluate(
     looking: Looking = Looking(),
     execution: Execution | None = None,
 ) -> dict:
-    """Count the hits of each model, of their ensemble if there are several, and of the teachers if there are any.
+    """Count the hits of each model, of their ensemble if there are several, and of the
+    teachers if there are any.
 
-    images: a manifest of ``data``; its usable images count, each once. Each model sees the central square at its own input size, in its own
-    interpolation and normalisation. Models must be on the device and in evaluation mode. execution: each of its processes takes a part of the images, and all get
-    the figures of all. Returns a dict of numbers and names.
+    images: a manifest of ``data``; its usable images count, each once. Each model sees
+    the central square at its own input size, in its own interpolation and
+    normalisation. Models must be on the device and in evaluation mode. execution: each
+    of its processes takes a part of the images, and all get the figures of all. Returns
+    a dict of numbers and names.
     """
     execution = execution or Execution()
     processes, batch_size, precision = execution.processes, looking.batch_size, looking.precision
     for model in (*models, *teachers):
         if model.classes != len(data.class_names):
             raise MealError(
-                f"{model.name} has {model.classes} classes, {data.path} has {len(data.class_names)}; pass the --class-map that names the model's classes"
+                f"{model.name} has {model.classes} classes, {data.path} has "
+                f"{len(data.class_names)}; pass the --class-map that names the model's classes"
             )
     rows = images.usable
-    cuts = [rows[start : start + batch_size] for start in range(processes.rank * batch_size, len(rows), processes.world * batch_size)]
+    cuts = [
+        rows[start : start + batch_size]
+        for start in range(processes.rank * batch_size, len(rows), processes.world * batch_size)
+    ]
     figures = [Figures(model.name) for model in models]
     together = Figures("ensemble") if len(models) > 1 else None
     taught = Figures("teachers") if teachers else None
     look = {id(model): (model.image_size, model.interpolation) for model in (*models, *teachers)}
     send = Sender(execution.device)
-    renderer = CentreRenderer(list(look.values()), batch_size, looking.settings, pinned=execution.on_gpu)
+    renderer = CentreRenderer(
+        list(look.values()), batch_size, looking.settings, pinned=execution.on_gpu
+    )
     reader = Reader(data.path, images, looking.settings.threads)
-    with Progress(looking.what, sum(map(len, cuts)), "images") as progress, reader as read, torch.inference_mode():
+    with (
+        Progress(looking.what, sum(map(len, cuts)), "images") as progress,
+        reader as read,
+        torch.inference_mode(),
+    ):
 
         def rendered() -> Iterator[tuple[np.ndarray, Sent[tuple]]]:
             with send.beside():
                 for cut in cuts:
                     with naming(images, cut):
                         views = renderer(read(cut), images.height[cut], images.width[cut])
-                    yield cut, send((views, torch.from_numpy(images.class_index[cut].astype(np.int64))))
+                    yield (
+                        cut,
+                        send((views, torch.from_numpy(images.class_index[cut].astype(np.int64)))),
+                    )
 
         with ahead(rendered()) as batches:
             for cut, sent in batches:
                 views, target = sent.received()
-                reference = mean_softmax([t(views[look[id(t)]], precision) for t in teachers]) if teachers else None
+                reference = (
+                    mean_softmax([t(views[look[id(t)]], precision) for t in teachers])
+                    if teachers
+                    else None
+                )
                 logits = [model(views[look[id(model)]], precision) for model in models]
                 for entry, model_logits in zip(figures, logits, strict=True):
                     entry.add(model_logits.softmax(dim=1), target, reference)
@@ -132,7 +166,11 @@ def evaluate(
     for entry in (*figures, *(figure for figure in (together, taught) if figure)):
         entry.add_up(processes)
     compared = bool(teachers)
-    result = {"images": len(rows), "unusable": len(images) - len(rows), "models": [f.report(compared) for f in figures]}
+    result = {
+        "images": len(rows),
+        "unusable": len(images) - len(rows),
+        "models": [f.report(compared) for f in figures],
+    }
     if together:
         result["ensemble"] = together.report(compared)
     if taught:
@@ -149,9 +187,12 @@ def evaluate_checkpoints(
     looking: Looking = Looking(),
     execution: Execution | None = None,
 ) -> dict:
-    """Load models, look which images a folder holds, and evaluate (``evaluate``). interpolation: of the resize, for every model; None: each model's own."""
+    """Load models, look which images a folder holds, and evaluate (``evaluate``).
+    interpolation: of the resize, for every model; None: each model's own."""
     execution = execution or Execution()
-    pupils, references = ([load(spec).to(execution.device) for spec in specs] for specs in (models, teachers))
+    pupils, references = (
+        [load(spec).to(execution.device) for spec in specs] for specs in (models, teachers)
+    )
     for model in (*pupils, *references):
         model.interpolation = interpolation or model.interpolation
     found = scan(data, looking.settings)

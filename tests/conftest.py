@@ -1,4 +1,5 @@
-"""Real parts for tests: JPEGs cut from two real photographs, tiny timm models with weights on disk, and a finished label store."""
+"""Real parts for tests: JPEGs cut from two real photographs, tiny timm models with
+weights on disk, and a finished label store."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures() -> Iterator[Callable]:
-    """Drawing its curves takes a third of a second at the end of every training. The tests of curves draw, and so does every process of its own."""
+    """Drawing its curves takes a third of a second at the end of every training. The
+    tests of curves draw, and so does every process of its own."""
     draw = Curves._draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Curves, "_draw", lambda self, metrics: None)
@@ -54,21 +56,32 @@ def one_thread() -> Iterator[None]:
 
 
 def write_photos(folder: Path, per_class: int, seed: int = 0) -> Path:
-    """Tiles of scikit-learn's two sample photographs as JPEGs of many sizes, in class folders."""
+    """Tiles of scikit-learn's two sample photographs as JPEGs of many sizes, in class
+    folders."""
     rng = np.random.default_rng(seed)
     photos = load_sample_images().images
     for c, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
-            photo = photos[c] if c < 2 else photos[i % 2][..., ::-1]  # the temple, the flower, and either in false colours
+            photo = (
+                photos[c] if c < 2 else photos[i % 2][..., ::-1]
+            )  # the temple, the flower, and either in false colours
             height, width = rng.integers(40, 200, 2)
-            top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
-            Image.fromarray(photo[top : top + height, left : left + width]).save(folder / name / f"{i:03d}.jpg", quality=90)
+            top, left = (
+                rng.integers(0, photo.shape[0] - height),
+                rng.integers(0, photo.shape[1] - width),
+            )
+            Image.fromarray(photo[top : top + height, left : left + width]).save(
+                folder / name / f"{i:03d}.jpg", quality=90
+            )
     return folder
 
 
-def write_teacher(path: Path, model: str, seed: int, classes: int = len(CLASSES), **options: int) -> Path:
-    """A tiny timm model with random weights and a head strong enough that its softmax isn't flat."""
+def write_teacher(
+    path: Path, model: str, seed: int, classes: int = len(CLASSES), **options: int
+) -> Path:
+    """A tiny timm model with random weights and a head strong enough that its softmax
+    isn't flat."""
     torch.manual_seed(seed)
     module = timm.create_model(model, num_classes=classes, **options)
     head = module.get_classifier()
@@ -89,10 +102,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Two tiny teachers of different input size and normalisation, as a config lists them."""
+    """Two tiny teachers of different input size and normalisation, as a config lists
+    them."""
     folder = tmp_path_factory.mktemp("teachers")
     return [
-        {"model": "test_resnet", "checkpoint": str(write_teacher(folder / "a.safetensors", "test_resnet", 1)), "image_size": 64},
+        {
+            "model": "test_resnet",
+            "checkpoint": str(write_teacher(folder / "a.safetensors", "test_resnet", 1)),
+            "image_size": 64,
+        },
         {
             "model": "test_efficientnet",
             "checkpoint": str(write_teacher(folder / "b.safetensors", "test_efficientnet", 2)),
@@ -111,7 +129,13 @@ def recipe(teachers: list[dict]) -> Config:
             "store": {"shard_rows": 32, "batch_size": 16},
             "render": {"threads": 2},
             "student": {"model": "test_vit", "pretrained": False, "image_size": 32},
-            "train": {"image_size": 32, "epochs": 2, "batch_size": 16, "lr": 0.01, "milestones": [1]},
+            "train": {
+                "image_size": 32,
+                "epochs": 2,
+                "batch_size": 16,
+                "lr": 0.01,
+                "milestones": [1],
+            },
         },
         "test",
     )
@@ -127,7 +151,11 @@ def store_path(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFa
     return path
 
 
-SHORT = ("--set=train.epochs=2", "--set=train.milestones=[]", "--set=crops.views=2")  # of the demo; in full it is a minute and a half
+SHORT = (
+    "--set=train.epochs=2",
+    "--set=train.milestones=[]",
+    "--set=crops.views=2",
+)  # of the demo; in full it is a minute and a half
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +187,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
-    """Change a store's attributes as the program that made it would have written them: sealed."""
+    """Change a store's attributes as the program that made it would have written them:
+    sealed."""
     document = json.loads((path / "zarr.json").read_text())
     edit(document["attributes"])
     (path / "zarr.json").write_text(json.dumps(document))
@@ -169,8 +198,23 @@ def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
 def toy_provenance(codec: Codec, images: Images, layout: dict) -> dict:
     """As a real store's, for one that no teacher has labelled."""
     return {
-        "teachers": [{"model": "t", "weights": "0" * 64, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}],
-        "crops": {"scale": [0.08, 1], "ratio": [0.75, 1.33], "flip": 0.5, "seed": 0, "interpolation": "bilinear", "exif": "ignore"},
+        "teachers": [
+            {
+                "model": "t",
+                "weights": "0" * 64,
+                "image_size": 32,
+                "mean": [0.5] * 3,
+                "std": [0.5] * 3,
+            }
+        ],
+        "crops": {
+            "scale": [0.08, 1],
+            "ratio": [0.75, 1.33],
+            "flip": 0.5,
+            "seed": 0,
+            "interpolation": "bilinear",
+            "exif": "ignore",
+        },
         "renderer": {"backend": "cpu"},
         "codec": codec.describe(),
         "compute": {"batch_size": 8, "precision": "float32", "device": "cpu"},

@@ -1,8 +1,11 @@
-"""A disk that loses, when the power fails, what was not forced to it. A killed process can't show a missing fsync: the kernel keeps what it wrote.
+"""A disk that loses, when the power fails, what was not forced to it. A killed process
+can't show a missing fsync: the kernel keeps what it wrote.
 
-While a ``Disk`` watches a folder, every fsync below it, and every call that changes a folder, is noted. What a disk holds for certain is, of a file, its
-content at its last fsync, and, of a folder, its names at the last fsync of that folder. All else may have reached it or not, in any order: a
-``Moment`` knows what, and ``Disk.rebuild`` makes a folder of one of the many things that the disk may hold then.
+While a ``Disk`` watches a folder, every fsync below it, and every call that changes a
+folder, is noted. What a disk holds for certain is, of a file, its content at its last
+fsync, and, of a folder, its names at the last fsync of that folder. All else may have
+reached it or not, in any order: a ``Moment`` knows what, and ``Disk.rebuild`` makes a
+folder of one of the many things that the disk may hold then.
 """
 
 from __future__ import annotations
@@ -34,9 +37,13 @@ class Moment:
     call: str
     done: frozenset  # what the program had been told is done: see ``Disk.done``
     names: dict[int, Names]  # folder → its names at its last fsync
-    others: dict[int, dict[str, list[int]]]  # folder → name → what else it may stand for, oldest first
+    others: dict[
+        int, dict[str, list[int]]
+    ]  # folder → name → what else it may stand for, oldest first
     certain: dict[int, bytes]  # file → content at its last fsync
-    volatile: dict[int, bytes]  # file → content now, where that isn't certain; the youngest file is the last
+    volatile: dict[
+        int, bytes
+    ]  # file → content now, where that isn't certain; the youngest file is the last
     folders: frozenset[int]
 
 
@@ -45,7 +52,9 @@ class Disk:
     """Watches ``root``. What is there already has reached the disk."""
 
     root: Path
-    forgets: Callable[[Path], bool] = lambda path: False  # paths below root whose fsync does nothing, as if the program had left it out
+    forgets: Callable[[Path], bool] = lambda path: (
+        False
+    )  # paths below root whose fsync does nothing, as if the program had left it out
     done: set = field(default_factory=set)  # what must never be lost from now on; the test fills it
     calls: list[tuple[str, str]] = field(
         default_factory=list
@@ -54,7 +63,9 @@ class Disk:
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
-        self.held: dict[int, int] = {}  # inode → a descriptor, so that no later file gets the same number
+        self.held: dict[
+            int, int
+        ] = {}  # inode → a descriptor, so that no later file gets the same number
         self.names: dict[int, Names] = {}
         self.others: dict[int, dict[str, list[int]]] = {}
         self.certain: dict[int, bytes] = {}
@@ -62,7 +73,9 @@ class Disk:
         self.start = self._hold(self.root)
         for folder, _, _ in os.walk(self.root):
             names = self.names[self._hold(Path(folder))] = self._names(Path(folder))
-            self.certain |= {inode: self._content(inode) for inode in names.values() if inode not in self.folders}
+            self.certain |= {
+                inode: self._content(inode) for inode in names.values() if inode not in self.folders
+            }
 
     def note(self, what: str, path: str = "") -> None:
         self.calls.append((what, path))
@@ -84,7 +97,12 @@ class Disk:
         """The power may fail now."""
         with self.lock:
             self._look()
-            files = {inode for names in self.others.values() for several in names.values() for inode in several}
+            files = {
+                inode
+                for names in self.others.values()
+                for several in names.values()
+                for inode in several
+            }
             files |= {inode for names in self.names.values() for inode in names.values()}
             files -= self.folders | {GONE}
             contents = {inode: self._content(inode) for inode in self.held if inode in files}
@@ -93,9 +111,16 @@ class Disk:
                     call,
                     frozenset(self.done),
                     {folder: dict(names) for folder, names in self.names.items()},
-                    {folder: {name: list(several) for name, several in names.items()} for folder, names in self.others.items()},
+                    {
+                        folder: {name: list(several) for name, several in names.items()}
+                        for folder, names in self.others.items()
+                    },
                     dict(self.certain),
-                    {inode: content for inode, content in contents.items() if content != self.certain.get(inode)},
+                    {
+                        inode: content
+                        for inode, content in contents.items()
+                        if content != self.certain.get(inode)
+                    },
                     frozenset(self.folders),
                 )
             )
@@ -124,24 +149,34 @@ class Disk:
             with self.lock:
                 self._look()
                 result = real(*given, **named)
-                self.note({"replace": "rename", "remove": "unlink"}.get(name, name), str(path.relative_to(self.root)))
+                self.note(
+                    {"replace": "rename", "remove": "unlink"}.get(name, name),
+                    str(path.relative_to(self.root)),
+                )
                 self._look()
                 return result
 
         return change
 
     def _look(self) -> None:
-        """Note what every name below the root stands for now, if the disk doesn't know it."""
+        """Note what every name below the root stands for now, if the disk doesn't know
+        it."""
         folders = [(self.start, self.root)]
         while folders:
             folder, path = folders.pop()
-            now, known, others = self._names(path), self.names.setdefault(folder, {}), self.others.setdefault(folder, {})
+            now, known, others = (
+                self._names(path),
+                self.names.setdefault(folder, {}),
+                self.others.setdefault(folder, {}),
+            )
             for name in now.keys() | known.keys() | others.keys():
                 inode = now.get(name, GONE)
                 several = others.get(name, [])
                 if inode != (several[-1] if several else known.get(name, GONE)):
                     others[name] = [*(other for other in several if other != inode), inode]
-            folders += [(inode, path / name) for name, inode in now.items() if inode in self.folders]
+            folders += [
+                (inode, path / name) for name, inode in now.items() if inode in self.folders
+            ]
 
     def _names(self, folder: Path) -> Names:
         found = {}
@@ -154,7 +189,9 @@ class Disk:
     def _hold(self, path: Path, descriptor: int | None = None) -> int:
         status = os.stat(path) if descriptor is None else os.fstat(descriptor)
         if status.st_ino not in self.held:
-            self.held[status.st_ino] = os.open(path, os.O_RDONLY) if descriptor is None else os.dup(descriptor)
+            self.held[status.st_ino] = (
+                os.open(path, os.O_RDONLY) if descriptor is None else os.dup(descriptor)
+            )
             if stat.S_ISDIR(status.st_mode):
                 self.folders.add(status.st_ino)
         return status.st_ino
@@ -162,13 +199,24 @@ class Disk:
     def _content(self, inode: int) -> bytes:
         return os.pread(self.held[inode], os.fstat(self.held[inode]).st_size, 0)
 
-    def rebuild(self, moment: Moment, folder: Path, rng: np.random.Generator | None = None, luck: str = "random") -> Path:
+    def rebuild(
+        self,
+        moment: Moment,
+        folder: Path,
+        rng: np.random.Generator | None = None,
+        luck: str = "random",
+    ) -> Path:
         """Make, as ``folder``, one of the things that the disk may hold.
 
-        luck: "none", the disk has only what is certain; "names", also all that came since, but of no file its content; "late", as if it wrote the youngest
-        files first: all names, and the contents of some of them; "random", any part of both.
+        luck: "none", the disk has only what is certain; "names", also all that came
+        since, but of no file its content; "late", as if it wrote the youngest files
+        first: all names, and the contents of some of them; "random", any part of both.
         """
-        young = list(moment.volatile)[-int(rng.integers(1, len(moment.volatile) + 1)) :] if luck == "late" and moment.volatile else []
+        young = (
+            list(moment.volatile)[-int(rng.integers(1, len(moment.volatile) + 1)) :]
+            if luck == "late" and moment.volatile
+            else []
+        )
 
         def pick(certain: int, others: list[int]) -> int:
             if luck == "none":
@@ -184,14 +232,26 @@ class Disk:
             if luck != "random":
                 return moment.certain.get(inode, bytes(0 if luck == "none" else len(now)))
             cut = now[: int(rng.integers(len(now) + 1))]
-            several = [b"", cut, bytes(len(now)), cut + bytes(len(now) - len(cut)), now, moment.certain.get(inode, b"")]
+            several = [
+                b"",
+                cut,
+                bytes(len(now)),
+                cut + bytes(len(now) - len(cut)),
+                now,
+                moment.certain.get(inode, b""),
+            ]
             return several[rng.integers(len(several))]
 
         def put(inode: int, place: Path) -> None:
             place.mkdir()
             certain, others = moment.names.get(inode, {}), moment.others.get(inode, {})
-            now = {name: pick(certain.get(name, GONE), others[name]) if name in others else known for name, known in certain.items()}
-            now |= {name: pick(GONE, several) for name, several in others.items() if name not in certain}
+            now = {
+                name: pick(certain.get(name, GONE), others[name]) if name in others else known
+                for name, known in certain.items()
+            }
+            now |= {
+                name: pick(GONE, several) for name, several in others.items() if name not in certain
+            }
             for name, child in _renames_are_whole(now, certain, others).items():
                 if child in moment.folders:
                     put(child, place / name)
@@ -203,14 +263,18 @@ class Disk:
 
 
 def _renames_are_whole(picked: Names, certain: Names, others: dict[str, list[int]]) -> Names:
-    """File systems rename in one step: what has got another name in the same folder has the old one or the new one, not both and not neither."""
+    """File systems rename in one step: what has got another name in the same folder has
+    the old one or the new one, not both and not neither."""
     names: dict[int, list[str]] = {}
     for name in picked:
         for inode in {certain.get(name, GONE), *others.get(name, [])} - {GONE}:
             names.setdefault(inode, []).append(name)
     for inode, several in names.items():
         first = next((name for name in several if certain.get(name) == inode), None)
-        last = next((name for name in several if (others.get(name) or [certain.get(name)])[-1] == inode), None)
+        last = next(
+            (name for name in several if (others.get(name) or [certain.get(name)])[-1] == inode),
+            None,
+        )
         having = [name for name in several if picked[name] == inode]
         for name in having:
             if name != (last if last in having else having[0]):

@@ -1,8 +1,11 @@
-"""Runs of commands, mostly ``generate-labels``, that are killed with SIGKILL at a chosen moment.
+"""Runs of commands, mostly ``generate-labels``, that are killed with SIGKILL at a
+chosen moment.
 
-A run takes half a second, not nine: it is forked from a server that has imported everything already. (DALI, torch and Zarr start no thread while
-they are imported, so forking is safe; ``Server`` looks.) An event is a call that changes something beside or in the store, or the reading of an
-image. A run writes its events to a log and can kill itself at the n-th of them, so every phase can be met on purpose.
+A run takes half a second, not nine: it is forked from a server that has imported
+everything already. (DALI, torch and Zarr start no thread while they are imported, so
+forking is safe; ``Server`` looks.) An event is a call that changes something beside or
+in the store, or the reading of an image. A run writes its events to a log and can kill
+itself at the n-th of them, so every phase can be met on purpose.
 """
 
 from __future__ import annotations
@@ -25,9 +28,28 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 HEAVY = [
-    *("pytest", "torch", "timm", "zarr", "nvidia.dali", "matplotlib.figure", "matplotlib.ticker", "matplotlib.backends.backend_agg"),
-    *("tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2"),
-    *("pipeline.labelling.generate", "pipeline.exchange.import_labels", "pipeline.exchange.export_labels", "cli", "killing"),
+    *(
+        "pytest",
+        "torch",
+        "timm",
+        "zarr",
+        "nvidia.dali",
+        "matplotlib.figure",
+        "matplotlib.ticker",
+        "matplotlib.backends.backend_agg",
+    ),
+    *(
+        "tensorboard.summary.writer.record_writer",
+        "tensorboard.compat.proto.event_pb2",
+        "tensorboard.compat.proto.summary_pb2",
+    ),
+    *(
+        "pipeline.labelling.generate",
+        "pipeline.exchange.import_labels",
+        "pipeline.exchange.export_labels",
+        "cli",
+        "killing",
+    ),
 ]
 HANGS = 300  # seconds: no run takes that long
 
@@ -50,7 +72,15 @@ class Event:
 class Run:
     """A run that has been started."""
 
-    def __init__(self, context: Any, folder: Path, arguments: list[str], store: Path, data: Path, moment: Moment | None) -> None:
+    def __init__(
+        self,
+        context: Any,
+        folder: Path,
+        arguments: list[str],
+        store: Path,
+        data: Path,
+        moment: Moment | None,
+    ) -> None:
         self.log, self.errors = folder / "events.txt", folder / "stderr.txt"
         given = (arguments, str(store.parent), str(data), str(self.log), str(self.errors), moment)
         self.process = context.Process(target=_run, args=given)
@@ -81,17 +111,25 @@ class Server:
         self.number = itertools.count()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(HEAVY)
-        with _environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+        with _environment(
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            OMP_NUM_THREADS="1",
+            OPENBLAS_NUM_THREADS="1",
+        ):
             forkserver.ensure_running()
         pipe, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_state_of_the_server, args=(theirs,))
         process.start()
         imported, threads = pipe.recv()
         process.join()
-        assert imported == HEAVY and threads == 1, f"forked with {threads} threads, after the import of {imported}"
+        assert imported == HEAVY and threads == 1, (
+            f"forked with {threads} threads, after the import of {imported}"
+        )
 
     def start(self, store: Path, *options: str, moment: Moment | None = None) -> Run:
-        return self.command(store, ["generate-labels", f"--config={self.config}", "--device=cpu", *options], moment)
+        return self.command(
+            store, ["generate-labels", f"--config={self.config}", "--device=cpu", *options], moment
+        )
 
     def command(self, store: Path, command: list[str], moment: Moment | None = None) -> Run:
         """Any command that takes --data and --store."""
@@ -116,10 +154,17 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _state_of_the_server(pipe: Any) -> None:
-    pipe.send(([name for name in HEAVY if name in sys.modules], len(os.listdir(f"/proc/{os.getppid()}/task"))))
+    pipe.send(
+        (
+            [name for name in HEAVY if name in sys.modules],
+            len(os.listdir(f"/proc/{os.getppid()}/task")),
+        )
+    )
 
 
-def _run(arguments: list[str], beside: str, data: str, log: str, errors: str, moment: Moment | None) -> None:
+def _run(
+    arguments: list[str], beside: str, data: str, log: str, errors: str, moment: Moment | None
+) -> None:
     import torch
 
     import cli
@@ -127,7 +172,9 @@ def _run(arguments: list[str], beside: str, data: str, log: str, errors: str, mo
 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     torch.set_num_threads(1)
-    coordination.PATIENCE = 1.0  # of a worker whose neighbour was killed while it made the empty store
+    coordination.PATIENCE = (
+        1.0  # of a worker whose neighbour was killed while it made the empty store
+    )
     _watch(beside, data, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), moment)
     cli.main(arguments)
 
@@ -138,11 +185,13 @@ def _die() -> None:
 
 
 def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
-    """Note every event below the folder ``beside`` and every image read from ``data``, and die at the moment."""
+    """Note every event below the folder ``beside`` and every image read from ``data``,
+    and die at the moment."""
     counted = itertools.count()
 
     def happens(what: str, path: Any, folder: int = -1) -> bool:
-        """Note an event. Whether the run must die in it, which is left to the caller where the event is half done by then."""
+        """Note an event. Whether the run must die in it, which is left to the caller
+        where the event is half done by then."""
         path = os.fsdecode(path)
         if folder >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
@@ -164,7 +213,9 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
         dies = False
         if name == "open":
             path, _, flags = given
-            if not isinstance(path, int) and (flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or str(path).startswith(data)):
+            if not isinstance(path, int) and (
+                flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or str(path).startswith(data)
+            ):
                 dies = happens("open", path)
         elif name in ("os.mkdir", "os.remove", "os.rmdir"):
             dies = happens(name[3:], given[0], given[-1])
@@ -174,7 +225,8 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
             _die()
 
     def opened(*given: Any, **named: Any) -> Any:
-        """Zarr and pathlib write a small file in one call: between its opening and the end of the call lies a file that is empty or cut short."""
+        """Zarr and pathlib write a small file in one call: between its opening and the
+        end of the call lies a file that is empty or cut short."""
         file = real_open(*given, **named)
         mode = given[1] if len(given) > 1 else named.get("mode", "r")
         if "r" not in mode or "+" in mode:
@@ -191,7 +243,8 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
         return file
 
     def fsync(descriptor: int) -> None:
-        """Nothing is forced to the disk, since a kill loses nothing that the kernel has, and the disk takes half of the time."""
+        """Nothing is forced to the disk, since a kill loses nothing that the kernel
+        has, and the disk takes half of the time."""
         if happens("fsync", os.readlink(f"/proc/self/fd/{descriptor}")):
             _die()
 

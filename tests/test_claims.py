@@ -1,4 +1,5 @@
-"""Claims, of which one process holds each at a time, and signals, which none swallows."""
+"""Claims, of which one process holds each at a time, and signals, which none
+swallows."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class Holder:
 
     def __init__(self, folder: Path, *names: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), *names], text=True, cwd=ROOT, **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder), *names], text=True, cwd=ROOT, **pipes
+        )
 
     def go(self) -> Holder:
         print(file=self.process.stdin, flush=True)
@@ -73,7 +76,9 @@ def test_one_of_many_processes_holds_a_claim(tmp_path, holder):
     assert sorted(name for rival in rivals for name in rival.held()) == ["a", "b", "c"]
     with claim(tmp_path / "claims", "a", "d") as mine:
         assert mine == {"d"}
-        assert sorted(claims.holders(tmp_path / "claims"))[-1].startswith(socket.gethostname() + ":")
+        assert sorted(claims.holders(tmp_path / "claims"))[-1].startswith(
+            socket.gethostname() + ":"
+        )
         assert len(claims.holders(tmp_path / "claims")) == 4
     for rival in rivals:
         rival.go().process.wait()
@@ -114,8 +119,11 @@ def test_a_process_number_used_again_does_not_keep_a_claim_alive(tmp_path):
 @pytest.mark.parametrize(("age", "taken"), [(0, False), (STALE - 5, False), (STALE + 5, True)])
 @pytest.mark.parametrize("content", ["claim", "empty"])
 @pytest.mark.parametrize("place", ["host", "boot", "namespace"])
-def test_the_claim_of_another_machine_is_taken_over_only_when_stale(tmp_path, age, taken, content, place):
-    """A container of the same host name on another node, or beside this one, has a process of this number too."""
+def test_the_claim_of_another_machine_is_taken_over_only_when_stale(
+    tmp_path, age, taken, content, place
+):
+    """A container of the same host name on another node, or beside this one, has a
+    process of this number too."""
     file = leave_claim(tmp_path / "claims", **{place: "elsewhere"})
     if content == "empty":  # its owner has just created it, or died before it wrote its name
         file.write_text("")
@@ -169,7 +177,9 @@ for _ in range(400):
 """
 
 
-def test_processes_that_come_and_go_meet_no_error_in_the_folder_that_comes_and_goes_with_them(tmp_path):
+def test_processes_that_come_and_go_meet_no_error_in_the_folder_that_comes_and_goes_with_them(
+    tmp_path,
+):
     """Whoever lets go of the last claim removes the folder, while others make it."""
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", COME_AND_GO, str(tmp_path / "claims")]
@@ -197,8 +207,12 @@ def test_a_folder_that_is_removed_while_a_claim_is_taken_is_made_again(tmp_path,
 
 
 def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
-    """Path.mkdir finds it there, and then finds that it is no folder, since it is gone: FileExistsError."""
-    real, vanishes = Path.mkdir, [True, False, True]  # as the claims' folder is made, and then as a claim is put into it
+    """Path.mkdir finds it there, and then finds that it is no folder, since it is gone:
+    FileExistsError."""
+    real, vanishes = (
+        Path.mkdir,
+        [True, False, True],
+    )  # as the claims' folder is made, and then as a claim is put into it
 
     def mkdir(self: Path, *more: object, **how: object) -> None:
         if vanishes and vanishes.pop(0):
@@ -275,14 +289,23 @@ def test_a_process_that_the_system_hides_keeps_its_claim(tmp_path, holder, monke
 
 
 def test_a_claim_that_could_not_be_let_go_of_is_in_nobodys_way(tmp_path, monkeypatch):
-    """The disk didn't answer when it should have been; the process goes on, and waits for no ghost of its own."""
+    """The disk didn't answer when it should have been; the process goes on, and waits
+    for no ghost of its own."""
     with claim(tmp_path / "claims", "a") as mine:
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            patch.setattr(
+                Path,
+                "read_text",
+                lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
+            )
             with pytest.raises(OSError):
                 mine.lost("a")  # that can't be told
         assert not mine.lost("a")
-        monkeypatch.setattr(Path, "read_text", lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        monkeypatch.setattr(
+            Path,
+            "read_text",
+            lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
+        )
     monkeypatch.undo()
     assert (tmp_path / "claims/a").exists() and not claims.held(tmp_path / "claims", "a")
     with claim(tmp_path / "claims", "a") as mine:
@@ -298,7 +321,8 @@ def test_a_name_that_is_a_link_to_itself_is_no_reason_for_a_trace(tmp_path):
 
 
 def swallowed() -> None:
-    """Have a signal come where Python only prints what is raised, and goes on: in a callback of a weak reference."""
+    """Have a signal come where Python only prints what is raised, and goes on: in a
+    callback of a weak reference."""
     thing = type("Thing", (), {})()
     _ = weakref.ref(thing, lambda gone: os.kill(os.getpid(), signal.SIGTERM))
     del thing

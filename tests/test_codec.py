@@ -1,4 +1,5 @@
-"""The codes of probabilities: every row comes back whole, within the stated error, and nothing but a distribution goes in."""
+"""The codes of probabilities: every row comes back whole, within the stated error, and
+nothing but a distribution goes in."""
 
 from __future__ import annotations
 
@@ -16,14 +17,18 @@ from cache.format.codec import CODECS, DEFAULT, Codec, divergence, entropy, from
 SIZES = (2, 10, 1_000, 21_841)
 TAIL = [name for name, codec in CODECS.items() if codec.tail]
 POWER = [name for name, codec in CODECS.items() if not codec.is_float and not codec.tail]
-BF16_NOISE = 8.5e-4, 0.0123  # KL and TV that bf16 autocast costs against float32, measured on the teachers of soft_labels.npz
+BF16_NOISE = (
+    8.5e-4,
+    0.0123,
+)  # KL and TV that bf16 autocast costs against float32, measured on the teachers of soft_labels.npz
 
 everywhere = pytest.mark.parametrize("classes", SIZES)
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
 def real_rows() -> np.ndarray:
-    """float64 [256, 1000]: what two real teachers said of random crops of ImageNet photographs."""
+    """float64 [256, 1000]: what two real teachers said of random crops of ImageNet
+    photographs."""
     with np.load(Path(__file__).parent / "data" / "soft_labels.npz") as file:
         p = file["probabilities"].astype("float64")
     return p / p.sum(axis=1, keepdims=True)
@@ -35,7 +40,10 @@ def varied(classes: int) -> np.ndarray:
     rng = np.random.default_rng(classes)
     many = 2 if classes > 1_000 else 20
     rows = [np.full((1, classes), 1 / classes), np.eye(2, classes, classes - 2)]
-    rows += [rng.dirichlet(np.full(classes, concentration), many) for concentration in (0.003, 0.03, 0.3, 3, 100)]
+    rows += [
+        rng.dirichlet(np.full(classes, concentration), many)
+        for concentration in (0.003, 0.03, 0.3, 3, 100)
+    ]
     for width in (0.1, 1, 3, 10, 30):
         logits = rng.normal(0, width, (many, classes))
         e = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -44,7 +52,8 @@ def varied(classes: int) -> np.ndarray:
 
 
 def edges(codec: Codec) -> np.ndarray:
-    """float64 [edges]: the probabilities at which the rounding goes over from one code to the next."""
+    """float64 [edges]: the probabilities at which the rounding goes over from one code
+    to the next."""
     if codec.dtype == "float32":
         return np.geomspace(1e-30, 0.9, 200)
     if codec.is_float:
@@ -56,14 +65,19 @@ def edges(codec: Codec) -> np.ndarray:
 
 
 def adversarial(codec: Codec, classes: int) -> np.ndarray:
-    """Rows that round as badly as they can: as many classes as fit sit just above or just below one edge, one class takes the rest."""
+    """Rows that round as badly as they can: as many classes as fit sit just above or
+    just below one edge, one class takes the rest."""
     rows = []
     usable = edges(codec)
     usable = usable[(usable < 1) & (usable > 1e-4 / classes)]
-    if codec.tail:  # what is lost there is lost by sharing: classes far below the first edge are zeros as well
+    if (
+        codec.tail
+    ):  # what is lost there is lost by sharing: classes far below the first edge are zeros as well
         usable = np.concatenate([usable[0] * np.array([0.01, 0.1, 0.3, 0.7]), usable])
     near_flat = np.argsort(np.abs(usable - 1 / classes))[:4]
-    spread = np.linspace(0, len(usable) - 1, min(len(usable), 12 if classes > 1_000 else 80)).astype(int)
+    spread = np.linspace(
+        0, len(usable) - 1, min(len(usable), 12 if classes > 1_000 else 80)
+    ).astype(int)
     for edge in usable[np.union1d(near_flat, spread)]:
         many = min(classes - 1, int(1 / (edge * (1 + 1e-5))))
         for share in (0.0, 0.5, 0.9, 1.0):
@@ -95,7 +109,9 @@ def test_a_decoded_row_sums_to_one_and_holds_no_zero(codec, classes):
     decoded = codec.decode(codes)
     assert (codes == 0).any()  # which must not come back as zeros
     assert codes.shape == (len(rows), codec.columns(classes))
-    assert codes.dtype == codec.dtype and decoded.dtype == np.float32 and decoded.shape == rows.shape
+    assert (
+        codes.dtype == codec.dtype and decoded.dtype == np.float32 and decoded.shape == rows.shape
+    )
     assert np.abs(decoded.sum(axis=1, dtype="float64") - 1).max() < 1e-5
     assert decoded.min() > 0
 
@@ -126,7 +142,8 @@ def test_finer_codecs_state_smaller_errors(classes):
     assert tails == sorted(tails) and tails[0][0] > 0 and tails[-1][1] < 1
 
 
-# Codec: mean KL in nats, mean total variation, bytes a row as one zstd block of the codec's level; measured on tests/data/soft_labels.npz.
+# Codec: mean KL in nats, mean total variation, bytes a row as one zstd block of the
+# codec's level; measured on tests/data/soft_labels.npz.
 MEASURED = {
     "cbrt8": (3.51e-4, 6.87e-3, 584),
     "pow8": (7.32e-4, 9.33e-3, 520),
@@ -148,18 +165,24 @@ def test_real_labels_cost_what_the_table_says(codec):
     assert kl == pytest.approx(wanted_kl, rel=0.05, abs=1e-7)
     assert tv == pytest.approx(wanted_tv, rel=0.05, abs=1e-7)
     parts = [codes[:, :1000], codes[:, 1000:]]  # the tail is an array of its own
-    size = sum(len(Zstd(level=codec.compression).encode(part.tobytes())) for part in parts if part.size)
+    size = sum(
+        len(Zstd(level=codec.compression).encode(part.tobytes())) for part in parts if part.size
+    )
     assert size / len(rows) == pytest.approx(wanted_bytes, rel=0.1)
 
 
 @everywhere
 @every_codec
-def test_the_distance_to_a_coded_row_is_none_from_that_row_and_never_more_than_to_any_other(codec, classes):
+def test_the_distance_to_a_coded_row_is_none_from_that_row_and_never_more_than_to_any_other(
+    codec, classes
+):
     rows = varied(classes)
     codes, others = codec.encode(rows), np.roll(rows, 1, axis=0)
     assert codec.distance(rows, codes).max() < 2e-6
     apart = codec.distance(others, codes)
-    assert (apart <= divergence(others, rows)[1] + 2e-6).all()  # of the rows that are coded so, one is known
+    assert (
+        apart <= divergence(others, rows)[1] + 2e-6
+    ).all()  # of the rows that are coded so, one is known
     assert apart.max() > 0.2  # and they are other rows
 
 
@@ -169,7 +192,10 @@ def test_the_default_codec_costs_less_than_half_precision_teachers():
 
 
 def test_divergence_and_entropy_are_those_of_the_books():
-    p, q = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), np.array([[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]])
+    p, q = (
+        np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]),
+        np.array([[0.25, 0.25, 0.5], [0.5, 0.25, 0.25]]),
+    )
     kl, tv = divergence(p, q)
     assert kl == pytest.approx([np.log(2), np.log(2)]) and tv == pytest.approx([0.5, 0.5])
     assert entropy(p) == pytest.approx([np.log(2), 0])
@@ -194,7 +220,9 @@ def test_a_row_that_is_no_distribution_is_refused_and_named(codec, change, says)
     rows[2, list(change)] = list(change.values())
     with (
         np.errstate(invalid="ignore"),
-        pytest.raises(StoreError, match=f"row 2 of a batch is no probability distribution: .*{says}") as error,
+        pytest.raises(
+            StoreError, match=f"row 2 of a batch is no probability distribution: .*{says}"
+        ) as error,
     ):
         codec.encode(rows)
     assert "\n" not in str(error.value)
@@ -212,20 +240,25 @@ def test_a_row_that_codes_to_nothing_but_zeros_is_refused():
     rows = np.zeros((2, classes), "float32")
     rows[0, 0], rows[1] = 1, 1 / classes
     with pytest.raises(
-        StoreError, match="row 1 of a batch has no probability large enough for codec sqrt8 at 400000 classes; choose a finer"
+        StoreError,
+        match="row 1 of a batch has no probability large enough for codec sqrt8 at 400000 classes; "
+        "choose a finer",
     ):
         CODECS["sqrt8"].encode(rows)
     assert CODECS["pow8"].encode(rows).any(axis=1).all()
 
 
-# What a store says in words, and the same in numpy. Words that change must change here too.
+# What a store says in words, and the same in numpy. Words that change must change here
+# too.
 FORMULAS = {
     "p = max(q, zero); p = p / sum(p)": lambda q, c: np.maximum(q, c["zero"]),
-    "p = (q / levels) ** (1 / exponent) where q > 0, p = zero where q = 0; p = p / sum(p)": lambda q, c: np.where(
-        q > 0, (q / c["levels"]) ** (1 / c["exponent"]), c["zero"]
+    "p = (q / levels) ** (1 / exponent) where q > 0, p = zero where q = 0; p = p / "
+    "sum(p)": lambda q, c: np.where(q > 0, (q / c["levels"]) ** (1 / c["exponent"]), c["zero"]),
+    "T = (t / M) ** 2 with M = codec.tail, t = tail[view, image], or T = 0 if no q is 0; p = (q / "
+    "levels) ** (1 / exponent) where q > 0, "
+    "scaled to the sum 1 - T; p = T / (number of classes with q = 0) where q = 0": lambda q, c: (
+        tail_by_its_words(q[:, :-1], q[:, -1], c)
     ),
-    "T = (t / M) ** 2 with M = codec.tail, t = tail[view, image], or T = 0 if no q is 0; p = (q / levels) ** (1 / exponent) where q > 0, "
-    "scaled to the sum 1 - T; p = T / (number of classes with q = 0) where q = 0": lambda q, c: tail_by_its_words(q[:, :-1], q[:, -1], c),
 }
 
 
@@ -244,7 +277,9 @@ def test_a_description_decodes_alike_by_parameters_and_by_its_words(codec, class
     description = json.loads(json.dumps(codec.describe()))
     codes = codec.encode(varied(classes))
     decoded = codec.decode(codes)
-    assert np.array_equal(from_description(description | {"name": "renamed"}).decode(codes), decoded)
+    assert np.array_equal(
+        from_description(description | {"name": "renamed"}).decode(codes), decoded
+    )
     p = FORMULAS[description["formula"]](codes.astype("float64"), description)
     assert np.allclose(p / p.sum(axis=1, keepdims=True), decoded, rtol=1e-5, atol=0)
 
@@ -258,7 +293,10 @@ def test_a_tail_keeps_its_mass_and_the_largest_class_its_code(name):
         zero = codes[:, :-1] == 0
         assert not zero[np.arange(len(rows)), rows.astype("float32").argmax(axis=1)].any()
         mass = np.where(zero, rows, 0).sum(axis=1)
-        assert np.abs(np.sqrt(np.where(zero, decoded, 0).sum(axis=1)) - np.sqrt(mass)).max() < 1.01 / codec.tail
+        assert (
+            np.abs(np.sqrt(np.where(zero, decoded, 0).sum(axis=1)) - np.sqrt(mass)).max()
+            < 1.01 / codec.tail
+        )
         assert (codes[:, -1] < codec.tail).all() and ((codes[:, -1] > 0) == zero.any(axis=1)).all()
 
 
@@ -267,7 +305,9 @@ def test_a_tail_keeps_its_mass_and_the_largest_class_its_code(name):
 def test_only_rows_that_sum_to_one_are_plausible(codec, classes):
     rows = np.concatenate([varied(classes), adversarial(codec, classes)])
     assert codec.plausible(codec.encode(rows)).all()
-    full = np.full((1, codec.columns(classes)), 1.0 if codec.is_float else codec.levels, codec.dtype)
+    full = np.full(
+        (1, codec.columns(classes)), 1.0 if codec.is_float else codec.levels, codec.dtype
+    )
     assert not codec.plausible(full).any()
     if codec.is_float:
         assert not codec.plausible(np.full((1, classes), np.nan, codec.dtype)).any()

@@ -26,22 +26,45 @@ def test_the_papers_recipe_is_the_papers():
     train = recipe.train
     assert [t.model for t in recipe.teachers] == ["senet154.gluon_in1k", "resnet152s.gluon_in1k"]
     assert (recipe.student.model, recipe.student.pretrained) == ("resnet50.ram_in1k", True)
-    assert (recipe.crops.views, train.epochs, train.batch_size, train.image_size) == (180, 180, 512, 224)
-    assert (train.lr, train.milestones, train.gamma, train.momentum, train.weight_decay) == (0.01, (100,), 0.1, 0.9, 0.0)
+    assert (recipe.crops.views, train.epochs, train.batch_size, train.image_size) == (
+        180,
+        180,
+        512,
+        224,
+    )
+    assert (train.lr, train.milestones, train.gamma, train.momentum, train.weight_decay) == (
+        0.01,
+        (100,),
+        0.1,
+        0.9,
+        0.0,
+    )
     assert train.discriminator.lr == 1e-4
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
-    file.write_text("teachers: [{model: resnet18}, {model: resnet50}]\ncrops: {views: 2}\ntrain: {lr: 1e-3, milestones: []}\n")
+    file.write_text(
+        "teachers: [{model: resnet18}, {model: resnet50}]\ncrops: {views: 2}\ntrain: {lr: 1e-3, "
+        "milestones: []}\n"
+    )
     return file
 
 
 def test_overrides_reach_every_depth_and_lists(path):
-    settings = ["teachers.1.image_size=32", "train.lr=5e-4", "crops.scale=[0.2, 1]", "student.model=resnet10t"]
+    settings = [
+        "teachers.1.image_size=32",
+        "train.lr=5e-4",
+        "crops.scale=[0.2, 1]",
+        "student.model=resnet10t",
+    ]
     recipe = config_file.load(path, {"crops.views": 7}, settings)
-    assert (recipe.teachers[1].image_size, recipe.train.lr, recipe.crops.scale) == (32, 5e-4, (0.2, 1.0))
+    assert (recipe.teachers[1].image_size, recipe.train.lr, recipe.crops.scale) == (
+        32,
+        5e-4,
+        (0.2, 1.0),
+    )
     assert (recipe.crops.views, recipe.student.model) == (7, "resnet10t")
 
 
@@ -59,7 +82,10 @@ def test_1e_3_is_a_number(path):
         ("crops.views=many", "crops.views must be a valid integer.*got 'many'"),
         ("crops.views=true", "crops.views must be a valid integer, got True"),
         ("crops.flip=1.5", "crops.flip must be at most 1, got 1.5"),
-        ("crops.scale=[0.9, 0.1]", r"crops.scale must be two numbers above 0, the smaller first, got \[0.9, 0.1\]"),
+        (
+            "crops.scale=[0.9, 0.1]",
+            r"crops.scale must be two numbers above 0, the smaller first, got \[0.9, 0.1\]",
+        ),
         ("crops.scale=[0.5, 2]", "crops.scale must not exceed 1"),
         ("crops.views=1000000000", "crops.views must be at most 100000"),
         ("student={model: resnet18, std: [0, 0, 0]}", "student.std must be three numbers above 0"),
@@ -68,8 +94,14 @@ def test_1e_3_is_a_number(path):
         ("train.milestones=[9, 3]", "train.milestones must be rising epochs"),
         ("train.labels=firm", "train.labels must be 'soft' or 'hard', got 'firm'"),
         ("store.codec=pow9", "store.codec must be one of .* did you mean pow8?"),
-        ("train.discriminator={learning_rate: 1}", "train.discriminator.learning_rate is not known; known are lr"),
-        ("student={model: resnet18, image_size: 64}", "student.image_size is 64; the student's size is train.image_size, 224"),
+        (
+            "train.discriminator={learning_rate: 1}",
+            "train.discriminator.learning_rate is not known; known are lr",
+        ),
+        (
+            "student={model: resnet18, image_size: 64}",
+            "student.image_size is 64; the student's size is train.image_size, 224",
+        ),
         ("teachers.2.model=x", "'2' must be a number from 0 to 1"),
         ("train", "must be KEY=VALUE"),
         ("train.lr=[", "is no YAML value"),

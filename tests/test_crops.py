@@ -1,4 +1,5 @@
-"""Crops: the random numbers are Philox's, the crop is that of (seed, image, view) alone, and its distribution is torchvision's."""
+"""Crops: the random numbers are Philox's, the crop is that of (seed, image, view)
+alone, and its distribution is torchvision's."""
 
 from __future__ import annotations
 
@@ -19,27 +20,49 @@ DRAWS = 10_000  # of each size
 def some_images(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Identities, heights and widths."""
     rng = np.random.default_rng(seed)
-    return philox.identities(np.array([f"class/{i}.jpg" for i in range(n)], object)), rng.integers(1, 600, n), rng.integers(1, 600, n)
+    return (
+        philox.identities(np.array([f"class/{i}.jpg" for i in range(n)], object)),
+        rng.integers(1, 600, n),
+        rng.integers(1, 600, n),
+    )
 
 
 @pytest.mark.parametrize(
     ("counter", "key", "drawn"),
     [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+        (
+            "00000000 00000000 00000000 00000000",
+            "00000000 00000000",
+            "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        ),
+        (
+            "ffffffff ffffffff ffffffff ffffffff",
+            "ffffffff ffffffff",
+            "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        ),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
     ],
 )
 def test_the_random_words_are_those_of_random123(counter, key, drawn):
     c, k = [int(word, 16) for word in counter.split()], [int(word, 16) for word in key.split()]
-    words = philox.words(k[0] | k[1] << 32, np.array([7, c[0]]), *c[1:])  # in a batch, beside another counter
+    words = philox.words(
+        k[0] | k[1] << 32, np.array([7, c[0]]), *c[1:]
+    )  # in a batch, beside another counter
     assert " ".join(f"{word:08x}" for word in words[1]) == drawn
 
 
 def test_a_crop_depends_on_no_batch_order_or_other_image():
     images = some_images(200)
     boxes, flips = random_crop.draw(POLICY, *images, 3)
-    for rows in (np.random.default_rng(1).permutation(200), np.arange(0, 200, 3), *np.arange(200)[:, None]):
+    for rows in (
+        np.random.default_rng(1).permutation(200),
+        np.arange(0, 200, 3),
+        *np.arange(200)[:, None],
+    ):
         other_boxes, other_flips = random_crop.draw(POLICY, *(column[rows] for column in images), 3)
         assert np.array_equal(other_boxes, boxes[rows]) and np.array_equal(other_flips, flips[rows])
 
@@ -52,12 +75,18 @@ def test_another_seed_view_or_path_moves_the_crop(what):
     seed = {"seed": 1, "high word of the seed": 1 << 32}.get(what, 0)
     if what == "path":
         identity = philox.identities(np.array([f"klass/{i}.jpg" for i in range(200)], object))
-    others, other_flips = random_crop.draw(CropPolicy(seed=seed), identity, height, width, 4 if what == "view" else 3)
-    assert (others != boxes).any(axis=1).mean() > 0.9  # a few images have the fallback's crop in every view
+    others, other_flips = random_crop.draw(
+        CropPolicy(seed=seed), identity, height, width, 4 if what == "view" else 3
+    )
+    assert (others != boxes).any(
+        axis=1
+    ).mean() > 0.9  # a few images have the fallback's crop in every view
     assert 60 < (flips != other_flips).sum() < 140
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 500), (500, 1), (3, 4000), (4000, 3), (40, 40), (41, 37)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 2), (2, 1), (1, 500), (500, 1), (3, 4000), (4000, 3), (40, 40), (41, 37)]
+)
 def test_boxes_lie_inside_the_image(size):
     n = 2000
     identity, _, _ = some_images(n)
@@ -93,14 +122,21 @@ def torchvisions() -> dict[tuple[int, int], np.ndarray]:
         torch.manual_seed(0)
         return {
             size: np.array(
-                [RandomResizedCrop.get_params(torch.empty(3, *size, device="meta"), [*POLICY.scale], [*POLICY.ratio]) for _ in range(DRAWS)]
+                [
+                    RandomResizedCrop.get_params(
+                        torch.empty(3, *size, device="meta"), [*POLICY.scale], [*POLICY.ratio]
+                    )
+                    for _ in range(DRAWS)
+                ]
             )
             for size in SIZES
         }
 
 
 def drawn(size: tuple[int, int]) -> np.ndarray:
-    return random_crop.draw(POLICY, some_images(DRAWS)[0], np.full(DRAWS, size[0]), np.full(DRAWS, size[1]), 0)[0]
+    return random_crop.draw(
+        POLICY, some_images(DRAWS)[0], np.full(DRAWS, size[0]), np.full(DRAWS, size[1]), 0
+    )[0]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -112,11 +148,16 @@ def test_boxes_are_distributed_like_torchvisions(torchvisions, size):
 
 
 def sampler(size: tuple[int, int], uniform_ratio: bool) -> np.ndarray:
-    """RandomResizedCrop once more, with numpy's random numbers: rightly, or with a ratio that is uniform itself and not its logarithm."""
+    """RandomResizedCrop once more, with numpy's random numbers: rightly, or with a
+    ratio that is uniform itself and not its logarithm."""
     rng, (low, high), boxes = np.random.default_rng(0), POLICY.ratio, []
     while len(boxes) < DRAWS:
         area = size[0] * size[1] * rng.uniform(*POLICY.scale)
-        ratio = rng.uniform(low, high) if uniform_ratio else np.exp(rng.uniform(np.log(low), np.log(high)))
+        ratio = (
+            rng.uniform(low, high)
+            if uniform_ratio
+            else np.exp(rng.uniform(np.log(low), np.log(high)))
+        )
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if w <= size[1] and h <= size[0]:
             boxes.append((rng.integers(size[0] - h + 1), rng.integers(size[1] - w + 1), h, w))
@@ -126,22 +167,36 @@ def sampler(size: tuple[int, int], uniform_ratio: bool) -> np.ndarray:
 def test_that_comparison_would_notice_a_ratio_drawn_wrongly(torchvisions):
     size = SIZES[0]
     theirs = features(torchvisions[size], size)["log aspect"]
-    assert ks_2samp(features(sampler(size, uniform_ratio=False), size)["log aspect"], theirs).pvalue > 1e-3
-    assert ks_2samp(features(sampler(size, uniform_ratio=True), size)["log aspect"], theirs).pvalue < 1e-12
+    assert (
+        ks_2samp(features(sampler(size, uniform_ratio=False), size)["log aspect"], theirs).pvalue
+        > 1e-3
+    )
+    assert (
+        ks_2samp(features(sampler(size, uniform_ratio=True), size)["log aspect"], theirs).pvalue
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_flips_have_the_asked_probability_and_nothing_to_do_with_the_box(probability):
     n = 40_000
-    boxes, flips = random_crop.draw(CropPolicy(flip=probability), some_images(n)[0], np.full(n, 400), np.full(n, 400), 0)
+    boxes, flips = random_crop.draw(
+        CropPolicy(flip=probability), some_images(n)[0], np.full(n, 400), np.full(n, 400), 0
+    )
     assert abs(flips.mean() - probability) <= 4 * (probability * (1 - probability) / n) ** 0.5
     if 0 < probability < 1:
         for name, values in features(boxes, (400, 400)).items():
             assert ks_2samp(values[flips], values[~flips]).pvalue > 1e-3, name
 
 
-@pytest.mark.parametrize("size", [(3000, 40), (40, 3000), (41, 3001), (3001, 43), (1, 500), (500, 1), (3, 4000)])
+@pytest.mark.parametrize(
+    "size", [(3000, 40), (40, 3000), (41, 3001), (3001, 43), (1, 500), (500, 1), (3, 4000)]
+)
 def test_an_image_far_outside_the_ratio_gives_torchvisions_centred_crop(size):
-    theirs = RandomResizedCrop.get_params(torch.empty(3, *size, device="meta"), [*POLICY.scale], [*POLICY.ratio])
-    boxes, _ = random_crop.draw(POLICY, some_images(50)[0], np.full(50, size[0]), np.full(50, size[1]), 0)
+    theirs = RandomResizedCrop.get_params(
+        torch.empty(3, *size, device="meta"), [*POLICY.scale], [*POLICY.ratio]
+    )
+    boxes, _ = random_crop.draw(
+        POLICY, some_images(50)[0], np.full(50, size[0]), np.full(50, size[1]), 0
+    )
     assert (boxes == theirs).all()

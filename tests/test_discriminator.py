@@ -1,4 +1,5 @@
-"""The discriminator can't tell labels from their teachers by their coding, tells apart what truly differs, and trains as its options say."""
+"""The discriminator can't tell labels from their teachers by their coding, tells apart
+what truly differs, and trains as its options say."""
 
 from __future__ import annotations
 
@@ -36,9 +37,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def real_logits(low: float, high: float, seed: int = 0) -> torch.Tensor:
-    """float64 [rows, 1000]: log-probabilities of real teachers, of two pictures mixed by a random share, times a random sharpness.
+    """float64 [rows, 1000]: log-probabilities of real teachers, of two pictures mixed
+    by a random share, times a random sharpness.
 
-    The rows to learn from and those held out are of different pictures. At sharpness 1 the least probability of all is 1.2e-6.
+    The rows to learn from and those held out are of different pictures. At sharpness 1
+    the least probability of all is 1.2e-6.
     """
     with np.load(Path(__file__).parent / "data" / "soft_labels.npz") as file:
         logs = np.log(file["probabilities"].astype("float64"))
@@ -59,9 +62,14 @@ def made_up_logits(classes: int, low: float, high: float, seed: int = 0) -> torc
 
 
 def sharp_logits(classes: int, codec: Codec, seed: int = 0) -> torch.Tensor:
-    """Of which every codec codes a like share as zero, near half or more: the finer the codec, the sharper."""
+    """Of which every codec codes a like share as zero, near half or more: the finer the
+    codec, the sharper."""
     finer = np.log(codec.floor) / np.log(CODECS["pow8"].floor)
-    return real_logits(2 * finer, 6 * finer, seed) if classes == 1000 else made_up_logits(classes, 5 * finer, 15 * finer, seed)
+    return (
+        real_logits(2 * finer, 6 * finer, seed)
+        if classes == 1000
+        else made_up_logits(classes, 5 * finer, 15 * finer, seed)
+    )
 
 
 @dataclass
@@ -73,19 +81,35 @@ class Stored:
     targets: Targets
 
     def judged(self, floor: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both sides as the discriminator sees them: a student who has the teachers' very logits but for an offset per row, and the labels."""
+        """Both sides as the discriminator sees them: a student who has the teachers'
+        very logits but for an offset per row, and the labels."""
         targets = copy(self.targets)
         targets.floor = floor or targets.floor
-        offsets = 5 * torch.randn(len(self.logits), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        offsets = 5 * torch.randn(
+            len(self.logits), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
         return targets.judged((self.logits + offsets).float(), self.goal)
 
 
 def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
     """Labels written to a store on the disk and read back."""
     n, classes = logits.shape
-    words = {"path": np.array([f"c/{i:05}.jpg" for i in range(n)], dtype=object), "reason": np.full(n, "", dtype=object)}
-    numbers = {"bytes": "int64", "height": "int32", "width": "int32", "class_index": "int32", "status": "uint8"}
-    manifest = Images(**words, digest=np.zeros((n, 32), "uint8"), **{name: np.zeros(n, dtype) for name, dtype in numbers.items()})
+    words = {
+        "path": np.array([f"c/{i:05}.jpg" for i in range(n)], dtype=object),
+        "reason": np.full(n, "", dtype=object),
+    }
+    numbers = {
+        "bytes": "int64",
+        "height": "int32",
+        "width": "int32",
+        "class_index": "int32",
+        "status": "uint8",
+    }
+    manifest = Images(
+        **words,
+        digest=np.zeros((n, 32), "uint8"),
+        **{name: np.zeros(n, dtype) for name, dtype in numbers.items()},
+    )
     manifest.height[:] = manifest.width[:] = 1
     layout = {"chunk_rows": min(n, 512), "shard_rows": n}
     attributes = {
@@ -95,18 +119,32 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
     }
     assert create(path, images=manifest, views=1, attributes=attributes)
     codes = codec.encode(logits.softmax(dim=1).float().numpy())
-    write(StoreWriter(path), 0, 0, codes, np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)), np.zeros(n, bool))
+    write(
+        StoreWriter(path),
+        0,
+        0,
+        codes,
+        np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)),
+        np.zeros(n, bool),
+    )
     store = LabelStore.open(path)
     targets = make_targets(Config(train={"discriminator": {}}), stored_labels(store, 1))
     codes = torch.from_numpy(store.codes(0, slice(None)))
-    return Stored(logits, targets(Batch(np.arange(n), {}, codes, torch.zeros(n, dtype=torch.int64), None, n)), targets)
+    return Stored(
+        logits,
+        targets(Batch(np.arange(n), {}, codes, torch.zeros(n, dtype=torch.int64), None, n)),
+        targets,
+    )
 
 
 def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
-    """Share of right answers on rows held out, the last HELD_OUT of either side, after learning from the others: 0.5 is guessing."""
+    """Share of right answers on rows held out, the last HELD_OUT of either side, after
+    learning from the others: 0.5 is guessing."""
     torch.manual_seed(seed)
     seen = torch.cat([student[:-HELD_OUT], teachers[:-HELD_OUT]])
-    student, teachers = ((side - seen.mean(dim=0)) / seen.std(dim=0) for side in (student, teachers))  # the first layer could do so itself
+    student, teachers = (
+        (side - seen.mean(dim=0)) / seen.std(dim=0) for side in (student, teachers)
+    )  # the first layer could do so itself
     judge = Discriminator(student.shape[1])
     optimizer = torch.optim.Adam(judge.parameters(), lr=0.003, fused=True)
     for _ in range(500):
@@ -123,7 +161,9 @@ def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
 
 
 @pytest.fixture(
-    scope="module", params=[(codec, classes) for codec in ALL for classes in (10, 1000)], ids=lambda param: f"{param[0]}-{param[1]}"
+    scope="module",
+    params=[(codec, classes) for codec in ALL for classes in (10, 1000)],
+    ids=lambda param: f"{param[0]}-{param[1]}",
 )
 def sharp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     codec, classes = ALL[request.param[0]], request.param[1]
@@ -145,7 +185,9 @@ def test_below_the_floor_both_sides_look_exactly_alike(sharp):
     below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
     assert below.double().mean() > 0.4
     different = student[below] != teachers[below]
-    if sharp.targets.decode.tail:  # few zeros whose mass was rounded up may share a little more than the floor
+    if (
+        sharp.targets.decode.tail
+    ):  # few zeros whose mass was rounded up may share a little more than the floor
         assert different.double().mean() < 0.01 and (student - teachers)[below].abs().max() < 0.5
     else:
         assert not different.any()
@@ -164,13 +206,19 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
         "few": (1.5 / 31) ** 2,
     }
     for name, codec in ALL.items():
-        assert stored(tmp_path / name, codec, torch.zeros(2, 3)).targets.floor == pytest.approx(by_hand[name], rel=1e-9, abs=0)
+        assert stored(tmp_path / name, codec, torch.zeros(2, 3)).targets.floor == pytest.approx(
+            by_hand[name], rel=1e-9, abs=0
+        )
     for levels, edge in ((63, 1.5), (64, 0.5)):
-        assert Codec("", "uint8", 0.4, levels, 0.0).floor == pytest.approx((edge / levels) ** 2.5, rel=1e-9, abs=0)
+        assert Codec("", "uint8", 0.4, levels, 0.0).floor == pytest.approx(
+            (edge / levels) ** 2.5, rel=1e-9, abs=0
+        )
 
 
 def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp_path):
-    labels = stored(tmp_path / "s.zarr", FEW, real_logits(0.6, 1))  # near all classes have code 1, of 2.6e-4 to 2.3e-3
+    labels = stored(
+        tmp_path / "s.zarr", FEW, real_logits(0.6, 1)
+    )  # near all classes have code 1, of 2.6e-4 to 2.3e-3
     rightly, with_lower = told(*labels.judged()), told(*labels.judged((0.5 / 31) ** 2))
     assert rightly <= 0.55 and with_lower > 0.6  # measured over five seeds: 0.50, and 0.70 or more
 
@@ -181,7 +229,12 @@ def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp
 @pytest.mark.parametrize(("classes", "least"), [(10, 0.9), (2, 0.65)])
 def test_a_sharper_student_is_told_from_the_teachers(classes, least):
     logits = made_up_logits(classes, 1, 2)
-    rightly = told(*(log_floored((factor * logits).softmax(dim=1).float(), CODECS["pow8"].floor) for factor in (3, 1)))
+    rightly = told(
+        *(
+            log_floored((factor * logits).softmax(dim=1).float(), CODECS["pow8"].floor)
+            for factor in (3, 1)
+        )
+    )
     assert rightly > least  # measured over five seeds: 0.94 or more, and 0.72 or more
 
 
@@ -197,10 +250,15 @@ def test_reversal_turns_the_students_gradient_and_nothing_else():
     reversing.load_state_dict(plain.state_dict())
     found = []
     for judge in (plain, reversing):
-        student, teachers = (torch.randn(8, 10, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in (1, 2))
+        student, teachers = (
+            torch.randn(8, 10, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+            for seed in (1, 2)
+        )
         loss, right = judge(student, teachers)
         loss.backward()
-        found.append((loss, right, teachers.grad, *(p.grad for p in judge.parameters()), student.grad))
+        found.append(
+            (loss, right, teachers.grad, *(p.grad for p in judge.parameters()), student.grad)
+        )
     assert all(torch.equal(a, b) for a, b in zip(*(parts[:-1] for parts in found), strict=True))
     assert torch.equal(found[1][-1], -found[0][-1]) and found[0][-1].abs().min() > 0
 
@@ -209,10 +267,19 @@ def test_a_student_helps_the_discriminator_and_with_reversal_deceives_it():
     logits = made_up_logits(10, 1, 1)[:256].float()
     teachers = log_floored(logits.softmax(dim=1), 1e-6)
     losses = {}
-    for name, rate, reversal in (("helping", 0.01, False), ("frozen", 0.0, False), ("deceiving", 0.01, True)):
+    for name, rate, reversal in (
+        ("helping", 0.01, False),
+        ("frozen", 0.0, False),
+        ("deceiving", 0.01, True),
+    ):
         torch.manual_seed(0)
-        student, judge = (2 * torch.randn(256, 10)).requires_grad_(), Discriminator(10, reversal=reversal)
-        optimizer = torch.optim.Adam([{"params": [student], "lr": rate}, {"params": judge.parameters(), "lr": 0.001}])
+        student, judge = (
+            (2 * torch.randn(256, 10)).requires_grad_(),
+            Discriminator(10, reversal=reversal),
+        )
+        optimizer = torch.optim.Adam(
+            [{"params": [student], "lr": rate}, {"params": judge.parameters(), "lr": 0.001}]
+        )
         for _ in range(300):
             loss, _ = judge(log_floored(student.softmax(dim=1), 1e-6), teachers)
             optimizer.zero_grad()
@@ -230,7 +297,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "last.safetensors")
 
 
-def test_the_student_is_another_without_with_and_with_a_reversed_discriminator(photos, recipe, store_path, tmp_path):
+def test_the_student_is_another_without_with_and_with_a_reversed_discriminator(
+    photos, recipe, store_path, tmp_path
+):
     judges = {"without": None, "with": {"lr": 0.01}, "reversed": {"lr": 0.01, "reversal": True}}
     for name, judge in judges.items():
         one = changed(recipe, train={"epochs": 1, "discriminator": judge})
@@ -241,32 +310,49 @@ def test_the_student_is_another_without_with_and_with_a_reversed_discriminator(p
 
 
 def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, tmp_path):
-    still = changed(recipe, train={"epochs": 1, "lr": 1e-12, "seed": 2, "discriminator": {"lr": 1e-12}})
+    still = changed(
+        recipe, train={"epochs": 1, "lr": 1e-12, "seed": 2, "discriminator": {"lr": 1e-12}}
+    )
     metrics = train(still, photos, tmp_path / "run", store=store_path, device=CPU)
     store = LabelStore.open(store_path)
     student = load(still.student, classes=3, image_size=32, seed=2)
     torch.manual_seed(2)
     judge = Discriminator(3)
     loss, on_student, on_teachers = 0.0, 0, 0
-    replay = make_replay(stored_labels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=2, rendering=still.render)
+    replay = make_replay(
+        stored_labels(store, 2),
+        photos / "train",
+        sizes=[32],
+        batch_size=16,
+        seed=2,
+        rendering=still.render,
+    )
     with replay.epoch(0) as batches, torch.no_grad():
         for batch in batches:
             p = torch.from_numpy(store.probabilities(0, batch.rows))
-            ours = judge.layers(log_floored(student(batch.pixels[32]).softmax(dim=1), (0.5 / 255) ** 2.5))[:, 0]
+            ours = judge.layers(
+                log_floored(student(batch.pixels[32]).softmax(dim=1), (0.5 / 255) ** 2.5)
+            )[:, 0]
             theirs = judge.layers(log_floored(p, (0.5 / 255) ** 2.5))[:, 0]
             loss -= (torch.log(1 - ours.sigmoid()) + torch.log(theirs.sigmoid())).sum().item() / 2
             on_student += int((ours < 0).sum())
             on_teachers += int((theirs > 0).sum())
     assert metrics["discriminator_loss"] == pytest.approx(loss / 90, rel=1e-5)
     parts = metrics["discriminator_accuracy_student"], metrics["discriminator_accuracy_teachers"]
-    assert parts == pytest.approx((100 * on_student / 90, 100 * on_teachers / 90), abs=1.2)  # a row on the edge may go either way
-    assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(sum(parts) / 2)
+    assert parts == pytest.approx(
+        (100 * on_student / 90, 100 * on_teachers / 90), abs=1.2
+    )  # a row on the edge may go either way
+    assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(
+        sum(parts) / 2
+    )
 
 
 def test_mean_logits_are_refused_without_live_teachers():
     document = {"train": {"discriminator": {"input": "mean_logits"}}}
     with pytest.raises(
-        ConfigError, match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, or train --online"
+        ConfigError,
+        match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, "
+        "or train --online",
     ):
         config_file.validate(document, "test")
     document["train"]["online"] = True
@@ -275,9 +361,15 @@ def test_mean_logits_are_refused_without_live_teachers():
 
 def test_online_the_discriminator_trains_on_either_input(photos, recipe, tmp_path):
     for given in ("log_mean", "mean_logits"):
-        live = changed(recipe, train={"epochs": 1, "online": True, "discriminator": {"lr": 0.01, "input": given}})
+        live = changed(
+            recipe,
+            train={"epochs": 1, "online": True, "discriminator": {"lr": 0.01, "input": given}},
+        )
         metrics = train(live, photos, tmp_path / given, device=CPU)
-        assert 0 < metrics["discriminator_loss"] < np.inf and 0 <= metrics["discriminator_accuracy"] <= 100
+        assert (
+            0 < metrics["discriminator_loss"] < np.inf
+            and 0 <= metrics["discriminator_accuracy"] <= 100
+        )
     one, other = (weights(tmp_path / given) for given in ("log_mean", "mean_logits"))
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
@@ -287,11 +379,17 @@ def test_the_teachers_mean_logits_are_those_by_hand(recipe, store_path):
     teachers = load_teachers([ModelSpec.model_validate(spec) for spec in live.teachers], CPU)
     targets = make_targets(live, stored_labels(LabelStore.open(store_path), 1), teachers)
     random = torch.Generator().manual_seed(0)
-    pixels = {size: torch.randint(0, 256, (20, size, size, 3), dtype=torch.uint8, generator=random) for size in (32, 48, 64)}
+    pixels = {
+        size: torch.randint(0, 256, (20, size, size, 3), dtype=torch.uint8, generator=random)
+        for size in (32, 48, 64)
+    }
     goal = targets(Batch(np.arange(20), pixels, None, torch.zeros(20, dtype=torch.int64), None, 20))
     with torch.no_grad():
         by_hand = sum(
-            t.module((pixels[size].permute(0, 3, 1, 2) / 255 - torch.tensor(t.mean)[:, None, None]) / torch.tensor(t.std)[:, None, None])
+            t.module(
+                (pixels[size].permute(0, 3, 1, 2) / 255 - torch.tensor(t.mean)[:, None, None])
+                / torch.tensor(t.std)[:, None, None]
+            )
             for t, size in zip(teachers, (64, 48), strict=True)
         )
     torch.testing.assert_close(goal.mean_logits, by_hand / 2, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
-"""Evaluation is exact: every image once, the last partial batch too, each model in its own size and normalisation."""
+"""Evaluation is exact: every image once, the last partial batch too, each model in its
+own size and normalisation."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
         per_model = []
         for model in models:
             look = (model.image_size, model.interpolation)
-            pixels = centre_renderer([look], 1, exif="ignore", threads=1)([blob], manifest.height[[row]], manifest.width[[row]])[look]
+            pixels = centre_renderer([look], 1, exif="ignore", threads=1)(
+                [blob], manifest.height[[row]], manifest.width[[row]]
+            )[look]
             with torch.no_grad():
                 per_model.append(model(pixels).softmax(dim=1)[0].numpy())
         rows.append(per_model)
@@ -41,16 +44,24 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
 def test_top_1_and_ensemble_are_exact_for_every_batch_size(photos, models, batch_size):
     folder = photos / "val"
     manifest = scan(folder, folders.class_names(folder), exif="ignore")
-    result = evaluate(models, folder, manifest, 3, device=CPU, teachers=models[:1], batch_size=batch_size)
+    result = evaluate(
+        models, folder, manifest, 3, device=CPU, teachers=models[:1], batch_size=batch_size
+    )
     p = probabilities_one_by_one(models, folder, manifest)
     target = manifest.class_index[manifest.usable]
     assert result["images"] == len(target) == 21
-    for entry, mine in zip([*result["models"], result["ensemble"]], [*p, p.mean(axis=0)], strict=True):
+    for entry, mine in zip(
+        [*result["models"], result["ensemble"]], [*p, p.mean(axis=0)], strict=True
+    ):
         assert entry["top1"] == pytest.approx(100 * np.mean(mine.argmax(1) == target))
         assert entry["top5"] == 100  # of three classes
         assert entry["loss"] == pytest.approx(-np.log(mine[np.arange(21), target]).mean(), rel=1e-4)
-        assert entry["teacher_agreement"] == pytest.approx(100 * np.mean(mine.argmax(1) == p[0].argmax(1)))
-        assert entry["teacher_kl"] == pytest.approx((p[0] * np.log(p[0] / mine)).sum(1).mean(), rel=1e-3, abs=1e-6)
+        assert entry["teacher_agreement"] == pytest.approx(
+            100 * np.mean(mine.argmax(1) == p[0].argmax(1))
+        )
+        assert entry["teacher_kl"] == pytest.approx(
+            (p[0] * np.log(p[0] / mine)).sum(1).mean(), rel=1e-3, abs=1e-6
+        )
     assert result["teachers"]["top1"] == result["models"][0]["top1"]
 
 

@@ -1,4 +1,5 @@
-"""Stage one: labels are what they claim to be, and a store can be stopped, gone on with, extended and shared."""
+"""Stage one: labels are what they claim to be, and a store can be stopped, gone on
+with, extended and shared."""
 
 from __future__ import annotations
 
@@ -31,17 +32,28 @@ from pipeline.models.model import ModelError
 ROOT = Path(__file__).parents[1]
 
 
-def by_hand(store: LabelStore, teachers: list[dict], folder: Path, view: int, rows: np.ndarray) -> np.ndarray:
-    """The mean softmax by timm and torch alone, on crops that DALI rendered one at a time."""
+def by_hand(
+    store: LabelStore, teachers: list[dict], folder: Path, view: int, rows: np.ndarray
+) -> np.ndarray:
+    """The mean softmax by timm and torch alone, on crops that DALI rendered one at a
+    time."""
     boxes, flips = store.crops(view, rows)
     total = 0
     for teacher in teachers:
         size = teacher["image_size"]
-        module = timm.create_model(teacher["model"], num_classes=store.classes, checkpoint_path=teacher["checkpoint"]).eval()
-        mean, std = (torch.tensor(module.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+        module = timm.create_model(
+            teacher["model"], num_classes=store.classes, checkpoint_path=teacher["checkpoint"]
+        ).eval()
+        mean, std = (
+            torch.tensor(module.pretrained_cfg[key])[:, None, None] for key in ("mean", "std")
+        )
         renderer = crop_renderer([size], 1, 1, interpolation="bilinear", exif="ignore", threads=1)
         crops = [
-            renderer([(folder / store.images.path[row]).read_bytes()], boxes[None, i : i + 1], flips[None, i : i + 1])[0][size][0]
+            renderer(
+                [(folder / store.images.path[row]).read_bytes()],
+                boxes[None, i : i + 1],
+                flips[None, i : i + 1],
+            )[0][size][0]
             for i, row in enumerate(rows)
         ]
         x = torch.stack([(crop.permute(2, 0, 1) / 255 - mean) / std for crop in crops])
@@ -51,11 +63,15 @@ def by_hand(store: LabelStore, teachers: list[dict], folder: Path, view: int, ro
 
 
 @pytest.mark.parametrize("codec", ["pow8", "float32"])
-def test_a_stored_label_is_the_mean_softmax_of_the_teachers_within_the_stated_error(photos, recipe, teachers, tmp_path, codec):
+def test_a_stored_label_is_the_mean_softmax_of_the_teachers_within_the_stated_error(
+    photos, recipe, teachers, tmp_path, codec
+):
     changed = recipe.model_copy(update={"store": recipe.store.model_copy(update={"codec": codec})})
     store = generate(changed, photos, tmp_path / "s.zarr", device=CPU)
     rows = np.array([0, 1, 31, 32, 40, 89])
-    kl, tv = divergence(by_hand(store, teachers, photos / "train", 1, rows), store.probabilities(1, rows))
+    kl, tv = divergence(
+        by_hand(store, teachers, photos / "train", 1, rows), store.probabilities(1, rows)
+    )
     most_kl, most_tv = store.codec.max_error(store.classes)
     assert kl.max() <= most_kl and tv.max() <= most_tv
     if codec == "float32":
@@ -70,7 +86,9 @@ def test_running_again_touches_nothing_that_is_done(photos, recipe, store_path):
     assert {path: os.stat(store_path / path).st_mtime_ns for path in tree(store_path)} == before
 
 
-def test_more_views_extend_a_store_to_what_one_run_would_have_made(photos, recipe, store_path, tmp_path):
+def test_more_views_extend_a_store_to_what_one_run_would_have_made(
+    photos, recipe, store_path, tmp_path
+):
     grown = tmp_path / "grown.zarr"
     shutil.copytree(store_path, grown)
     more = recipe.model_copy(update={"crops": recipe.crops.model_copy(update={"views": 5})})
@@ -112,14 +130,17 @@ def command(photos: Path, path: Path, teachers: list[dict], config: Path) -> lis
     ]
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos, recipe, teachers, store_path, tmp_path):
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    photos, recipe, teachers, store_path, tmp_path
+):
     config = tmp_path / "recipe.yaml"
     config.write_text(recipe.to_yaml())
     run = command(photos, tmp_path / "s.zarr", teachers, config)
     killed_with = []
     for _ in range(40):
         process = subprocess.Popen(run, stderr=subprocess.PIPE)
-        # Wait for one more finished shard than before, then kill: in the middle of the next one, or right after a record.
+        # Wait for one more finished shard than before, then kill: in the middle of the
+        # next one, or right after a record.
         before = len(killed_with) and killed_with[-1]
         while process.poll() is None:
             try:
@@ -142,7 +163,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos, recipe, teach
     assert LabelStore.open(tmp_path / "s.zarr").provenance == LabelStore.open(store_path).provenance
 
 
-def test_unusable_files_are_left_out_and_named_and_move_no_other_label(photos, recipe, store_path, tmp_path):
+def test_unusable_files_are_left_out_and_named_and_move_no_other_label(
+    photos, recipe, store_path, tmp_path
+):
     shutil.copytree(photos / "train", tmp_path / "data")
     good = (tmp_path / "data" / "ant" / "000.jpg").read_bytes()
     bad = {"cut.jpg": good[: len(good) * 9 // 10], "empty.jpg": b"", "notes.txt": b"no image"}
@@ -161,13 +184,20 @@ def test_unusable_files_are_left_out_and_named_and_move_no_other_label(photos, r
     for view in (0, 1):
         same = [rows[path] for path in whole.images.path]
         assert np.array_equal(store.crops(view, same)[0], whole.crops(view, slice(None))[0])
-        assert divergence(store.probabilities(view, same), whole.probabilities(view, slice(None)))[0].max() < 1e-3
+        assert (
+            divergence(store.probabilities(view, same), whole.probabilities(view, slice(None)))[
+                0
+            ].max()
+            < 1e-3
+        )
 
 
 def test_an_image_that_changes_later_is_named(photos, recipe, tmp_path):
     shutil.copytree(photos / "train", tmp_path / "data")
     generate(recipe, tmp_path / "data", tmp_path / "s.zarr", device=CPU, worker=(0, 3))
-    victim = tmp_path / "data" / LabelStore.open(tmp_path / "s.zarr").images.path[80]  # not among the fingerprint's first rows
+    victim = (
+        tmp_path / "data" / LabelStore.open(tmp_path / "s.zarr").images.path[80]
+    )  # not among the fingerprint's first rows
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
     victim.write_bytes(content)
@@ -202,16 +232,33 @@ def test_other_teachers_than_the_stores_are_refused(photos, recipe, store_path, 
         return recipe.model_copy(update={"teachers": specs})
 
     first, second = recipe.teachers
-    with pytest.raises(StoreError, match=r"made with teachers \['test_resnet.*this is \['test_resnet"):
+    with pytest.raises(
+        StoreError, match=r"made with teachers \['test_resnet.*this is \['test_resnet"
+    ):
         generate(with_teachers(first), photos, store_path, device=CPU)
-    retrained = first.model_copy(update={"checkpoint": str(write_teacher(tmp_path / "c.safetensors", "test_resnet", 3))})
-    with pytest.raises(StoreError, match=r"teachers.0.weights .*…, this is .*…; pass the same teachers"):
+    retrained = first.model_copy(
+        update={"checkpoint": str(write_teacher(tmp_path / "c.safetensors", "test_resnet", 3))}
+    )
+    with pytest.raises(
+        StoreError, match=r"teachers.0.weights .*…, this is .*…; pass the same teachers"
+    ):
         generate(with_teachers(retrained, second), photos, store_path, device=CPU)
     with pytest.raises(StoreError, match="teachers.1.image_size 48, this is 64"):
-        generate(with_teachers(first, second.model_copy(update={"image_size": 64})), photos, store_path, device=CPU)
+        generate(
+            with_teachers(first, second.model_copy(update={"image_size": 64})),
+            photos,
+            store_path,
+            device=CPU,
+        )
     with pytest.raises(ModelError, match="have the same weights"):
         generate(with_teachers(first, first), photos, store_path, device=CPU)
-    four = first.model_copy(update={"checkpoint": str(write_teacher(tmp_path / "d.safetensors", "test_resnet", 3, classes=4))})
+    four = first.model_copy(
+        update={
+            "checkpoint": str(
+                write_teacher(tmp_path / "d.safetensors", "test_resnet", 3, classes=4)
+            )
+        }
+    )
     with pytest.raises(ModelError, match="classes differ"):
         generate(with_teachers(four, second), photos, tmp_path / "s.zarr", device=CPU)
     with pytest.raises(DataError, match="has 3 classes, the teachers have 4; pass --class-map"):
@@ -234,30 +281,54 @@ def test_a_teacher_that_gives_nan_is_named_with_the_image(photos, recipe, tmp_pa
     tensors = load_file(weights)
     tensors["fc.bias"][0] = float("nan")
     save_file(tensors, weights)
-    broken = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"checkpoint": str(weights)}),)})
-    with pytest.raises(ModelError, match=r"teacher test_resnet.* gives no finite output for .*\.jpg"):
+    broken = recipe.model_copy(
+        update={"teachers": (recipe.teachers[0].model_copy(update={"checkpoint": str(weights)}),)}
+    )
+    with pytest.raises(
+        ModelError, match=r"teacher test_resnet.* gives no finite output for .*\.jpg"
+    ):
         generate(broken, photos, tmp_path / "s.zarr", device=CPU)
     assert LabelStore.open(tmp_path / "s.zarr").progress()[0] == 0
 
 
 def test_a_class_map_places_a_subset_of_the_classes(photos, recipe, tmp_path):
     weights = write_teacher(tmp_path / "five.safetensors", "test_resnet", 1, classes=5)
-    five = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"checkpoint": str(weights)}),)})
+    five = recipe.model_copy(
+        update={"teachers": (recipe.teachers[0].model_copy(update={"checkpoint": str(weights)}),)}
+    )
     (tmp_path / "map.txt").write_text("zebra\nant\nbee\ncow\ncat\n")
-    store = generate(five, photos, tmp_path / "s.zarr", device=CPU, classes=folders.read_class_map(tmp_path / "map.txt"))
+    store = generate(
+        five,
+        photos,
+        tmp_path / "s.zarr",
+        device=CPU,
+        classes=folders.read_class_map(tmp_path / "map.txt"),
+    )
     assert store.classes == 5 and set(store.images.class_index) == {1, 2, 4}
     (tmp_path / "map.txt").write_text("zebra\nant\nbee\ncow\ndog\n")
     with pytest.raises(MealError, match="class folder cat .* is not among the 5 classes"):
-        generate(five, photos, tmp_path / "t.zarr", device=CPU, classes=folders.read_class_map(tmp_path / "map.txt"))
+        generate(
+            five,
+            photos,
+            tmp_path / "t.zarr",
+            device=CPU,
+            classes=folders.read_class_map(tmp_path / "map.txt"),
+        )
 
 
 @pytest.mark.parametrize("lost", ["labels/c/1/2/0", "boxes/c/0/0/0", "records/c/1/1/0"])
-def test_a_lost_file_is_made_again_to_the_same_bytes_and_only_that_shard(photos, recipe, store_path, tmp_path, lost):
+def test_a_lost_file_is_made_again_to_the_same_bytes_and_only_that_shard(
+    photos, recipe, store_path, tmp_path, lost
+):
     path = tmp_path / "s.zarr"
     shutil.copytree(store_path, path)
     (path / lost).unlink()
     _, view, shard = lost.replace("/c/", "/").split("/")[:3]
-    untouched = {name: os.stat(path / name).st_mtime_ns for name in tree(path) if f"/c/{view}/{shard}" not in name}
+    untouched = {
+        name: os.stat(path / name).st_mtime_ns
+        for name in tree(path)
+        if f"/c/{view}/{shard}" not in name
+    }
     assert LabelStore.open(path).progress() == (5, 6)
     generate(recipe, photos, path, device=CPU)
     assert tree(path) == tree(store_path)
@@ -265,8 +336,11 @@ def test_a_lost_file_is_made_again_to_the_same_bytes_and_only_that_shard(photos,
 
 
 @pytest.mark.parametrize(("version", "cutmix"), [(1, None), (2, {"prob": 1.0})])
-def test_a_store_of_an_earlier_version_is_finished_and_extended(photos, recipe, tmp_path, version, cutmix):
-    """Before version 3 there was no seal, and the length of ``records`` was the number of views."""
+def test_a_store_of_an_earlier_version_is_finished_and_extended(
+    photos, recipe, tmp_path, version, cutmix
+):
+    """Before version 3 there was no seal, and the length of ``records`` was the number
+    of views."""
     path, mixed = tmp_path / "s.zarr", changed(recipe, crops={"cutmix": cutmix})
     generate(mixed, photos, path, device=CPU, worker=(0, 2))
     document = json.loads((path / "zarr.json").read_text())
@@ -279,7 +353,11 @@ def test_a_store_of_an_earlier_version_is_finished_and_extended(photos, recipe, 
     generate(changed(mixed, crops={"views": 3}), photos, path, device=CPU)
     store = generate(changed(mixed, crops={"views": 3}), photos, tmp_path / "new.zarr", device=CPU)
     old = LabelStore.open(path)
-    assert old.progress() == (9, 9) and old.attributes["format_version"] == version and verify(path).sound
+    assert (
+        old.progress() == (9, 9)
+        and old.attributes["format_version"] == version
+        and verify(path).sound
+    )
     assert np.array_equal(old.codes(2, slice(None)), store.codes(2, slice(None)))
 
 
@@ -290,7 +368,9 @@ def test_a_store_without_a_fingerprint_is_refused(photos, recipe, store_path, tm
         generate(recipe, photos, tmp_path / "s.zarr", device=CPU)
 
 
-def test_a_worker_does_not_wait_for_ever_for_one_that_never_comes(photos, recipe, tmp_path, monkeypatch):
+def test_a_worker_does_not_wait_for_ever_for_one_that_never_comes(
+    photos, recipe, tmp_path, monkeypatch
+):
     from pipeline.labelling import coordination as stage_one
 
     monkeypatch.setattr(stage_one, "PATIENCE", 1.0)

@@ -1,4 +1,5 @@
-"""The manifest: every file of the class folders is seen, the bad ones are named with a reason, and later changes are noticed."""
+"""The manifest: every file of the class folders is seen, the bad ones are named with a
+reason, and later changes are noticed."""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(data / "good", good_files() | {".hidden.jpg": b"never looked at"})
     write(data / "bad", bad_files())
     (data / "bad" / "dangling.jpg").symlink_to("nowhere")
-    Path(os.fsdecode(os.fsencode(data / "bad") + b"/latin-\xe9.jpg")).write_bytes(good_files()["colour.jpg"])
+    Path(os.fsdecode(os.fsencode(data / "bad") + b"/latin-\xe9.jpg")).write_bytes(
+        good_files()["colour.jpg"]
+    )
     return data
 
 
@@ -102,7 +105,9 @@ def test_good_files_are_usable_with_the_dimensions_that_pillow_sees(zoo, exif):
     found = scan(zoo, ["bad", "good"], exif=exif, threads=2)
     good = found.take(np.flatnonzero(found.class_index == 1))
     assert set(good.path) == {f"good/{name}" for name in good_files()}  # and no hidden file
-    for path, height, width, status, reason in zip(good.path, good.height, good.width, good.status, good.reason, strict=True):
+    for path, height, width, status, reason in zip(
+        good.path, good.height, good.width, good.status, good.reason, strict=True
+    ):
         seen = Image.open(zoo / path).size
         wanted = seen if path == "good/turned.jpg" and exif == "apply" else seen[::-1]
         assert (height, width) == wanted and status == USABLE and reason == "", path
@@ -111,25 +116,45 @@ def test_good_files_are_usable_with_the_dimensions_that_pillow_sees(zoo, exif):
 def test_bad_files_are_recorded_with_a_reason(zoo):
     found = scan(zoo, ["bad", "good"], exif="ignore", threads=2)
     bad = found.take(np.flatnonzero(found.class_index == 0))
-    reasons = {path.removeprefix("bad/"): reason for path, reason in zip(bad.path, bad.reason, strict=True)}
+    reasons = {
+        path.removeprefix("bad/"): reason for path, reason in zip(bad.path, bad.reason, strict=True)
+    }
     assert set(reasons) == {*bad_files(), "dangling.jpg", "latin-\\xe9.jpg"}
-    assert all(reasons.values()) and (bad.status == UNUSABLE).all() and not bad.height.any() and not bad.width.any()
+    assert (
+        all(reasons.values())
+        and (bad.status == UNUSABLE).all()
+        and not bad.height.any()
+        and not bad.width.any()
+    )
     assert reasons["empty.jpg"] == "empty file"
     assert reasons["notes.txt"] == "not an image"
     assert "No such file" in reasons["dangling.jpg"]
     assert "not UTF-8" in reasons["latin-\\xe9.jpg"]
     assert "GIF" in reasons["animation.gif"]
-    assert all(reasons[name].startswith("damaged") for name in ("half.jpg", "nine tenths.jpg", "without its end.jpg", "header.jpg"))
+    assert all(
+        reasons[name].startswith("damaged")
+        for name in ("half.jpg", "nine tenths.jpg", "without its end.jpg", "header.jpg")
+    )
     summary = unusable_summary(found)
-    assert sum(int(line.split()[0]) for line in summary) == len(bad) and not any("\n" in line for line in summary)
+    assert sum(int(line.split()[0]) for line in summary) == len(bad) and not any(
+        "\n" in line for line in summary
+    )
 
 
 def test_sizes_and_digests_are_those_of_the_files(zoo, photos, manifest):
-    for folder, found in ((photos / "train", manifest), (zoo, scan(zoo, ["bad", "good"], exif="ignore", threads=1))):
+    for folder, found in (
+        (photos / "train", manifest),
+        (zoo, scan(zoo, ["bad", "good"], exif="ignore", threads=1)),
+    ):
         for path, size, digest in zip(found.path, found.bytes, found.digest, strict=True):
-            if (folder / path).exists():  # not the dangling link, nor the name that the manifest can only describe
+            if (
+                folder / path
+            ).exists():  # not the dangling link, nor the name that the manifest can only describe
                 assert size == os.stat(folder / path).st_size
-                assert size == 0 or digest.tobytes() == hashlib.sha256((folder / path).read_bytes()).digest()
+                assert (
+                    size == 0
+                    or digest.tobytes() == hashlib.sha256((folder / path).read_bytes()).digest()
+                )
 
 
 MALFORMED = """
@@ -140,16 +165,22 @@ from pipeline.images.folders import DataFolder
 from pipeline.images.scan import scan
 from pipeline.render.settings import RenderSettings
 found = scan(DataFolder(Path({data!r}), ["a", "b"]), RenderSettings(threads=2), order_seed=0)
-good = sorted(path for path, status in zip(found.path, found.status) if status == 0 and "good" in path)
-unnamed = [path for path, status, reason in zip(found.path, found.status, found.reason) if status != 0 and not reason]
+rows = list(zip(found.path, found.status, found.reason))
+good = sorted(path for path, status, _ in rows if status == 0 and "good" in path)
+unnamed = [path for path, status, reason in rows if status != 0 and not reason]
 print(len(found), int((found.status != 0).sum()), len(good), len(unnamed))
 """
 
 
 def test_hundreds_of_malformed_files_dont_stop_the_scan(tmp_path):
-    """In a process of its own: what they threaten is a segmentation fault inside DALI."""
+    """In a process of its own: what they threaten is a segmentation fault inside
+    DALI."""
     rng = np.random.default_rng(0)
-    kinds = {name: content for name, content in good_files().items() if len(content) > 1000 or name == "photo.webp"}
+    kinds = {
+        name: content
+        for name, content in good_files().items()
+        if len(content) > 1000 or name == "photo.webp"
+    }
     files = {}
     for i in range(420):
         name, content = list(kinds.items())[i % len(kinds)]
@@ -173,7 +204,10 @@ def test_hundreds_of_malformed_files_dont_stop_the_scan(tmp_path):
         files[f"{i:03d} {name}"] = bytes(damaged)
     good = good_files()["colour.jpg"]
     for c, half in enumerate("ab"):
-        write(tmp_path / half, {name: content for i, (name, content) in enumerate(files.items()) if i % 2 == c})
+        write(
+            tmp_path / half,
+            {name: content for i, (name, content) in enumerate(files.items()) if i % 2 == c},
+        )
         write(tmp_path / half, {f"{i:03d} good.jpg": good for i in range(0, 400, 10)})
     code = MALFORMED.format(root=str(ROOT), data=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -207,7 +241,10 @@ def test_the_manifest_digest_ignores_the_row_order_and_nothing_else(photos, data
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
     victim.write_bytes(content)
-    assert scan(data, CLASSES, exif="ignore", threads=2).manifest_digest() != manifest.manifest_digest()
+    assert (
+        scan(data, CLASSES, exif="ignore", threads=2).manifest_digest()
+        != manifest.manifest_digest()
+    )
 
 
 def test_a_split_is_a_folder_of_class_folders(tmp_path):
@@ -225,10 +262,19 @@ def test_a_split_that_isnt_there_is_refused_in_one_line(tmp_path):
     write(tmp_path / "train" / "ant", {"1.jpg": b"x"})
     (tmp_path / "empty").mkdir()
     for act, says in (
-        (lambda: folders.split_folder(tmp_path, "val"), "has train but no val; name another --split"),
-        (lambda: folders.split_folder(tmp_path / "nowhere", "train"), "there is no folder .*nowhere; --data must name"),
+        (
+            lambda: folders.split_folder(tmp_path, "val"),
+            "has train but no val; name another --split",
+        ),
+        (
+            lambda: folders.split_folder(tmp_path / "nowhere", "train"),
+            "there is no folder .*nowhere; --data must name",
+        ),
         (lambda: folders.class_names(tmp_path / "empty"), "has no class folders"),
-        (lambda: folders.list_files(DataFolder(tmp_path / "train", ["bee"])), "class folder ant of .* is not among the 1 classes"),
+        (
+            lambda: folders.list_files(DataFolder(tmp_path / "train", ["bee"])),
+            "class folder ant of .* is not among the 1 classes",
+        ),
     ):
         with pytest.raises(DataError, match=says) as refused:
             act()
@@ -265,7 +311,9 @@ def test_a_class_folder_without_images_keeps_its_index(data):
     (data / "aardvark").mkdir()
     assert folders.class_names(data) == ["aardvark", "ant", "bee", "cat"]
     found = scan(data, folders.class_names(data), exif="ignore", threads=2)
-    assert {path.split("/")[0]: index for path, index in zip(found.path, found.class_index, strict=True)} == {"ant": 1, "bee": 2, "cat": 3}
+    assert {
+        path.split("/")[0]: index for path, index in zip(found.path, found.class_index, strict=True)
+    } == {"ant": 1, "bee": 2, "cat": 3}
 
 
 def test_a_class_map_gives_the_class_indices(tmp_path):
@@ -310,21 +358,37 @@ def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: shutil.copy(d / "ant" / "000.jpg", d / "ant" / "new.jpg"), "1 of 90 images added, the first is ant/new.jpg"),
-        (lambda d: [(d / "cat" / f"{i:03d}.jpg").unlink() for i in (4, 5)], "2 of 90 images missing, the first is cat/004.jpg"),
-        (lambda d: (d / "bee" / "007.jpg").rename(d / "bee" / "seven.jpg"), "1 of 90 images missing, the first is bee/007.jpg"),
-        (lambda d: (d / "bee" / "009.jpg").write_bytes(b"short"), "1 of 90 images of another size or class, the first is bee/009.jpg"),
+        (
+            lambda d: shutil.copy(d / "ant" / "000.jpg", d / "ant" / "new.jpg"),
+            "1 of 90 images added, the first is ant/new.jpg",
+        ),
+        (
+            lambda d: [(d / "cat" / f"{i:03d}.jpg").unlink() for i in (4, 5)],
+            "2 of 90 images missing, the first is cat/004.jpg",
+        ),
+        (
+            lambda d: (d / "bee" / "007.jpg").rename(d / "bee" / "seven.jpg"),
+            "1 of 90 images missing, the first is bee/007.jpg",
+        ),
+        (
+            lambda d: (d / "bee" / "009.jpg").write_bytes(b"short"),
+            "1 of 90 images of another size or class, the first is bee/009.jpg",
+        ),
     ],
 )
 def test_another_data_set_is_refused_with_count_and_first_path(data, manifest, change, says):
     folders.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
     change(data)
-    with pytest.raises(DataError, match=f"is not the data set that labels.zarr was made from: {says}"):
+    with pytest.raises(
+        DataError, match=f"is not the data set that labels.zarr was made from: {says}"
+    ):
         folders.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
 
 
 def test_another_class_index_is_refused(data, manifest):
-    with pytest.raises(DataError, match=r"60 of 90 images of another size or class, the first is ant/000\.jpg"):
+    with pytest.raises(
+        DataError, match=r"60 of 90 images of another size or class, the first is ant/000\.jpg"
+    ):
         folders.require_same_files(DataFolder(data, ("cat", "bee", "ant")), manifest, "labels.zarr")
 
 

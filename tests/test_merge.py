@@ -1,4 +1,5 @@
-"""Stores of the same crops as one: what was labelled apart is joined, labels of different teachers are averaged, anything else is refused."""
+"""Stores of the same crops as one: what was labelled apart is joined, labels of
+different teachers are averaged, anything else is refused."""
 
 from __future__ import annotations
 
@@ -25,11 +26,15 @@ def merged(*paths: Path, out: Path, **options: object) -> LabelStore:
 
 
 def taught_by(recipe: Config, *places: int, **sections: dict) -> Config:
-    return changed(recipe, **sections).model_copy(update={"teachers": tuple(recipe.teachers[i] for i in places)})
+    return changed(recipe, **sections).model_copy(
+        update={"teachers": tuple(recipe.teachers[i] for i in places)}
+    )
 
 
 @pytest.fixture(scope="module")
-def apart(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+def apart(
+    photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Path]]:
     """By codec: a store of the first teacher and one of the second, and one of both."""
     folder = tmp_path_factory.mktemp("apart")
     made: dict[str, list[Path]] = {}
@@ -47,12 +52,20 @@ def test_averaged_labels_are_those_of_all_teachers_at_once(apart, tmp_path, code
     one, other, both = apart[codec]
     store, wanted = merged(one, other, out=tmp_path / "m.zarr"), LabelStore.open(both)
     assert store.progress() == wanted.progress() == (6, 6)
-    assert [t["model"] for t in store.provenance["teachers"]] == [t["model"] for t in wanted.provenance["teachers"]]
-    most = 3 * store.codec.max_error(3)[1]  # the two stores' own, theirs, and that of the labels compared with
+    assert [t["model"] for t in store.provenance["teachers"]] == [
+        t["model"] for t in wanted.provenance["teachers"]
+    ]
+    most = (
+        3 * store.codec.max_error(3)[1]
+    )  # the two stores' own, theirs, and that of the labels compared with
     for view in (0, 1):
-        _, tv = divergence(wanted.probabilities(view, slice(None)), store.probabilities(view, slice(None)))
+        _, tv = divergence(
+            wanted.probabilities(view, slice(None)), store.probabilities(view, slice(None))
+        )
         assert tv.max() <= (1e-6 if codec == "float32" else most)
-        assert all(map(np.array_equal, store.crops(view, slice(None)), wanted.crops(view, slice(None))))
+        assert all(
+            map(np.array_equal, store.crops(view, slice(None)), wanted.crops(view, slice(None)))
+        )
     assert verify(tmp_path / "m.zarr").sound
 
 
@@ -66,17 +79,24 @@ def test_each_teacher_counts_once(apart, photos, recipe, tmp_path, teachers):
         "image_size": 48,
     }
     alone = Config.model_validate(
-        changed(recipe, store={"codec": "float32"}).model_dump(mode="json", exclude_unset=True) | {"teachers": [third]}
+        changed(recipe, store={"codec": "float32"}).model_dump(mode="json", exclude_unset=True)
+        | {"teachers": [third]}
     )
     generate(alone, photos, tmp_path / "c.zarr", device=CPU)
     store = merged(apart["float32"][2], tmp_path / "c.zarr", out=tmp_path / "m.zarr")
-    pair, single = (LabelStore.open(path).probabilities(0, slice(None)) for path in (apart["float32"][2], tmp_path / "c.zarr"))
+    pair, single = (
+        LabelStore.open(path).probabilities(0, slice(None))
+        for path in (apart["float32"][2], tmp_path / "c.zarr")
+    )
     assert np.abs(store.probabilities(0, slice(None)) - (2 * pair + single) / 3).max() < 1e-6
     assert divergence(pair, single)[1].max() > 0.05  # so it would show
     # And a store that was averaged already goes on counting by teachers.
     step = merged(*apart["float32"][:2], out=tmp_path / "ab.zarr")
     again = merged(step.path, tmp_path / "c.zarr", out=tmp_path / "abc.zarr")
-    assert np.abs(again.probabilities(1, slice(None)) - store.probabilities(1, slice(None))).max() < 1e-6
+    assert (
+        np.abs(again.probabilities(1, slice(None)) - store.probabilities(1, slice(None))).max()
+        < 1e-6
+    )
 
 
 def test_an_averaged_store_may_have_another_codec(apart, tmp_path):
@@ -86,7 +106,9 @@ def test_an_averaged_store_may_have_another_codec(apart, tmp_path):
     assert coarse.codec == CODECS["sqrt8"] and 0 < kl.max() <= CODECS["sqrt8"].max_error(3)[0]
 
 
-def test_an_averaged_store_is_trained_from_verified_and_extended_like_any(apart, photos, recipe, tmp_path):
+def test_an_averaged_store_is_trained_from_verified_and_extended_like_any(
+    apart, photos, recipe, tmp_path
+):
     merged(*apart["pow8"][:2], out=tmp_path / "m.zarr")
     specs = list(recipe.teachers)
     result = recheck(tmp_path / "m.zarr", photos / "train", specs, 40, device=CPU)
@@ -96,7 +118,9 @@ def test_an_averaged_store_is_trained_from_verified_and_extended_like_any(apart,
     assert recheck(tmp_path / "m.zarr", photos / "train", specs, 100, device=CPU)["trusted"]
 
 
-def test_views_that_were_labelled_apart_are_joined_to_the_store_of_one_run(photos, recipe, tmp_path):
+def test_views_that_were_labelled_apart_are_joined_to_the_store_of_one_run(
+    photos, recipe, tmp_path
+):
     four = changed(recipe, crops={"views": 4})
     generate(four, photos, tmp_path / "whole.zarr", device=CPU)
     generate(recipe, photos, tmp_path / "early.zarr", device=CPU)
@@ -110,7 +134,9 @@ def test_views_that_were_labelled_apart_are_joined_to_the_store_of_one_run(photo
 def test_shares_of_workers_without_a_common_disk_are_joined(photos, recipe, store_path, tmp_path):
     generate(recipe, photos, tmp_path / "0.zarr", device=CPU, worker=(0, 3))
     shutil.copytree(
-        tmp_path / "0.zarr", tmp_path / "empty.zarr", ignore=lambda place, names: ["c"] if Path(place).name in ("labels", "records") else []
+        tmp_path / "0.zarr",
+        tmp_path / "empty.zarr",
+        ignore=lambda place, names: ["c"] if Path(place).name in ("labels", "records") else [],
     )
     for i in (1, 2):
         shutil.copytree(tmp_path / "empty.zarr", tmp_path / f"{i}.zarr")
@@ -118,7 +144,9 @@ def test_shares_of_workers_without_a_common_disk_are_joined(photos, recipe, stor
     merged(*(tmp_path / f"{i}.zarr" for i in range(2)), out=tmp_path / "m.zarr")
     done, of = LabelStore.open(tmp_path / "m.zarr").progress()
     assert 0 < done < of
-    merged(*(tmp_path / f"{i}.zarr" for i in range(3)), out=tmp_path / "m.zarr")  # the third one arrives later
+    merged(
+        *(tmp_path / f"{i}.zarr" for i in range(3)), out=tmp_path / "m.zarr"
+    )  # the third one arrives later
     assert tree(tmp_path / "m.zarr") == tree(store_path)
 
 
@@ -135,7 +163,11 @@ def test_a_damaged_shard_is_never_averaged(apart, tmp_path):
     broken = Path(shutil.copytree(apart["pow8"][1], tmp_path / "b.zarr"))
     file = LabelStore.open(broken).file("labels", 1, 1)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(StoreError, match="1 shards could not be merged, being damaged, the first is view 1, rows 32 to 63 of .*b.zarr: "):
+    with pytest.raises(
+        StoreError,
+        match="1 shards could not be merged, being damaged, the first is view 1, rows 32 to 63 of "
+        ".*b.zarr: ",
+    ):
         merged(apart["pow8"][0], broken, out=tmp_path / "m.zarr")
     assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)  # the others were
     shutil.copy(LabelStore.open(apart["pow8"][1]).file("labels", 1, 1), file)
@@ -149,7 +181,10 @@ def test_a_damaged_shard_is_never_averaged(apart, tmp_path):
     [
         ({"crops": {"seed": 1}}, "crops.seed is 0 in one and 1 in the other"),
         ({"crops": {"scale": [0.2, 1.0]}}, "crops.scale.0 is 0.08 in one and 0.2"),
-        ({"crops": {"interpolation": "bicubic"}}, "crops.interpolation is bilinear in one and bicubic"),
+        (
+            {"crops": {"interpolation": "bicubic"}},
+            "crops.interpolation is bilinear in one and bicubic",
+        ),
         ({"crops": {"cutmix": {"prob": 1.0}}}, "crops.cutmix is None in one"),
     ],
 )
@@ -171,26 +206,45 @@ def test_other_images_are_refused(apart, photos, recipe, tmp_path):
 def test_a_teacher_never_counts_twice(apart, tmp_path):
     one, _, both = apart["pow8"]
     with pytest.raises(
-        StoreError, match="both have labels of test_resnet, which would count twice; leave one of them out .* differ in teachers"
+        StoreError,
+        match="both have labels of test_resnet, which would count twice; leave one of them out .* "
+        "differ in teachers",
     ):
         merged(one, both, out=tmp_path / "m.zarr")
 
 
-def test_stores_of_one_teacher_that_differ_in_more_than_shards_are_refused_with_the_difference(apart, photos, recipe, tmp_path):
+def test_stores_of_one_teacher_that_differ_in_more_than_shards_are_refused_with_the_difference(
+    apart, photos, recipe, tmp_path
+):
     generate(taught_by(recipe, 0, store={"batch_size": 7}), photos, tmp_path / "x.zarr", device=CPU)
-    with pytest.raises(StoreError, match=r"can't be joined either, since they differ in compute.batch_size: \d+ and 7"):
+    with pytest.raises(
+        StoreError,
+        match=r"can't be joined either, since they differ in compute.batch_size: \d+ and 7",
+    ):
         merged(apart["pow8"][0], tmp_path / "x.zarr", out=tmp_path / "m.zarr")
 
 
 def test_a_teachers_tag_that_was_named_once_is_no_difference(photos, recipe, tmp_path):
     """The weights say it better; a run that goes on with a store sees it likewise."""
     four = changed(recipe, crops={"views": 4})
-    tagged = [t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t for t in recipe.teachers]
+    tagged = [
+        t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t
+        for t in recipe.teachers
+    ]
     generate(recipe, photos, tmp_path / "early.zarr", device=CPU)
-    generate(four.model_copy(update={"teachers": tuple(tagged)}), photos, tmp_path / "late.zarr", device=CPU, first_view=2)
+    generate(
+        four.model_copy(update={"teachers": tuple(tagged)}),
+        photos,
+        tmp_path / "late.zarr",
+        device=CPU,
+        first_view=2,
+    )
     one, other = (LabelStore.open(tmp_path / name) for name in ("early.zarr", "late.zarr"))
     assert one.identity != other.identity
-    for paths in ((one.path, other.path), (other.path, one.path)):  # the second time it is gone on with
+    for paths in (
+        (one.path, other.path),
+        (other.path, one.path),
+    ):  # the second time it is gone on with
         store = merged(*paths, out=tmp_path / "m.zarr")
         assert store.progress() == (12, 12) and verify(tmp_path / "m.zarr").sound
     assert np.array_equal(store.codes(0, slice(None)), one.codes(0, slice(None)))
@@ -209,17 +263,35 @@ def test_an_average_of_averages_is_trusted_within_what_all_of_them_lost(photos, 
     result = recheck(tmp_path / "abc", photos / "train", teachers, 100, device=CPU)
     coarse, fine = (CODECS[name].max_error(3)[1] for name in ("tail40", "float32"))
     assert result["trusted"], result["problems"]
-    assert 1e-3 < result["sample"]["tv_largest"] < store.max_error[1] == pytest.approx(2 / 3 * (coarse + fine) + 1 / 3 * fine + fine)
+    assert (
+        1e-3
+        < result["sample"]["tv_largest"]
+        < store.max_error[1]
+        == pytest.approx(2 / 3 * (coarse + fine) + 1 / 3 * fine + fine)
+    )
     facts = store_facts(tmp_path / "abc")
-    assert facts["codec"]["largest_kl"] is None and facts["codec"]["largest_tv"] == store.max_error[1] and len(facts["merged"]) == 2
+    assert (
+        facts["codec"]["largest_kl"] is None
+        and facts["codec"]["largest_tv"] == store.max_error[1]
+        and len(facts["merged"]) == 2
+    )
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_stores_of_other_precision_average_into_one_that_is_trusted(photos, recipe, tmp_path, order):
+def test_stores_of_other_precision_average_into_one_that_is_trusted(
+    photos, recipe, tmp_path, order
+):
     for i, precision in enumerate(("float32", "bfloat16")):
-        generate(taught_by(recipe, i, store={"codec": "float32", "precision": precision}), photos, tmp_path / str(i), device=CPU)
+        generate(
+            taught_by(recipe, i, store={"codec": "float32", "precision": precision}),
+            photos,
+            tmp_path / str(i),
+            device=CPU,
+        )
     merged(*(tmp_path / str(i) for i in order), out=tmp_path / "m.zarr")
-    result = recheck(tmp_path / "m.zarr", photos / "train", [recipe.teachers[i] for i in order], 100, device=CPU)
+    result = recheck(
+        tmp_path / "m.zarr", photos / "train", [recipe.teachers[i] for i in order], 100, device=CPU
+    )
     assert result["trusted"], result["problems"]
     full, half = ROUNDING["float32"], ROUNDING["bfloat16"]
     now = (full, half)[order[0]]  # all are made again in the first one's precision
@@ -230,7 +302,12 @@ def test_stores_of_other_precision_average_into_one_that_is_trusted(photos, reci
 def test_merging_again_makes_what_is_damaged_anew(apart, tmp_path):
     store = merged(*apart["pow8"][:2], out=tmp_path / "m.zarr")
     whole, said = tree(store.path), []
-    for damage in (store.file("labels", 1, 0), store.path / "labels/zarr.json", store.path / "zarr.json", store.path / "images/path/c/0"):
+    for damage in (
+        store.file("labels", 1, 0),
+        store.path / "labels/zarr.json",
+        store.path / "zarr.json",
+        store.path / "images/path/c/0",
+    ):
         content = bytearray(damage.read_bytes())
         content[len(content) // 2] ^= 4
         damage.write_bytes(content)
@@ -248,7 +325,9 @@ def test_a_shard_that_is_damaged_in_every_store_is_named(store_path, tmp_path):
         file = LabelStore.open(tmp_path / name).file("labels", 0, 1)
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(
-        StoreError, match="1 shards could not be merged, being damaged, the first is view 0, rows 32 to 63 of .*/a: .*mend that store"
+        StoreError,
+        match="1 shards could not be merged, being damaged, the first is view 0, rows 32 to 63 of "
+        ".*/a: .*mend that store",
     ):
         merged(tmp_path / "a", tmp_path / "b", out=tmp_path / "m.zarr")
     assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)
@@ -260,7 +339,11 @@ def test_a_damaged_record_is_no_label_that_is_yet_to_come(apart, store_path, tmp
     broken = Path(shutil.copytree(whole, tmp_path / "a"))
     rest = Path(
         shutil.copytree(
-            other, tmp_path / "b", ignore=lambda place, names: ["records"] if way == "joined" and Path(place).name == "b" else []
+            other,
+            tmp_path / "b",
+            ignore=lambda place, names: (
+                ["records"] if way == "joined" and Path(place).name == "b" else []
+            ),
         )
     )
     shutil.copytree(other / "records", rest / "records", dirs_exist_ok=True)
@@ -271,7 +354,9 @@ def test_a_damaged_record_is_no_label_that_is_yet_to_come(apart, store_path, tmp
     content[20] ^= 1
     file.write_bytes(content)
     with pytest.raises(
-        StoreError, match="1 shards could not be merged, being damaged, the first is view 1, rows 64 to 89 of .*/a: its completion record"
+        StoreError,
+        match="1 shards could not be merged, being damaged, the first is view 1, rows 64 to 89 of "
+        ".*/a: its completion record",
     ):
         merged(broken, rest, out=tmp_path / "m.zarr")
 
@@ -279,8 +364,16 @@ def test_a_damaged_record_is_no_label_that_is_yet_to_come(apart, store_path, tmp
 def test_views_that_are_left_out_are_said(apart, photos, recipe, tmp_path):
     generate(taught_by(recipe, 1, crops={"views": 3}), photos, tmp_path / "three.zarr", device=CPU)
     said = []
-    store = merge((apart["pow8"][0], tmp_path / "three.zarr"), tmp_path / "m.zarr", say=said.append, progress=lambda shards: None)
-    assert store.views == 2 and said[0] == "views 2 to 2 are not in all of the stores, and are left out"
+    store = merge(
+        (apart["pow8"][0], tmp_path / "three.zarr"),
+        tmp_path / "m.zarr",
+        say=said.append,
+        progress=lambda shards: None,
+    )
+    assert (
+        store.views == 2
+        and said[0] == "views 2 to 2 are not in all of the stores, and are left out"
+    )
 
 
 def test_a_result_of_other_stores_is_not_gone_on_with(apart, tmp_path):

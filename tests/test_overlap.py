@@ -1,8 +1,10 @@
-"""Both stages keep their model busy: crops are rendered ahead of it, labels coded and written behind it, units follow each other without a gap. And when
-one of these fails, the others end, no thread is left, and no claim.
+"""Both stages keep their model busy: crops are rendered ahead of it, labels coded and
+written behind it, units follow each other without a gap. And when one of these fails,
+the others end, no thread is left, and no claim.
 
-Nothing here is timed. Each part waits for another that must be at work at the same time; a loop that does one thing after the other would wait for ever, which
-these tests cut short.
+Nothing here is timed. Each part waits for another that must be at work at the same
+time; a loop that does one thing after the other would wait for ever, which these tests
+cut short.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ def no_thread_is_left() -> Iterator[None]:
     yield
     patience = time.monotonic() + 5
     while time.monotonic() < patience and (
-        left := [t for t in threading.enumerate() if t not in before and "asyncio" not in t.name and "zarr" not in t.name]
+        left := [
+            t
+            for t in threading.enumerate()
+            if t not in before and "asyncio" not in t.name and "zarr" not in t.name
+        ]
     ):
         time.sleep(0.01)
     assert not left, left
@@ -65,19 +71,28 @@ class Counted:
     def wait_for(self, n: int) -> None:
         with self.changed:
             if not self.changed.wait_for(lambda: self.n >= n, PATIENCE):
-                raise AssertionError(f"it happened {self.n} times and never {n}: nothing is done beside anything else")
+                raise AssertionError(
+                    f"it happened {self.n} times and never {n}: nothing is done beside anything "
+                    f"else"
+                )
 
 
 @pytest.fixture
 def small(recipe: Config) -> Config:
-    """90 photographs, two views: three units of two batches (the last of one), each of both views from one decode."""
+    """90 photographs, two views: three units of two batches (the last of one), each of
+    both views from one decode."""
     return changed(recipe, store={"shard_rows": 32, "batch_size": 16})
 
 
 def spied(
-    monkeypatch: pytest.MonkeyPatch, place: object, name: str, before: Callable[[int], object], after: Callable[[], object] = lambda: None
+    monkeypatch: pytest.MonkeyPatch,
+    place: object,
+    name: str,
+    before: Callable[[int], object],
+    after: Callable[[], object] = lambda: None,
 ) -> None:
-    """Call ``before`` with the call's number, from 1, and ``after``, around every call."""
+    """Call ``before`` with the call's number, from 1, and ``after``, around every
+    call."""
     real, calls = getattr(place, name), Counted()
 
     def spy(*given, **named):
@@ -89,7 +104,9 @@ def spied(
     monkeypatch.setattr(place, name, spy)
 
 
-def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, small, store_path, tmp_path, monkeypatch):
+def test_crops_are_rendered_and_labels_written_while_the_teachers_work(
+    photos, small, store_path, tmp_path, monkeypatch
+):
     rendered, begun, written = Counted(), Counted(), Counted()
     fingerprint = 2 * FINGERPRINT  # rendered when the store is made, and again when it is filled
 
@@ -99,39 +116,56 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(photos, s
             min(6, (call + 1) // 2 + 1) + fingerprint
         )  # the batch after this one is there already, also where another unit begins
         if call == 12:
-            written.wait_for(2)  # the first unit has been written while the second and third were labelled
+            written.wait_for(
+                2
+            )  # the first unit has been written while the second and third were labelled
 
     monkeypatch.setattr(stream, "BEHIND", 2)
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
     spied(monkeypatch, stream, "ensemble", forward)
     spied(
-        monkeypatch, StoreWriter, "write", lambda call: begun.wait_for(min(12, 4 + call)), written.happens
+        monkeypatch,
+        StoreWriter,
+        "write",
+        lambda call: begun.wait_for(min(12, 4 + call)),
+        written.happens,
     )  # the next unit's labels are being made
     generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert (begun.n, written.n, rendered.n) == (12, 6, 6 + fingerprint)
     assert tree(tmp_path / "s.zarr") == tree(store_path)
 
 
-def test_pictures_are_rendered_while_the_student_trains(photos, small, store_path, tmp_path, monkeypatch):
+def test_pictures_are_rendered_while_the_student_trains(
+    photos, small, store_path, tmp_path, monkeypatch
+):
     rendered = Counted()
     epochs = changed(small, train={"epochs": 1})
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
-    spied(monkeypatch, Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT))  # 6 batches, and the fingerprint
+    spied(
+        monkeypatch, Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT)
+    )  # 6 batches, and the fingerprint
     train(epochs, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 6 + FINGERPRINT
 
 
-def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(photos, small, store_path, tmp_path, monkeypatch):
+def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(
+    photos, small, store_path, tmp_path, monkeypatch
+):
     rendered = Counted()
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
     spied(
-        monkeypatch, loop, "evaluate", lambda call: rendered.wait_for(min(12, 6 * call + 1) + FINGERPRINT)
+        monkeypatch,
+        loop,
+        "evaluate",
+        lambda call: rendered.wait_for(min(12, 6 * call + 1) + FINGERPRINT),
     )  # 6 batches an epoch, and the fingerprint
     train(small, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 12 + FINGERPRINT
 
 
-def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(photos, small, store_path, tmp_path, monkeypatch):
+def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(
+    photos, small, store_path, tmp_path, monkeypatch
+):
     """As it is on a GPU, where every tensor arrives as another one."""
 
     def sent(self: Sender, what: object) -> Sent:
@@ -142,11 +176,19 @@ def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(pho
     generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert tree(tmp_path / "s.zarr") == tree(store_path)
     train(small, photos, tmp_path / "run", store=store_path, device=CPU)
-    assert (tmp_path / "run" / "last.safetensors").read_bytes() == (tmp_path / "plain" / "last.safetensors").read_bytes()
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == (
+        tmp_path / "plain" / "last.safetensors"
+    ).read_bytes()
 
 
 FAILURES = {
-    "the renderer": (CropRenderer, "__call__", 2 * FINGERPRINT + 1, DataError("a picture"), DataError),
+    "the renderer": (
+        CropRenderer,
+        "__call__",
+        2 * FINGERPRINT + 1,
+        DataError("a picture"),
+        DataError,
+    ),
     "a teacher": (stream, "ensemble", 5, ModelError("a teacher"), ModelError),
     "a thread behind": (Labeller, "_blame", 1, ModelError("a label"), ModelError),
     "the disk": (StoreWriter, "write", 2, OSError(28, "No space left on device"), StoreError),
@@ -154,7 +196,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
-def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_store(photos, small, store_path, tmp_path, monkeypatch, what):
+def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_store(
+    photos, small, store_path, tmp_path, monkeypatch, what
+):
     place, name, nth, error, kind = FAILURES[what]
 
     def fail(call: int) -> None:
@@ -164,7 +208,9 @@ def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_st
     with monkeypatch.context() as broken:
         spied(broken, place, name, fail)
         if what == "a thread behind":
-            broken.setattr(stream.torch, "isfinite", lambda logits: torch.zeros_like(logits, dtype=torch.bool))
+            broken.setattr(
+                stream.torch, "isfinite", lambda logits: torch.zeros_like(logits, dtype=torch.bool)
+            )
         with pytest.raises(kind, match=str(error.args[-1])):
             generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert not claims_of(tmp_path / "s.zarr").exists()
@@ -175,7 +221,8 @@ def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_st
 
 
 def test_what_is_whole_when_something_fails_is_written(photos, small, tmp_path, monkeypatch):
-    """The teachers fail in the second unit; the first one's labels are all there, and waiting."""
+    """The teachers fail in the second unit; the first one's labels are all there, and
+    waiting."""
 
     def fail(call: int) -> None:
         if call == 5:
@@ -188,8 +235,11 @@ def test_what_is_whole_when_something_fails_is_written(photos, small, tmp_path, 
 
 
 @pytest.mark.parametrize("what", ["a teacher", "the disk"])
-def test_a_renderer_that_waits_for_room_ends_when_there_will_never_be_any(photos, recipe, tmp_path, monkeypatch, what):
-    """Units of one batch: the fourth can't be begun before the first is written, which it never is."""
+def test_a_renderer_that_waits_for_room_ends_when_there_will_never_be_any(
+    photos, recipe, tmp_path, monkeypatch, what
+):
+    """Units of one batch: the fourth can't be begun before the first is written, which
+    it never is."""
     one_batch = changed(recipe, store={"shard_rows": 16, "batch_size": 16})
     begun = Counted()
     place, name, _, error, kind = FAILURES[what]
@@ -234,7 +284,9 @@ def test_ahead_is_bounded_and_keeps_the_order():
             assert item == i
             if i == 10:
                 time.sleep(0.2)
-                assert made.n <= 10 + 1 + 3 + 2  # what has been given, the queue, and one on its way into it
+                assert (
+                    made.n <= 10 + 1 + 3 + 2
+                )  # what has been given, the queue, and one on its way into it
     assert made.n == 50
 
 

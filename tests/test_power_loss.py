@@ -1,6 +1,8 @@
-"""The power may fail at any moment: what a store believes afterwards is what was written, and what was done is still there.
+"""The power may fail at any moment: what a store believes afterwards is what was
+written, and what was done is still there.
 
-The disk of these tests (disk.py) keeps of what wasn't forced to it what it likes: it shows the fsync that is missing, which no kill does.
+The disk of these tests (disk.py) keeps of what wasn't forced to it what it likes: it
+shows the fsync that is missing, which no kill does.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from cache.system import claims
 from cache.writer import StoreWriter
 
 VIEWS = 3
-FIRST, GROWN = ((0, 0), (1, 4)), ((2, 3), (0, 2))  # (view, shard): shard 3 has no usable image, 4 is the short one at the end
+FIRST, GROWN = (
+    ((0, 0), (1, 4)),
+    ((2, 3), (0, 2)),
+)  # (view, shard): shard 3 has no usable image, 4 is the short one at the end
 
 Place = tuple[int, int]
 Blocks = tuple[np.ndarray, ...]
@@ -40,7 +45,8 @@ class Truth:
 
 
 def make(path: Path, done: set) -> None:
-    """Make a store of two views, and extend it; what is there already is kept. What is done goes into ``done``."""
+    """Make a store of two views, and extend it; what is there already is kept. What is
+    done goes into ``done``."""
     if not path.exists():
         create(path)
     done.add("the store")
@@ -69,7 +75,10 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def truth(whole) -> Truth:
     writer = StoreWriter(whole)
-    return Truth(manifest().manifest_digest(), {place: [blocks(writer, *place)] for place in (*FIRST, *GROWN)})
+    return Truth(
+        manifest().manifest_digest(),
+        {place: [blocks(writer, *place)] for place in (*FIRST, *GROWN)},
+    )
 
 
 def wrong(path: Path, done: frozenset, truth: Truth) -> str | None:
@@ -88,7 +97,10 @@ def wrong(path: Path, done: frozenset, truth: Truth) -> str | None:
             store.require_sound(view, shard)
             rows = store.shard_slice(shard)
             read = (store.codes(view, rows), *store.crops(view, rows))
-            if not any(all(np.array_equal(a, b) for a, b in zip(read, true, strict=True)) for true in truth.written[view, shard]):
+            if not any(
+                all(np.array_equal(a, b) for a, b in zip(read, true, strict=True))
+                for true in truth.written[view, shard]
+            ):
                 return f"view {view}, shard {shard} is believed and wrong"
     except StoreError as error:  # nor may half a store be under its name
         return str(error)
@@ -98,8 +110,11 @@ def wrong(path: Path, done: frozenset, truth: Truth) -> str | None:
 LUCKS = ("none", "names", "late", "random")
 
 
-def outcomes(disk: Disk, moments: list[Moment], folder: Path, lucks: tuple[str, ...] = LUCKS) -> Iterator[tuple[Moment, Path]]:
-    """Things that the disk may hold after a failure at one of the moments, in turn, each made as ``folder``."""
+def outcomes(
+    disk: Disk, moments: list[Moment], folder: Path, lucks: tuple[str, ...] = LUCKS
+) -> Iterator[tuple[Moment, Path]]:
+    """Things that the disk may hold after a failure at one of the moments, in turn,
+    each made as ``folder``."""
     rng = np.random.default_rng(0)
     for moment in moments:
         for luck in lucks:
@@ -110,9 +125,12 @@ def outcomes(disk: Disk, moments: list[Moment], folder: Path, lucks: tuple[str, 
 
 
 def switched_on_again(folder: Path) -> None:
-    """The process that held the claims is gone, and the power was so too for some time."""
+    """The process that held the claims is gone, and the power was so too for some
+    time."""
     for file in folder.rglob("*.claims/*"):
-        file.write_bytes(file.read_bytes().replace(b'"process": %d' % os.getpid(), b'"process": 99999999'))
+        file.write_bytes(
+            file.read_bytes().replace(b'"process": %d' % os.getpid(), b'"process": 99999999')
+        )
         os.utime(file, (0, 0))
 
 
@@ -138,7 +156,9 @@ def root(place) -> Path:
 STORE = "new/deeper/s.zarr"  # folders that are made for the store must not be lost either
 
 
-def test_whenever_the_power_fails_a_store_believes_what_was_written_and_keeps_what_was_done(root, place, truth):
+def test_whenever_the_power_fails_a_store_believes_what_was_written_and_keeps_what_was_done(
+    root, place, truth
+):
     with Disk(root).watch() as disk:
         make(root / STORE, disk.done)
     assert disk.moments[-1].done > set(truth.written)
@@ -164,9 +184,14 @@ def test_a_shard_that_is_written_again_is_the_old_one_or_the_new_one_or_none(roo
     with Disk(root).watch() as disk:
         disk.done.add("the store")
         stores.write(writer, 1, 4, *new)
-    assert first_fault(disk, "s.zarr", place / "after", Truth(truth.manifest, {(1, 4): [old, new]})) is None
+    assert (
+        first_fault(disk, "s.zarr", place / "after", Truth(truth.manifest, {(1, 4): [old, new]}))
+        is None
+    )
     last = disk.rebuild(disk.moments[-1], place / "last", luck="none")
-    assert wrong(last / "s.zarr", frozenset([(1, 4)]), Truth(truth.manifest, {(1, 4): [new]})) is None
+    assert (
+        wrong(last / "s.zarr", frozenset([(1, 4)]), Truth(truth.manifest, {(1, 4): [new]})) is None
+    )
 
 
 def test_a_mending_that_is_cut_short_can_be_gone_on_with(root, place, whole, truth):
@@ -184,21 +209,30 @@ def test_a_mending_that_is_cut_short_can_be_gone_on_with(root, place, whole, tru
         assert tree(outcome / "s.zarr") == tree(whole)
 
 
-def test_data_is_forced_to_the_disk_before_the_record_exists_and_the_record_before_the_claim_is_given_back(root, whole):
+def test_data_is_on_the_disk_before_its_record_and_the_record_before_the_claim_is_given_back(
+    root, whole
+):
     path = root / "s.zarr"
     create(path)
     writer = StoreWriter(path)
     with Disk(root).watch() as disk:
         write(writer, ((0, 0), (1, 3)), disk.done)
     for view, shard in ((0, 0), (1, 3)):
-        files = [writer.store.file(name, view, shard).relative_to(root) for name in ("labels", "boxes", "flips", "records")]
+        files = [
+            writer.store.file(name, view, shard).relative_to(root)
+            for name in ("labels", "boxes", "flips", "records")
+        ]
         calls = disk.calls
         named = [calls.index(("rename", str(file))) for file in files]
-        claimed, released = (calls.index((what, f"s.zarr.claims/{view}-{shard}")) for what in ("link", "unlink"))
+        claimed, released = (
+            calls.index((what, f"s.zarr.claims/{view}-{shard}")) for what in ("link", "unlink")
+        )
         assert claimed < min(named) and max(named) == named[-1] < released
         for file, start, end in zip(files, named, [named[-1]] * 3 + [released], strict=True):
             forced = [place for what, place in calls[start:end] if what == "fsync"]
-            folders = [folder for folder in file.parents if len(folder.parts) > 1]  # up to s.zarr/labels, which exists since creation
+            folders = [
+                folder for folder in file.parents if len(folder.parts) > 1
+            ]  # up to s.zarr/labels, which exists since creation
             assert str(file) in forced and {*map(str, folders)} <= set(forced)
 
 
@@ -209,7 +243,12 @@ def test_data_is_forced_to_the_disk_before_the_record_exists_and_the_record_befo
 @pytest.mark.parametrize("kind", ["files", "folders"])
 def test_an_fsync_that_is_left_out_of_a_shard_is_noticed(root, place, truth, kind, part):
     create(root / "s.zarr")
-    disk = Disk(root, forgets=lambda path: f"/{part}/" in f"/{path}/" and (root / path).is_dir() == (kind == "folders"))
+    disk = Disk(
+        root,
+        forgets=lambda path: (
+            f"/{part}/" in f"/{path}/" and (root / path).is_dir() == (kind == "folders")
+        ),
+    )
     with disk.watch():
         make(root / "s.zarr", disk.done)
     assert first_fault(disk, "s.zarr", place / "after", truth)
@@ -259,7 +298,9 @@ def test_a_disk_keeps_what_was_forced_to_it_and_may_lose_the_rest(root, place):
     rng = np.random.default_rng(0)
     for number in range(200):
         outcome = tree(disk.rebuild(disk.moments[-2], place / str(number), rng))
-        assert (outcome.pop("sure", b"") + outcome.pop("renamed", b"")) == b"sure"  # one of them, whole
+        assert (
+            outcome.pop("sure", b"") + outcome.pop("renamed", b"")
+        ) == b"sure"  # one of them, whole
         assert outcome.pop("kept/sure") == b"kept/sure"
         assert len(outcome.pop("kept/torn")) <= len("kept/torn")
         found.append(outcome.get("late"))
@@ -270,12 +311,16 @@ def test_a_disk_keeps_what_was_forced_to_it_and_may_lose_the_rest(root, place):
 # ---- the same for all of stage one
 
 
-def test_labels_that_were_made_survive_a_power_failure(root, place, recipe, one_thread, monkeypatch):
+def test_labels_that_were_made_survive_a_power_failure(
+    root, place, recipe, one_thread, monkeypatch
+):
     from support.stages import generate
 
     write_photos(place / "data", 5)
     (place / "data" / "bee" / "notes.txt").write_text("no image")
-    small = changed(recipe, crops={"views": 2}, store={"shard_rows": 8, "batch_size": 8}, render={"threads": 1})
+    small = changed(
+        recipe, crops={"views": 2}, store={"shard_rows": 8, "batch_size": 8}, render={"threads": 1}
+    )
     more = changed(small, crops={"views": VIEWS})
     whole = LabelStore.open(generate(more, place / "data", place / "whole.zarr", device=CPU).path)
     written = {}
@@ -296,9 +341,14 @@ def test_labels_that_were_made_survive_a_power_failure(root, place, recipe, one_
         disk.done.add("the third view")
     assert disk.done == {"the store", "the third view", *written}
     rng = np.random.default_rng(0)
-    some = [disk.moments[i] for i in np.sort(rng.permutation(len(disk.moments) - 1)[:60])] + disk.moments[-1:]
+    some = [
+        disk.moments[i] for i in np.sort(rng.permutation(len(disk.moments) - 1)[:60])
+    ] + disk.moments[-1:]
     for number, (moment, outcome) in enumerate(outcomes(disk, some, place / "after")):
-        assert wrong(outcome / STORE, moment.done, Truth(whole.images.manifest_digest(), written)) is None, moment.call
+        assert (
+            wrong(outcome / STORE, moment.done, Truth(whole.images.manifest_digest(), written))
+            is None
+        ), moment.call
         if number % 40 == 3:
             generate(more, place / "data", outcome / STORE, device=CPU)
             assert tree(outcome / STORE) == tree(place / "whole.zarr"), moment.call

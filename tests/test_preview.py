@@ -1,4 +1,5 @@
-"""What stage one will take: ``generate-labels --plan`` counts what is to be labelled, times what it can, and writes nothing."""
+"""What stage one will take: ``generate-labels --plan`` counts what is to be labelled,
+times what it can, and writes nothing."""
 
 from __future__ import annotations
 
@@ -27,12 +28,26 @@ def quick(monkeypatch):
 def test_crops_hours_and_bytes_are_those_of_the_store(recipe, photos, store_path, tmp_path):
     told = stages.make_plan(recipe, photos, tmp_path / "s.zarr", device=CPU, workers=4)
     facts = store_facts(store_path)
-    assert told["images"] == 90 and told["crops"] == facts["labelled_crops"] == 180 and told["shards"] == facts["shards"] == 6
+    assert (
+        told["images"] == 90
+        and told["crops"] == facts["labelled_crops"] == 180
+        and told["shards"] == facts["shards"] == 6
+    )
     store = LabelStore.open(store_path)
-    files = (file for name in (*store.shard_arrays, "records") for file in (store_path / name / "c").rglob("*") if file.is_file())
+    files = (
+        file
+        for name in (*store.shard_arrays, "records")
+        for file in (store_path / name / "c").rglob("*")
+        if file.is_file()
+    )
     assert told["files"] == sum(1 for _ in files)
-    assert told["bytes_measured"] and 0.5 < told["bytes_per_crop"] / (facts["label_bytes_per_crop"] + 12) < 2
-    assert told["teachers_per_second"] > told["crops_per_second"] < told["loader_per_second"]  # on a CPU they share the cores
+    assert (
+        told["bytes_measured"]
+        and 0.5 < told["bytes_per_crop"] / (facts["label_bytes_per_crop"] + 12) < 2
+    )
+    assert (
+        told["teachers_per_second"] > told["crops_per_second"] < told["loader_per_second"]
+    )  # on a CPU they share the cores
     assert told["hours"] == pytest.approx(180 / told["crops_per_second"] / 3600)
 
 
@@ -45,11 +60,18 @@ def test_an_extension_is_what_is_counted(recipe, photos, store_path, tmp_path):
     told = stages.make_plan(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU)
     assert told["finished"] == pytest.approx(2 / 8) and told["crops"] == 720 and told["hours"] > 0
     assert told["bytes_left"] == pytest.approx(0.75 * told["store_bytes"])
-    assert stages.make_plan(changed(recipe, crops={"views": 8}), photos, store_path, device=CPU, first_view=2)["finished"] == 0
+    assert (
+        stages.make_plan(
+            changed(recipe, crops={"views": 8}), photos, store_path, device=CPU, first_view=2
+        )["finished"]
+        == 0
+    )
 
 
 def test_a_store_that_would_be_refused_counts_nothing(recipe, photos, store_path, capsys):
-    told = stages.make_plan(changed(recipe, store={"codec": "float16"}), photos, store_path, device=CPU)
+    told = stages.make_plan(
+        changed(recipe, store={"codec": "float16"}), photos, store_path, device=CPU
+    )
     assert told["finished"] == 0 and "is not counted" in capsys.readouterr().err
 
 
@@ -69,7 +91,12 @@ def test_own_teachers_count_at_their_own_size(recipe, photos, tmp_path):
     from support.stages import train
 
     hard = {"labels": "hard", "epochs": 1, "milestones": []}
-    train(changed(recipe, student={"model": "test_resnet", "image_size": 32}, train=hard), photos, tmp_path / "t", device=CPU)
+    train(
+        changed(recipe, student={"model": "test_resnet", "image_size": 32}, train=hard),
+        photos,
+        tmp_path / "t",
+        device=CPU,
+    )
     told = _preview(recipe, tmp_path / "t" / "best.safetensors", photos)
     assert told["gflop_per_crop"] == pytest.approx(cost.flops("test_resnet", 32)[0] / 1e9)
 
@@ -77,8 +104,24 @@ def test_own_teachers_count_at_their_own_size(recipe, photos, tmp_path):
 def test_nothing_is_needed_and_nothing_is_written(tmp_path, monkeypatch, teachers):
     monkeypatch.chdir(tmp_path)
     chosen = [f"--teacher={t['model']}={t['checkpoint']}" for t in teachers]
-    status, out, _ = run("generate-labels", "--config", SMOKE, "--plan", *chosen, "--views", 180, "--worker", "0/8", "--device", "cpu")
-    assert status == 0 and "1,281,167 images (ImageNet's; --data counts yours) × 180 views = 230,610,060" in out and "8 workers" in out
+    status, out, _ = run(
+        "generate-labels",
+        "--config",
+        SMOKE,
+        "--plan",
+        *chosen,
+        "--views",
+        180,
+        "--worker",
+        "0/8",
+        "--device",
+        "cpu",
+    )
+    assert (
+        status == 0
+        and "1,281,167 images (ImageNet's; --data counts yours) × 180 views = 230,610,060" in out
+        and "8 workers" in out
+    )
     assert tree(tmp_path) == {}
 
 
@@ -93,11 +136,37 @@ def test_a_disk_that_is_too_small_is_told(recipe, photos, tmp_path, monkeypatch,
 def test_teachers_whose_weights_are_not_at_hand_are_timed_with_random_ones(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    status, out, err = run("generate-labels", "--config", SMOKE, "--plan", "--teacher", "test_resnet", "--device", "cpu")
-    assert status == 0 and "timed with random weights instead: the weights of test_resnet.r160_in1k can't be fetched" in err
-    assert f"{BYTES_PER_CROP} bytes a crop (pow8, of real labels of that many classes, not measured here)" in out
+    status, out, err = run(
+        "generate-labels",
+        "--config",
+        SMOKE,
+        "--plan",
+        "--teacher",
+        "test_resnet",
+        "--device",
+        "cpu",
+    )
+    assert (
+        status == 0
+        and "timed with random weights instead: the weights of test_resnet.r160_in1k can't be "
+        "fetched"
+        in err
+    )
+    assert (
+        f"{BYTES_PER_CROP} bytes a crop (pow8, of real labels of that many classes, not measured "
+        f"here)" in out
+    )
     tail = run(
-        "generate-labels", "--config", SMOKE, "--plan", "--teacher", "test_resnet", "--device", "cpu", "--set", "store.codec=tail40"
+        "generate-labels",
+        "--config",
+        SMOKE,
+        "--plan",
+        "--teacher",
+        "test_resnet",
+        "--device",
+        "cpu",
+        "--set",
+        "store.codec=tail40",
     )[1]
     assert "38 bytes a crop (tail40," in tail
 
@@ -117,4 +186,6 @@ def _preview(recipe, checkpoint, photos):
     from pipeline.config import ModelSpec
 
     spec = ModelSpec(model="test_resnet", checkpoint=str(checkpoint))
-    return stages.make_plan(recipe.model_copy(update={"teachers": (spec,)}), photos, None, device=CPU)
+    return stages.make_plan(
+        recipe.model_copy(update={"teachers": (spec,)}), photos, None, device=CPU
+    )

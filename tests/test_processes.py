@@ -1,8 +1,9 @@
-"""Training in several processes: for every number of them the same global batches, the same gradients to rounding, exact evaluation, one that writes and
-speaks, and one line where something goes wrong in any of them, with nobody left waiting.
+"""Training in several processes: for every number of them the same global batches, the
+same gradients to rounding, exact evaluation, one that writes and speaks, and one line
+where something goes wrong in any of them, with nobody left waiting.
 
-They are real processes that run the real command line and speak by gloo, forked from a server that has imported everything (see killing.py); one test
-starts the real torchrun.
+They are real processes that run the real command line and speak by gloo, forked from a
+server that has imported everything (see killing.py); one test starts the real torchrun.
 """
 
 from __future__ import annotations
@@ -49,14 +50,32 @@ class Bench:
     store: Path
 
     def start(
-        self, world: int, out: Path, *options: object, per_rank: Sequence[tuple] = (), port: int | None = None, only: int | None = None
+        self,
+        world: int,
+        out: Path,
+        *options: object,
+        per_rank: Sequence[tuple] = (),
+        port: int | None = None,
+        only: int | None = None,
     ) -> list[Run]:
-        """per_rank: further options of each. port: where they meet. only: so many of them."""
+        """per_rank: further options of each. port: where they meet. only: so many of
+        them."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = port or probe.getsockname()[1]
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        arguments = ["train-student", f"--config={self.house.config}", f"--data={self.house.data}", f"--out={out}", "--device=cpu"]
+        together = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
+        arguments = [
+            "train-student",
+            f"--config={self.house.config}",
+            f"--data={self.house.data}",
+            f"--out={out}",
+            "--device=cpu",
+        ]
         if "--online" not in options and not any("--store" in str(option) for option in options):
             arguments.append(f"--store={self.store}")
         alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -65,7 +84,9 @@ class Bench:
                 *arguments,
                 *options,
                 *(per_rank[rank] if per_rank else ()),
-                environment=(together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) if world > 1 else alone,
+                environment=(together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                if world > 1
+                else alone,
             )
             for rank in range(world)[:only]
         ]
@@ -92,11 +113,21 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-FIGURES = {"loss", "kl", "agreement", "lr", "images", "view", "discriminator_loss", "discriminator_accuracy"}
+FIGURES = {
+    "loss",
+    "kl",
+    "agreement",
+    "lr",
+    "images",
+    "view",
+    "discriminator_loss",
+    "discriminator_accuracy",
+}
 
 
 def require_same(one: Path, other: Path, *, weights: float) -> None:
-    """Equal metrics and weights, but for rounding: ``weights`` is the largest difference of one."""
+    """Equal metrics and weights, but for rounding: ``weights`` is the largest
+    difference of one."""
     assert len(metrics(one)) == len(metrics(other))
     for mine, theirs in zip(metrics(one), metrics(other), strict=True):
         assert mine.keys() == theirs.keys()
@@ -117,23 +148,34 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_epoch_of_any_number_of_processes_is_that_of_one(bench, tmp_path, variant):
-    """Without BatchNorm. A last batch of two rows among three processes; 90 = 2 · 44 + 2."""
+    """Without BatchNorm. A last batch of two rows among three processes; 90 = 2 · 44 +
+    2."""
     options = [f"--set={setting}" for setting in VARIANTS[variant]]
     bench.train(1, tmp_path / "1", *options)
     for world in (2, 3) if variant in ("plain", "a last batch of two") else (2,):
         bench.train(world, tmp_path / str(world), *options)
         require_same(tmp_path / "1", tmp_path / str(world), weights=2e-5)
-    started = load(ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0).module.state_dict()
+    started = load(
+        ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0
+    ).module.state_dict()
     ended = load_file(tmp_path / "1" / "last.safetensors")
-    assert max((started[name] - ended[name]).abs().max().item() for name in started) > 2e-3  # so that this says something
+    assert (
+        max((started[name] - ended[name]).abs().max().item() for name in started) > 2e-3
+    )  # so that this says something
 
 
 def test_the_gradient_of_a_step_is_that_of_one_process(bench, tmp_path):
-    """One step over all 90 images at rate 1 and without momentum: the weights move by the gradient."""
+    """One step over all 90 images at rate 1 and without momentum: the weights move by
+    the gradient."""
     whole = [f"--set=train.{setting}" for setting in ("batch_size=90", "lr=1.0", "momentum=0.0")]
     bench.train(1, tmp_path / "1", *whole)
-    started = load(ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0).module.state_dict()
-    expected = {name: started[name] - tensor for name, tensor in load_file(tmp_path / "1" / "last.safetensors").items()}
+    started = load(
+        ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0
+    ).module.state_dict()
+    expected = {
+        name: started[name] - tensor
+        for name, tensor in load_file(tmp_path / "1" / "last.safetensors").items()
+    }
     for world in (2, 4):  # of four 23, 23, 22 and 22: a mean of means would be wrong
         bench.train(world, tmp_path / str(world), *whole)
         for name, tensor in load_file(tmp_path / str(world) / "last.safetensors").items():
@@ -147,28 +189,55 @@ def test_live_teachers_in_several_processes_teach_as_in_one(bench, tmp_path):
 
 
 def test_batchnorm_sees_the_images_of_its_own_process_and_its_memory_is_averaged(bench, tmp_path):
-    """One step, by hand: each half of the batch normalised by itself, the gradients' mean, the running statistics' mean."""
-    bench.train(2, tmp_path / "run", "--student=resnet10t", "--set=train.batch_size=90", "--set=train.momentum=0.0")
+    """One step, by hand: each half of the batch normalised by itself, the gradients'
+    mean, the running statistics' mean."""
+    bench.train(
+        2,
+        tmp_path / "run",
+        "--student=resnet10t",
+        "--set=train.batch_size=90",
+        "--set=train.momentum=0.0",
+    )
     student = load(ModelSpec(model="resnet10t", pretrained=False), classes=3, image_size=32, seed=0)
     module, store = student.module.train(), LabelStore.open(bench.store)
     began = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with make_replay(stored_labels(store, 2), bench.house.data / "train", sizes=[32], batch_size=90, seed=0, rendering=_Rendering()).epoch(
-        0
-    ) as batches:
+    with make_replay(
+        stored_labels(store, 2),
+        bench.house.data / "train",
+        sizes=[32],
+        batch_size=90,
+        seed=0,
+        rendering=_Rendering(),
+    ).epoch(0) as batches:
         (batch,) = batches
     seen = []
     for half in np.array_split(np.arange(90), 2):
         module.load_state_dict(
-            began | {name: tensor for name, tensor in module.state_dict().items() if "running" not in name and "tracked" not in name}
+            began
+            | {
+                name: tensor
+                for name, tensor in module.state_dict().items()
+                if "running" not in name and "tracked" not in name
+            }
         )
         p = torch.from_numpy(store.probabilities(0, batch.rows[half]))
         (-(p * student(batch.pixels[32][half]).log_softmax(1)).sum() / 90).backward()
-        seen.append({name: tensor.clone() for name, tensor in module.state_dict().items() if "running" in name})
+        seen.append(
+            {
+                name: tensor.clone()
+                for name, tensor in module.state_dict().items()
+                if "running" in name
+            }
+        )
     ended = load_file(tmp_path / "run" / "last.safetensors")
     for name in seen[0]:
-        torch.testing.assert_close(ended[name], (seen[0][name] + seen[1][name]) / 2, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            ended[name], (seen[0][name] + seen[1][name]) / 2, rtol=1e-4, atol=1e-6
+        )
     for name, parameter in module.named_parameters():
-        torch.testing.assert_close(ended[name], began[name] - 0.01 * parameter.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            ended[name], began[name] - 0.01 * parameter.grad, rtol=1e-3, atol=1e-5
+        )
 
 
 class _Rendering:
@@ -176,7 +245,8 @@ class _Rendering:
 
 
 def test_validation_counts_every_image_once_whatever_the_number_of_processes(bench, tmp_path):
-    """Rate zero, nearly: the model is the same, so are the counts. 21 images in batches of 2 for each of 3 processes leave some with one batch less."""
+    """Rate zero, nearly: the model is the same, so are the counts. 21 images in batches
+    of 2 for each of 3 processes leave some with one batch less."""
     still = ["--set=train.lr=1e-12", "--set=train.batch_size=6"]
     found = {}
     for world in (1, 2, 3):
@@ -188,7 +258,9 @@ def test_validation_counts_every_image_once_whatever_the_number_of_processes(ben
     model.interpolation = "bilinear"
     exact = evaluate([model], folder, manifest, 3, device=CPU)["models"][0]
     for world in found:
-        assert found[world]["val_top1"] == exact["top1"] and found[world]["val_top5"] == exact["top5"]
+        assert (
+            found[world]["val_top1"] == exact["top1"] and found[world]["val_top5"] == exact["top5"]
+        )
         assert found[world]["val_loss"] == pytest.approx(exact["loss"], rel=1e-5)
 
 
@@ -218,8 +290,13 @@ def test_what_all_would_refuse_is_refused_once(bench, tmp_path):
     assert "is not empty and holds no run" in runs[0].failed_with()
     assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")]
     runs = bench.start(3, tmp_path / "small", "--set=train.batch_size=5")
-    assert "train.batch_size 5 is fewer than two images for each of 3 processes; set it to 6 or more" in runs[0].failed_with()
-    assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")] and not (tmp_path / "small").exists()
+    assert (
+        "train.batch_size 5 is fewer than two images for each of 3 processes; set it to 6 or more"
+        in runs[0].failed_with()
+    )
+    assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")] and not (
+        tmp_path / "small"
+    ).exists()
 
 
 def test_a_run_that_diverges_says_so_once(bench, tmp_path):
@@ -242,7 +319,10 @@ def test_a_port_that_is_taken_is_named(bench, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         (run, *_) = bench.start(2, tmp_path / "run", port=taken.getsockname()[1], only=1)
-        assert "the processes of this run can't speak to each other (" in run.failed_with() and "EADDRINUSE" in run.said()
+        assert (
+            "the processes of this run can't speak to each other (" in run.failed_with()
+            and "EADDRINUSE" in run.said()
+        )
 
 
 def test_batchnorm_over_all_processes_is_refused_on_a_cpu(bench, tmp_path):
@@ -258,9 +338,13 @@ def test_when_one_process_is_killed_the_others_end_in_a_line(bench, tmp_path, lo
     began, other = time.monotonic(), runs[1 - lost]
     assert other.end() == 1 and time.monotonic() - began < SOON
     require_no_trace(other)
-    assert ("another process of this run has ended" in other.said()) == (lost == 1)  # only the first one speaks
+    assert ("another process of this run has ended" in other.said()) == (
+        lost == 1
+    )  # only the first one speaks
     epochs = len(metrics(tmp_path / "run"))
-    said = bench.train(2, tmp_path / "run", f"--epochs={epochs + 1}")  # nothing that was finished is lost
+    said = bench.train(
+        2, tmp_path / "run", f"--epochs={epochs + 1}"
+    )  # nothing that was finished is lost
     assert f"after {epochs} epochs" in said[0] or f"after {epochs + 1} epochs" in said[0]
 
 
@@ -269,9 +353,20 @@ def test_an_image_that_changes_in_one_processs_part_is_named_by_that_one(bench, 
     write_photos(data, 30, seed=3)
     generate(changed(recipe, crops={"views": 1}), data, tmp_path / "s.zarr", device=CPU)
     store = LabelStore.open(tmp_path / "s.zarr")
-    replay = make_replay(stored_labels(store, 1), data, sizes=[32], batch_size=16, seed=0, rendering=_Rendering(), rank=1, world=2)
+    replay = make_replay(
+        stored_labels(store, 1),
+        data,
+        sizes=[32],
+        batch_size=16,
+        seed=0,
+        rendering=_Rendering(),
+        rank=1,
+        world=2,
+    )
     with replay.epoch(0) as batches:
-        theirs = [row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS]  # which nobody looks at before
+        theirs = [
+            row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS
+        ]  # which nobody looks at before
     photo = data / store.images.path[theirs[0]]
     photo.write_bytes(photo.read_bytes()[:-1] + b"x")  # of the same size: seen when it is read
     runs = bench.start(2, tmp_path / "run", f"--store={tmp_path / 's.zarr'}", f"--data={data}")
@@ -289,7 +384,9 @@ def test_asked_to_stop_all_stop(bench, tmp_path):
     for run in runs:
         require_no_trace(run)
         assert run.stopped_after() < SOON
-    assert "stopped by SIGTERM" in runs[0].said() and "stopped" not in runs[1].said() + runs[2].said()
+    assert (
+        "stopped by SIGTERM" in runs[0].said() and "stopped" not in runs[1].said() + runs[2].said()
+    )
 
 
 def test_one_that_is_asked_to_stop_while_the_others_have_gone_already_says_so(monkeypatch):
@@ -314,7 +411,12 @@ def test_torchrun_fills_one_store_and_trains_one_student(bench, tmp_path, recipe
             *map(str, arguments),
         ]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}, timeout=300
+            command,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         return done.stderr
@@ -329,5 +431,7 @@ def test_torchrun_fills_one_store_and_trains_one_student(bench, tmp_path, recipe
 
 
 def test_without_torchrun_nothing_of_this_is_asked_for(photos, recipe, store_path, tmp_path):
-    train(changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU)
+    train(
+        changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
+    )
     assert not torch.distributed.is_initialized()

@@ -1,4 +1,5 @@
-"""Provenance: whatever a store was made from and a command is not is refused in one line, before anything changes; whatever doesn't matter is taken.
+"""Provenance: whatever a store was made from and a command is not is refused in one
+line, before anything changes; whatever doesn't matter is taken.
 
 Mismatches of CutMix are in test_cutmix.py.
 """
@@ -32,8 +33,13 @@ from pipeline.models.weights import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LATE = 80  # a row of the last shard, which the fingerprint doesn't render and which no digest is compared of before the row is read
-SAME_TEACHERS, SAME_CROPS = "; pass the same teachers and checkpoints", "; use the same crops section, or generate a new store"
+# a row of the last shard, which the fingerprint doesn't render and which no digest is
+# compared of before the row is read
+LATE = 80
+SAME_TEACHERS, SAME_CROPS = (
+    "; pass the same teachers and checkpoints",
+    "; use the same crops section, or generate a new store",
+)
 SET_IT_SO = "; set it so, leave it out, or generate another store"
 SAME_FOLDER = "; pass the folder it was made from, or generate a new store"
 PUT_IT_BACK = "; put the image back as it was, or begin anew, with another store or --out"
@@ -54,7 +60,14 @@ class Command:
         return generate(self.recipe, self.data, self.store, device=CPU, classes=self.classes)
 
     def train(self) -> dict:
-        return train(self.recipe, self.data, self.scratch / "run", store=self.store, device=CPU, classes=self.classes)
+        return train(
+            self.recipe,
+            self.data,
+            self.scratch / "run",
+            store=self.store,
+            device=CPU,
+            classes=self.classes,
+        )
 
     @property
     def late(self) -> Path:
@@ -82,13 +95,26 @@ def teacher(place: int, make: Callable[[Command], dict] | None = None, **values:
     def change(c: Command) -> Command:
         teachers = [spec.model_dump(exclude_unset=True) for spec in c.recipe.teachers]
         teachers[place] |= (make(c) if make else {}) | values
-        return replace(c, recipe=Config.model_validate(c.recipe.model_dump(exclude_unset=True) | {"teachers": teachers}))
+        return replace(
+            c,
+            recipe=Config.model_validate(
+                c.recipe.model_dump(exclude_unset=True) | {"teachers": teachers}
+            ),
+        )
 
     return change
 
 
+def renamed(c: Command) -> dict:
+    """The first teacher's weights in a file of another name."""
+    copied = shutil.copy(c.recipe.teachers[0].checkpoint, c.scratch / "x.safetensors")
+    return {"checkpoint": str(copied)}
+
+
 def teachers(choose: Callable[[list], list]) -> Change:
-    return lambda c: replace(c, recipe=c.recipe.model_copy(update={"teachers": tuple(choose(list(c.recipe.teachers)))}))
+    return lambda c: replace(
+        c, recipe=c.recipe.model_copy(update={"teachers": tuple(choose(list(c.recipe.teachers)))})
+    )
 
 
 def files(edit: Callable[[Path], object]) -> Change:
@@ -127,7 +153,10 @@ def classes(*names: str) -> Change:
 
 
 def third_teacher(c: Command) -> Command:
-    more = ModelSpec(model="test_resnet", checkpoint=str(write_teacher(c.scratch / "third.safetensors", "test_resnet", 3)))
+    more = ModelSpec(
+        model="test_resnet",
+        checkpoint=str(write_teacher(c.scratch / "third.safetensors", "test_resnet", 3)),
+    )
     return teachers(lambda both: [*both, more])(c)
 
 
@@ -150,11 +179,18 @@ def swap(first: Path, second: Path) -> None:
     second.write_bytes(content)
 
 
-# What is changed: (how, what generate-labels must say, what train-student must say). None: a store decides it, and train-student doesn't ask.
-# {late} is the path of the changed image, {then} and {now} its bytes.
+# What is changed: (how, what generate-labels must say, what train-student must say).
+# None: a store decides it, and train-student doesn't ask. {late} is the path of the
+# changed image, {then} and {now} its bytes.
 REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     "a teacher of another architecture": (
-        teacher(1, lambda c: {"model": "test_resnet", "checkpoint": str(write_teacher(c.scratch / "t.safetensors", "test_resnet", 3))}),
+        teacher(
+            1,
+            lambda c: {
+                "model": "test_resnet",
+                "checkpoint": str(write_teacher(c.scratch / "t.safetensors", "test_resnet", 3)),
+            },
+        ),
         ["teachers.1.model test_efficientnet, this is test_resnet", SAME_TEACHERS],
         None,
     ),
@@ -165,7 +201,11 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "a teacher more": (
         third_teacher,
-        ["['test_resnet', 'test_efficientnet'], this is ['test_resnet', 'test_efficientnet', 'test_resnet']", SAME_TEACHERS],
+        [
+            "['test_resnet', 'test_efficientnet'], this is ['test_resnet', 'test_efficientnet', "
+            "'test_resnet']",
+            SAME_TEACHERS,
+        ],
         None,
     ),
     "another order of the teachers": (
@@ -173,9 +213,21 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
         ["test_resnet, this is test_efficientnet", SAME_TEACHERS, "in the same order"],
         None,
     ),
-    "another size of a teacher": (teacher(1, image_size=64), ["teachers.1.image_size 48, this is 64", SAME_TEACHERS], None),
-    "another mean of a teacher": (teacher(0, mean=[0.5, 0.5, 0.4]), ["teachers.0.mean.2 0.5, this is 0.4", SAME_TEACHERS], None),
-    "another std of a teacher": (teacher(1, std=[0.229, 0.2, 0.225]), ["teachers.1.std.1 0.224, this is 0.2", SAME_TEACHERS], None),
+    "another size of a teacher": (
+        teacher(1, image_size=64),
+        ["teachers.1.image_size 48, this is 64", SAME_TEACHERS],
+        None,
+    ),
+    "another mean of a teacher": (
+        teacher(0, mean=[0.5, 0.5, 0.4]),
+        ["teachers.0.mean.2 0.5, this is 0.4", SAME_TEACHERS],
+        None,
+    ),
+    "another std of a teacher": (
+        teacher(1, std=[0.229, 0.2, 0.225]),
+        ["teachers.1.std.1 0.224, this is 0.2", SAME_TEACHERS],
+        None,
+    ),
     "another interpolation of a teacher": (
         teacher(0, lambda c: {"checkpoint": described(c, interpolation="bicubic")}),
         ["teachers.0.interpolation bilinear, this is bicubic", SAME_TEACHERS],
@@ -213,18 +265,30 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "another backend of the renderer": (
         settings(render={"backend": "gpu"}),
-        ["renderer.backend cpu, this is gpu", "; use the same render.backend, or generate a new store"],
+        [
+            "renderer.backend cpu, this is gpu",
+            "; use the same render.backend, or generate a new store",
+        ],
         ["render.backend is gpu", "was made with cpu", "; leave it out"],
     ),
     "a renderer that makes other steps": (
         made(lambda attributes: attributes["provenance"]["renderer"].update(steps="resize, slice")),
-        ["another way to render crops (resize, slice; this version: slice, resize", "use the version of this program"],
+        [
+            "another way to render crops (resize, slice; this version: slice, resize",
+            "use the version of this program",
+        ],
         None,
     ),
     "a renderer of other pixels": (
         made(lambda attributes: attributes["fingerprint"]["digests"].update({"48": "0" * 64})),
-        ["renders other pixels than the teachers saw (at 48 px", "; install the versions it was made with"],
-        ["renders other pixels than the teachers saw (at 48 px", "or train with --allow-renderer-difference"],
+        [
+            "renders other pixels than the teachers saw (at 48 px",
+            "; install the versions it was made with",
+        ],
+        [
+            "renders other pixels than the teachers saw (at 48 px",
+            "or train with --allow-renderer-difference",
+        ],
     ),
     "another codec": (
         settings(store={"codec": "cbrt8"}),
@@ -238,17 +302,26 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "another batch size": (
         settings(store={"batch_size": 8}),
-        ["compute.batch_size 16, this is 8", "; use the same --batch-size, --device, store.precision and store.compile"],
+        [
+            "compute.batch_size 16, this is 8",
+            "; use the same --batch-size, --device, store.precision and store.compile",
+        ],
         None,
     ),
     "another precision": (
         settings(store={"precision": "bfloat16"}),
-        ["compute.precision float32, this is bfloat16", "; use the same --batch-size, --device, store.precision and store.compile"],
+        [
+            "compute.precision float32, this is bfloat16",
+            "; use the same --batch-size, --device, store.precision and store.compile",
+        ],
         None,
     ),
     "another device": (
         made(lambda attributes: attributes["provenance"]["compute"].update(device="cuda")),
-        ["compute.device cuda, this is cpu", "; use the same --batch-size, --device, store.precision and store.compile"],
+        [
+            "compute.device cuda, this is cpu",
+            "; use the same --batch-size, --device, store.precision and store.compile",
+        ],
         None,
     ),
     "an added image": (
@@ -278,28 +351,60 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "an image of the same pixels in other bytes": (
         late_image(with_comment),
-        ["1 of 90 images of another size or class, the first is {late}", "{then}", "{now}", SAME_FOLDER],
-        ["1 of 90 images of another size or class, the first is {late}", "{then}", "{now}", SAME_FOLDER],
+        [
+            "1 of 90 images of another size or class, the first is {late}",
+            "{then}",
+            "{now}",
+            SAME_FOLDER,
+        ],
+        [
+            "1 of 90 images of another size or class, the first is {late}",
+            "{then}",
+            "{now}",
+            SAME_FOLDER,
+        ],
     ),
     "an image of the same pixels in as many other bytes": (
         late_image(with_other_density),
-        ["{late} has changed since the manifest was made (other contents: {now} bytes now, {then} then)", PUT_IT_BACK],
-        ["{late} has changed since the manifest was made (other contents: {now} bytes now, {then} then)", PUT_IT_BACK],
+        [
+            "{late} has changed since the manifest was made (other contents: {now} bytes now, "
+            "{then} then)",
+            PUT_IT_BACK,
+        ],
+        [
+            "{late} has changed since the manifest was made (other contents: {now} bytes now, "
+            "{then} then)",
+            PUT_IT_BACK,
+        ],
     ),
     "an added class folder": (
         files(lambda train: shutil.copytree(train / "ant", train / "dog")),
         ["class folder dog", "is not among the 3 classes (ant, bee, …)", "take the folder away"],
-        ["has labels for 3 classes", "has 4 class folders", "the first is dog", "; pass the images that the store was made from"],
+        [
+            "has labels for 3 classes",
+            "has 4 class folders",
+            "the first is dog",
+            "; pass the images that the store was made from",
+        ],
     ),
     "an added class folder without images": (
         files(lambda train: (train / "dog").mkdir()),
         ["class folder dog", "is not among the 3 classes (ant, bee, …)", "take the folder away"],
-        ["has labels for 3 classes", "has 4 class folders", "the first is dog", "; pass the images that the store was made from"],
+        [
+            "has labels for 3 classes",
+            "has 4 class folders",
+            "the first is dog",
+            "; pass the images that the store was made from",
+        ],
     ),
     "a renamed class folder": (
         files(lambda train: (train / "bee").rename(train / "wasp")),
         ["class folder wasp", "is not among the 3 classes (ant, bee, …)"],
-        ["has labels for 3 classes", "1 are not among them (the first is wasp)", "; pass the images that the store was made from"],
+        [
+            "has labels for 3 classes",
+            "1 are not among them (the first is wasp)",
+            "; pass the images that the store was made from",
+        ],
     ),
     "a removed class folder": (
         files(lambda train: shutil.rmtree(train / "bee")),
@@ -320,14 +425,20 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
 
 
 def described(c: Command, **facts: object) -> str:
-    """The first teacher's weights as this tool writes a checkpoint, which says more of the model."""
+    """The first teacher's weights as this tool writes a checkpoint, which says more of
+    the model."""
     path = c.scratch / "described.safetensors"
-    save_file(load_file(c.recipe.teachers[0].checkpoint), path, metadata={"meal_v2": json.dumps({"model": "test_resnet", **facts})})
+    save_file(
+        load_file(c.recipe.teachers[0].checkpoint),
+        path,
+        metadata={"meal_v2": json.dumps({"model": "test_resnet", **facts})},
+    )
     return str(path)
 
 
 def require_refusal(command: Command, run: Callable[[], object], wanted: list[str]) -> None:
-    """The command is refused in one line that holds all that is wanted, and leaves the store and its folder as they were."""
+    """The command is refused in one line that holds all that is wanted, and leaves the
+    store and its folder as they were."""
     store = LabelStore.open(command.store)
     known = {"late": store.images.path[LATE], "then": store.images.bytes[LATE]}
     known["now"] = command.late.stat().st_size if command.late.exists() else None
@@ -372,23 +483,40 @@ def test_one_changed_bit_of_one_tensor_is_other_weights(command, tensor):
     ours = load(other.recipe.teachers[0]).digest()
     theirs = LabelStore.open(command.store).provenance["teachers"][0]["weights"]
     leave_a_shard_to_do(command.store)
-    require_refusal(other, other.generate, [f"teachers.0.weights {theirs[:12]}…, this is {ours[:12]}…", SAME_TEACHERS])
+    require_refusal(
+        other,
+        other.generate,
+        [f"teachers.0.weights {theirs[:12]}…, this is {ours[:12]}…", SAME_TEACHERS],
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_a_store_rendered_on_a_gpu_is_refused_in_one_line_where_there_is_none(command):
-    command = made(lambda attributes: attributes["provenance"]["renderer"].update(backend="gpu"))(command)
+    command = made(lambda attributes: attributes["provenance"]["renderer"].update(backend="gpu"))(
+        command
+    )
     leave_a_shard_to_do(command.store)
-    require_refusal(command, command.generate, ["renderer.backend gpu, this is cpu; use the same render.backend, or generate a new store"])
+    require_refusal(
+        command,
+        command.generate,
+        ["renderer.backend gpu, this is cpu; use the same render.backend, or generate a new store"],
+    )
     require_refusal(command, command.train, ["gpu"])
 
 
-@pytest.mark.parametrize(("key", "value"), [("levels", 127), ("exponent", 0.5), ("zero", 1e-3), ("dtype", "uint16"), ("name", "cbrt8")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("levels", 127), ("exponent", 0.5), ("zero", 1e-3), ("dtype", "uint16"), ("name", "cbrt8")],
+)
 def test_a_codec_that_is_not_the_provenances_decodes_nothing(command, key, value):
-    """The attribute ``codec`` is what labels are decoded by; completion records are bound to the provenance, which has it too."""
+    """The attribute ``codec`` is what labels are decoded by; completion records are
+    bound to the provenance, which has it too."""
     command = made(lambda attributes: attributes["codec"].update({key: value}))(command)
     before = tree(command.store)
-    for read in (command.train, lambda: LabelStore.open(command.store).probabilities(0, slice(0, 3))):
+    for read in (
+        command.train,
+        lambda: LabelStore.open(command.store).probabilities(0, slice(0, 3)),
+    ):
         with pytest.raises(MealError, match="codec") as refusal:
             read()
         assert "\n" not in str(refusal.value)
@@ -421,11 +549,15 @@ def test_every_stage_refuses_another_format_kindly(command, stage, version, says
     reads = f"this program reads {VERSIONS[0]} to {VERSIONS[-1]}"
     with pytest.raises(MealError) as refusal:
         LabelStore.open(command.store)
-    assert str(refusal.value) == f"{command.store} has label store format {version}, {reads}; {says}"
+    assert (
+        str(refusal.value) == f"{command.store} has label store format {version}, {reads}; {says}"
+    )
     before = tree(command.store)
     with pytest.raises(MealError) as refusal:
         STAGES[stage](command)
-    assert str(refusal.value) == f"{command.store} has label store format {version}, {reads}; {says}"
+    assert (
+        str(refusal.value) == f"{command.store} has label store format {version}, {reads}; {says}"
+    )
     assert tree(command.store) == before
 
 
@@ -434,11 +566,22 @@ def test_a_newer_format_is_refused_kindly_whatever_it_looks_like_inside(command,
     """It isn't damaged, and above all not to be mended."""
     shutil.rmtree(command.store)
     command.store.mkdir()
-    attributes = {"format": "meal-v2-label-store", "format_version": 70, "seal": "of another kind", "provenance": ["rearranged"]}
-    (command.store / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}))
+    attributes = {
+        "format": "meal-v2-label-store",
+        "format_version": 70,
+        "seal": "of another kind",
+        "provenance": ["rearranged"],
+    }
+    (command.store / "zarr.json").write_text(
+        json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    )
     before = tree(command.store)
     for _ in range(2):
-        with pytest.raises(MealError, match="has label store format 70, .*; it was made by a newer version: update this program"):
+        with pytest.raises(
+            MealError,
+            match="has label store format 70, .*; it was made by a newer version: update this "
+            "program",
+        ):
             STAGES[stage](command)
         assert tree(command.store) == before
         (command.store / "records").mkdir(exist_ok=True)  # now it has folders that ours have
@@ -448,13 +591,26 @@ def test_a_newer_format_is_refused_kindly_whatever_it_looks_like_inside(command,
 def test_a_refusal_is_one_line_and_status_1_on_the_command_line(command):
     config = command.scratch / "recipe.yaml"
     config.write_text(command.recipe.to_yaml())
-    common = [f"--config={config}", f"--data={command.data}", f"--store={command.store}", "--device=cpu", "--set=crops.seed=1"]
-    for name, more in (("generate-labels", []), ("train-student", [f"--out={command.scratch / 'run'}"])):
+    common = [
+        f"--config={config}",
+        f"--data={command.data}",
+        f"--store={command.store}",
+        "--device=cpu",
+        "--set=crops.seed=1",
+    ]
+    for name, more in (
+        ("generate-labels", []),
+        ("train-student", [f"--out={command.scratch / 'run'}"]),
+    ):
         before = tree(command.store)
         result = CliRunner().invoke(main, [name, *common, *more])
         assert result.exit_code == 1 and result.stdout == ""
         *others, last = result.stderr.splitlines()
-        assert last.startswith("error: ") and "crops.seed" in last and not any(line.startswith("error") for line in others)
+        assert (
+            last.startswith("error: ")
+            and "crops.seed" in last
+            and not any(line.startswith("error") for line in others)
+        )
         assert tree(command.store) == before
 
 
@@ -472,7 +628,8 @@ def behind_a_link(c: Command) -> Command:
 
 
 def by_links(train: Path) -> None:
-    """Images that are links to files elsewhere, as subsets of large data sets are laid out."""
+    """Images that are links to files elsewhere, as subsets of large data sets are laid
+    out."""
     away = train.parent / ".away"
     shutil.copytree(train, away)
     for image in away.glob("*/*.jpg"):
@@ -529,7 +686,10 @@ def as_pth(wrapped: bool) -> Callable[[Command], dict]:
     def make(c: Command) -> dict:
         weights = load_file(c.recipe.teachers[0].checkpoint)
         backwards = {name: weights[name].clone() for name in sorted(weights, reverse=True)}
-        torch.save({"epoch": 3, "state_dict": backwards} if wrapped else backwards, c.scratch / "weights.pth")
+        torch.save(
+            {"epoch": 3, "state_dict": backwards} if wrapped else backwards,
+            c.scratch / "weights.pth",
+        )
         return {"checkpoint": str(c.scratch / "weights.pth")}
 
     return make
@@ -568,11 +728,12 @@ NO_MATTER: dict[str, Change] = {
 NO_MATTER_TO_LABELS: dict[str, Change] = {
     **NO_MATTER,
     "one view per decode": settings(store={"views_per_decode": 1}),
-    "a lower limit for large pictures": settings(render={"max_megapixels": 0.001}),  # which are usable is settled with the manifest
+    # which are usable is settled with the manifest
+    "a lower limit for large pictures": settings(render={"max_megapixels": 0.001}),
     "other rows of a shard": settings(store={"shard_rows": 16}),  # the store keeps its own
-    "another student, trained otherwise": settings(student={"model": "test_resnet"}, train={"lr": 1.0, "epochs": 9}),
+    "another student": settings(student={"model": "test_resnet"}, train={"lr": 1.0, "epochs": 9}),
     "a teacher's name with its tag": teacher(0, model="test_resnet.r160_in1k"),
-    "a checkpoint of another name": teacher(0, lambda c: {"checkpoint": str(shutil.copy(c.recipe.teachers[0].checkpoint, c.scratch / "x.safetensors"))}),
+    "a checkpoint of another name": teacher(0, renamed),
     "a checkpoint as this tool writes it": teacher(0, lambda c: {"checkpoint": described(c)}),
     "a checkpoint in torch's format": teacher(0, as_pth(wrapped=False)),
     "a checkpoint with other things around the weights": teacher(0, as_pth(wrapped=True)),
@@ -582,7 +743,9 @@ NO_MATTER_TO_LABELS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("what", NO_MATTER_TO_LABELS)
-def test_generate_labels_goes_on_to_the_same_bytes_with_what_does_not_matter(command, store_path, what):
+def test_generate_labels_goes_on_to_the_same_bytes_with_what_does_not_matter(
+    command, store_path, what
+):
     leave_a_shard_to_do(command.store)
     command = NO_MATTER_TO_LABELS[what](command)
     command.generate()
@@ -603,13 +766,17 @@ def test_train_student_trains_the_same_student_with_what_does_not_matter(command
     command = NO_MATTER[what](command)
     command.train()
     student = load_file(command.scratch / "run" / "last.safetensors")
-    assert student.keys() == trained.keys() and all(torch.equal(student[name], trained[name]) for name in trained)
+    assert student.keys() == trained.keys() and all(
+        torch.equal(student[name], trained[name]) for name in trained
+    )
 
 
 def test_a_store_that_names_a_tag_goes_on_without_it(command, photos):
     tagged = teacher(0, model="test_resnet.r160_in1k")(command)
     path = command.scratch / "stores" / "tagged.zarr"
-    wanted = tree(generate(changed(tagged.recipe, crops={"views": 1}), photos, path, device=CPU).path)
+    wanted = tree(
+        generate(changed(tagged.recipe, crops={"views": 1}), photos, path, device=CPU).path
+    )
     leave = path / "records/c/0/2/0"
     leave.unlink()
     generate(changed(command.recipe, crops={"views": 1}), photos, path, device=CPU)

@@ -1,4 +1,5 @@
-"""verify with images: are they the ones that were labelled, and do the teachers say again what the store says they said?"""
+"""verify with images: are they the ones that were labelled, and do the teachers say
+again what the store says they said?"""
 
 from __future__ import annotations
 
@@ -31,12 +32,17 @@ def looked_at(path: Path, photos: Path, recipe: Config, sample: int | None = 100
 
 
 @pytest.mark.parametrize("codec", ["pow8", "float32"])
-def test_labels_made_again_are_those_of_the_store_within_the_stated_error(photos, recipe, tmp_path, codec):
+def test_labels_made_again_are_those_of_the_store_within_the_stated_error(
+    photos, recipe, tmp_path, codec
+):
     generate(changed(recipe, store={"codec": codec}), photos, tmp_path / "s.zarr", device=CPU)
     result = looked_at(tmp_path / "s.zarr", photos, recipe)
     sample = result["sample"]
     assert result["trusted"] and sample["agrees"] and sample["crops"] == 100
-    assert sample["kl_largest"] <= sample["kl_stated"] + 1e-6 and sample["tv_largest"] <= sample["tv_stated"] + 1e-5
+    assert (
+        sample["kl_largest"] <= sample["kl_stated"] + 1e-6
+        and sample["tv_largest"] <= sample["tv_stated"] + 1e-5
+    )
     assert sample["equal_codes"] > (0.99 if codec == "pow8" else 0.0)
 
 
@@ -49,7 +55,9 @@ def test_every_labelled_crop_may_be_asked_for_once(photos, recipe, store_path):
 
 
 def test_mixed_pictures_are_mixed_again(photos, recipe, tmp_path, monkeypatch):
-    generate(changed(recipe, crops={"cutmix": {"prob": 0.8}}), photos, tmp_path / "s.zarr", device=CPU)
+    generate(
+        changed(recipe, crops={"cutmix": {"prob": 0.8}}), photos, tmp_path / "s.zarr", device=CPU
+    )
     assert looked_at(tmp_path / "s.zarr", photos, recipe)["trusted"]
     monkeypatch.setattr(mixing, "paste", lambda pixels, others, place, box: pixels)
     assert not looked_at(tmp_path / "s.zarr", photos, recipe)["trusted"]
@@ -63,20 +71,34 @@ def test_labels_of_other_crops_are_noticed_though_every_digest_is_right(photos, 
     assert result["sound"] and not result["trusted"]
     (problem,) = result["problems"]
     worst = result["sample"]["worst"][0]
-    assert worst["view"] == 1 and 32 <= worst["row"] < 64 and worst["path"] in problem and "\n" not in problem
+    assert (
+        worst["view"] == 1
+        and 32 <= worst["row"] < 64
+        and worst["path"] in problem
+        and "\n" not in problem
+    )
 
 
 @pytest.mark.parametrize("codec", ["pow8", "tail40"])
 @pytest.mark.parametrize("what", ["sharper", "softer", "of another image"])
-def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(photos, recipe, tmp_path, codec, what):
-    """Right in every digest and sum, and with tail40 well within what the codec may lose."""
+def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(
+    photos, recipe, tmp_path, codec, what
+):
+    """Right in every digest and sum, and with tail40 well within what the codec may
+    lose."""
     path = tmp_path / "s.zarr"
     generate(changed(recipe, store={"codec": codec}), photos, path, device=CPU)
     assert looked_at(path, photos, recipe, 180)["trusted"]
     writer = StoreWriter(path)
-    fine = generate(changed(recipe, store={"codec": "float32"}), photos, tmp_path / "fine.zarr", device=CPU)
+    fine = generate(
+        changed(recipe, store={"codec": "float32"}), photos, tmp_path / "fine.zarr", device=CPU
+    )
     said = fine.probabilities(0, slice(0, 32))
-    other = np.roll(said, 1, axis=0) if what == "of another image" else said ** (1.5 if what == "sharper" else 1 / 1.5)
+    other = (
+        np.roll(said, 1, axis=0)
+        if what == "of another image"
+        else said ** (1.5 if what == "sharper" else 1 / 1.5)
+    )
     other /= other.sum(axis=1, keepdims=True)
     writer.write(0, 0, writer.store.codec.encode(other), writer.store.content(0, 0)[0].crops)
     result = looked_at(path, photos, recipe, 180)
@@ -123,7 +145,11 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def test_the_command_says_what_it_found_and_its_status_says_whether_to_trust(photos, recipe, copy):
     teachers = [f"--teacher={t.model}={t.checkpoint}" for t in recipe.teachers]
     status, out, _ = run("verify", copy, "--data", photos, "--sample", 20, *teachers)
-    assert status == 0 and "6 of 6 shards read, 180 labels; every digest is right" in out and "20 crops labelled again" in out
+    assert (
+        status == 0
+        and "6 of 6 shards read, 180 labels; every digest is right" in out
+        and "20 crops labelled again" in out
+    )
     status, out, _ = run("verify", copy, "--data", photos)
     assert status == 0 and "all 90 are, byte for byte, those that were labelled" in out
     (copy / "records/c/0/2/0").unlink()
@@ -140,6 +166,8 @@ def test_the_command_says_what_it_found_and_its_status_says_whether_to_trust(pho
     assert status == 1 and out.startswith("damaged  zarr.json: ") and "NOT SOUND" in out
 
 
-@pytest.mark.parametrize("arguments", [("--sample", 5), ("--teacher", "resnet18"), ("--sample", 0, "--data", ".")])
+@pytest.mark.parametrize(
+    "arguments", [("--sample", 5), ("--teacher", "resnet18"), ("--sample", 0, "--data", ".")]
+)
 def test_options_that_go_together_are_asked_for_together(store_path, arguments):
     assert run("verify", store_path, *arguments)[0] == 2

@@ -1,4 +1,5 @@
-"""Every recipe in configs/: it loads, its head says what it is and costs, its models exist, and one step of both stages runs."""
+"""Every recipe in configs/: it loads, its head says what it is and costs, its models
+exist, and one step of both stages runs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from pipeline.runs import checkpoint
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("meal_v2_*.yaml"))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Paper and authors' model list: students with their published top-1, where there is one.
+# Paper and authors' model list: students with their published top-1, where there is
+# one.
 PUBLISHED = {
     "meal_v2_resnet50": ("resnet50", "80.67"),
     "meal_v2_resnet50_380": ("resnet50", "81.72"),
@@ -40,7 +42,8 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 
 @pytest.fixture(scope="module")
 def without_weights() -> pytest.MonkeyPatch:
-    """Models of the recipes with random weights instead of the hub's, each built once."""
+    """Models of the recipes with random weights instead of the hub's, each built
+    once."""
     built: dict[str, nn.Module] = {}
     create = weights._create
 
@@ -83,7 +86,10 @@ def test_a_recipes_head_names_figure_teachers_cost_and_commands(path):
     recipe, text = config_file.load(path), head(path)
     assert "2009.08453" in text and "Teachers: " in text
     for command in ("generate-labels", "train-student"):
-        assert f"python cli.py {command}" in text and f"--config configs/{path.name} --data IMAGENET --store labels.zarr" in text
+        assert (
+            f"python cli.py {command}" in text
+            and f"--config configs/{path.name} --data IMAGENET --store labels.zarr" in text
+        )
     words = " ".join(text.replace("#", " ").split())
     assert cost.sentence(cost.estimate(recipe)) in words
 
@@ -92,7 +98,9 @@ def test_a_recipes_head_names_figure_teachers_cost_and_commands(path):
 def test_a_recipe_is_the_papers(path):
     recipe = config_file.load(path)
     for spec in (*recipe.teachers, recipe.student):
-        assert resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()  # a tag, not timm's choice of today
+        assert (
+            resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()
+        )  # a tag, not timm's choice of today
         assert (spec.mean, spec.std) == IMAGENET
     paper = Train(image_size=recipe.train.image_size, discriminator=Discriminator())
     assert recipe.train == paper
@@ -101,9 +109,9 @@ def test_a_recipe_is_the_papers(path):
 
 
 def test_students_of_one_size_share_one_store():
-    shared = [config_file.load(path) for path in RECIPES if "store made for one of these" in head(path)] + [
-        config_file.load(RECIPES[0].with_name("meal_v2_resnet50.yaml"))
-    ]
+    shared = [
+        config_file.load(path) for path in RECIPES if "store made for one of these" in head(path)
+    ] + [config_file.load(RECIPES[0].with_name("meal_v2_resnet50.yaml"))]
     assert len(shared) == 7
     assert len({(r.teachers, r.crops, r.store) for r in shared}) == 1
 
@@ -122,11 +130,15 @@ def test_one_step_of_both_stages_runs(path, few, stores, tmp_path, without_weigh
     if not labels.exists():
         generate(tiny, few, labels, classes=classes, device=CPU)
     store = LabelStore.open(labels)
-    assert [t["model"] for t in store.provenance["teachers"]] == [spec.model for spec in tiny.teachers]
+    assert [t["model"] for t in store.provenance["teachers"]] == [
+        spec.model for spec in tiny.teachers
+    ]
     assert store.progress() == (1, 1) and store.mixed == path.stem.endswith("cutmix")
     saved = {}
     monkeypatch.setattr(checkpoint, "save_state", lambda path, state: None)  # gigabytes
-    monkeypatch.setattr(checkpoint, "save_model", lambda path, model, facts: saved.update(model=model))
+    monkeypatch.setattr(
+        checkpoint, "save_model", lambda path, model, facts: saved.update(model=model)
+    )
     metrics = train(tiny, few, tmp_path / "run", store=labels, device=CPU)
     assert saved["model"].name == tiny.student.model and metrics["images"] == 6
     assert 0 < metrics["kl"] < metrics["loss"] and 0 < metrics["discriminator_loss"] < 2

@@ -1,4 +1,5 @@
-"""The renderer: the student's pixels are the teachers', a crop shows what its box says, and evaluation's view is torchvision's."""
+"""The renderer: the student's pixels are the teachers', a crop shows what its box says,
+and evaluation's view is torchvision's."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def encoded(photo: Image.Image, kind: str, **how: object) -> bytes:
 
 def cut(height: int, width: int, photo: int = 0, top: int = 100, left: int = 60) -> Image.Image:
     """A piece of one of scikit-learn's two photographs."""
-    return Image.fromarray(load_sample_images().images[photo][top : top + height, left : left + width])
+    return Image.fromarray(
+        load_sample_images().images[photo][top : top + height, left : left + width]
+    )
 
 
 def odd_files() -> dict[str, bytes]:
@@ -59,20 +62,41 @@ def odd_files() -> dict[str, bytes]:
 
 
 def as_teachers(
-    blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray, sizes: list[int], batch_size: int, threads: int, **how: str
+    blobs: list[bytes],
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    sizes: list[int],
+    batch_size: int,
+    threads: int,
+    **how: str,
 ) -> Rendered:
     """As stage one does: every view and size from one whole decode."""
     how = {"interpolation": "bilinear", "exif": "ignore"} | how
     renderer = crop_renderer(sizes, len(boxes), batch_size, threads=threads, **how)
     starts = range(0, len(blobs), batch_size)
-    parts = [renderer(blobs[s : s + batch_size], boxes[:, s : s + batch_size], flips[:, s : s + batch_size]) for s in starts]
-    return [{size: torch.cat([part[view][size] for part in parts]) for size in sizes} for view in range(len(boxes))]
+    parts = [
+        renderer(
+            blobs[s : s + batch_size], boxes[:, s : s + batch_size], flips[:, s : s + batch_size]
+        )
+        for s in starts
+    ]
+    return [
+        {size: torch.cat([part[view][size] for part in parts]) for size in sizes}
+        for view in range(len(boxes))
+    ]
 
 
 def as_students(
-    blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray, size: int, batch_size: int, threads: int, **how: str
+    blobs: list[bytes],
+    boxes: np.ndarray,
+    flips: np.ndarray,
+    size: int,
+    batch_size: int,
+    threads: int,
+    **how: str,
 ) -> torch.Tensor:
-    """As stage two does: one view (boxes [n, 4], flips [n]), one size, only the crop's region decoded."""
+    """As stage two does: one view (boxes [n, 4], flips [n]), one size, only the crop's
+    region decoded."""
     return as_teachers(blobs, boxes[None], flips[None], [size], batch_size, threads, **how)[0][size]
 
 
@@ -83,9 +107,13 @@ def store(store_path: Path) -> LabelStore:
 
 @pytest.fixture(scope="module")
 def teachers_pixels(store: LabelStore, photos: Path) -> Rendered:
-    """Both views of every image of the store, in row order, at the teachers' sizes and another one."""
+    """Both views of every image of the store, in row order, at the teachers' sizes and
+    another one."""
     blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
-    boxes, flips = (np.stack(column) for column in zip(*(store.crops(view, slice(None)) for view in (0, 1)), strict=True))
+    boxes, flips = (
+        np.stack(column)
+        for column in zip(*(store.crops(view, slice(None)) for view in (0, 1)), strict=True)
+    )
     return as_teachers(blobs, boxes, flips, [48, 64, 33], 16, 2)
 
 
@@ -95,15 +123,25 @@ def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, ba
     """A whole epoch of each view, bit for bit."""
     for epoch, size in ((0, 64), (1, 64), (2, 48), (3, 33)):
         replay = make_replay(
-            stored_labels(store, 2), photos / "train", sizes=[size], batch_size=batch_size, seed=0, rendering=Render(threads=threads)
+            stored_labels(store, 2),
+            photos / "train",
+            sizes=[size],
+            batch_size=batch_size,
+            seed=0,
+            rendering=Render(threads=threads),
         )
         seen = 0
         with replay.epoch(epoch) as batches:
             for batch in batches:
-                assert torch.equal(batch.pixels[size], teachers_pixels[epoch % 2][size][torch.from_numpy(batch.rows)])
+                assert torch.equal(
+                    batch.pixels[size],
+                    teachers_pixels[epoch % 2][size][torch.from_numpy(batch.rows)],
+                )
                 seen += len(batch.rows)
         assert seen == 90
-    assert (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()  # so other crops would be noticed
+    assert (
+        (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()
+    )  # so other crops would be noticed
 
 
 def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
@@ -111,7 +149,10 @@ def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
     blobs = [(photos / "train" / store.images.path[row]).read_bytes() for row in rows]
     boxes, flips = store.crops(1, rows)
     for batch_size, threads in ((1, 1), (1, 4), (7, 2), (64, 1), (90, 4)):
-        assert torch.equal(as_students(blobs, boxes, flips, 48, batch_size, threads), teachers_pixels[1][48].flip(0))
+        assert torch.equal(
+            as_students(blobs, boxes, flips, 48, batch_size, threads),
+            teachers_pixels[1][48].flip(0),
+        )
         (whole,) = as_teachers(blobs, boxes[None], flips[None], [48, 64], batch_size, threads)
         assert torch.equal(whole[64], teachers_pixels[1][64].flip(0))
 
@@ -136,17 +177,28 @@ def test_every_kind_of_image_gives_the_student_the_teachers_pixels(exif, interpo
 
 
 @pytest.mark.parametrize("exif", ["ignore", "apply"])
-@pytest.mark.parametrize("name", ["colour", "finest", "grey", "progressive", "alpha", "palette", "turned", "bmp"])
+@pytest.mark.parametrize(
+    "name", ["colour", "finest", "grey", "progressive", "alpha", "palette", "turned", "bmp"]
+)
 def test_a_crop_of_the_output_size_is_that_part_of_pillows_image(name, exif):
     blob = odd_files()[name]
     image = Image.open(io.BytesIO(blob))
     if exif == "apply":
         image = ImageOps.exif_transpose(image)
     decoded = torch.from_numpy(np.array(image.convert("RGB")))
-    boxes = np.array([[0, 0, 40, 40], [3, 5, 40, 40], [decoded.shape[0] - 40, decoded.shape[1] - 40, 40, 40], [3, 5, 40, 40]])
+    boxes = np.array(
+        [
+            [0, 0, 40, 40],
+            [3, 5, 40, 40],
+            [decoded.shape[0] - 40, decoded.shape[1] - 40, 40, 40],
+            [3, 5, 40, 40],
+        ]
+    )
     flips = np.array([False, False, True, True])
     wanted = [decoded[t : t + h, left : left + w] for t, left, h, w in boxes]
-    wanted = torch.stack([part.flip(1) if flip else part for part, flip in zip(wanted, flips, strict=True)])
+    wanted = torch.stack(
+        [part.flip(1) if flip else part for part, flip in zip(wanted, flips, strict=True)]
+    )
     assert torch.equal(as_students([blob] * 4, boxes, flips, 40, 4, 1, exif=exif), wanted)
     views = as_teachers([blob], boxes[:, None], flips[:, None], [40], 1, 1, exif=exif)
     assert torch.equal(torch.cat([view[40] for view in views]), wanted)
@@ -157,11 +209,19 @@ def test_a_crop_of_the_output_size_is_that_part_of_pillows_image(name, exif):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
     photo = cut(*shape, top=0, left=0)
-    mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[
+        interpolation
+    ]
     resize = Resize(size * 256 // 224, interpolation=mode)
     theirs = np.array(Compose([resize, CenterCrop(size)])(photo)).astype(float)
     centre = centre_renderer([(size, interpolation)], 1, exif="ignore", threads=1)
-    (ours,) = centre([encoded(photo, "PNG")], np.array(shape[:1]), np.array(shape[1:]))[size, interpolation].numpy().astype(float)
+    (ours,) = (
+        centre([encoded(photo, "PNG")], np.array(shape[:1]), np.array(shape[1:]))[
+            size, interpolation
+        ]
+        .numpy()
+        .astype(float)
+    )
     assert ours.shape == (size, size, 3)
     difference = np.abs(ours - theirs).mean()
     assert difference < 1  # of 255
@@ -174,7 +234,9 @@ def test_evaluation_takes_images_of_any_shape_and_several_sizes_at_once():
     files = odd_files()
     height, width = np.array([WholeDecode(RenderSettings())(blob) for blob in files.values()]).T
     looks = [(64, "bilinear"), (32, "bicubic"), (32, "bilinear"), (64, "bilinear")]
-    together = centre_renderer(looks, len(files), exif="ignore", threads=2)([*files.values()], height, width)
+    together = centre_renderer(looks, len(files), exif="ignore", threads=2)(
+        [*files.values()], height, width
+    )
     assert set(together) == set(looks)
     for size, interpolation in set(looks):
         alone = centre_renderer([(size, interpolation)], 1, exif="ignore", threads=1)
@@ -196,7 +258,10 @@ def test_a_store_knows_whether_its_pixels_are_rendered_again(store, store_path, 
         attributes["made_with"]["numpy"] = "1.0"
 
     edit_store(changed, edit)
-    with pytest.raises(StoreError, match=r"at 48 px; numpy 1.0 then, .* now.*; install .*--allow-renderer-difference") as refused:
+    with pytest.raises(
+        StoreError,
+        match=r"at 48 px; numpy 1.0 then, .* now.*; install .*--allow-renderer-difference",
+    ) as refused:
         require_same_pixels(LabelStore.open(changed), photos / "train", 2)
     assert "\n" not in str(refused.value)
 
@@ -229,7 +294,9 @@ def test_a_blank_is_black_and_changes_no_neighbour(store, photos):
     without = as_students(blobs, boxes, flips, 48, 9, 2)
     for pixels in (
         as_students(filled, shown, flips, 48, 9, 2),
-        as_teachers(filled, np.stack([shown, shown]), np.stack([flips, ~flips]), [48, 64], 9, 2)[0][48],
+        as_teachers(filled, np.stack([shown, shown]), np.stack([flips, ~flips]), [48, 64], 9, 2)[0][
+            48
+        ],
     ):
         assert not pixels[torch.from_numpy(blank)].any()
         assert torch.equal(pixels[torch.from_numpy(~blank)], without[torch.from_numpy(~blank)])
@@ -253,28 +320,51 @@ def test_an_image_that_fails_later_is_an_error_of_one_line_and_the_renderer_live
 
 
 def test_baseline_jpegs_are_known_by_their_header():
-    """What a GPU's hardware decoder is for: of these files all that are sequential JPEGs of one or three components."""
+    """What a GPU's hardware decoder is for: of these files all that are sequential
+    JPEGs of one or three components."""
     files = odd_files()
     photo = cut(151, 203)
     files |= {
-        "long comment": encoded(photo, "JPEG", comment=b"\xff\xc2" * 30_000),  # which looks like a progressive frame
-        "filled": b"\xff\xd8" + b"\xff" * 7 + encoded(photo, "JPEG")[3:],  # fill bytes before the first marker
-        "twelve bits": (jpeg := encoded(photo, "JPEG")).replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+        "long comment": encoded(
+            photo, "JPEG", comment=b"\xff\xc2" * 30_000
+        ),  # which looks like a progressive frame
+        "filled": b"\xff\xd8"
+        + b"\xff" * 7
+        + encoded(photo, "JPEG")[3:],  # fill bytes before the first marker
+        "twelve bits": (jpeg := encoded(photo, "JPEG")).replace(
+            b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"
+        ),
         "cut short": jpeg[:100],
         "empty": b"",
         "no image": b"\xff\xd8\xff\xc0",
         "blank": BLANK,
     }
     baseline = {name for name, blob in files.items() if hardware_jpeg.is_baseline_jpeg(blob)}
-    assert baseline == {"colour", "finest", "grey", "turned", "pixel", "line", "long comment", "filled"}
+    assert baseline == {
+        "colour",
+        "finest",
+        "grey",
+        "turned",
+        "pixel",
+        "line",
+        "long comment",
+        "filled",
+    }
 
 
 def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatch):
     renderer = crop_renderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
-    monkeypatch.setattr(dali.fn.decoders, "image", lambda encoded, **how: (how["device"], how.get("hw_decoder_load")))
+    monkeypatch.setattr(
+        dali.fn.decoders,
+        "image",
+        lambda encoded, **how: (how["device"], how.get("hw_decoder_load")),
+    )
     assert renderer._decoded(None, False) == ("cpu", None)
     renderer.gpu = True
-    assert [renderer._decoded(None, hardware) for hardware in (False, True)] == [("mixed", 0.0), ("mixed", 1.0)]
+    assert [renderer._decoded(None, hardware) for hardware in (False, True)] == [
+        ("mixed", 0.0),
+        ("mixed", 1.0),
+    ]
 
 
 @pytest.mark.parametrize(("engines", "refused"), [(0, True), (7, False), (None, False)])
@@ -293,16 +383,24 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
 
 
 @pytest.mark.parametrize(
-    "said", ["CUDA driver API error cudaErrorMemoryAllocation", "Can't allocate 8589934592 on device 0.", "std::bad_alloc"]
+    "said",
+    [
+        "CUDA driver API error cudaErrorMemoryAllocation",
+        "Can't allocate 8589934592 on device 0.",
+        "std::bad_alloc",
+    ],
 )
 def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
-    """And is told as other want of memory is, from which the command line's advice comes."""
+    """And is told as other want of memory is, from which the command line's advice
+    comes."""
     renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     blobs = [encoded(cut(40, 50), "JPEG")] * 2
     renderer(blobs, *crops_of(blobs, 1))
     renderer.gpu = True
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(renderer.pipes[False], "run", lambda stream: (_ for _ in ()).throw(RuntimeError(said)))
+    monkeypatch.setattr(
+        renderer.pipes[False], "run", lambda stream: (_ for _ in ()).throw(RuntimeError(said))
+    )
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         renderer(blobs, *crops_of(blobs, 1))
 
@@ -311,17 +409,25 @@ def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
     whole = WholeDecode(RenderSettings())
     height, width = np.array([whole(blob) for blob in blobs]).T
     identity = philox.identities(np.array([str(i) for i in range(len(blobs))], object))
-    boxes, flips = zip(*(random_crop.draw(CropPolicy(), identity, height, width, view) for view in range(views)), strict=True)
+    boxes, flips = zip(
+        *(random_crop.draw(CropPolicy(), identity, height, width, view) for view in range(views)),
+        strict=True,
+    )
     return np.stack(boxes), np.stack(flips)
 
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
-    """As with render.backend gpu-hardware: batches of baseline JPEGs filled up, the others apart."""
+    """As with render.backend gpu-hardware: batches of baseline JPEGs filled up, the
+    others apart."""
     kinds = list(odd_files().values())
     boxes, flips = crops_of(kinds, views)
-    plain = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(kinds, boxes, flips)
-    renderer = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)
+    plain = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(
+        kinds, boxes, flips
+    )
+    renderer = crop_renderer(
+        [32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2
+    )
     renderer.divides = True
     fed: list[tuple[bool, int]] = []
     run = renderer.run
@@ -355,8 +461,14 @@ def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied
             happened.append(self.name)
 
     run = renderer.run
-    renderer.run = lambda blobs, **how: (happened.append("hardware" if how["hardware"] else "CUDA"), run(blobs, **how))[1]
-    renderer.lent = {True: (None, Copied("waits for the hardware's")), False: (None, Copied("waits for CUDA's"))}
+    renderer.run = lambda blobs, **how: (
+        happened.append("hardware" if how["hardware"] else "CUDA"),
+        run(blobs, **how),
+    )[1]
+    renderer.lent = {
+        True: (None, Copied("waits for the hardware's")),
+        False: (None, Copied("waits for CUDA's")),
+    }
     renderer(blobs, *crops_of(blobs, 1))
     assert happened == ["waits for the hardware's", "waits for CUDA's", "hardware", "CUDA"]
 
@@ -373,7 +485,8 @@ def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
 
 
 def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, monkeypatch):
-    """As one that a GPU's decoder refuses and the CPU's doesn't: first all are looked at on the CPU, then as the renderer does it."""
+    """As one that a GPU's decoder refuses and the CPU's doesn't: first all are looked
+    at on the CPU, then as the renderer does it."""
     blobs = [encoded(cut(40, 50), "JPEG", quality=80 + i) for i in range(5)]
     boxes, flips = crops_of(blobs, 1)
     looked: list[str] = []
@@ -389,21 +502,36 @@ def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, mo
     renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     renderer(blobs, boxes, flips)
     monkeypatch.setattr(dali, "WholeDecode", Look)
-    monkeypatch.setattr(renderer.pipes[False], "run", lambda: (_ for _ in ()).throw(RuntimeError("the GPU's decoder can't")))
+    monkeypatch.setattr(
+        renderer.pipes[False],
+        "run",
+        lambda: (_ for _ in ()).throw(RuntimeError("the GPU's decoder can't")),
+    )
     renderer.backend = "gpu"
     with pytest.raises(RenderError, match="the GPU's decoder can't") as failed:
         renderer(blobs, boxes, flips)
     assert failed.value.place == 3 and looked == ["cpu"] * 5 + ["gpu"] * 4
-    line = r"bee/001\.jpg: DALI could not render it .*; the CPU decodes it, so convert it .* \(render.backend: cpu\)"
+    line = (
+        r"bee/001\.jpg: DALI could not render it .*; the CPU decodes it, so convert it .* "
+        r"\(render.backend: cpu\)"
+    )
     rows = np.flatnonzero(store.images.path == "bee/001.jpg").repeat(5)
     with pytest.raises(DataError, match=line), reader.naming(store.images, rows):
         raise failed.value
 
 
-def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(store, photos, teachers_pixels, monkeypatch):
+def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
+    store, photos, teachers_pixels, monkeypatch
+):
     class Default(dali.dali.Pipeline):
         def __init__(self, **how: object) -> None:
-            super().__init__(**{name: value for name, value in how.items() if name not in ("exec_async", "exec_pipelined")})
+            super().__init__(
+                **{
+                    name: value
+                    for name, value in how.items()
+                    if name not in ("exec_async", "exec_pipelined")
+                }
+            )
 
     monkeypatch.setattr(dali.dali, "Pipeline", Default)
     renderer = crop_renderer([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
@@ -424,11 +552,16 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
 
 
 @pytest.mark.parametrize("depends_on", ["the number in a batch", "the place in a batch", "nothing"])
-def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, monkeypatch, depends_on):
-    """What DALI's default share of the hardware decoder would do on a GPU, done here to one pixel of one crop."""
+def test_pixels_that_depend_on_other_images_make_no_fingerprint(
+    store, photos, monkeypatch, depends_on
+):
+    """What DALI's default share of the hardware decoder would do on a GPU, done here to
+    one pixel of one crop."""
     real = CropRenderer.__call__
 
-    def shifty(self: CropRenderer, blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray) -> dali.Rendered:
+    def shifty(
+        self: CropRenderer, blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray
+    ) -> dali.Rendered:
         made = real(self, blobs, boxes, flips)
         if depends_on == "the number in a batch" and len(blobs) > 30:
             made[0][48][9, 5, 5, 0] ^= 1
@@ -440,7 +573,9 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, m
     if depends_on == "nothing":
         return require_same_pixels(store, photos / "train", 2)
     with pytest.raises(
-        RenderError, match=r"other pixels of an image when others are rendered with it \([12] of \d+ crops differ at 48 px\)"
+        RenderError,
+        match=r"other pixels of an image when others are rendered with it \([12] of \d+ crops "
+        r"differ at 48 px\)",
     ):
         require_same_pixels(store, photos / "train", 2)
     return None
@@ -449,7 +584,9 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(store, photos, m
 def test_views_of_one_rendering_lie_behind_each_other():
     blobs = [encoded(cut(60, 80), "JPEG", quality=80 + i) for i in range(3)]
     boxes, flips = crops_of(blobs, 2)
-    made = crop_renderer([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(blobs, boxes, flips)
+    made = crop_renderer([32], 2, 4, interpolation="bilinear", exif="ignore", threads=1)(
+        blobs, boxes, flips
+    )
     whole = made.all_views[32]
     assert whole.shape == (2, 3, 32, 32, 3) and torch.equal(whole[1], made[1][32])
     assert whole.flatten(0, 1).data_ptr() == made[0][32].data_ptr()

@@ -1,4 +1,5 @@
-"""Replay: every image once an epoch, in the same order for every number of processes, with the stored crops and labels of its view."""
+"""Replay: every image once an epoch, in the same order for every number of processes,
+with the stored crops and labels of its view."""
 
 from __future__ import annotations
 
@@ -28,10 +29,14 @@ def order(usable: np.ndarray, block_rows: int, seed: int, epoch: int) -> np.ndar
     return np.concatenate([*epoch_windows(usable, block_rows, seed, epoch)])
 
 
-def batches(store_path: Path, photos: Path, epoch: int, *, hard: bool = False, **how: int) -> list[Batch]:
+def batches(
+    store_path: Path, photos: Path, epoch: int, *, hard: bool = False, **how: int
+) -> list[Batch]:
     source = stored_labels(LabelStore.open(store_path), 2, hard=hard)
     options = {"sizes": [32], "batch_size": 16, "seed": 5} | how
-    with make_replay(source, photos / "train", rendering=Render(threads=2), **options).epoch(epoch) as made:
+    with make_replay(source, photos / "train", rendering=Render(threads=2), **options).epoch(
+        epoch
+    ) as made:
         return list(made)
 
 
@@ -65,32 +70,53 @@ def test_the_order_is_a_good_shuffle(rows, block_rows):
         row = order(position, block_rows, 0, epoch)
         assert abs(np.corrcoef(position, row)[0, 1]) < 0.06
         assert np.abs(position - row).mean() == pytest.approx(rows / 3, rel=0.06)
-        assert (np.abs(np.diff(row)) == 1).mean() < 0.01  # neighbours in the store are no neighbours in the epoch
+        assert (
+            np.abs(np.diff(row)) == 1
+        ).mean() < 0.01  # neighbours in the store are no neighbours in the epoch
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_no_process_has_a_single_image_of_a_batch_and_together_they_have_it_once_or_each_whole(store_path, photos, world):
+def test_no_process_has_a_single_image_of_a_batch_and_together_they_have_it_once_or_each_whole(
+    store_path, photos, world
+):
     """BatchNorm needs two."""
     source = stored_labels(LabelStore.open(store_path), 2)
     each = [
-        make_replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=1), rank=rank, world=world)
+        make_replay(
+            source,
+            photos / "train",
+            sizes=[32],
+            batch_size=16,
+            seed=5,
+            rendering=Render(threads=1),
+            rank=rank,
+            world=world,
+        )
         for rank in range(world)
     ]
     for size in range(2, 20):
         parts = [replay._mine(size) for replay in each]
         assert min(map(len, parts)) >= 2
         whole = np.arange(size)
-        assert all(np.array_equal(part, whole) for part in parts) if size < 2 * world else np.array_equal(np.concatenate(parts), whole)
+        assert (
+            all(np.array_equal(part, whole) for part in parts)
+            if size < 2 * world
+            else np.array_equal(np.concatenate(parts), whole)
+        )
 
 
 def test_another_epoch_than_was_begun_is_the_one_that_was_asked_for(store_path, photos):
     source = stored_labels(LabelStore.open(store_path), 2)
-    replay = make_replay(source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=2))
+    replay = make_replay(
+        source, photos / "train", sizes=[32], batch_size=16, seed=5, rendering=Render(threads=2)
+    )
     for begun in (0, 1):
         replay.begin(begun)
         with replay.epoch(0) as made:
             rows = np.concatenate([batch.rows for batch in made])
-        assert np.array_equal(rows, np.concatenate([batch.rows for batch in batches(store_path, photos, 0)]))
+        assert np.array_equal(
+            rows, np.concatenate([batch.rows for batch in batches(store_path, photos, 0)])
+        )
     replay.close()
 
 
@@ -109,22 +135,37 @@ def test_every_number_of_processes_sees_the_same_global_batches(store_path, phot
     alone = batches(store_path, photos, 1, batch_size=batch_size)
     assert [len(batch.rows) for batch in alone] == batch_sizes(90, batch_size)
     for world in (2, 3, 4):
-        ranks = [batches(store_path, photos, 1, batch_size=batch_size, rank=rank, world=world) for rank in range(world)]
+        ranks = [
+            batches(store_path, photos, 1, batch_size=batch_size, rank=rank, world=world)
+            for rank in range(world)
+        ]
         for whole, *parts in zip(alone, *ranks, strict=True):
             assert np.array_equal(whole.rows, np.concatenate([part.rows for part in parts]))
             assert torch.equal(whole.pixels[32], torch.cat([part.pixels[32] for part in parts]))
             assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
             assert {whole.total, len(whole.rows)} == {part.total for part in parts}
-            assert max(len(part.rows) for part in parts) - min(len(part.rows) for part in parts) <= 1
+            assert (
+                max(len(part.rows) for part in parts) - min(len(part.rows) for part in parts) <= 1
+            )
 
 
 def test_a_batch_without_two_images_for_each_process_is_whole_in_all_of_them(store_path, photos):
-    ranks = [batches(store_path, photos, 0, batch_size=8, rank=rank, world=4) for rank in range(4)]  # 90 = 11 × 8 + 2
+    ranks = [
+        batches(store_path, photos, 0, batch_size=8, rank=rank, world=4) for rank in range(4)
+    ]  # 90 = 11 × 8 + 2
     last = [rank[-1] for rank in ranks]
-    assert [(len(batch), batch.total, batch.copies, batch.weight) for batch in last] == [(2, 2, 4, 1.0)] * 4
+    assert [(len(batch), batch.total, batch.copies, batch.weight) for batch in last] == [
+        (2, 2, 4, 1.0)
+    ] * 4
     assert len({batch.rows.tobytes() for batch in last}) == 1
-    assert [(len(batch), batch.total, batch.copies, batch.weight) for rank in ranks for batch in rank[:1]] == [(2, 8, 1, 1.0)] * 4
-    uneven = [batches(store_path, photos, 0, batch_size=10, rank=rank, world=4)[0] for rank in range(4)]
+    assert [
+        (len(batch), batch.total, batch.copies, batch.weight)
+        for rank in ranks
+        for batch in rank[:1]
+    ] == [(2, 8, 1, 1.0)] * 4
+    uneven = [
+        batches(store_path, photos, 0, batch_size=10, rank=rank, world=4)[0] for rank in range(4)
+    ]
     assert [batch.weight for batch in uneven] == pytest.approx([1.2, 1.2, 0.8, 0.8])
 
 
@@ -135,14 +176,23 @@ def test_an_epoch_replays_the_labels_of_view_epoch_mod_views(store_path, photos,
     made = batches(store_path, photos, epoch)
     rows = np.concatenate([batch.rows for batch in made])
     assert np.array_equal(np.sort(rows), store.usable)
-    assert np.array_equal(torch.cat([batch.labels for batch in made]).numpy(), store.codes(epoch % 2, rows))
+    assert np.array_equal(
+        torch.cat([batch.labels for batch in made]).numpy(), store.codes(epoch % 2, rows)
+    )
 
 
 def test_hard_labels_are_the_class_folders_on_the_same_pixels(store_path, photos):
     store = LabelStore.open(store_path)
-    for soft, hard in zip(batches(store_path, photos, 1), batches(store_path, photos, 1, hard=True), strict=True):
-        assert hard.labels is None and hard.class_index.tolist() == store.images.class_index[hard.rows].tolist()
-        assert torch.equal(soft.pixels[32], hard.pixels[32]) and np.array_equal(soft.rows, hard.rows)
+    for soft, hard in zip(
+        batches(store_path, photos, 1), batches(store_path, photos, 1, hard=True), strict=True
+    ):
+        assert (
+            hard.labels is None
+            and hard.class_index.tolist() == store.images.class_index[hard.rows].tolist()
+        )
+        assert torch.equal(soft.pixels[32], hard.pixels[32]) and np.array_equal(
+            soft.rows, hard.rows
+        )
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)

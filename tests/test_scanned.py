@@ -1,4 +1,5 @@
-"""What a scan found is kept beside a run: a restart decodes only what has changed since, and finds the same as a scan of everything."""
+"""What a scan found is kept beside a run: a restart decodes only what has changed
+since, and finds the same as a scan of everything."""
 
 from __future__ import annotations
 
@@ -34,12 +35,16 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that scans have read, below their folders."""
     seen = []
     whole = _read_any
-    monkeypatch.setattr(scan_module, "_read_any", lambda folder, path: seen.append(path) or whole(folder, path))
+    monkeypatch.setattr(
+        scan_module, "_read_any", lambda folder, path: seen.append(path) or whole(folder, path)
+    )
     return seen
 
 
 def scan(folder: Path, before: Scanned | None, **how: object) -> Images:
-    return stages.scan(folder, CLASSES, **{"exif": "ignore", "threads": 2, "order_seed": 3, **how}, before=before)
+    return stages.scan(
+        folder, CLASSES, **{"exif": "ignore", "threads": 2, "order_seed": 3, **how}, before=before
+    )
 
 
 @pytest.fixture
@@ -75,7 +80,13 @@ def test_what_has_changed_is_read_again(data, kept, read):
     (data / "cat" / "007.jpg").unlink()
     os.rename(data / "cat" / "008.jpg", data / "ant" / "moved.jpg")
     found = scan(data, Scanned(kept))
-    assert sorted(read) == ["ant/moved.jpg", "ant/notes.txt", "bee/003.jpg", "bee/005.jpg", "cat/new.jpg"]
+    assert sorted(read) == [
+        "ant/moved.jpg",
+        "ant/notes.txt",
+        "bee/003.jpg",
+        "bee/005.jpg",
+        "cat/new.jpg",
+    ]
     assert same(found, scan(data, None))
 
 
@@ -140,12 +151,22 @@ def test_a_run_that_goes_on_reads_only_what_has_changed(data, recipe, tmp_path, 
     train(changed(recipe, train=hard | {"epochs": 2}), data.parent, tmp_path / "run", device=CPU)
     assert sorted(read) == ["ant/added.jpg", "ant/notes.txt"]
     train(changed(recipe, train=hard | {"epochs": 2}), data.parent, tmp_path / "whole", device=CPU)
-    assert (tmp_path / "run/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
+    assert (tmp_path / "run/last.safetensors").read_bytes() == (
+        tmp_path / "whole/last.safetensors"
+    ).read_bytes()
 
 
-def test_with_a_store_the_validation_images_are_decoded_once(photos, recipe, store_path, tmp_path, read):
+def test_with_a_store_the_validation_images_are_decoded_once(
+    photos, recipe, store_path, tmp_path, read
+):
     for epochs in (1, 2):
-        train(changed(recipe, train={"epochs": epochs}), photos, tmp_path / "run", store=store_path, device=CPU)
+        train(
+            changed(recipe, train={"epochs": epochs}),
+            photos,
+            tmp_path / "run",
+            store=store_path,
+            device=CPU,
+        )
     assert len(read) == 21
     assert not (tmp_path / "run" / "training-images.npz").exists()
 
@@ -161,6 +182,10 @@ def test_an_image_that_changed_unnoticed_is_refused_when_it_is_read(data, recipe
     victim.write_bytes(content)
     os.utime(victim, ns=(when, when))
     with pytest.raises(
-        DataError, match="bee/003.jpg has changed since .*; put the image back as it was, or begin anew, with another store or --out"
+        DataError,
+        match="bee/003.jpg has changed since .*; put the image back as it was, or begin anew, with "
+        "another store or --out",
     ):
-        train(changed(recipe, train=hard | {"epochs": 2}), data.parent, tmp_path / "run", device=CPU)
+        train(
+            changed(recipe, train=hard | {"epochs": 2}), data.parent, tmp_path / "run", device=CPU
+        )

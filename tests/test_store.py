@@ -1,4 +1,5 @@
-"""The store on disk: what was never written, or is broken, or is somebody else's, never passes for a label."""
+"""The store on disk: what was never written, or is broken, or is somebody else's, never
+passes for a label."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def blocks(writer: StoreWriter, view: int, shard: int) -> tuple[np.ndarray, np.n
 
 
 def fill(path: Path, *places: tuple[int, int]) -> LabelStore:
-    """Write the shards (view, shard), all of them if none is given, and open the store anew."""
+    """Write the shards (view, shard), all of them if none is given, and open the store
+    anew."""
     writer = StoreWriter(path)
     for view, shard in places or np.ndindex(writer.store.views, writer.store.shards):
         write(writer, view, shard, *blocks(writer, view, shard))
@@ -140,8 +142,14 @@ def test_labels_and_crops_come_back_as_written_for_any_choice_of_rows(tmp_path, 
             [],
             every_second,
         ):
-            indices = np.arange(N)[rows] if isinstance(rows, slice) else np.atleast_1d(np.array(rows, int))
-            assert np.array_equal(store.crops(view, rows)[0][indices != 3], boxes[indices[indices != 3]])
+            indices = (
+                np.arange(N)[rows]
+                if isinstance(rows, slice)
+                else np.atleast_1d(np.array(rows, int))
+            )
+            assert np.array_equal(
+                store.crops(view, rows)[0][indices != 3], boxes[indices[indices != 3]]
+            )
             if not set(indices) & set(UNUSABLE):
                 assert np.array_equal(store.probabilities(view, rows), wanted[indices])
                 assert np.array_equal(store.crops(view, rows)[1], flips[indices])
@@ -153,7 +161,9 @@ def test_labels_and_crops_come_back_as_written_for_any_choice_of_rows(tmp_path, 
 
 def test_the_manifest_comes_back_as_it_was(path):
     for name in Images.__dataclass_fields__:
-        assert np.array_equal(getattr(LabelStore.open(path).images, name), getattr(manifest(), name))
+        assert np.array_equal(
+            getattr(LabelStore.open(path).images, name), getattr(manifest(), name)
+        )
     assert LabelStore.open(path).images.manifest_digest() == manifest().manifest_digest()
     assert np.array_equal(LabelStore.open(path).usable, USABLE)
 
@@ -166,10 +176,15 @@ def test_plain_zarr_and_numpy_read_the_same_probabilities(tmp_path, codec):
     group = zarr.open_group(str(tmp_path / "s.zarr"), mode="r")
     words = group.attrs["codec"]
     assert words["formula"] in group.attrs["how_to_read"]
-    struct = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in group.attrs["record_fields"]])
+    struct = np.dtype(
+        [(name, kind, tuple(shape)) for name, kind, shape in group.attrs["record_fields"]]
+    )
     records = group["records"][:].view(struct)[..., 0]
     believed = group["records"][:].any(axis=2)
-    assert believed.tolist() == [[True, False, False, False, False], [True, False, True, False, True]]
+    assert believed.tolist() == [
+        [True, False, False, False, False],
+        [True, False, True, False, True],
+    ]
     shard_rows = group["labels"].shards[1]
     for view, shard in np.argwhere(believed):
         rows = np.arange(shard * shard_rows, min((shard + 1) * shard_rows, N))
@@ -181,7 +196,9 @@ def test_plain_zarr_and_numpy_read_the_same_probabilities(tmp_path, codec):
             zeros = (q == 0).sum(axis=1, keepdims=True)
             T = np.where(zeros > 0, (group["tail"][view][rows][:, None] / words["tail"]) ** 2, 0)
             p = (q / words["levels"]) ** (1 / words["exponent"])
-            p = np.where(q > 0, p * (1 - T) / p.sum(axis=1, keepdims=True), T / np.maximum(zeros, 1))
+            p = np.where(
+                q > 0, p * (1 - T) / p.sum(axis=1, keepdims=True), T / np.maximum(zeros, 1)
+            )
         else:
             p = np.where(q > 0, (q / words["levels"]) ** (1 / words["exponent"]), words["zero"])
         p /= p.sum(axis=1, keepdims=True)
@@ -191,8 +208,13 @@ def test_plain_zarr_and_numpy_read_the_same_probabilities(tmp_path, codec):
         record = records[view, shard]
         assert (record["view"], record["shard"], record["labelled"]) == (view, shard, len(rows))
         assert np.isclose(record["entropy"], -(p * np.log(p)).sum(), rtol=1e-4)
-        assert record["agreeing"] == (p.argmax(axis=1) == group["images/class_index"][:][rows]).sum()
-        assert record["stored_bytes"] == (tmp_path / "s.zarr" / f"labels/c/{view}/{shard}/0").stat().st_size
+        assert (
+            record["agreeing"] == (p.argmax(axis=1) == group["images/class_index"][:][rows]).sum()
+        )
+        assert (
+            record["stored_bytes"]
+            == (tmp_path / "s.zarr" / f"labels/c/{view}/{shard}/0").stat().st_size
+        )
 
 
 def test_a_records_digest_is_the_sha256_that_the_docstring_states(full):
@@ -210,9 +232,16 @@ def test_zeros_are_written_as_files_too(path):
     writer = StoreWriter(path)
     codes, boxes, flips = blocks(writer, 0, 4)
     write(writer, 0, 4, codes, np.zeros_like(boxes), np.zeros_like(flips))
-    write(writer, 0, 3, *blocks(writer, 0, 3))  # no image of this shard is usable: all labels are zero
+    write(
+        writer, 0, 3, *blocks(writer, 0, 3)
+    )  # no image of this shard is usable: all labels are zero
     for shard in (3, 4):
-        for file in (f"labels/c/0/{shard}/0", f"boxes/c/0/{shard}/0", f"flips/c/0/{shard}", f"records/c/0/{shard}/0"):
+        for file in (
+            f"labels/c/0/{shard}/0",
+            f"boxes/c/0/{shard}/0",
+            f"flips/c/0/{shard}",
+            f"records/c/0/{shard}/0",
+        ):
             assert (path / file).stat().st_size > 0, file
     assert LabelStore.open(path).progress() == (2, 10)
     assert stored_bytes(path) == sum(map(len, tree(path).values()))
@@ -226,14 +255,18 @@ def test_a_shard_never_written_is_no_label_though_zarr_reads_zeros(path):
     assert not zarr.open_group(str(path), mode="r")["labels"][1].any()
     for read in (store.probabilities, store.codes, store.crops):
         with pytest.raises(
-            StoreError, match=r"view 1 of .* not finished \(1 of 5 shards missing or damaged, the first is 0\); run the same .* again"
+            StoreError,
+            match=r"view 1 of .* not finished \(1 of 5 shards missing or damaged, the first is "
+            r"0\); run the same .* again",
         ) as error:
             read(1, slice(0, 2))
         assert one_line(error)
     assert len(store.probabilities(0, slice(4, 16))) == 12
     with pytest.raises(StoreError, match=r"view 0 .* the first is 2"):
         store.probabilities(0, [0, 1, 32])
-    with pytest.raises(StoreError, match=r"view 0 .*\(3 of 5 shards missing or damaged, the first is 2\)"):
+    with pytest.raises(
+        StoreError, match=r"view 0 .*\(3 of 5 shards missing or damaged, the first is 2\)"
+    ):
         store.require_finished(0)
     for view in (2, -1):
         with pytest.raises(StoreError, match=f"has views 0 to 1, not {view}; extend it"):
@@ -245,7 +278,9 @@ def test_data_without_its_record_does_not_count(full):
     (full / "records/c/1/2/0").unlink()
     store = LabelStore.open(full)
     assert store.progress() == (9, 10)
-    assert np.array_equal(zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted)  # the labels are there
+    assert np.array_equal(
+        zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted
+    )  # the labels are there
     with pytest.raises(StoreError, match=r"view 1 .* the first is 2"):
         store.probabilities(1, slice(32, 40))
 
@@ -272,7 +307,9 @@ def test_an_open_store_sees_what_is_finished_later(path):
         fill(path, (1, shard))
         assert store.progress() == (done, 10)
         assert store.finished().sum() == done
-    assert np.array_equal(store.probabilities(1, slice(20, 30)), LabelStore.open(path).probabilities(1, slice(20, 30)))
+    assert np.array_equal(
+        store.probabilities(1, slice(20, 30)), LabelStore.open(path).probabilities(1, slice(20, 30))
+    )
 
 
 def test_rows_that_are_not_there_or_have_no_label_are_named(full):
@@ -282,7 +319,10 @@ def test_rows_that_are_not_there_or_have_no_label_are_named(full):
             with pytest.raises(StoreError, match="has rows 0 to 69, asked for"):
                 read(0, rows)
     for rows in ([0, 17, 20], slice(16, 20)):
-        with pytest.raises(StoreError, match=r"row 17 \(c2/é017.jpg\) has no label: cut short; ask for rows of store.usable") as error:
+        with pytest.raises(
+            StoreError,
+            match=r"row 17 \(c2/é017.jpg\) has no label: cut short; ask for rows of store.usable",
+        ) as error:
             store.probabilities(0, rows)
         assert one_line(error)
 
@@ -301,7 +341,9 @@ def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
     log: list[tuple[Path, bool]] = []
     for name in ("sync_file", "sync_folder"):
         real = getattr(durable, name)
-        monkeypatch.setattr(durable, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p)))
+        monkeypatch.setattr(
+            durable, name, lambda p, real=real: (log.append((Path(p), record.exists())), real(p))
+        )
     fill(path, (1, 4))
     before = [synced for synced, recorded in log if not recorded]
     after = [synced for synced, recorded in log if recorded]
@@ -376,7 +418,10 @@ def test_a_flipped_bit_is_an_error_and_never_a_label(full):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
-        with pytest.raises(StoreError, match=r"view 1, rows 0 to 15 of .* labels/c/1/0/0 can't be read .*; run the same") as error:
+        with pytest.raises(
+            StoreError,
+            match=r"view 1, rows 0 to 15 of .* labels/c/1/0/0 can't be read .*; run the same",
+        ) as error:
             store.codes(1, slice(0, 16))
         assert one_line(error)
     assert len(store.codes(0, slice(0, 16))) == 16
@@ -389,7 +434,9 @@ def test_a_label_file_cut_short_is_an_error_and_never_a_label(full, rows):
     store = LabelStore.open(full)
     for kept in range(1, len(content)):
         file.write_bytes(content[:kept])
-        with pytest.raises(StoreError, match=r"view 1 .* not finished \(1 of 5 shards missing or damaged") as error:
+        with pytest.raises(
+            StoreError, match=r"view 1 .* not finished \(1 of 5 shards missing or damaged"
+        ) as error:
             store.codes(1, rows)
         assert one_line(error)
 
@@ -397,7 +444,12 @@ def test_a_label_file_cut_short_is_an_error_and_never_a_label(full, rows):
 @pytest.mark.parametrize("file", ["boxes/c/1/0/0", "flips/c/1/0"])
 def test_a_damaged_crop_is_an_error_and_never_a_crop(full, file):
     content = bytearray((full / file).read_bytes())
-    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:], content[:-1] + bytes([content[-1] ^ 1]), content[:3]):
+    for damaged in (
+        content[:-1],
+        bytes([content[0] ^ 1]) + content[1:],
+        content[:-1] + bytes([content[-1] ^ 1]),
+        content[:3],
+    ):
         (full / file).write_bytes(damaged)
         with pytest.raises(StoreError, match="can't be read") as error:
             LabelStore.open(full).crops(1, slice(0, 2))
@@ -421,7 +473,9 @@ def test_a_file_that_a_copy_left_out_or_empty_is_an_error_and_never_a_label(full
         (full / file).write_bytes(left)
     store = LabelStore.open(full)
     for rows in (slice(4, 8), slice(0, 16)):
-        with pytest.raises(StoreError, match="not finished .1 of 5 shards missing or damaged, the first is 0") as error:
+        with pytest.raises(
+            StoreError, match="not finished .1 of 5 shards missing or damaged, the first is 0"
+        ) as error:
             store.codes(1, rows) if file.startswith("labels") else store.crops(1, rows)
         assert one_line(error)
 
@@ -432,12 +486,16 @@ def test_a_file_that_is_lost_while_the_store_is_open_is_an_error(full, name):
     store.codes(0, slice(0, 2))  # what is finished has been looked up
     file = store.file(name, 1, 0)
     file.unlink()
-    with pytest.raises(StoreError, match=f"view 1, rows 0 to 15 of .* {name}/c/1/0.* is missing or empty; run the same"):
+    with pytest.raises(
+        StoreError,
+        match=f"view 1, rows 0 to 15 of .* {name}/c/1/0.* is missing or empty; run the same",
+    ):
         store.codes(1, slice(0, 2))
 
 
 def test_writing_a_shard_again_takes_its_record_away_first(full, monkeypatch):
-    """Otherwise a kill in between would leave new boxes that the old record vouches for."""
+    """Otherwise a kill in between would leave new boxes that the old record vouches
+    for."""
     store = LabelStore.open(full)
     rows = store.shard_slice(0)
     codes, (boxes, flips) = store.codes(1, rows), store.crops(1, rows)
@@ -457,7 +515,8 @@ def test_writing_a_shard_again_takes_its_record_away_first(full, monkeypatch):
 
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_shard_of_another_place_never_passes_for_this_one(full, name):
-    """Sound files by Zarr's checksums, of the recorded size or not: only the digest of the record tells."""
+    """Sound files by Zarr's checksums, of the recorded size or not: only the digest of
+    the record tells."""
     store = LabelStore.open(full)
     here, there = store.file(name, 0, 0), store.file(name, 1, 0)
     content = here.read_bytes()
@@ -469,7 +528,8 @@ def test_a_shard_of_another_place_never_passes_for_this_one(full, name):
 
 
 def test_labels_written_by_other_hands_are_refused(full):
-    """A meddler with plain zarr can't change a label, even to one that compresses to as many bytes."""
+    """A meddler with plain zarr can't change a label, even to one that compresses to as
+    many bytes."""
     store = LabelStore.open(full)
     block = store.array("boxes")[1, 0:SHARD]
     block[0, 0] += 1
@@ -484,7 +544,9 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     def variant(name: str, **changes: object) -> Path:
         """As another program would have made it: sealed."""
         place = Path(shutil.copytree(full, tmp_path / name))
-        (place / "zarr.json").write_text(json.dumps(document | {"attributes": document["attributes"] | changes}))
+        (place / "zarr.json").write_text(
+            json.dumps(document | {"attributes": document["attributes"] | changes})
+        )
         seal.write_seal(place, seal.read_metadata(place, UNMIXED))
         return place
 
@@ -502,8 +564,16 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     headless = variant("headless.zarr")
     (headless / "labels/zarr.json").unlink()
     for place, says in (
-        (newer, "has label store format 6, this program reads 1 to 5; it was made by a newer version: update this program"),
-        (older, "has label store format 0, this program reads 1 to 5; use the version of this program that made it"),
+        (
+            newer,
+            "has label store format 6, this program reads 1 to 5; it was made by a newer version: "
+            "update this program",
+        ),
+        (
+            older,
+            "has label store format 0, this program reads 1 to 5; use the version of this program "
+            "that made it",
+        ),
         (other, "not a label store .*'something'"),
         (tmp_path / "plain.zarr", "not a label store .*None"),
         (tmp_path / "array.zarr", "not a label store"),
@@ -520,7 +590,9 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     for key in ("codec", "provenance", "class_names"):
         attributes = {name: value for name, value in document["attributes"].items() if name != key}
         (full / "zarr.json").write_text(json.dumps(document | {"attributes": attributes}))
-        with pytest.raises(DamagedStore, match="is damaged: zarr.json is not what was written there"):
+        with pytest.raises(
+            DamagedStore, match="is damaged: zarr.json is not what was written there"
+        ):
             LabelStore.open(full)
 
 
@@ -548,13 +620,19 @@ def test_what_a_killed_creation_left_is_removed_and_that_of_others_kept(tmp_path
         return left
 
     here = socket.gethostname()
-    dead, parent, elsewhere = scratch(here, dead_process()), scratch(here, os.getppid()), scratch("elsewhere", dead_process())
+    dead, parent, elsewhere = (
+        scratch(here, dead_process()),
+        scratch(here, os.getppid()),
+        scratch("elsewhere", dead_process()),
+    )
     assert create(tmp_path / "s.zarr")
     assert not dead.exists() and parent.exists() and elsewhere.exists()
 
 
 def test_a_killed_creation_of_the_same_process_number_is_no_obstacle(tmp_path):
-    left = tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"  # in a container every run may be process 1
+    left = (
+        tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"
+    )  # in a container every run may be process 1
     zarr.create_group(str(left))
     assert create(tmp_path / "s.zarr")
     assert not left.exists()
@@ -568,7 +646,9 @@ def test_growing_keeps_what_is_finished_and_never_shrinks(full):
     for asked, views in ((1, 2), (2, 2), (5, 5), (3, 5)):
         writer.grow(asked)
         assert writer.store.views == LabelStore.open(full).views == views
-    assert {name: content for name, content in tree(full).items() if not name.endswith("zarr.json")} == old
+    assert {
+        name: content for name, content in tree(full).items() if not name.endswith("zarr.json")
+    } == old
     store = fill(full, (4, 2))
     assert store.progress() == (11, 25)
     assert np.array_equal(store.probabilities(1, USABLE), wanted)
@@ -577,7 +657,9 @@ def test_growing_keeps_what_is_finished_and_never_shrinks(full):
 
 
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
-def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_next(full, monkeypatch, name):
+def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_next(
+    full, monkeypatch, name
+):
     def failing(folder: Path) -> None:
         if folder.name == name:
             raise OSError(5, "Input/output error")
@@ -598,7 +680,10 @@ def test_a_growth_stopped_half_way_leaves_the_old_store_and_is_mended_by_the_nex
 
 
 def test_only_one_process_grows_a_store(path):
-    with claim(path.with_name("s.zarr.claims"), "grow"), pytest.raises(StoreError, match="being extended by another process") as error:
+    with (
+        claim(path.with_name("s.zarr.claims"), "grow"),
+        pytest.raises(StoreError, match="being extended by another process") as error,
+    ):
         StoreWriter(path).grow(3)
     assert one_line(error)
     assert LabelStore.open(path).views == 2
@@ -611,7 +696,11 @@ def test_claimed_gives_the_unfinished_views_that_nobody_holds(path):
     fill(path, (0, 1))
     writer = StoreWriter(path)
     writer.grow(4)
-    with claim(writer.claims, "2-1"), writer.claimed([0, 1, 2, 3], 1) as mine, StoreWriter(path).claimed([0, 1, 2, 3], 1) as others:
+    with (
+        claim(writer.claims, "2-1"),
+        writer.claimed([0, 1, 2, 3], 1) as mine,
+        StoreWriter(path).claimed([0, 1, 2, 3], 1) as others,
+    ):
         assert (mine, others) == ([1, 3], [])
     with writer.claimed([2, 3], 1) as mine:
         assert mine == [2, 3]
@@ -629,12 +718,20 @@ def test_only_the_holder_of_a_shard_takes_its_record_away_and_only_of_a_damaged_
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ESTALE, os.strerror(errno.ESTALE)), OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError("no room")]
+    "error",
+    [
+        OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        MemoryError("no room"),
+    ],
 )
 def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, error):
-    """A network's disk that doesn't answer, a limit of memory: no reason to throw labels away that took hours."""
+    """A network's disk that doesn't answer, a limit of memory: no reason to throw
+    labels away that took hours."""
     before, real = tree(full), zarr.Array.__getitem__
-    monkeypatch.setattr("cache.reader._room", lambda size: False)  # otherwise it would be the file that asks for too much
+    monkeypatch.setattr(
+        "cache.reader._room", lambda size: False
+    )  # otherwise it would be the file that asks for too much
 
     def read(self: zarr.Array, selection: object) -> object:
         if self.path == "labels":
@@ -643,7 +740,11 @@ def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypat
 
     monkeypatch.setattr(zarr.Array, "__getitem__", read)
     writer = StoreWriter(full)
-    for look in (lambda: writer.discard(1, 1), lambda: writer.store.fault(1, 1), lambda: LabelStore.open(full).codes(0, [1])):
+    for look in (
+        lambda: writer.discard(1, 1),
+        lambda: writer.store.fault(1, 1),
+        lambda: LabelStore.open(full).codes(0, [1]),
+    ):
         with pytest.raises(StoreError, match="labels/c/1/1/0 of|labels/c/0/0/0 of") as refusal:
             look()
         assert "can't be read now" in str(refusal.value) and one_line(refusal)
@@ -672,7 +773,9 @@ def test_want_of_memory_that_passes_is_nobodys_fault(full, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["zarr.json", "labels/zarr.json", "images/path/c/0"])
-def test_a_description_that_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, file):
+def test_a_description_that_can_not_be_read_for_a_moment_is_not_called_damaged(
+    full, monkeypatch, file
+):
     error = OSError(errno.EACCES, os.strerror(errno.EACCES))
     read_document, take = seal.read_document, zarr.Array.__getitem__
 

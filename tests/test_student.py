@@ -1,4 +1,5 @@
-"""Stage two: the student learns from the stored labels, a stopped run ends where an unstopped one does, and a wrong store is refused."""
+"""Stage two: the student learns from the stored labels, a stopped run ends where an
+unstopped one does, and a wrong store is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_soft_cross_entropy_is_equation_3_by_hand():
     assert losses.soft_cross_entropy(logits, targets).item() == pytest.approx(by_hand, rel=1e-6)
     entropy = -(0.2 * np.log(0.2) + 0.7 * np.log(0.7) + 0.1 * np.log(0.1))
     assert losses.entropy(targets).item() == pytest.approx(entropy, rel=1e-6)
-    assert losses.soft_cross_entropy(targets.log(), targets).item() == pytest.approx(entropy, rel=1e-6)  # the loss's floor
+    assert losses.soft_cross_entropy(targets.log(), targets).item() == pytest.approx(
+        entropy, rel=1e-6
+    )  # the loss's floor
 
 
 def test_an_epoch_is_sgd_on_the_stored_labels_by_hand(photos, recipe, store_path, tmp_path):
@@ -50,7 +53,14 @@ def test_an_epoch_is_sgd_on_the_stored_labels_by_hand(photos, recipe, store_path
     student = load(one.student, classes=3, image_size=32, seed=0)
     module = student.module.train()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=0)
-    replay = make_replay(stored_labels(store, 2), photos / "train", sizes=[32], batch_size=16, seed=0, rendering=one.render)
+    replay = make_replay(
+        stored_labels(store, 2),
+        photos / "train",
+        sizes=[32],
+        batch_size=16,
+        seed=0,
+        rendering=one.render,
+    )
     total = entropy = 0.0
     with replay.epoch(0) as batches:
         for batch in batches:
@@ -72,7 +82,9 @@ def test_an_epoch_is_sgd_on_the_stored_labels_by_hand(photos, recipe, store_path
 def test_the_learning_rate_steps_at_the_milestones(photos, recipe, store_path, tmp_path):
     steps = changed(recipe, train={"epochs": 3, "milestones": [1, 2], "gamma": 0.5})
     train(steps, photos, tmp_path / "run", store=store_path, device=CPU)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["lr"] for line in lines] == [0.01, 0.005, 0.0025]
     assert [line["view"] for line in lines] == [0, 1, 0]
     assert {"loss", "kl", "val_top1", "val_top5", "images_per_second", "seconds"} <= lines[0].keys()
@@ -89,40 +101,84 @@ def test_the_discriminator_is_equations_4_and_5_by_hand():
     loss, accuracy = judge(*seen)
     theirs = judge.layers(torch.log(torch.clamp(p, min=0.02)))[:, 0].sigmoid()
     students = judge.layers(torch.log(torch.clamp(logits.softmax(1), min=0.02)))[:, 0].sigmoid()
-    assert loss.item() == pytest.approx(-(theirs.log().mean() + (1 - students).log().mean()).item() / 2, rel=1e-5)
-    assert accuracy.tolist() == pytest.approx([(students < 0.5).float().mean().item(), (theirs > 0.5).float().mean().item()])
+    assert loss.item() == pytest.approx(
+        -(theirs.log().mean() + (1 - students).log().mean()).item() / 2, rel=1e-5
+    )
+    assert accuracy.tolist() == pytest.approx(
+        [(students < 0.5).float().mean().item(), (theirs > 0.5).float().mean().item()]
+    )
     moved = judge(losses.log_floored((logits + 7).softmax(1), 0.02), seen[1])
     torch.testing.assert_close(moved, (loss, accuracy))  # the logits' offset tells nothing
 
 
-def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(photos, recipe, store_path, tmp_path):
+def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(
+    photos, recipe, store_path, tmp_path
+):
     judged = {"epochs": 2, "milestones": [1], "discriminator": {"lr": 0.1}}
     train(changed(recipe, train=judged), photos, tmp_path / "whole", store=store_path, device=CPU)
-    train(changed(recipe, train=judged | {"epochs": 1}), photos, tmp_path / "parts", store=store_path, device=CPU)
+    train(
+        changed(recipe, train=judged | {"epochs": 1}),
+        photos,
+        tmp_path / "parts",
+        store=store_path,
+        device=CPU,
+    )
     state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
     assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [0.01, 0.1]
-    metrics = train(changed(recipe, train=judged), photos, tmp_path / "parts", store=store_path, device=CPU)
+    metrics = train(
+        changed(recipe, train=judged), photos, tmp_path / "parts", store=store_path, device=CPU
+    )
     state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
-    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([0.001, 0.01])  # the ratio stays
-    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx(
+        [0.001, 0.01]
+    )  # the ratio stays
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (
+        tmp_path / "parts" / "last.safetensors"
+    ).read_bytes()
     assert 0 < metrics["discriminator_loss"] < 2 and 0 <= metrics["discriminator_accuracy"] <= 100
-    train(changed(recipe, train=judged | {"discriminator": None}), photos, tmp_path / "without", store=store_path, device=CPU)
-    assert (tmp_path / "whole" / "last.safetensors").read_bytes() != (tmp_path / "without" / "last.safetensors").read_bytes()
+    train(
+        changed(recipe, train=judged | {"discriminator": None}),
+        photos,
+        tmp_path / "without",
+        store=store_path,
+        device=CPU,
+    )
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() != (
+        tmp_path / "without" / "last.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("labels", ["soft", "hard"])
 def test_training_lowers_the_loss(photos, recipe, store_path, tmp_path, labels):
     longer = changed(recipe, train={"epochs": 8, "labels": labels, "lr": 0.005, "milestones": []})
-    train(longer, photos, tmp_path / "run", store=store_path if labels == "soft" else None, device=CPU)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train(
+        longer, photos, tmp_path / "run", store=store_path if labels == "soft" else None, device=CPU
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["loss"] < lines[0]["loss"] - (0.2 if labels == "hard" else 0.02)
     assert (lines[0]["kl"] is None) == (labels == "hard")
 
 
-def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(photos, recipe, store_path, tmp_path):
-    train(changed(recipe, train={"epochs": 3}), photos, tmp_path / "whole", store=store_path, device=CPU)
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
+    photos, recipe, store_path, tmp_path
+):
+    train(
+        changed(recipe, train={"epochs": 3}),
+        photos,
+        tmp_path / "whole",
+        store=store_path,
+        device=CPU,
+    )
     for epochs in (1, 2, 3):
-        train(changed(recipe, train={"epochs": epochs}), photos, tmp_path / "parts", store=store_path, device=CPU)
+        train(
+            changed(recipe, train={"epochs": epochs}),
+            photos,
+            tmp_path / "parts",
+            store=store_path,
+            device=CPU,
+        )
     for name in ("last.safetensors", "best.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
@@ -167,29 +223,48 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(photos, recipe, sto
     assert finished.returncode == 0, finished.stderr
     assert "going on with" in finished.stderr
     assert epochs_done() == 20
-    assert (run / "last.safetensors").read_bytes() == (tmp_path / "whole" / "last.safetensors").read_bytes()
+    assert (run / "last.safetensors").read_bytes() == (
+        tmp_path / "whole" / "last.safetensors"
+    ).read_bytes()
 
 
 def test_timm_loads_the_checkpoints(photos, recipe, store_path, tmp_path):
-    train(changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU)
+    train(
+        changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
+    )
     path = tmp_path / "run" / "best.safetensors"
-    theirs = timm.create_model("test_vit", num_classes=3, img_size=32, checkpoint_path=str(path)).eval()
+    theirs = timm.create_model(
+        "test_vit", num_classes=3, img_size=32, checkpoint_path=str(path)
+    ).eval()
     ours = load(ModelSpec(model="test_vit", checkpoint=str(path)))
-    assert (ours.classes, ours.image_size, ours.mean, ours.interpolation) == (3, 32, (0.5, 0.5, 0.5), "bilinear")
+    assert (ours.classes, ours.image_size, ours.mean, ours.interpolation) == (
+        3,
+        32,
+        (0.5, 0.5, 0.5),
+        "bilinear",
+    )
     x = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(theirs((x.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5), ours(x))
 
 
-def test_a_head_of_another_size_is_replaced_and_that_is_said(photos, recipe, store_path, tmp_path, capsys):
+def test_a_head_of_another_size_is_replaced_and_that_is_said(
+    photos, recipe, store_path, tmp_path, capsys
+):
     weights = write_teacher(tmp_path / "seven.safetensors", "test_resnet", 1, classes=7)
-    other = recipe.model_copy(update={"student": ModelSpec(model="test_resnet", checkpoint=str(weights))})
-    train(changed(other, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU)
+    other = recipe.model_copy(
+        update={"student": ModelSpec(model="test_resnet", checkpoint=str(weights))}
+    )
+    train(
+        changed(other, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
+    )
     assert "had a head of 7 classes; it starts with a new one of 3" in capsys.readouterr().err
     assert load_file(tmp_path / "run" / "last.safetensors")["fc.weight"].shape[0] == 3
 
 
-def test_a_size_that_no_teacher_saw_is_allowed_and_said(photos, recipe, store_path, tmp_path, capsys):
+def test_a_size_that_no_teacher_saw_is_allowed_and_said(
+    photos, recipe, store_path, tmp_path, capsys
+):
     train(
         changed(recipe, train={"epochs": 1, "image_size": 96}, student={"image_size": 96}),
         photos,
@@ -200,14 +275,26 @@ def test_a_size_that_no_teacher_saw_is_allowed_and_said(photos, recipe, store_pa
     assert "96 px, a size that no teacher" in capsys.readouterr().err
 
 
-def test_an_image_size_that_the_student_cannot_take_is_refused(photos, recipe, store_path, tmp_path):
+def test_an_image_size_that_the_student_cannot_take_is_refused(
+    photos, recipe, store_path, tmp_path
+):
     with pytest.raises(ModelError, match=r"test_vit.* can't take 40 px .*divisible by patch size"):
-        train(changed(recipe, train={"image_size": 40}, student={"image_size": 40}), photos, tmp_path / "run", store=store_path, device=CPU)
+        train(
+            changed(recipe, train={"image_size": 40}, student={"image_size": 40}),
+            photos,
+            tmp_path / "run",
+            store=store_path,
+            device=CPU,
+        )
 
 
 def test_a_store_of_other_images_is_refused(photos, recipe, store_path, tmp_path):
     others = write_photos(tmp_path / "others", 30, seed=5)
-    with pytest.raises(DataError, match=r"is not the data set that .* was made from: 90 of 90 images of another size.*; pass the folder"):
+    with pytest.raises(
+        DataError,
+        match=r"is not the data set that .* was made from: 90 of 90 images of another size.*; pass "
+        r"the folder",
+    ):
         train(recipe, others, tmp_path / "run", store=store_path, device=CPU)
     shutil.copytree(photos / "train", tmp_path / "data")
     shutil.copy(tmp_path / "data" / "ant" / "000.jpg", tmp_path / "data" / "ant" / "new.jpg")
@@ -219,45 +306,83 @@ def test_a_store_of_other_images_is_refused(photos, recipe, store_path, tmp_path
 def test_a_store_of_other_classes_is_refused(photos, recipe, store_path, tmp_path):
     shutil.copytree(photos / "train", tmp_path / "data")
     (tmp_path / "data" / "dog").mkdir()
-    with pytest.raises(StoreError, match=r"has labels for 3 classes, .* has 4 class folders of which 1 .* \(the first is dog\); pass"):
+    with pytest.raises(
+        StoreError,
+        match=r"has labels for 3 classes, .* has 4 class folders of which 1 .* \(the first is "
+        r"dog\); pass",
+    ):
         train(recipe, tmp_path / "data", tmp_path / "run", store=store_path, device=CPU)
 
 
 def test_an_unfinished_view_is_refused(photos, recipe, tmp_path):
     generate(recipe, photos, tmp_path / "s.zarr", device=CPU, worker=(0, 2))
     with pytest.raises(
-        StoreError, match=r"view 0 of .* is not finished \(1 of 3 shards missing or damaged, the first is 1\); run the same generate-labels"
+        StoreError,
+        match=r"view 0 of .* is not finished \(1 of 3 shards missing or damaged, the first is 1\); "
+        r"run the same generate-labels",
     ):
         train(recipe, photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU)
 
 
-def test_other_pixels_than_the_teachers_saw_are_refused_unless_allowed(photos, recipe, store_path, tmp_path, capsys):
+def test_other_pixels_than_the_teachers_saw_are_refused_unless_allowed(
+    photos, recipe, store_path, tmp_path, capsys
+):
     shutil.copytree(store_path, tmp_path / "s.zarr")
-    edit_store(tmp_path / "s.zarr", lambda attributes: attributes["fingerprint"]["digests"].update({"64": "0" * 64}))
+    edit_store(
+        tmp_path / "s.zarr",
+        lambda attributes: attributes["fingerprint"]["digests"].update({"64": "0" * 64}),
+    )
     one = changed(recipe, train={"epochs": 1})
     with pytest.raises(StoreError, match=r"renders other pixels than the teachers saw \(at 64 px"):
         train(one, photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU)
-    train(one, photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU, allow_renderer_difference=True)
+    train(
+        one,
+        photos,
+        tmp_path / "run",
+        store=tmp_path / "s.zarr",
+        device=CPU,
+        allow_renderer_difference=True,
+    )
     assert "warning: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"crops": {"scale": [0.5, 1.0]}}, r"crops.scale is \(0.5, 1.0\), .* was made with \(0.08, 1.0\)"),
+        (
+            {"crops": {"scale": [0.5, 1.0]}},
+            r"crops.scale is \(0.5, 1.0\), .* was made with \(0.08, 1.0\)",
+        ),
         ({"crops": {"seed": 3}}, "crops.seed is 3"),
-        ({"train": {"views": 3}}, "train.views is 3 but .* has 2; extend it with generate-labels --views 3"),
+        (
+            {"train": {"views": 3}},
+            "train.views is 3 but .* has 2; extend it with generate-labels --views 3",
+        ),
     ],
 )
-def test_a_config_that_asks_for_what_the_store_does_not_hold_is_refused(photos, recipe, store_path, tmp_path, sections, says):
+def test_a_config_that_asks_for_what_the_store_does_not_hold_is_refused(
+    photos, recipe, store_path, tmp_path, sections, says
+):
     with pytest.raises((ConfigError, StoreError), match=says):
         train(changed(recipe, **sections), photos, tmp_path / "run", store=store_path, device=CPU)
 
 
 def test_a_run_directory_of_something_else_is_refused(photos, recipe, store_path, tmp_path):
-    train(changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU)
-    with pytest.raises(RunError, match=r"was started with train.lr 0.01, this is 0.02; pass the same to go on, or choose another --out"):
-        train(changed(recipe, train={"lr": 0.02}), photos, tmp_path / "run", store=store_path, device=CPU)
+    train(
+        changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
+    )
+    with pytest.raises(
+        RunError,
+        match=r"was started with train.lr 0.01, this is 0.02; pass the same to go on, or choose "
+        r"another --out",
+    ):
+        train(
+            changed(recipe, train={"lr": 0.02}),
+            photos,
+            tmp_path / "run",
+            store=store_path,
+            device=CPU,
+        )
     generate(changed(recipe, store={"codec": "cbrt8"}), photos, tmp_path / "other.zarr", device=CPU)
     with pytest.raises(RunError, match="another label store"):
         train(recipe, photos, tmp_path / "run", store=tmp_path / "other.zarr", device=CPU)
@@ -275,7 +400,9 @@ def test_a_run_directory_of_something_else_is_refused(photos, recipe, store_path
         train(recipe, photos, tmp_path / "run", store=store_path, device=CPU)
 
 
-def test_a_run_with_other_images_or_settings_than_it_began_with_is_refused(photos, recipe, store_path, tmp_path):
+def test_a_run_with_other_images_or_settings_than_it_began_with_is_refused(
+    photos, recipe, store_path, tmp_path
+):
     hard = changed(recipe, train={"epochs": 1, "labels": "hard"})
     shutil.copytree(photos / "train", tmp_path / "data")
     train(hard, tmp_path / "data", tmp_path / "hard", device=CPU)
@@ -285,16 +412,37 @@ def test_a_run_with_other_images_or_settings_than_it_began_with_is_refused(photo
     (tmp_path / "data" / "ant" / "000.jpg").unlink()
     with pytest.raises(RunError, match="started with other images or classes"):
         train(hard, tmp_path / "data", tmp_path / "hard", device=CPU)
-    train(changed(recipe, train={"epochs": 2, "discriminator": {}}), photos, tmp_path / "run", store=store_path, device=CPU)
+    train(
+        changed(recipe, train={"epochs": 2, "discriminator": {}}),
+        photos,
+        tmp_path / "run",
+        store=store_path,
+        device=CPU,
+    )
     with pytest.raises(RunError, match=r"train.discriminator.*choose another --out"):
-        train(changed(recipe, train={"epochs": 3}), photos, tmp_path / "run", store=store_path, device=CPU)
+        train(
+            changed(recipe, train={"epochs": 3}),
+            photos,
+            tmp_path / "run",
+            store=store_path,
+            device=CPU,
+        )
     (tmp_path / "run" / "state.pt").unlink()
     with pytest.raises(RunError, match="holds a run whose state.pt is gone"):
-        train(changed(recipe, train={"epochs": 3, "discriminator": {}}), photos, tmp_path / "run", store=store_path, device=CPU)
+        train(
+            changed(recipe, train={"epochs": 3, "discriminator": {}}),
+            photos,
+            tmp_path / "run",
+            store=store_path,
+            device=CPU,
+        )
 
 
-def test_dropout_too_draws_the_same_after_a_resumption(photos, recipe, store_path, tmp_path, monkeypatch):
-    """The tiny models have none, so one is given some: what an epoch draws must not depend on the epochs before it in the process."""
+def test_dropout_too_draws_the_same_after_a_resumption(
+    photos, recipe, store_path, tmp_path, monkeypatch
+):
+    """The tiny models have none, so one is given some: what an epoch draws must not
+    depend on the epochs before it in the process."""
     import pipeline.training.train
 
     def with_dropout(*arguments: object, **options: object) -> object:
@@ -303,33 +451,78 @@ def test_dropout_too_draws_the_same_after_a_resumption(photos, recipe, store_pat
         return model
 
     monkeypatch.setattr(pipeline.training.train, "load", with_dropout)
-    train(changed(recipe, train={"epochs": 2}), photos, tmp_path / "whole", store=store_path, device=CPU)
+    train(
+        changed(recipe, train={"epochs": 2}),
+        photos,
+        tmp_path / "whole",
+        store=store_path,
+        device=CPU,
+    )
     for epochs in (1, 2):
-        train(changed(recipe, train={"epochs": epochs}), photos, tmp_path / "parts", store=store_path, device=CPU)
-    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (tmp_path / "parts" / "last.safetensors").read_bytes()
+        train(
+            changed(recipe, train={"epochs": epochs}),
+            photos,
+            tmp_path / "parts",
+            store=store_path,
+            device=CPU,
+        )
+    assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (
+        tmp_path / "parts" / "last.safetensors"
+    ).read_bytes()
 
 
 def test_a_class_without_images_in_validation_is_said(photos, recipe, store_path, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "val" / "bee")
-    train(changed(recipe, train={"epochs": 1}), tmp_path / "data", tmp_path / "run", store=store_path, device=CPU)
+    train(
+        changed(recipe, train={"epochs": 1}),
+        tmp_path / "data",
+        tmp_path / "run",
+        store=store_path,
+        device=CPU,
+    )
     assert "1 of 3 classes have no usable image in" in capsys.readouterr().err
 
 
 def test_a_store_that_grew_does_not_change_a_run_in_progress(photos, recipe, store_path, tmp_path):
     shutil.copytree(store_path, tmp_path / "s.zarr")
-    train(changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU)
+    train(
+        changed(recipe, train={"epochs": 1}),
+        photos,
+        tmp_path / "run",
+        store=tmp_path / "s.zarr",
+        device=CPU,
+    )
     generate(changed(recipe, crops={"views": 3}), photos, tmp_path / "s.zarr", device=CPU)
-    assert train(changed(recipe, train={"epochs": 3}), photos, tmp_path / "run", store=tmp_path / "s.zarr", device=CPU)["view"] == 0
+    assert (
+        train(
+            changed(recipe, train={"epochs": 3}),
+            photos,
+            tmp_path / "run",
+            store=tmp_path / "s.zarr",
+            device=CPU,
+        )["view"]
+        == 0
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(photos, recipe, store_path, tmp_path):
     with pytest.raises(RunError, match=r"the loss is .* in epoch 1; lower train.lr \(now 1e\+30\)"):
-        train(changed(recipe, train={"lr": 1e30}), photos, tmp_path / "run", store=store_path, device=CPU)
+        train(
+            changed(recipe, train={"lr": 1e30}),
+            photos,
+            tmp_path / "run",
+            store=store_path,
+            device=CPU,
+        )
 
 
-def test_no_half_written_file_is_left_under_a_final_name(photos, recipe, store_path, tmp_path, monkeypatch):
-    train(changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU)
+def test_no_half_written_file_is_left_under_a_final_name(
+    photos, recipe, store_path, tmp_path, monkeypatch
+):
+    train(
+        changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
+    )
     before = (tmp_path / "run" / "state.pt").read_bytes()
 
     def full_disk(*arguments: object) -> None:

@@ -1,4 +1,5 @@
-"""Bit rot and meddling: whatever is done to any file of a store is found, named, never believed, and made anew by stage one alone."""
+"""Bit rot and meddling: whatever is done to any file of a store is found, named, never
+believed, and made anew by stage one alone."""
 
 from __future__ import annotations
 
@@ -35,8 +36,12 @@ def flip(content: bytes, bit: int) -> bytes:
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random], object]] = {
-    "a flipped bit": lambda file, dice: file.write_bytes(flip(file.read_bytes(), dice.randrange(8 * file.stat().st_size))),
-    "cut short": lambda file, dice: file.write_bytes(file.read_bytes()[: dice.randrange(1, file.stat().st_size)]),
+    "a flipped bit": lambda file, dice: file.write_bytes(
+        flip(file.read_bytes(), dice.randrange(8 * file.stat().st_size))
+    ),
+    "cut short": lambda file, dice: file.write_bytes(
+        file.read_bytes()[: dice.randrange(1, file.stat().st_size)]
+    ),
     "longer": lambda file, dice: file.write_bytes(file.read_bytes() + b"\0"),
     "empty": lambda file, dice: file.write_bytes(b""),
     "missing": lambda file, dice: file.unlink(),
@@ -53,7 +58,9 @@ def place_of(file: str) -> tuple[int, int] | None:
 def everything(path: Path) -> list[np.ndarray]:
     """All that a student would be trained on."""
     store = LabelStore.open(path)
-    content = [np.asarray(getattr(store.images, name)) for name in store.images.__dataclass_fields__]
+    content = [
+        np.asarray(getattr(store.images, name)) for name in store.images.__dataclass_fields__
+    ]
     for view in range(store.views):
         store.require_finished(view)
         content += [store.codes(view, slice(None)), *store.crops(view, slice(None))]
@@ -67,10 +74,14 @@ def found(verdict: Verdict, file: str, path: Path) -> None:
     assert findings, f"{file} of {path} is damaged and verify says nothing"
     if place is None:
         assert [finding.view for finding in findings] == [None]
-        assert file in str(findings[0]) or (file.startswith("images/") and "images/" in str(findings[0])), str(findings[0])
+        assert file in str(findings[0]) or (
+            file.startswith("images/") and "images/" in str(findings[0])
+        ), str(findings[0])
     else:
         rows = LabelStore.open(path).shard_slice(place[1])
-        assert [(f.view, f.shard, f.first_row, f.last_row) for f in findings] == [(*place, rows.start, rows.stop - 1)]
+        assert [(f.view, f.shard, f.first_row, f.last_row) for f in findings] == [
+            (*place, rows.start, rows.stop - 1)
+        ]
     assert all("\n" not in str(finding) for finding in findings)
 
 
@@ -80,7 +91,10 @@ def never_believed(path: Path, truth: list[np.ndarray]) -> None:
     except StoreError as refusal:
         assert "\n" not in str(refusal)
     else:
-        pytest.fail(f"{path} was read, {'rightly' if all(map(np.array_equal, read, truth)) else 'and wrongly'}")
+        pytest.fail(
+            f"{path} was read, "
+            f"{'rightly' if all(map(np.array_equal, read, truth)) else 'and wrongly'}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +110,11 @@ def copy(store_path: Path, tmp_path: Path) -> Path:
 def test_a_sound_store_is_found_sound(store_path, recipe):
     read = []
     verdict = verify(store_path, threads=2, progress=read.append)
-    assert verdict.sound and verdict.complete and (verdict.shards, verdict.checked, sum(read)) == (6, 6, 6)
+    assert (
+        verdict.sound
+        and verdict.complete
+        and (verdict.shards, verdict.checked, sum(read)) == (6, 6, 6)
+    )
     assert verdict.labelled == 180 and not verdict.foreign and not verdict.left
 
 
@@ -123,7 +141,8 @@ def test_a_flipped_bit_anywhere_is_found(copy, truth):
 
 
 def test_every_bit_of_a_stores_own_description_counts(copy):
-    """zarr.json is text, which has no checksum of its own: some flips leave it well-formed."""
+    """zarr.json is text, which has no checksum of its own: some flips leave it
+    well-formed."""
     for file in ("zarr.json", "labels/zarr.json", "records/zarr.json", "images/path/zarr.json"):
         content = (copy / file).read_bytes()
         for bit in range(0, 8 * len(content), 1 if len(content) < 1000 else 7):
@@ -132,8 +151,11 @@ def test_every_bit_of_a_stores_own_description_counts(copy):
                 store = LabelStore.open(copy)
             except StoreError:
                 continue
-            if json.loads((copy / file).read_bytes()) != json.loads(content):  # 1.3333333333333333 may end in a 2 and be the same number
-                # Only a length of the view axis may differ, where no view of the store is missing.
+            if json.loads((copy / file).read_bytes()) != json.loads(
+                content
+            ):  # 1.3333333333333333 may end in a 2 and be the same number
+                # Only a length of the view axis may differ, where no view of the store
+                # is missing.
                 assert store.array(file.split("/")[0]).shape[0] > 2
                 assert verify(copy).damaged[0].file == file
         (copy / file).write_bytes(content)
@@ -163,7 +185,9 @@ def test_whole_shards_that_changed_places_are_found(copy, truth):
 
 
 def test_a_shard_of_another_store_is_found(copy, truth, photos, recipe, tmp_path):
-    other = generate(changed(recipe, crops={"seed": 1, "views": 1}), photos, tmp_path / "other.zarr", device=CPU)
+    other = generate(
+        changed(recipe, crops={"seed": 1, "views": 1}), photos, tmp_path / "other.zarr", device=CPU
+    )
     for name in PER_SHARD:
         shutil.copy(other.file(name, 0, 2), LabelStore.open(copy).file(name, 0, 2))
     assert [(f.view, f.shard) for f in verify(copy).damaged] == [(0, 2)]
@@ -208,11 +232,17 @@ def test_an_unfinished_store_is_sound_and_not_complete(photos, recipe, tmp_path)
 
 def untouched(path: Path, but: set[tuple[int, int]]) -> dict[str, int]:
     """Modification times of the files of all shards but these."""
-    return {f: os.stat(path / f).st_mtime_ns for f in tree(path) if (place := place_of(f)) and place not in but}
+    return {
+        f: os.stat(path / f).st_mtime_ns
+        for f in tree(path)
+        if (place := place_of(f)) and place not in but
+    }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_generate_labels_makes_exactly_the_damaged_shards_anew(photos, recipe, store_path, copy, damage, capsys):
+def test_generate_labels_makes_exactly_the_damaged_shards_anew(
+    photos, recipe, store_path, copy, damage, capsys
+):
     dice = random.Random(damage)
     hurt = dict(zip([(0, 0), (0, 2), (1, 1), (1, 2)], PER_SHARD, strict=True))
     for place, name in hurt.items():
@@ -246,7 +276,8 @@ def test_each_worker_makes_its_own_share_anew(photos, recipe, store_path, copy):
 
 
 def test_unchecked_only_lost_files_are_noticed(photos, recipe, copy):
-    """check=False is for a worker that is stopped every hour; training and verify look all the same."""
+    """check=False is for a worker that is stopped every hour; training and verify look
+    all the same."""
     file = LabelStore.open(copy).file("labels", 0, 0)
     file.write_bytes(flip(file.read_bytes(), 99))
     generate(recipe, photos, copy, device=CPU, check=False)
@@ -255,7 +286,13 @@ def test_unchecked_only_lost_files_are_noticed(photos, recipe, copy):
 
 def empty_copy(path: Path, fresh: Path) -> Path:
     """The same store without any label, as creation makes it."""
-    return Path(shutil.copytree(path, fresh, ignore=lambda folder, names: ["c"] if Path(folder).name in PER_SHARD else []))
+    return Path(
+        shutil.copytree(
+            path,
+            fresh,
+            ignore=lambda folder, names: ["c"] if Path(folder).name in PER_SHARD else [],
+        )
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -273,7 +310,9 @@ def test_each_file_of_a_stores_description_is_made_anew(store_path, copy, tmp_pa
     assert tree(fresh) == tree(empty_copy(store_path, tmp_path / "again.zarr"))
 
 
-def test_generate_labels_makes_a_damaged_description_anew_and_no_label(photos, recipe, store_path, copy, capsys):
+def test_generate_labels_makes_a_damaged_description_anew_and_no_label(
+    photos, recipe, store_path, copy, capsys
+):
     for files in (
         ["zarr.json"],
         ["labels/zarr.json", "images/zarr.json", "images/digest/c/0/0", "images/path/c/0"],
@@ -292,14 +331,23 @@ def test_generate_labels_makes_a_damaged_description_anew_and_no_label(photos, r
 def test_a_description_of_another_recipe_is_not_put_over_these_labels(photos, recipe, copy):
     (copy / "zarr.json").write_bytes(flip((copy / "zarr.json").read_bytes(), 333))
     before = tree(copy)
-    with pytest.raises(StoreError, match="were made from other images, teachers or another recipe .* run the command that made it"):
+    with pytest.raises(
+        StoreError,
+        match="were made from other images, teachers or another recipe .* run the command that "
+        "made it",
+    ):
         generate(changed(recipe, crops={"seed": 1}), photos, copy, device=CPU)
     assert tree(copy) == before
 
 
-def test_rows_in_another_order_are_no_rows_of_this_store(photos, recipe, store_path, copy, tmp_path):
-    """The manifest of a store of the same images with another seed is a right manifest, by its own digest."""
-    other = generate(changed(recipe, crops={"seed": 1}), photos, tmp_path / "other.zarr", device=CPU)
+def test_rows_in_another_order_are_no_rows_of_this_store(
+    photos, recipe, store_path, copy, tmp_path
+):
+    """The manifest of a store of the same images with another seed is a right manifest,
+    by its own digest."""
+    other = generate(
+        changed(recipe, crops={"seed": 1}), photos, tmp_path / "other.zarr", device=CPU
+    )
     assert other.provenance["data"] == LabelStore.open(copy).provenance["data"]
     shutil.rmtree(copy / "images")
     shutil.copytree(other.path / "images", copy / "images")
@@ -310,16 +358,24 @@ def test_rows_in_another_order_are_no_rows_of_this_store(photos, recipe, store_p
     assert tree(copy) == tree(store_path)
 
 
-def test_a_description_is_made_anew_as_it_was_though_the_teacher_is_named_otherwise_now(photos, recipe, store_path, copy):
-    tagged = [t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t for t in recipe.teachers]
+def test_a_description_is_made_anew_as_it_was_though_the_teacher_is_named_otherwise_now(
+    photos, recipe, store_path, copy
+):
+    tagged = [
+        t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t
+        for t in recipe.teachers
+    ]
     (copy / "labels/zarr.json").unlink()
     generate(recipe.model_copy(update={"teachers": tuple(tagged)}), photos, copy, device=CPU)
     assert tree(copy) == tree(store_path)
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_a_manifest_is_made_anew_in_its_own_order_whatever_the_commands_seed(photos, recipe, copy, sealed):
-    """Shards' digests don't know of paths: labels of one image must not come to be another's."""
+def test_a_manifest_is_made_anew_in_its_own_order_whatever_the_commands_seed(
+    photos, recipe, copy, sealed
+):
+    """Shards' digests don't know of paths: labels of one image must not come to be
+    another's."""
     edit_store(copy, lambda attributes: None if sealed else attributes.pop("row_order"))
     before = tree(copy)
     (copy / "images/width/c/0").write_bytes(b"")
@@ -329,7 +385,8 @@ def test_a_manifest_is_made_anew_in_its_own_order_whatever_the_commands_seed(pho
 
 
 def test_the_description_of_an_older_store_is_made_anew(photos, recipe, copy):
-    """Its provenance may hold less than a store's of today; its digests are bound to it as it is."""
+    """Its provenance may hold less than a store's of today; its digests are bound to it
+    as it is."""
     edit_store(copy, lambda attributes: attributes["provenance"].update(extra="of another version"))
     document = json.loads((copy / "zarr.json").read_text())
     writer = StoreWriter(copy)
@@ -344,7 +401,11 @@ def test_the_description_of_an_older_store_is_made_anew(photos, recipe, copy):
     (copy / "images/width/c/0").write_bytes(b"")
     generate(recipe, photos, copy, device=CPU)
     store = LabelStore.open(copy)
-    assert store.provenance["extra"] == "of another version" and store.progress() == (6, 6) and verify(copy).sound
+    assert (
+        store.provenance["extra"] == "of another version"
+        and store.progress() == (6, 6)
+        and verify(copy).sound
+    )
     assert all(map(np.array_equal, everything(copy), truth))
 
 
@@ -353,12 +414,17 @@ def test_a_damaged_description_of_other_images_is_not_mended(photos, recipe, cop
     (data / "train/ant/000.jpg").unlink()
     (copy / "labels/zarr.json").unlink()
     before = tree(copy)
-    with pytest.raises(StoreError, match="s.zarr is damaged, and the images in .* are others than those it was made from"):
+    with pytest.raises(
+        StoreError,
+        match="s.zarr is damaged, and the images in .* are others than those it was made from",
+    ):
         generate(recipe, data, copy, device=CPU)
     assert tree(copy) == before
 
 
-def test_consolidated_metadata_is_compared_and_taken_away_when_it_is_wrong(photos, recipe, store_path, copy):
+def test_consolidated_metadata_is_compared_and_taken_away_when_it_is_wrong(
+    photos, recipe, store_path, copy
+):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is no part of Zarr's format yet
         zarr.consolidate_metadata(str(copy))
@@ -412,9 +478,17 @@ def test_a_path_that_leaves_the_data_folder_is_refused(copy, path):
 
 @pytest.mark.parametrize(
     ("codec", "place", "bad"),
-    [("float32", 1, np.nan), ("float16", 1, np.inf), ("float32", 1, -3.0), ("float32", 1, 4.0), ("tail40", -1, 200)],
+    [
+        ("float32", 1, np.nan),
+        ("float16", 1, np.inf),
+        ("float32", 1, -3.0),
+        ("float32", 1, 4.0),
+        ("tail40", -1, 200),
+    ],
 )
-def test_codes_that_a_codec_does_not_have_are_not_trained_from(photos, recipe, tmp_path, codec, place, bad):
+def test_codes_that_a_codec_does_not_have_are_not_trained_from(
+    photos, recipe, tmp_path, codec, place, bad
+):
     """Whoever made the store wrote digests of them."""
     path = tmp_path / "s.zarr"
     generate(changed(recipe, store={"codec": codec}), photos, path, device=CPU)
@@ -423,7 +497,9 @@ def test_codes_that_a_codec_does_not_have_are_not_trained_from(photos, recipe, t
     codes[:, place] = bad
     with np.errstate(all="ignore"):
         writer.write(0, 1, codes, *kept)
-    with pytest.raises(StoreError, match=f"view 0, rows 32 to 63 of .*: codes that codec {codec} doesn't have"):
+    with pytest.raises(
+        StoreError, match=f"view 0, rows 32 to 63 of .*: codes that codec {codec} doesn't have"
+    ):
         LabelStore.open(path).codes(0, slice(None))
     assert [(f.view, f.shard) for f in verify(path).damaged] == [(0, 1)]
 
@@ -433,4 +509,6 @@ def test_the_plan_of_crops_is_what_the_store_holds(store_path, recipe):
     store = LabelStore.open(store_path)
     plan = CropSampler(recipe.crops, store.images, store.shard_rows)
     for view in range(2):
-        assert all(map(np.array_equal, plan.crops(view, np.arange(90)), store.crops(view, slice(None))))
+        assert all(
+            map(np.array_equal, plan.crops(view, np.arange(90)), store.crops(view, slice(None)))
+        )

@@ -1,7 +1,10 @@
-"""Many workers on one store, and what stops them: signals, a full disk, no permission. Whatever happens, no shard is written by two at once, what is
-finished stays, what went wrong is said in one line, and the store ends as the one that a single undisturbed process makes.
+"""Many workers on one store, and what stops them: signals, a full disk, no permission.
+Whatever happens, no shard is written by two at once, what is finished stays, what went
+wrong is said in one line, and the store ends as the one that a single undisturbed
+process makes.
 
-The workers are real processes that run the real command line. They are forked from a server that has imported everything (see killing.py).
+The workers are real processes that run the real command line. They are forked from a
+server that has imported everything (see killing.py).
 """
 
 from __future__ import annotations
@@ -41,18 +44,29 @@ VIEWS = 3
 ROWS = 4  # of a shard
 SOON = 20.0  # seconds in which a signal is obeyed; it takes one or two
 CAP_DAC_OVERRIDE = 1  # linux/capability.h: what lets root write where permissions say no
-SLOW = 0.1  # seconds that a write takes more where a run must not be done before the others have come
+SLOW = (
+    0.1  # seconds that a write takes more where a run must not be done before the others have come
+)
 FILLER = "filler"  # a file that fills a small disk
 ALSO = [
-    *("test_workers", "pipeline.training.train", "pipeline.inspection.relabel", "pipeline.inspection.terminal", "pipeline.evaluation"),
+    *(
+        "test_workers",
+        "pipeline.training.train",
+        "pipeline.inspection.relabel",
+        "pipeline.inspection.terminal",
+        "pipeline.evaluation",
+    ),
 ]  # what else runs import
 
 
 @dataclass(frozen=True)
 class When:
-    """The n-th time that a run does this to a file of such a path, and what happens to the run just before it does."""
+    """The n-th time that a run does this to a file of such a path, and what happens to
+    the run just before it does."""
 
-    what: str  # read or write (it opens the file), rename, link, remove; or forget: its main thread is done with a DALI pipeline
+    # read or write (it opens the file), rename, link, remove; or forget: its main
+    # thread is done with a DALI pipeline
+    what: str
     path: str  # regular expression
     then: str  # a signal; hold, until it is released; full: the disk is so from now on
     nth: int = 1
@@ -105,7 +119,9 @@ class Run:
     def wait(self, done: Callable[[], bool], what: str) -> None:
         patience = time.monotonic() + HANGS
         while not done():
-            assert self.process.exitcode is None, f"it ended, status {self.process.exitcode}, and never {what}:\n{self.said()}"
+            assert self.process.exitcode is None, (
+                f"it ended, status {self.process.exitcode}, and never {what}:\n{self.said()}"
+            )
             assert time.monotonic() < patience, f"it never {what}:\n{self.said()}"
             time.sleep(0.005)
 
@@ -126,14 +142,17 @@ class Run:
     def failed_with(self) -> str:
         """The one line in which it said what is wrong."""
         assert self.end() == 1, self.said()
-        lines = [line for line in self.said().splitlines() if line.startswith(("error:", "stopped"))]
+        lines = [
+            line for line in self.said().splitlines() if line.startswith(("error:", "stopped"))
+        ]
         assert len(lines) == 1 and lines[0] == self.said().splitlines()[-1], self.said()
         require_no_trace(self)
         return lines[0]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder. (Runs import this module too, and conftest, with scikit-learn, would take them a second.)"""
+    """Every file below a folder. (Runs import this module too, and conftest, with
+    scikit-learn, would take them a second.)"""
     import conftest
 
     return conftest.tree(folder)
@@ -141,11 +160,14 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def require_no_trace(run: Run) -> None:
     """No traceback, not even one of a thread or of the interpreter's end."""
-    assert not re.search(r"Traceback|Exception ignored|Error in|^\s+File ", run.said(), re.M), run.said()
+    assert not re.search(r"Traceback|Exception ignored|Error in|^\s+File ", run.said(), re.M), (
+        run.said()
+    )
 
 
 class House:
-    """One recipe on one data set, in a folder that everybody may read, and the server that runs are forked from."""
+    """One recipe on one data set, in a folder that everybody may read, and the server
+    that runs are forked from."""
 
     def __init__(self, folder: Path, config: Path, data: Path) -> None:
         self.folder, self.config, self.data = folder, config, data
@@ -160,7 +182,14 @@ class House:
             forkserver.ensure_running()
 
     def start(self, *arguments: object, **how: Any) -> Run:
-        self.runs.append(Run(self.context, self.folder / f"run{next(self.number)}", [str(a) for a in arguments], **how))
+        self.runs.append(
+            Run(
+                self.context,
+                self.folder / f"run{next(self.number)}",
+                [str(a) for a in arguments],
+                **how,
+            )
+        )
         return self.runs[-1]
 
     def end(self) -> None:
@@ -186,7 +215,12 @@ class Place:
 
     def start(self, *options: object, data: Path | None = None, **how: Any) -> Run:
         """generate-labels, with these options."""
-        arguments = ["generate-labels", f"--config={self.house.config}", f"--data={data or self.house.data}", f"--store={self.path}"]
+        arguments = [
+            "generate-labels",
+            f"--config={self.house.config}",
+            f"--data={data or self.house.data}",
+            f"--store={self.path}",
+        ]
         return self.house.start(*arguments, "--device=cpu", *options, log=str(self.log), **how)
 
     def run(self, *options: object, **how: Any) -> str:
@@ -197,7 +231,8 @@ class Place:
         return run.said()
 
     def begin(self, views: int, labelled: int | None = None) -> None:
-        """Put a store of so many views here, made by one process; of all its shards, or of so many."""
+        """Put a store of so many views here, made by one process; of all its shards, or
+        of so many."""
         shutil.copytree(self.whole.with_name(f"{views}.zarr"), self.path)
         for number, record in enumerate(sorted((self.path / "records" / "c").glob("*/*/0"))):
             if labelled is not None and number >= labelled:
@@ -218,7 +253,8 @@ class Place:
         return found + [Write(*key, moment, np.inf) for key, moment in begun.items()]
 
     def kept(self) -> dict[str, tuple[int, int]]:
-        """Inode and time of every file of a finished shard, each of which is what a single process makes."""
+        """Inode and time of every file of a finished shard, each of which is what a
+        single process makes."""
         if not self.path.exists():
             return {}
         store, files = LabelStore.open(self.path), {}
@@ -226,17 +262,24 @@ class Place:
             for name in ("labels", *store.crop_arrays, "records"):
                 file = store.file(name, view, shard)
                 inside = str(file.relative_to(self.path))
-                assert file.read_bytes() == (self.whole / inside).read_bytes(), f"{inside} is believed and wrong"
+                assert file.read_bytes() == (self.whole / inside).read_bytes(), (
+                    f"{inside} is believed and wrong"
+                )
                 files[inside] = (file.stat().st_ino, file.stat().st_mtime_ns)
         return files
 
     def left(self) -> set[str]:
         """What lies in the store or beside it that a finished store doesn't have."""
         left = {str(file.relative_to(self.folder)) for file in self.folder.rglob("*")}
-        return left - {"s.zarr", FILLER} - {f"s.zarr/{file.relative_to(self.whole)}" for file in self.whole.rglob("*")}
+        return (
+            left
+            - {"s.zarr", FILLER}
+            - {f"s.zarr/{file.relative_to(self.whole)}" for file in self.whole.rglob("*")}
+        )
 
     def require_whole(self, *lost: Run) -> None:
-        """The store is the one of a single process, nothing else is there, and no shard was written twice but those in flight in a run that was lost."""
+        """The store is the one of a single process, nothing else is there, and no shard
+        was written twice but those in flight in a run that was lost."""
         assert not self.left()
         made, wanted = tree(self.path), tree(self.whole)
         assert sorted(made) == sorted(wanted)
@@ -245,17 +288,24 @@ class Place:
 
 
 def require_single_writers(writes: list[Write], broken: tuple[Run, ...] = ()) -> None:
-    """No shard was written by two at once, and none again once it was finished. ``broken``: runs that were killed or failed in a write."""
+    """No shard was written by two at once, and none again once it was finished.
+    ``broken``: runs that were killed or failed in a write."""
     lost = {run.process.pid for run in broken}
-    assert {write.process for write in writes if write.ends == np.inf} <= lost, "a write came to no end"
+    assert {write.process for write in writes if write.ends == np.inf} <= lost, (
+        "a write came to no end"
+    )
     places: dict[tuple[int, int], list[Write]] = {}
     for write in sorted(writes, key=lambda write: write.begins):
         places.setdefault((write.view, write.shard), []).append(write)
     for place, several in places.items():
         *before, _ = several
-        assert all(write.process in lost for write in before), f"view {place[0]}, shard {place[1]} was written twice: {several}"
+        assert all(write.process in lost for write in before), (
+            f"view {place[0]}, shard {place[1]} was written twice: {several}"
+        )
         for one, next_one in itertools.pairwise(several):
-            assert one.ends <= next_one.begins or one.ends == np.inf, f"two wrote view {place[0]}, shard {place[1]} at once: {several}"
+            assert one.ends <= next_one.begins or one.ends == np.inf, (
+                f"two wrote view {place[0]}, shard {place[1]} at once: {several}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +336,8 @@ def house(recipe, teachers) -> Iterator[House]:
 
 @pytest.fixture(scope="module")
 def whole(house) -> Path:
-    """The store of a single undisturbed process; beside it those of one view, of two and of four."""
+    """The store of a single undisturbed process; beside it those of one view, of two
+    and of four."""
     for views in (1, 2, VIEWS, 4):
         Place(house, Path(), house.folder / f"{views} views").run(f"--views={views}")
         (house.folder / f"{views} views" / "s.zarr").rename(house.folder / f"{views}.zarr")
@@ -316,7 +367,9 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chmod(folder, 0o777)
     torch.set_num_threads(1)
-    os.fsync = lambda descriptor: None  # a kill loses nothing that the kernel has, and the disk takes half of the time
+    os.fsync = lambda descriptor: (
+        None
+    )  # a kill loses nothing that the kernel has, and the disk takes half of the time
     os.environ.update(how.get("environment", {}))
     coordination.PATIENCE = how.get("patience", 60.0)
     if "host" in how:  # as if it ran there
@@ -331,9 +384,11 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
 
 
 def obey_permissions() -> None:
-    """Let permissions stop this process, if it is root's, from writing, as they stop its owner where that is somebody else.
+    """Let permissions stop this process, if it is root's, from writing, as they stop
+    its owner where that is somebody else.
 
-    It stays root and may read everything: as another user it could not import what is only imported later, where the clone lies below a folder of mode 700.
+    It stays root and may read everything: as another user it could not import what is
+    only imported later, where the clone lies below a folder of mode 700.
     """
     if os.geteuid() != 0:
         return
@@ -349,7 +404,8 @@ def obey_permissions() -> None:
 
 
 def _log_writes(log: int, slow: float) -> None:
-    """Note when a shard's writing begins and ends, and let it take some seconds more, so that two that wrote one would be seen to."""
+    """Note when a shard's writing begins and ends, and let it take some seconds more,
+    so that two that wrote one would be seen to."""
     from cache.writer import StoreWriter
 
     def note(what: str, view: int, shard: int) -> None:
@@ -365,7 +421,8 @@ def _log_writes(log: int, slow: float) -> None:
 
 
 def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
-    """Let happen what is to happen. ``disk``: the small file system that is to be full; without one, writing itself fails as it would on a full one."""
+    """Let happen what is to happen. ``disk``: the small file system that is to be full;
+    without one, writing itself fails as it would on a full one."""
     from nvidia import dali
 
     counts = [itertools.count(1) for _ in whens]
@@ -375,7 +432,12 @@ def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
     def happens(what: str, path: object) -> None:
         path = os.fsdecode(path)
         for when, count in zip(whens, counts, strict=True):
-            if when.what == what and when.after not in waiting and re.search(when.path, path) and next(count) == when.nth:
+            if (
+                when.what == what
+                and when.after not in waiting
+                and re.search(when.path, path)
+                and next(count) == when.nth
+            ):
                 befall(when.then)
         if what in ("link", "rename"):
             waiting.difference_update([after for after in waiting if re.search(after, path)])
@@ -397,7 +459,9 @@ def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
 
     def hook(name: str, given: tuple) -> None:
         if name == "open" and isinstance(given[0], str | bytes | os.PathLike):
-            happens("write" if given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else "read", given[0])
+            happens(
+                "write" if given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else "read", given[0]
+            )
         elif name in ("os.rename", "os.link"):
             happens(name[3:], given[1])
         elif name == "os.remove":
@@ -413,7 +477,9 @@ def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name: write() knows none
 
     def __del__(self: dali.Pipeline) -> None:
-        if threading.current_thread() is threading.main_thread():  # which is where signals are handled
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # which is where signals are handled
             happens("forget", "pipeline")
         real_forget(self)
 
@@ -439,28 +505,48 @@ def fill(disk: str | Path) -> None:
 
 def torchrun(rank: int, world: int) -> dict[str, str]:
     """What torchrun tells a process."""
-    return {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
 
 
 WAYS: dict[str, list[dict]] = {
     "torchrun": [{"environment": torchrun(rank, 3)} for rank in range(3)],
     "SLURM array": [{"worker": f"{i}/3"} for i in range(3)],
-    "array of torchruns": [{"worker": f"{i}/2", "environment": torchrun(rank, 2)} for i in range(2) for rank in range(2)],
+    "array of torchruns": [
+        {"worker": f"{i}/2", "environment": torchrun(rank, 2)}
+        for i in range(2)
+        for rank in range(2)
+    ],
     "by hand": [{}, {}, {}],
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is_written_twice(place, way):
+def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is_written_twice(
+    place, way
+):
     workers = [
-        place.start(*([f"--worker={worker['worker']}"] if "worker" in worker else []), environment=worker.get("environment", {}), slow=SLOW)
+        place.start(
+            *([f"--worker={worker['worker']}"] if "worker" in worker else []),
+            environment=worker.get("environment", {}),
+            slow=SLOW,
+        )
         for worker in WAYS[way]
     ]
-    assert [worker.end() for worker in workers] == [0] * len(workers), "\n\n".join(worker.said() for worker in workers)
+    assert [worker.end() for worker in workers] == [0] * len(workers), "\n\n".join(
+        worker.said() for worker in workers
+    )
     place.require_whole()
     assert len({write.process for write in place.writes()}) > 1  # they did share it
     said = [worker.said().splitlines()[-1] for worker in workers]
-    ends = [re.search(r"is complete: 15 of 15 shards|this worker's share is done", line) for line in said]
+    ends = [
+        re.search(r"is complete: 15 of 15 shards|this worker's share is done", line)
+        for line in said
+    ]
     assert all(ends), said
     assert any("is complete" in line for line in said), said
     if way == "by hand":  # there are no shares, and nobody waits for this one
@@ -471,7 +557,10 @@ def test_a_second_run_on_a_store_shares_the_work_and_says_who_else_is_at_it(plac
     first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
     first.wait_held()
     second = place.start()
-    second.wait_for(f"shards are done; waiting for others who are at work on {place.path} ({socket.gethostname()}:{first.process.pid})")
+    second.wait_for(
+        f"shards are done; waiting for others who are at work on {place.path} "
+        f"({socket.gethostname()}:{first.process.pid})"
+    )
     first.release()
     assert [first.end(), second.end()] == [0, 0]
     assert all("is complete: 15 of 15 shards" in run.said() for run in (first, second))
@@ -482,7 +571,8 @@ def test_a_second_run_on_a_store_shares_the_work_and_says_who_else_is_at_it(plac
 
 
 def test_what_a_run_passed_by_because_another_had_it_is_not_forgotten_when_that_one_dies(place):
-    """Two started by hand: the second passes by what the first is at, the first is killed. Nobody else is left to do it."""
+    """Two started by hand: the second passes by what the first is at, the first is
+    killed. Nobody else is left to do it."""
     first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
     first.wait_held()
     second = place.start(whens=(When("rename", r"s\.zarr/records/c/2/4/0$", "hold"),))
@@ -497,7 +587,9 @@ def test_what_a_run_passed_by_because_another_had_it_is_not_forgotten_when_that_
 @pytest.mark.parametrize("workers", [2, 5])
 def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, workers):
     place.begin(VIEWS, labelled=0)
-    dead = place.start("--worker=1/3", whens=(When("rename", r"s\.zarr/(boxes|records)/", "SIGKILL", nth=4),))
+    dead = place.start(
+        "--worker=1/3", whens=(When("rename", r"s\.zarr/(boxes|records)/", "SIGKILL", nth=4),)
+    )
     others = [place.start(f"--worker={i}/3") for i in (0, 2)]
     assert dead.end() == -signal.SIGKILL
     assert [other.end() for other in others] == [0, 0]
@@ -511,7 +603,8 @@ def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, 
 
 
 def claimed_elsewhere(place: Place, name: str) -> Path:
-    """A claim of a process of another machine, of the same host name and number as this one."""
+    """A claim of a process of another machine, of the same host name and number as this
+    one."""
     from cache.system.claims import _me
 
     claims_of(place.path).mkdir()
@@ -520,8 +613,11 @@ def claimed_elsewhere(place: Place, name: str) -> Path:
     return theirs
 
 
-def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over_once_it_is_stale(place):
-    """Same process number, same host name: a container elsewhere can't be asked whether it lives."""
+def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over_once_it_is_stale(
+    place,
+):
+    """Same process number, same host name: a container elsewhere can't be asked whether
+    it lives."""
 
     place.begin(VIEWS, labelled=0)
     theirs = claimed_elsewhere(place, "1-2")
@@ -538,13 +634,19 @@ def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over
 
 
 def test_a_living_worker_of_another_host_keeps_its_shards_and_a_killed_one_loses_them(place):
-    """Its heart goes on beating while it takes its time; once it is killed nobody here can know, until its claims are stale."""
+    """Its heart goes on beating while it takes its time; once it is killed nobody here
+    can know, until its claims are stale."""
     place.begin(VIEWS, labelled=0)
     stale = 2.0
-    elsewhere = place.start(host="elsewhere", stale=stale, whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
+    elsewhere = place.start(
+        host="elsewhere", stale=stale, whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),)
+    )
     elsewhere.wait_held()
     run = place.start(stale=stale)
-    run.wait_for(f"shards are done; waiting for others who are at work on {place.path} (elsewhere:{elsewhere.process.pid})")
+    run.wait_for(
+        f"shards are done; waiting for others who are at work on {place.path} "
+        f"(elsewhere:{elsewhere.process.pid})"
+    )
     done = LabelStore.open(place.path).progress()
     assert done < (15, 15)
     time.sleep(1.5 * stale)
@@ -567,7 +669,8 @@ def test_a_worker_that_waits_for_another_stops_at_once_when_it_is_asked_to(place
 
 
 def test_a_damaged_shard_that_another_holds_is_not_called_complete(place):
-    """A dead container's claim, which nobody here can tell from a living one's until it is stale."""
+    """A dead container's claim, which nobody here can tell from a living one's until it
+    is stale."""
     place.begin(VIEWS)
     file = place.path / "labels/c/1/2/0"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -581,10 +684,15 @@ def test_a_damaged_shard_that_another_holds_is_not_called_complete(place):
 
 
 def test_a_sleeper_whose_shard_was_taken_over_drops_it(place):
-    """Stopped for longer than its claim lives, as by a laptop's lid or a file system that hangs."""
+    """Stopped for longer than its claim lives, as by a laptop's lid or a file system
+    that hangs."""
     place.begin(VIEWS, labelled=13)
     stale = 2.0
-    sleeper = place.start(host="elsewhere", stale=stale, whens=(When("read", r"data/train/.*jpg$", "hold", after=r"claims/2-4$"),))
+    sleeper = place.start(
+        host="elsewhere",
+        stale=stale,
+        whens=(When("read", r"data/train/.*jpg$", "hold", after=r"claims/2-4$"),),
+    )
     sleeper.wait_held()
     os.kill(sleeper.process.pid, signal.SIGSTOP)
     try:
@@ -593,7 +701,10 @@ def test_a_sleeper_whose_shard_was_taken_over_drops_it(place):
     finally:
         os.kill(sleeper.process.pid, signal.SIGCONT)
     sleeper.release()
-    assert sleeper.end() == 0 and "was taken over by another process while this one slept" in sleeper.said()
+    assert (
+        sleeper.end() == 0
+        and "was taken over by another process while this one slept" in sleeper.said()
+    )
     assert place.kept() == before
     assert tree(place.path) == tree(place.whole)
 
@@ -602,8 +713,16 @@ def test_a_store_that_is_called_by_two_names_has_one_set_of_claims(place, tmp_pa
     link = tmp_path / "home" / "mine.zarr"
     link.parent.mkdir()
     link.symlink_to(place.path)  # which is not there yet
-    arguments = ["generate-labels", f"--config={place.house.config}", f"--data={place.house.data}", f"--store={link}", "--device=cpu"]
-    one = place.house.start(*arguments, log=str(place.log), whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
+    arguments = [
+        "generate-labels",
+        f"--config={place.house.config}",
+        f"--data={place.house.data}",
+        f"--store={link}",
+        "--device=cpu",
+    ]
+    one = place.house.start(
+        *arguments, log=str(place.log), whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),)
+    )
     one.wait_held()
     other = place.start()
     other.wait_for("waiting for others")
@@ -627,10 +746,13 @@ def test_nobody_extends_a_store_that_is_being_mended(place):
 
 
 def test_what_a_killed_mender_left_is_in_nobodys_way(place):
-    """It was at it with another recipe, and killed while its links to the labels were there."""
+    """It was at it with another recipe, and killed while its links to the labels were
+    there."""
     place.begin(VIEWS)
     (place.path / "zarr.json").write_text("{}")
-    mender = place.start("--set", "crops.seed=7", whens=(When("read", r"mending/s\.zarr/records/c/", "hold"),))
+    mender = place.start(
+        "--set", "crops.seed=7", whens=(When("read", r"mending/s\.zarr/records/c/", "hold"),)
+    )
     mender.wait_held()
     other = place.start()
     other.wait_for("waiting for another process to create")
@@ -645,27 +767,40 @@ def test_what_a_killed_mender_left_is_in_nobodys_way(place):
 @pytest.mark.parametrize("shares", [("0/1", "0/1"), ("0/2", "1/2")])
 def test_of_two_that_make_one_store_at_once_one_creates_it_and_both_fill_it(place, shares):
     """Both are held at the first claim, and let go at once."""
-    both = [place.start(f"--worker={share}", slow=SLOW, whens=(When("link", r"s\.zarr\.claims/", "hold"),)) for share in shares]
+    both = [
+        place.start(
+            f"--worker={share}", slow=SLOW, whens=(When("link", r"s\.zarr\.claims/", "hold"),)
+        )
+        for share in shares
+    ]
     for run, share in zip(both, shares, strict=True):
-        run.wait_held() if share.startswith("0/") else run.wait_for("waiting for worker 0 to create")
+        run.wait_held() if share.startswith("0/") else run.wait_for(
+            "waiting for worker 0 to create"
+        )
     for run in both:
         run.release()
     assert [run.end() for run in both] == [0, 0], "\n\n".join(run.said() for run in both)
     said = [run.said() for run in both]
     assert sum(f"created {place.path}" in text for text in said) == 1
-    assert all(f"created {place.path}" in text or f"to create {place.path}" in text for text in said), said
+    assert all(
+        f"created {place.path}" in text or f"to create {place.path}" in text for text in said
+    ), said
     place.require_whole()
     assert len({write.process for write in place.writes()}) == 2
 
 
-def test_a_worker_waits_while_worker_0_looks_at_the_images_and_goes_on_when_that_is_killed_and_started_again(place):
+def test_a_worker_waits_for_worker_0_and_goes_on_when_that_is_killed_and_started_again(
+    place,
+):
     reading = r"data/train/.*jpg$"
     zero = place.start("--worker=0/2", whens=(When("read", reading, "hold", nth=10),))
     zero.wait_held()
     one = place.start("--worker=1/2")
     one.wait_for(f"waiting for worker 0 to create {place.path}")
     zero.kill()
-    zero = place.start("--worker=0/2", whens=(When("write", r"creating/images/", "SIGKILL", nth=5),))
+    zero = place.start(
+        "--worker=0/2", whens=(When("write", r"creating/images/", "SIGKILL", nth=5),)
+    )
     assert zero.end() == -signal.SIGKILL
     zero = place.start("--worker=0/2")
     assert [zero.end(), one.end()] == [0, 0], zero.said() + one.said()
@@ -688,7 +823,10 @@ def test_a_store_may_be_extended_while_another_run_still_labels_it(place):
     first = place.start("--views=2", whens=(When("rename", r"s\.zarr/labels/c/1/1/0$", "hold"),))
     first.wait_held()
     larger = place.start("--views=4")
-    larger.wait_for(f"waiting for others who are at work on {place.path} ({socket.gethostname()}:{first.process.pid})")
+    larger.wait_for(
+        f"waiting for others who are at work on {place.path} "
+        f"({socket.gethostname()}:{first.process.pid})"
+    )
     assert f"extending {place.path} from 2 to 4 views" in larger.said()
     first.release()
     assert [first.end(), larger.end()] == [0, 0], first.said() + larger.said()
@@ -698,18 +836,27 @@ def test_a_store_may_be_extended_while_another_run_still_labels_it(place):
 
 @pytest.mark.parametrize("views", [(4, 3), (3, 4)])
 def test_two_that_extend_a_store_at_once_extend_it_once_and_to_the_larger_number(place, views):
-    """The second comes in the middle of the first one's growth: it waits, or refuses in a line that says when to come again."""
+    """The second comes in the middle of the first one's growth: it waits, or refuses in
+    a line that says when to come again."""
     place.begin(2)
     before = place.path / "labels" / "c" / "0" / "0" / "0"
     inode = before.stat().st_ino
-    first = place.start(f"--views={views[0]}", whens=(When("rename", r"s\.zarr/boxes/zarr\.json$", "hold"),))
+    first = place.start(
+        f"--views={views[0]}", whens=(When("rename", r"s\.zarr/boxes/zarr\.json$", "hold"),)
+    )
     first.wait_held()
     second = place.start(f"--views={views[1]}")
-    second.wait(lambda: "by another process" in second.said() or "waiting" in second.said(), "said that another is at it")
+    second.wait(
+        lambda: "by another process" in second.said() or "waiting" in second.said(),
+        "said that another is at it",
+    )
     first.release()
     assert first.end() == 0, first.said()
     if second.end():
-        assert "is being extended by another process right now; run this command again" in second.failed_with()
+        assert (
+            "is being extended by another process right now; run this command again"
+            in second.failed_with()
+        )
         place.run(f"--views={views[1]}")
     place.whole = place.whole.with_name("4.zarr")
     place.require_whole()
@@ -718,7 +865,9 @@ def test_two_that_extend_a_store_at_once_extend_it_once_and_to_the_larger_number
 
 def test_a_worker_waits_while_worker_0_extends_the_store(place):
     place.begin(2)
-    zero = place.start("--worker=0/2", "--views=4", whens=(When("rename", r"s\.zarr/flips/zarr\.json$", "hold"),))
+    zero = place.start(
+        "--worker=0/2", "--views=4", whens=(When("rename", r"s\.zarr/flips/zarr\.json$", "hold"),)
+    )
     zero.wait_held()
     one = place.start("--worker=1/2", "--views=4")
     one.wait_for(f"waiting for worker 0 to grow {place.path}")
@@ -736,7 +885,9 @@ def test_fewer_views_take_none_away_not_even_from_a_store_that_is_growing(place)
     assert f"{place.path} has {VIEWS} views already; none is taken away" in place.run("--views=1")
     assert "keeps its shards of" in place.run("--set", "store.shard_rows=3")
     assert tree(place.path) == before
-    larger = place.start("--views=4", whens=(When("rename", r"s\.zarr/records/zarr\.json$", "hold"),))
+    larger = place.start(
+        "--views=4", whens=(When("rename", r"s\.zarr/records/zarr\.json$", "hold"),)
+    )
     larger.wait_held()
     smaller = place.start("--views=1")
     time.sleep(0.5)
@@ -766,15 +917,20 @@ MOMENTS: dict[str, When] = {
 
 
 def either(moments: dict[str, When], both: str) -> list[tuple[str, str]]:
-    """Each moment with one of the signals, which are handled alike, and one moment with both."""
+    """Each moment with one of the signals, which are handled alike, and one moment with
+    both."""
     names = itertools.cycle(["SIGTERM", "SIGINT"])
     return sorted(
-        {*zip(moments, names, strict=False), (both, "SIGTERM"), (both, "SIGINT")}, key=lambda case: (list(moments).index(case[0]), case[1])
+        {*zip(moments, names, strict=False), (both, "SIGTERM"), (both, "SIGINT")},
+        key=lambda case: (list(moments).index(case[0]), case[1]),
     )
 
 
 def require_stopped(run: Run, name: str) -> None:
-    assert run.failed_with() == f"stopped by {name}; run the same command again to go on from what is finished"
+    assert (
+        run.failed_with()
+        == f"stopped by {name}; run the same command again to go on from what is finished"
+    )
     assert run.stopped_after() < SOON
 
 
@@ -790,12 +946,19 @@ def test_asked_to_stop_it_does_so_in_order_and_goes_on_to_the_same_bytes(place, 
     assert {file: now[file] for file in kept} == kept
     place.require_whole()
     assert not left, "the stopped run left something"
-    if moment in ("labelling", "writing a shard", "between the shard and its record", "writing the last record of a unit"):
+    if moment in (
+        "labelling",
+        "writing a shard",
+        "between the shard and its record",
+        "writing the last record of a unit",
+    ):
         said = re.search(r"(\d+) of 15 shards are done; (.*)$", run.said(), re.M)
         assert said and int(said[1]) == finished.sum(), run.said()
         dropped = re.search(r"views? ([\d, ]+), rows (\d+) to", said[2])
         for view in dropped[1].split(",") if dropped and "dropped" in said[2] else ():
-            assert not finished[int(view), int(dropped[2]) // ROWS], f"it says that view {view} is dropped, which is finished: {said[0]}"
+            assert not finished[int(view), int(dropped[2]) // ROWS], (
+                f"it says that view {view} is dropped, which is finished: {said[0]}"
+            )
 
 
 def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
@@ -813,7 +976,9 @@ def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
         time.sleep(rng.random() * seconds / 2)
         with suppress(ProcessLookupError):
             run.signal(str(rng.choice(["SIGTERM", "SIGINT"])))
-        if run.end() == 0 or "is complete" in run.said():  # the second: it was stopped on its way out
+        if (
+            run.end() == 0 or "is complete" in run.said()
+        ):  # the second: it was stopped on its way out
             break
         stopped += 1
         assert re.match(r"stopped by SIG(TERM|INT); run the same command again", run.failed_with())
@@ -826,12 +991,20 @@ def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
 
 def test_asked_to_stop_among_hundreds_of_files_it_does_not_look_at_the_rest_first(place):
     many = place.folder.with_name("many")
-    for number, photo in itertools.product(range(20), sorted((place.house.data / "train").glob("*/*.jpg"))):
+    for number, photo in itertools.product(
+        range(20), sorted((place.house.data / "train").glob("*/*.jpg"))
+    ):
         copy = many / photo.parent.name / f"{number}-{photo.name}"
         copy.parent.mkdir(parents=True, exist_ok=True)
         os.link(photo, copy)
     for name in ("SIGTERM", "SIGINT"):
-        run = place.start(data=many, whens=(When("read", r"many/.*jpg$", name, nth=100), When("read", r"many/.*jpg$", "SIGKILL", nth=300)))
+        run = place.start(
+            data=many,
+            whens=(
+                When("read", r"many/.*jpg$", name, nth=100),
+                When("read", r"many/.*jpg$", "SIGKILL", nth=300),
+            ),
+        )
         require_stopped(run, name)
         assert not place.left()
 
@@ -848,7 +1021,12 @@ def test_asked_to_stop_while_it_waits_for_worker_0_it_does_so(place, waiting):
 
 
 @pytest.mark.parametrize(
-    "moment", [("write", r"/zarr\.json\..*partial$"), ("rename", r"s\.zarr/flips/zarr\.json$"), ("rename", r"s\.zarr/zarr\.json$")]
+    "moment",
+    [
+        ("write", r"/zarr\.json\..*partial$"),
+        ("rename", r"s\.zarr/flips/zarr\.json$"),
+        ("rename", r"s\.zarr/zarr\.json$"),
+    ],
 )
 def test_asked_to_stop_while_it_extends_a_store_it_leaves_nothing_half(place, moment):
     place.begin(2)
@@ -861,7 +1039,8 @@ def test_asked_to_stop_while_it_extends_a_store_it_leaves_nothing_half(place, mo
 
 
 def test_asked_to_stop_while_something_is_thrown_away_it_hears_it(place):
-    """Python ignores errors in destructors, and with them a signal whose handler raises one there. DALI's take their time."""
+    """Python ignores errors in destructors, and with them a signal whose handler raises
+    one there. DALI's take their time."""
     run = place.start(whens=(When("forget", "pipeline", "SIGTERM"),))
     require_stopped(run, "SIGTERM")
     assert not place.left()
@@ -880,7 +1059,10 @@ def test_a_job_of_several_workers_that_is_preempted_goes_on_with_another_number(
     """SIGTERM to all, as SLURM and torchrun send it."""
     workers = [place.start(environment=torchrun(rank, 3), slow=SLOW) for rank in range(3)]
     for worker in workers:
-        worker.wait(lambda worker=worker: f"ends {worker.process.pid}" in place.log.read_text(), "wrote a shard")
+        worker.wait(
+            lambda worker=worker: f"ends {worker.process.pid}" in place.log.read_text(),
+            "wrote a shard",
+        )
         worker.signal("SIGTERM")
     for worker in workers:
         require_stopped(worker, "SIGTERM")
@@ -924,8 +1106,15 @@ def test_asked_twice_to_stop_it_does_not_finish_the_shard(place):
 
 
 def test_asked_to_stop_while_it_still_imports_a_real_process_ends_in_order(place):
-    arguments = ["generate-labels", f"--config={place.house.config}", f"--data={place.house.data}", f"--store={place.path}"]
-    process = subprocess.Popen([sys.executable, ROOT / "cli.py", *arguments], stderr=subprocess.PIPE, text=True)
+    arguments = [
+        "generate-labels",
+        f"--config={place.house.config}",
+        f"--data={place.house.data}",
+        f"--store={place.path}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "cli.py", *arguments], stderr=subprocess.PIPE, text=True
+    )
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None
         time.sleep(0.01)
@@ -945,19 +1134,31 @@ class Training:
         self.house, self.store, self.out = house, store, out
 
     def start(self, **how: Any) -> Run:
-        arguments = ["train-student", f"--config={self.house.config}", f"--data={self.house.data}", f"--store={self.store}"]
+        arguments = [
+            "train-student",
+            f"--config={self.house.config}",
+            f"--data={self.house.data}",
+            f"--store={self.store}",
+        ]
         return self.house.start(*arguments, f"--out={self.out}", "--device=cpu", **how)
 
     def files(self) -> set[str]:
-        """Names of what is in the run's folder; those of events have time and process in them."""
+        """Names of what is in the run's folder; those of events have time and process
+        in them."""
         return {name.partition("tfevents")[0] for name in os.listdir(self.out)}
 
     def result(self) -> tuple[bytes, bytes, list[dict]]:
         """Both models, and the metrics without times."""
         timed = ("seconds", "images_per_second")
-        metrics = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        metrics = [
+            json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()
+        ]
         kept = [{key: value for key, value in line.items() if key not in timed} for line in metrics]
-        return (self.out / "last.safetensors").read_bytes(), (self.out / "best.safetensors").read_bytes(), kept
+        return (
+            (self.out / "last.safetensors").read_bytes(),
+            (self.out / "best.safetensors").read_bytes(),
+            kept,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -981,7 +1182,9 @@ TRAINING: dict[str, When] = {
 
 
 @pytest.mark.parametrize(("moment", "name"), either(TRAINING, both="the second epoch"))
-def test_training_that_is_asked_to_stop_does_so_and_ends_as_if_it_had_not_been(house, whole, trained, tmp_path, moment, name):
+def test_training_that_is_asked_to_stop_does_so_and_ends_as_if_it_had_not_been(
+    house, whole, trained, tmp_path, moment, name
+):
     training = Training(house, whole, tmp_path / "run")
     run = training.start(whens=(replace(TRAINING[moment], then=name),))
     require_stopped(run, name)
@@ -1026,16 +1229,25 @@ FULL: dict[str, When] = {
 }
 
 
-@pytest.mark.parametrize(("phase", "disk"), [*((phase, "real") for phase in FULL), ("creation", "injected"), ("a record", "injected")])
-def test_on_a_full_disk_nothing_is_lost_and_it_goes_on_once_there_is_room(house, whole, place, disk, phase):
+@pytest.mark.parametrize(
+    ("phase", "disk"),
+    [*((phase, "real") for phase in FULL), ("creation", "injected"), ("a record", "injected")],
+)
+def test_on_a_full_disk_nothing_is_lost_and_it_goes_on_once_there_is_room(
+    house, whole, place, disk, phase
+):
     with ExitStack() as stack:
         if disk == "real":
             with suppress(pytest.skip.Exception):  # where none may be mounted, errors are injected
-                stack.enter_context(mounted(place.folder, "-t", "tmpfs", "-o", "size=4m", "workers"))
+                stack.enter_context(
+                    mounted(place.folder, "-t", "tmpfs", "-o", "size=4m", "workers")
+                )
         if "growth" in phase:
             place.begin(2)
         before = place.kept()
-        run = place.start(whens=(FULL[phase],), disk=str(place.folder) if place.folder.is_mount() else None)
+        run = place.start(
+            whens=(FULL[phase],), disk=str(place.folder) if place.folder.is_mount() else None
+        )
         line, left, kept = run.failed_with(), place.left(), place.kept()
         assert {file: kept.get(file) for file in before} == before
         (place.folder / FILLER).unlink(missing_ok=True)
@@ -1048,7 +1260,8 @@ def test_on_a_full_disk_nothing_is_lost_and_it_goes_on_once_there_is_room(house,
 
 
 def test_a_disk_that_is_full_again_and_again_loses_nothing(place):
-    """It gets a few pages more each time, so that the disk is full wherever it happens to be."""
+    """It gets a few pages more each time, so that the disk is full wherever it happens
+    to be."""
     with mounted(place.folder, "-t", "tmpfs", "-o", "size=32k", "workers"):
         kept: dict[str, tuple[int, int]] = {}
         lines, runs = [], []
@@ -1073,7 +1286,8 @@ def test_a_disk_that_is_full_again_and_again_loses_nothing(place):
 
 @contextmanager
 def read_only(place: Place, how: str) -> Iterator[dict]:
-    """Make the store, or all of its folder, read-only; what a run needs to be told so that it is to it."""
+    """Make the store, or all of its folder, read-only; what a run needs to be told so
+    that it is to it."""
     if how == "read-only file system":
         with mounted(place.folder, "--bind", str(place.folder)):
             subprocess.run(["mount", "-o", "remount,bind,ro", str(place.folder)], check=True)
@@ -1108,7 +1322,9 @@ def test_what_a_read_only_store_is_missing_is_refused_in_one_line(place, how, co
     place.run()
     place.require_whole(run)
     assert after == before and not left
-    assert line.startswith(f"error: {place.folder}") and re.search("Permission denied|Read-only", line), line
+    assert line.startswith(f"error: {place.folder}") and re.search(
+        "Permission denied|Read-only", line
+    ), line
 
 
 @pytest.mark.parametrize("how", READ_ONLY)
@@ -1124,7 +1340,14 @@ def test_a_finished_read_only_store_is_good_for_everything(house, whole, place, 
             "inspect": house.start("inspect", place.path, "--json", **told),
             "verify": house.start("verify", place.path, f"--data={house.data}", "--json", **told),
             "sample": house.start(
-                "verify", place.path, f"--data={house.data}", "--sample=5", "--device=cpu", "--json", *house_teachers(house), **told
+                "verify",
+                place.path,
+                f"--data={house.data}",
+                "--sample=5",
+                "--device=cpu",
+                "--json",
+                *house_teachers(house),
+                **told,
             ),
         }
         training = Training(house, place.path, out / "run")
@@ -1133,11 +1356,16 @@ def test_a_finished_read_only_store_is_good_for_everything(house, whole, place, 
             assert run.end() == 0, f"{name}: {run.said()}"
             require_no_trace(run)
         student = f"test_vit={out / 'run' / 'best.safetensors'}"
-        evaluation = house.start("eval", f"--data={house.data}", f"--model={student}", "--device=cpu", "--json", **told)
+        evaluation = house.start(
+            "eval", f"--data={house.data}", f"--model={student}", "--device=cpu", "--json", **told
+        )
         assert evaluation.end() == 0, evaluation.said()
     assert "is complete: 15 of 15 shards" in runs["generate-labels"].said()
     assert json.loads(runs["inspect"].text("stdout"))
-    assert json.loads(runs["verify"].text("stdout"))["trusted"] and json.loads(runs["sample"].text("stdout"))["trusted"]
+    assert (
+        json.loads(runs["verify"].text("stdout"))["trusted"]
+        and json.loads(runs["sample"].text("stdout"))["trusted"]
+    )
     assert training.result() == trained.result()
     assert json.loads(evaluation.text("stdout"))
     assert tree(place.folder) == before
@@ -1148,4 +1376,7 @@ def test_a_finished_read_only_store_is_good_for_everything(house, whole, place, 
 def house_teachers(house: House) -> list[str]:
     import yaml
 
-    return [f"--teacher={teacher['model']}={teacher['checkpoint']}" for teacher in yaml.safe_load(house.config.read_text())["teachers"]]
+    return [
+        f"--teacher={teacher['model']}={teacher['checkpoint']}"
+        for teacher in yaml.safe_load(house.config.read_text())["teachers"]
+    ]

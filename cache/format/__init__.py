@@ -1,1 +1,2 @@
-"""What is in a store: its arrays, attributes, manifest, crops, codecs, and the seal that protects its description."""
+"""What is in a store: its arrays, attributes, manifest, crops, codecs, and the seal
+that protects its description."""

@@ -12,15 +12,17 @@ from cache.format.manifest import USABLE, Images
 
 
 class BoxesAndFlips(NamedTuple):
-    """Where crops are cut: int32 [n, 4] top, left, height, width in pixels of the decoded image; bool [n] mirrored left-right after the crop."""
+    """Where crops are cut: int32 [n, 4] top, left, height, width in pixels of the
+    decoded image; bool [n] mirrored left-right after the crop."""
 
     boxes: np.ndarray
     flips: np.ndarray
 
 
 class Mixes(NamedTuple):
-    """What is pasted into crops (CutMix): int32 [n] rows of the partners, -1 for none; float32 [n, 4] top, left, bottom, right of the pasted rectangle as
-    fractions of the output's height and width. The partner's crop is the one of the same view."""
+    """What is pasted into crops (CutMix): int32 [n] rows of the partners, -1 for none;
+    float32 [n, 4] top, left, bottom, right of the pasted rectangle as fractions of the
+    output's height and width. The partner's crop is the one of the same view."""
 
     partner: np.ndarray
     rectangle: np.ndarray
@@ -28,10 +30,12 @@ class Mixes(NamedTuple):
 
 @dataclass(frozen=True)
 class Crops:
-    """All that a store keeps of n crops beside their labels, in one view or, with one axis more in front, in several.
+    """All that a store keeps of n crops beside their labels, in one view or, with one
+    axis more in front, in several.
 
-    boxes: int32 [n, 4] or [views, n, 4]. flips: bool [n] or [views, n]. partner, rectangle: with CutMix only, int32 and float32 of the same shapes.
-    Units as in ``BoxesAndFlips`` and ``Mixes``.
+    boxes: int32 [n, 4] or [views, n, 4]. flips: bool [n] or [views, n]. partner,
+    rectangle: with CutMix only, int32 and float32 of the same shapes. Units as in
+    ``BoxesAndFlips`` and ``Mixes``.
     """
 
     boxes: np.ndarray
@@ -41,11 +45,17 @@ class Crops:
 
     @classmethod
     def stack(cls, views: Sequence[Crops]) -> Crops:
-        """Join crops of one view each: [n] → [views, n]. Of one view no copy is made."""
+        """Join crops of one view each: [n] → [views, n]. Of one view no copy is
+        made."""
         if len(views) == 1:
-            return cls(*(None if column is None else column[None] for column in views[0]._columns()))
+            return cls(
+                *(None if column is None else column[None] for column in views[0]._columns())
+            )
         return cls(
-            *(None if per_view[0] is None else np.stack(per_view) for per_view in zip(*(one._columns() for one in views), strict=True))
+            *(
+                None if per_view[0] is None else np.stack(per_view)
+                for per_view in zip(*(one._columns() for one in views), strict=True)
+            )
         )
 
     @classmethod
@@ -53,7 +63,12 @@ class Crops:
         """Put the rows of some crops behind those of others."""
         axis = parts[0].flips.ndim - 1
         columns = zip(*(one._columns() for one in parts), strict=True)
-        return cls(*(None if column[0] is None else np.concatenate(column, axis=axis) for column in columns))
+        return cls(
+            *(
+                None if column[0] is None else np.concatenate(column, axis=axis)
+                for column in columns
+            )
+        )
 
     def __len__(self) -> int:
         return self.flips.shape[-1]
@@ -72,17 +87,29 @@ class Crops:
         return tuple(column for column in self._columns() if column is not None)
 
     def fault(self, rows: slice, images: Images) -> str | None:
-        """Say what is wrong with the crops [n] of these rows of a manifest; None if nothing is."""
+        """Say what is wrong with the crops [n] of these rows of a manifest; None if
+        nothing is."""
         usable = images.status[rows] == USABLE
         outside = misplaced(self.boxes, images.height[rows], images.width[rows]) & usable
         if outside.any():
             row = int(np.argmax(outside))
             place = rows.start + row
             image = f"{images.height[place]} × {images.width[place]} pixels"
-            return f"the crop {self.boxes[row].tolist()} of row {place} is not inside its image of {image}"
+            return (
+                f"the crop {self.boxes[row].tolist()} of row {place} is not inside its image of "
+                f"{image}"
+            )
         if self.partner is not None:
             partner, (low, first, high, last) = self.partner, self.rectangle.T
-            good = (partner < len(images)) & (low >= 0) & (first >= 0) & (low < high) & (first < last) & (high <= 1) & (last <= 1)
+            good = (
+                (partner < len(images))
+                & (low >= 0)
+                & (first >= 0)
+                & (low < high)
+                & (first < last)
+                & (high <= 1)
+                & (last <= 1)
+            )
             good &= images.status[partner.clip(0, len(images) - 1)] == USABLE
             wrong = (partner >= 0) & ~good
             if wrong.any():
@@ -93,20 +120,26 @@ class Crops:
 
     def equals(self, other: Crops) -> bool:
         """Whether all arrays are the same."""
-        return len(self.arrays()) == len(other.arrays()) and all(map(np.array_equal, self.arrays(), other.arrays()))
+        return len(self.arrays()) == len(other.arrays()) and all(
+            map(np.array_equal, self.arrays(), other.arrays())
+        )
 
     def _columns(self) -> tuple[np.ndarray | None, ...]:
         return self.boxes, self.flips, self.partner, self.rectangle
 
 
 class Content(NamedTuple):
-    """One shard of one view: codes [n, ``codec.columns``] as ``codec.encode`` gives them, zeros where unusable, and the crops [n]."""
+    """One shard of one view: codes [n, ``codec.columns``] as ``codec.encode`` gives
+    them, zeros where unusable, and the crops [n]."""
 
     codes: np.ndarray
     crops: Crops
 
 
 def misplaced(boxes: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Find crops int [n, 4] that are not inside their images of height and width [n] pixels: bool [n]."""
+    """Find crops int [n, 4] that are not inside their images of height and width [n]
+    pixels: bool [n]."""
     top, left, h, w = boxes.astype(np.int64).T
-    return ~((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width))
+    return ~(
+        (top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width)
+    )

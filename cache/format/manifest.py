@@ -13,7 +13,8 @@ USABLE, UNUSABLE = 0, 1  # values of images/status
 
 @dataclass(frozen=True)
 class Images:
-    """The manifest: every file of the data set's class folders, in the store's row order. All arrays are [images]."""
+    """The manifest: every file of the data set's class folders, in the store's row
+    order. All arrays are [images]."""
 
     path: np.ndarray  # str, relative to the data root, with forward slashes
     bytes: np.ndarray  # int64, size of the file
@@ -34,7 +35,8 @@ class Images:
 
     @property
     def by_path(self) -> np.ndarray:
-        """int64 [images]: the rows in the order of their paths. Python sorts strings twice as fast as numpy does."""
+        """int64 [images]: the rows in the order of their paths. Python sorts strings
+        twice as fast as numpy does."""
         return np.array(sorted(range(len(self)), key=self.path.tolist().__getitem__), np.int64)
 
     @property
@@ -52,7 +54,11 @@ class Images:
         for field in fields(self):
             column = getattr(self, field.name)[order]
             h.update(field.name.encode())
-            h.update("\0".join(column.tolist()).encode() if column.dtype.kind in "OUT" else np.ascontiguousarray(column).tobytes())
+            h.update(
+                "\0".join(column.tolist()).encode()
+                if column.dtype.kind in "OUT"
+                else np.ascontiguousarray(column).tobytes()
+            )
         return h.hexdigest()
 
 

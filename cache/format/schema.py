@@ -1,21 +1,26 @@
-"""What a label store is: its arrays, attributes, sizes and completion records, and how an empty one comes into being.
+"""What a label store is: its arrays, attributes, sizes and completion records, and how
+an empty one comes into being.
 
 A store is a Zarr v3 group. Arrays, with their dimensions:
 
     labels   view, image, class   codes of the mean softmax (cache.format.codec)
-    boxes    view, image, 4       int32 top, left, height, width of the crop, in pixels of the decoded image
+    boxes    view, image, 4       int32 top, left, height, width, pixels
     flips    view, image          bool, mirrored left-right after the crop
     mix_partner, mix_box          with CutMix only, see CROP_ARRAYS
-    tail     view, image          with some codecs only: the mass of the classes that are coded as zero
-    images/… image                path, bytes, digest, height, width, class_index, status, reason
-    records  view, shard, byte    completion records, one file each; a shard without one does not exist for a reader
+    tail     view, image          mass of the classes coded as zero; some codecs
+    images/… image                the columns of the manifest (manifest.Images)
+    records  view, shard, byte    completion records, one file each
 
-Zarr reads what was never written as zeros. So a shard (all rows of one shard, in one view) counts only once its record is there, and the
-record is written after the shard's data has reached the disk.
+Zarr reads what was never written as zeros. So a shard (all rows of one shard, in one
+view) counts only once its record is there, and the record is written after the shard's
+data has reached the disk.
 
-Nothing in a store is believed unseen. Shards are bound to their place by the digests in their records, the manifest (images/) by its digest in the
-provenance, its order by the attribute ``row_order``, and every zarr.json by the attribute ``seal``. What has no digest of its own is the number of views, the attribute ``views``: it is sealed too,
-and counts where an array's own length says otherwise (after a growth that was stopped half way).
+Nothing in a store is believed unseen. Shards are bound to their place by the digests in
+their records, the manifest (images/) by its digest in the provenance, its order by the
+attribute ``row_order``, and every zarr.json by the attribute ``seal``. What has no
+digest of its own is the number of views, the attribute ``views``: it is sealed too, and
+counts where an array's own length says otherwise (after a growth that was stopped half
+way).
 """
 
 from __future__ import annotations
@@ -28,16 +33,23 @@ import zarr
 
 FORMAT = "meal-v2-label-store"
 VERSION, IMPORTED, ON_GPU = 3, 4, 5  # what is made now (format_version)
-# What can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making less is known, 5 TF32 and the hardware decoder of GPUs.
+# What can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making
+# less is known, 5 TF32 and the hardware decoder of GPUs.
 VERSIONS = (1, 2, 3, 4, 5)
 SEALED = 3
 
-# What is kept per crop beside its label: dtype, and the names of an entry's own dimensions (edge: 4).
+# What is kept per crop beside its label: dtype, and the names of an entry's own
+# dimensions (edge: 4).
 CROP_ARRAYS = {
     "boxes": ("int32", ("edge",)),
     "flips": ("bool", ()),
     "mix_partner": ("int32", ()),  # row whose crop of the same view is pasted in; -1: none is
-    "mix_box": ("float32", ("edge",)),  # top, left, bottom, right of the pasted rectangle, as fractions of the output's height and width
+    # top, left, bottom, right of the pasted rectangle, as fractions of the output's
+    # height and width
+    "mix_box": (
+        "float32",
+        ("edge",),
+    ),
     "tail": ("uint8", ()),  # belongs to the label: cache.format.codec
 }
 UNMIXED = ("boxes", "flips")
@@ -49,8 +61,14 @@ RECORD = np.dtype(
         ("view", "<u4"),
         ("shard", "<u4"),
         ("labelled", "<u4"),  # rows of the shard that hold a label; the others are unusable images
-        ("agreeing", "<u4"),  # of those, rows whose largest probability is that of the image's class folder
-        ("entropy", "<f8"),  # sum over the labelled rows of the entropy of the decoded label, in nats
+        (
+            "agreeing",
+            "<u4",
+        ),  # of those, rows whose largest probability is that of the image's class folder
+        (
+            "entropy",
+            "<f8",
+        ),  # sum over the labelled rows of the entropy of the decoded label, in nats
         ("stored_bytes", "<u8"),  # size of the shard's file of labels
         ("digest", "u1", (32,)),  # sha256, see shard_digest
     ]
@@ -67,19 +85,31 @@ LOOKS = 16  # looks for a file at a time: on a network's file system each may ta
 
 def canonical_digest(document: dict) -> bytes:
     """sha256 of a JSON document, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).digest()
+    return hashlib.sha256(
+        json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    ).digest()
 
 
 def crop_arrays(provenance: dict) -> tuple[str, ...]:
-    """Names of the arrays that say what a crop of a store of this provenance is, in the order of CROP_ARRAYS."""
+    """Names of the arrays that say what a crop of a store of this provenance is, in the
+    order of CROP_ARRAYS."""
     crops = provenance.get("crops") if isinstance(provenance, dict) else None
-    return (*UNMIXED, "mix_partner", "mix_box") if isinstance(crops, dict) and crops.get("cutmix") else UNMIXED
+    return (
+        (*UNMIXED, "mix_partner", "mix_box")
+        if isinstance(crops, dict) and crops.get("cutmix")
+        else UNMIXED
+    )
 
 
 def shard_arrays(attributes: dict) -> tuple[str, ...]:
-    """Names of all arrays that have a file per shard, but for its record, in a store of these attributes."""
+    """Names of all arrays that have a file per shard, but for its record, in a store of
+    these attributes."""
     codec = attributes.get("codec")
-    return ("labels", *crop_arrays(attributes.get("provenance")), *(["tail"] if isinstance(codec, dict) and codec.get("tail") else []))
+    return (
+        "labels",
+        *crop_arrays(attributes.get("provenance")),
+        *(["tail"] if isinstance(codec, dict) and codec.get("tail") else []),
+    )
 
 
 def architecture(name: str) -> str:
@@ -88,8 +118,12 @@ def architecture(name: str) -> str:
 
 
 def format_version(provenance: dict) -> int:
-    """Return the format version of a store of this provenance: the lowest version whose readers know everything that the provenance names."""
-    on_gpu = provenance.get("renderer", {}).get("backend") == "gpu-hardware" or provenance["compute"].get("precision") == "tf32"
+    """Return the format version of a store of this provenance: the lowest version whose
+    readers know everything that the provenance names."""
+    on_gpu = (
+        provenance.get("renderer", {}).get("backend") == "gpu-hardware"
+        or provenance["compute"].get("precision") == "tf32"
+    )
     own = [ON_GPU] * on_gpu + [IMPORTED] * ("imported" in provenance)
     return max([VERSION, *own, *map(format_version, provenance.get("merged", ()))])
 
@@ -97,7 +131,9 @@ def format_version(provenance: dict) -> int:
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
     """Where two documents differ first, and the values there."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        pairs = [(f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in theirs | ours]
+        pairs = [
+            (f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in theirs | ours
+        ]
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         pairs = [(f"{where}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
     elif isinstance(theirs, list) and isinstance(ours, list) and where == "teachers":
@@ -112,8 +148,9 @@ def _short(value: object) -> object:
 
 
 def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -> bytes:
-    """sha256 over the store's provenance digest, view and shard as little-endian uint32, then the shard's rows of
-    ``shard_arrays`` as little-endian bytes in C order: a shard of another store or of another place does not pass for this one."""
+    """sha256 over the store's provenance digest, view and shard as little-endian
+    uint32, then the shard's rows of ``shard_arrays`` as little-endian bytes in C order:
+    a shard of another store or of another place does not pass for this one."""
     h = hashlib.sha256(store_id)
     h.update(np.array([view, shard], "<u4").tobytes())
     for array in content:
@@ -124,8 +161,9 @@ def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -
 def shard_rows_for(images: int, classes: int, itemsize: int) -> tuple[int, int]:
     """(rows of an inner chunk, rows of a shard), both powers of two.
 
-    A chunk is near 1 MiB and a shard 32 of them, which makes ImageNet × 180 views some 7,000 shards. A small data set gets smaller shards, so
-    that several workers find work and a kill costs little.
+    A chunk is near 1 MiB and a shard 32 of them, which makes ImageNet × 180 views some
+    7,000 shards. A small data set gets smaller shards, so that several workers find
+    work and a kill costs little.
     """
     chunk = 1 << max(0, (CHUNK_BYTES // (classes * itemsize)).bit_length() - 1)
     small = max(SMALLEST_SHARD, 1 << (max(1, images // SHARDS_OF_A_SMALL_SET) - 1).bit_length())
@@ -134,7 +172,8 @@ def shard_rows_for(images: int, classes: int, itemsize: int) -> tuple[int, int]:
 
 
 def array(group: zarr.Group, name: str) -> zarr.Array:
-    """An array of the store with ``write_empty_chunks`` on, which Zarr doesn't keep: without it a chunk of zeros is not written at all."""
+    """An array of the store with ``write_empty_chunks`` on, which Zarr doesn't keep:
+    without it a chunk of zeros is not written at all."""
     return group[name].with_config({"write_empty_chunks": True})
 
 
@@ -142,17 +181,21 @@ def how_to_read(codec: dict, mixed: bool) -> str:
     return (
         MIXING
         * mixed
-        + "labels[view, image] are codes q of the mean softmax of the teachers for the crop boxes[view, image] (top, left, height, width in pixels "
-        "of the decoded image), mirrored left-right if flips[view, image]. Decode a row, with the numbers of the attribute codec, by: "
-        + codec["formula"]
-        + ". Believe a shard "
-        "(rows shard*shard_rows … of one view; provenance.layout.shard_rows) only if records[view, shard] is not zero: an unwritten shard reads as zeros. Rows whose "
+        + "labels[view, image] are codes q of the mean softmax of the teachers for the crop "
+        "boxes[view, image] (top, left, height, width in pixels "
+        "of the decoded image), mirrored left-right if flips[view, image]. Decode a row, with the "
+        "numbers of the attribute codec, by: " + codec["formula"] + ". Believe a shard "
+        "(rows shard*shard_rows … of one view; provenance.layout.shard_rows) only if records[view, "
+        "shard] is not zero: an unwritten shard reads as zeros. Rows whose "
         "images/status is not 0 have no label. A record is the struct of record_fields, packed."
     )
 
 
 MIXING = (
-    "CutMix: the teachers saw the crop of boxes and flips below, resized to size x size pixels, with a rectangle of the crop of the row mix_partner[view, image] "
-    "(same view, resized and mirrored as its own entries say) pasted over it at the same place: rows floor(top*size + 0.5) up to, without, floor(bottom*size + 0.5) "
-    "and columns likewise from left to right, where top, left, bottom, right = mix_box[view, image]; nothing where mix_partner is -1. "
+    "CutMix: the teachers saw the crop of boxes and flips below, resized to size x size pixels, "
+    "with a rectangle of the crop of the row mix_partner[view, image] "
+    "(same view, resized and mirrored as its own entries say) pasted over it at the same place: "
+    "rows floor(top*size + 0.5) up to, without, floor(bottom*size + 0.5) "
+    "and columns likewise from left to right, where top, left, bottom, right = mix_box[view, "
+    "image]; nothing where mix_partner is -1. "
 )

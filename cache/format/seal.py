@@ -1,4 +1,5 @@
-"""The seal of a store: the digests of its zarr.json files, which nothing else protects."""
+"""The seal of a store: the digests of its zarr.json files, which nothing else
+protects."""
 
 from __future__ import annotations
 
@@ -18,8 +19,16 @@ LARGEST_DOCUMENT, DEEPEST_DOCUMENT = 1 << 26, 50  # bytes and levels of a zarr.j
 
 
 def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
-    """Every zarr.json of a store as a document, by its path in the store; ``kept``: ``shard_arrays`` without labels. Raises DamagedStore."""
-    names = ("", "labels", *kept, "records", "images", *(f"images/{field.name}" for field in fields(Images)))
+    """Every zarr.json of a store as a document, by its path in the store; ``kept``:
+    ``shard_arrays`` without labels. Raises DamagedStore."""
+    names = (
+        "",
+        "labels",
+        *kept,
+        "records",
+        "images",
+        *(f"images/{field.name}" for field in fields(Images)),
+    )
     documents = {}
     for file in (f"{name}/zarr.json".lstrip("/") for name in names):
         try:
@@ -27,14 +36,21 @@ def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
         except (OSError, ValueError) as error:
             if momentary(error):
                 raise unreadable(path, file, error) from None
-            raise damaged(path, file, "it is missing" if isinstance(error, FileNotFoundError) else f"it can't be read: {error}") from None
+            raise damaged(
+                path,
+                file,
+                "it is missing"
+                if isinstance(error, FileNotFoundError)
+                else f"it can't be read: {error}",
+            ) from None
         if not isinstance(documents[file], dict):
             raise damaged(path, file, "it holds no description of an array or group")
     return documents
 
 
 def read_document(file: Path) -> object:
-    """A zarr.json. Raises ValueError if it is no JSON, no file, too large, or nested deeper than any that is written here; OSError if it can't be read."""
+    """A zarr.json. Raises ValueError if it is no JSON, no file, too large, or nested
+    deeper than any that is written here; OSError if it can't be read."""
     about = os.stat(file)
     if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_DOCUMENT:
         raise ValueError("it is no ordinary file")
@@ -44,28 +60,41 @@ def read_document(file: Path) -> object:
         raise ValueError("it is nested too deep") from None
     level = [document]
     for _ in range(DEEPEST_DOCUMENT):
-        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        level = [
+            v
+            for x in level
+            if isinstance(x, (dict, list))
+            for v in (x.values() if isinstance(x, dict) else x)
+        ]
     if level:
         raise ValueError("it is nested too deep")
     return document
 
 
 def seals(documents: dict[str, dict]) -> dict[str, str]:
-    """Hex sha256 of each zarr.json as a document, without what may change: the length of the view axis, the seal itself, and consolidated metadata,
-    which a user may add for other tools and which is not read here."""
+    """Hex sha256 of each zarr.json as a document, without what may change: the length
+    of the view axis, the seal itself, and consolidated metadata, which a user may add
+    for other tools and which is not read here."""
     digests = {}
     for file, document in documents.items():
         document = {key: value for key, value in document.items() if key != "consolidated_metadata"}
         if file == "zarr.json":
-            document["attributes"] = {key: value for key, value in document.get("attributes", {}).items() if key != "seal"}
-        elif "/" in file and not file.startswith("images/") and isinstance(document.get("shape"), list):
+            document["attributes"] = {
+                key: value for key, value in document.get("attributes", {}).items() if key != "seal"
+            }
+        elif (
+            "/" in file
+            and not file.startswith("images/")
+            and isinstance(document.get("shape"), list)
+        ):
             document["shape"] = [None, *document["shape"][1:]]
         digests[file] = canonical_digest(document).hex()
     return digests
 
 
 def write_seal(path: Path, documents: dict[str, dict]) -> None:
-    """Put the seal of these documents into the store's own zarr.json, and that file on the disk, without consolidated metadata, which may be older."""
+    """Put the seal of these documents into the store's own zarr.json, and that file on
+    the disk, without consolidated metadata, which may be older."""
     whole = documents["zarr.json"]
     whole.pop("consolidated_metadata", None)
     whole["attributes"]["seal"] = seals(documents)
@@ -73,15 +102,25 @@ def write_seal(path: Path, documents: dict[str, dict]) -> None:
 
 
 def require_seal(path: Path, documents: dict[str, dict]) -> None:
-    """Raises DamagedStore unless these zarr.json, the store's own among them, are what was written."""
+    """Raises DamagedStore unless these zarr.json, the store's own among them, are what
+    was written."""
     seal = documents["zarr.json"]["attributes"].get("seal")
     for file, digest in seals(documents).items():
         if not isinstance(seal, dict) or seal.get(file) != digest:
-            raise errors.damaged(path, file, "its digest is another one than in the seal of zarr.json")
+            raise errors.damaged(
+                path, file, "its digest is another one than in the seal of zarr.json"
+            )
 
 
 def only_its_version_is_wrong(attributes: dict, whole: dict) -> bool:
-    """Whether it is a store of this version, in whose version number something flipped."""
+    """Whether it is a store of this version, in whose version number something
+    flipped."""
     seal = attributes.get("seal")
-    mended = ({**whole, "attributes": {**attributes, "format_version": v}} for v in VERSIONS if v >= SEALED)
-    return isinstance(seal, dict) and any(seal.get("zarr.json") == seals({"zarr.json": one})["zarr.json"] for one in mended)
+    mended = (
+        {**whole, "attributes": {**attributes, "format_version": v}}
+        for v in VERSIONS
+        if v >= SEALED
+    )
+    return isinstance(seal, dict) and any(
+        seal.get("zarr.json") == seals({"zarr.json": one})["zarr.json"] for one in mended
+    )

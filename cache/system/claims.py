@@ -1,10 +1,14 @@
-"""One writer per shard: claims, which are exclusively created (linked) files beside the store, with host, process and a heartbeat.
+"""One writer per shard: claims, which are exclusively created (linked) files beside the
+store, with host, process and a heartbeat.
 
-A claim's heartbeat is its modification time, renewed by a thread while it is held. A claim is dead if its process is gone from
-this machine, or, from another one, if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken over.
+A claim's heartbeat is its modification time, renewed by a thread while it is held. A
+claim is dead if its process is gone from this machine, or, from another one, if its
+heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken
+over.
 
-Process numbers mean something only where they were given: in one boot of one kernel, in one namespace of process numbers. Containers on a cluster
-may share a host name and all be process 7, so a claim names all three, and anything else is another machine.
+Process numbers mean something only where they were given: in one boot of one kernel, in
+one namespace of process numbers. Containers on a cluster may share a host name and all
+be process 7, so a claim names all three, and anything else is another machine.
 """
 
 from __future__ import annotations
@@ -31,8 +35,9 @@ UNKNOWN = "unknown"  # start time of a process that is there and can't be looked
 
 
 def claims_of(path: Path) -> Path:
-    """The folder of the claims on a store or a run: beside it, since a foreign folder inside a Zarr group makes readers warn. Whoever calls a store by a
-    link to it, has the same."""
+    """The folder of the claims on a store or a run: beside it, since a foreign folder
+    inside a Zarr group makes readers warn. Whoever calls a store by a link to it, has
+    the same."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     return path.with_name(path.name + ".claims")
 
@@ -45,14 +50,15 @@ class Claims(set[str]):
         self.folder, self.me = folder, me
 
     def lost(self, name: str) -> bool:
-        """Whether a claim that was held is another's now: this process slept, or its disk did, for longer than ``STALE``. Raises OSError if that can't be
-        told."""
+        """Whether a claim that was held is another's now: this process slept, or its
+        disk did, for longer than ``STALE``. Raises OSError if that can't be told."""
         return _owner(self.folder / name) != self.me
 
 
 @contextmanager
 def claim(folder: Path, *names: str) -> Iterator[Claims]:
-    """Try to hold the named claims; gives those that are held, and lets go of them at the end."""
+    """Try to hold the named claims; gives those that are held, and lets go of them at
+    the end."""
     me = _me() | {"claim": uuid.uuid4().hex}
     mine = Claims(folder, me)
     _living.add(me["claim"])
@@ -69,10 +75,14 @@ def claim(folder: Path, *names: str) -> Iterator[Claims]:
             stop.set()
             if heart.ident is not None:
                 heart.join()
-            for name in names:  # all: a full disk, or a signal, may have come between taking one and knowing it
+            for name in (
+                names
+            ):  # all: a full disk, or a signal, may have come between taking one and knowing it
                 with suppress(OSError):
                     if _owner(folder / name) == me:
-                        (folder / name).unlink(missing_ok=True)  # unless it was taken over, while this process was asleep
+                        (folder / name).unlink(
+                            missing_ok=True
+                        )  # unless it was taken over, while this process was asleep
             _living.discard(me["claim"])  # so that one which could not be let go of is dead
             with suppress(OSError):  # not empty: others still hold claims
                 folder.rmdir()
@@ -113,7 +123,8 @@ def _make(folder: Path) -> None:
 
 def _take(path: Path, me: dict) -> bool:
     for _ in range(TRIES):
-        # Written elsewhere and then linked to its name, which fails if the name is taken: a claim is there with its owner, or not at all.
+        # Written elsewhere and then linked to its name, which fails if the name is
+        # taken: a claim is there with its owner, or not at all.
         fresh = _scratch(path, "new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,11 +132,15 @@ def _take(path: Path, me: dict) -> bool:
             os.link(fresh, path)
             return True
         except FileExistsError:
-            if not path.exists():  # it was let go of, or the folder was removed, being empty, while this made it
+            if (
+                not path.exists()
+            ):  # it was let go of, or the folder was removed, being empty, while this made it
                 continue
             if not _dead(path):
                 return False
-            heir = path.with_name(f"{path.name}.heir")  # itself a claim: only its holder removes a dead one, and looks once more before
+            heir = path.with_name(
+                f"{path.name}.heir"
+            )  # itself a claim: only its holder removes a dead one, and looks once more before
             if not _take(heir, me):
                 return False
             try:
@@ -141,14 +156,20 @@ def _take(path: Path, me: dict) -> bool:
 
 
 def _scratch(path: Path, kind: str) -> Path:
-    """A name for a file that this process needs for a moment; it tells whose it is, even while the file is empty."""
+    """A name for a file that this process needs for a moment; it tells whose it is,
+    even while the file is empty."""
     return path.with_name(f"{path.name}.{_place_key()}.{os.getpid()}.{uuid.uuid4().hex}.{kind}")
 
 
 def _is_litter(path: Path) -> bool:
     """Whether it is a momentary file of a process of this machine that is gone."""
     *_, place, process, _, kind = ["", "", "", "", *path.name.split(".")]
-    return kind in ("new", "clock") and place == _place_key() and process.isdecimal() and not alive(int(process))
+    return (
+        kind in ("new", "clock")
+        and place == _place_key()
+        and process.isdecimal()
+        and not alive(int(process))
+    )
 
 
 def _place_key() -> str:
@@ -158,10 +179,16 @@ def _place_key() -> str:
 def _dead(path: Path) -> bool:
     owner = _owner(path)
     if owner and {key: owner.get(key) for key in _place()} == _place():
-        if owner["process"] == os.getpid() and owner["started"] == _started(os.getpid()) and "claim" in owner:
+        if (
+            owner["process"] == os.getpid()
+            and owner["started"] == _started(os.getpid())
+            and "claim" in owner
+        ):
             return owner["claim"] not in _living
         started = _started(owner["process"])
-        return started is None or (started != owner["started"] and UNKNOWN not in (started, owner["started"]))
+        return started is None or (
+            started != owner["started"] and UNKNOWN not in (started, owner["started"])
+        )
     probe = _scratch(path, "clock")
     try:
         probe.touch()
@@ -189,7 +216,8 @@ def _place() -> dict:
 
 
 def _owner(path: Path) -> dict | None:
-    """Who holds a claim; None if there is none, or it says nothing that can be read. Raises OSError if the disk doesn't answer."""
+    """Who holds a claim; None if there is none, or it says nothing that can be read.
+    Raises OSError if the disk doesn't answer."""
     try:
         owner = json.loads(path.read_text())
         return owner if {"host", "process", "started"} <= owner.keys() else None
@@ -208,13 +236,16 @@ def alive(process: int) -> bool:
 
 
 def _started(process: int) -> str | None:
-    """The kernel's start time of a process, which tells it from a later one with the same number; None if it is gone."""
+    """The kernel's start time of a process, which tells it from a later one with the
+    same number; None if it is gone."""
     try:
         with open(f"/proc/{process}/stat") as f:
             state = f.read().rpartition(")")[2].split()
     except OSError:  # it is gone, or another user's, which the system may hide
         return _signalled(process)
-    return None if state[0] in "ZX" else state[19]  # killed but not collected by its parent: it does nothing any more
+    return (
+        None if state[0] in "ZX" else state[19]
+    )  # killed but not collected by its parent: it does nothing any more
 
 
 def _signalled(process: int) -> str | None:

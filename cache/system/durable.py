@@ -1,4 +1,5 @@
-"""Forcing what was written to the disk: a rename or a new file is on it only when its folder was synced, its content when the file was."""
+"""Forcing what was written to the disk: a rename or a new file is on it only when its
+folder was synced, its content when the file was."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file so that, whatever happens, it has its old content or the new one."""
+    """Write a small file so that, whatever happens, it has its old content or the new
+    one."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         fresh.write_bytes(content)
@@ -52,7 +54,8 @@ def sync_tree(root: Path) -> None:
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write beside ``path``, force it to the disk, then rename it to ``path``."""
+    """Let ``save`` write beside ``path``, force it to the disk, then rename it to
+    ``path``."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
         save(scratch)
@@ -67,7 +70,8 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill beside ``target``, which takes its place once it is on the disk; if anything fails, nothing is left."""
+    """A folder to fill beside ``target``, which takes its place once it is on the disk;
+    if anything fails, nothing is left."""
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
     try:

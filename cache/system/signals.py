@@ -1,8 +1,11 @@
-"""Stopping when a scheduler or a person asks for it: SIGTERM is Ctrl-C, and neither comes in the middle of what should be finished.
+"""Stopping when a scheduler or a person asks for it: SIGTERM is Ctrl-C, and neither
+comes in the middle of what should be finished.
 
-A signal raises Stopped in the main thread at once, wherever that is, so that a long wait or a forward pass ends. Where that would leave something half
-done, in ``finishing``, it is raised at the end of the block. Where it is lost, since Python only prints what is raised in a destructor or in a callback of
-a weak reference and goes on, the next ``check``, which long loops call, raises it again.
+A signal raises Stopped in the main thread at once, wherever that is, so that a long
+wait or a forward pass ends. Where that would leave something half done, in
+``finishing``, it is raised at the end of the block. Where it is lost, since Python only
+prints what is raised in a destructor or in a callback of a weak reference and goes on,
+the next ``check``, which long loops call, raises it again.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def on_signals() -> Iterator[None]:
-    """Raise Stopped in the main thread, which must be the caller's, on SIGTERM (what SLURM, Kubernetes and torchrun send first) and on SIGINT."""
+    """Raise Stopped in the main thread, which must be the caller's, on SIGTERM (what
+    SLURM, Kubernetes and torchrun send first) and on SIGINT."""
     global _asked, _hurried
     _asked, _hurried = None, False
     before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -39,7 +43,8 @@ def on_signals() -> Iterator[None]:
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Let this block be finished first. It must take seconds at most. A second signal is obeyed at once."""
+    """Let this block be finished first. It must take seconds at most. A second signal
+    is obeyed at once."""
     global _finishing
     if threading.current_thread() is not threading.main_thread():  # where no signal is raised
         yield
@@ -54,7 +59,8 @@ def finishing() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise Stopped if a signal asked for it and it isn't being obeyed. For loops of the main thread; elsewhere it does nothing."""
+    """Raise Stopped if a signal asked for it and it isn't being obeyed. For loops of
+    the main thread; elsewhere it does nothing."""
     if _asked is None or _finishing or threading.current_thread() is not threading.main_thread():
         return
     error = sys.exc_info()[1]

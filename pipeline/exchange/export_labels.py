@@ -22,44 +22,66 @@ from pipeline.exchange.import_labels import AT_ONCE
 from pipeline.runtime.progress import Progress, say
 
 
-def export_labels(path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train") -> int:
-    """Write a store's labels as FKD's training code reads them (``--softlabel_path OUT``), a file an image; or go on with what is there. labels: full, top5
-    or top10. views: the first so many; otherwise all. Returns how many files there are. Raises StoreError where FKD can't say what the store says."""
+def export_labels(
+    path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train"
+) -> int:
+    """Write a store's labels as FKD's training code reads them (``--softlabel_path
+    OUT``), a file an image; or go on with what is there. labels: full, top5 or top10.
+    views: the first so many; otherwise all. Returns how many files there are. Raises
+    StoreError where FKD can't say what the store says."""
     require_a_name(split)
     store = LabelStore.open(path)
     if store.provenance["crops"]["exif"] == "apply":
         raise StoreError(
-            f"{path} has crops of photographs that were turned by their EXIF, and FKD's code doesn't turn them; make a store with crops.exif: ignore"
+            f"{path} has crops of photographs that were turned by their EXIF, and FKD's code "
+            f"doesn't turn them; make a store with crops.exif: ignore"
         )
     if store.mixed:
         raise StoreError(
-            f"{path} holds labels of mixed pictures (CutMix), and FKD's files don't say what was mixed; make a store without crops.cutmix"
+            f"{path} holds labels of mixed pictures (CutMix), and FKD's files don't say what was "
+            f"mixed; make a store without crops.cutmix"
         )
     views, kept = views or store.views, KINDS[labels]
     if views > store.views:
-        raise StoreError(f"--views is {views}, and {path} has {store.views}; lower it, or extend the store")
+        raise StoreError(
+            f"--views is {views}, and {path} has {store.views}; lower it, or extend the store"
+        )
     if kept >= store.classes:
-        raise StoreError(f"{path} has {store.classes} classes, no more than {labels} keeps; pass --labels full")
+        raise StoreError(
+            f"{path} has {store.classes} classes, no more than {labels} keeps; pass --labels full"
+        )
     for view in range(views):
         store.require_finished(view)
     manifest, total = store.images, len(store.usable)
-    files = {image: file for file, image in named(manifest.path[store.usable], split, fkd_format.place_of).items()}
+    files = {
+        image: file
+        for file, image in named(manifest.path[store.usable], split, fkd_format.place_of).items()
+    }
     if len(files) < total:
         other = next(image for image in manifest.path[store.usable].tolist() if image not in files)
         raise StoreError(
-            f"FKD's code takes no {Path(other).suffix or 'file without an ending'} for an image ({other}); rename or leave out such images"
+            f"FKD's code takes no {Path(other).suffix or 'file without an ending'} for an image "
+            f"({other}); rename or leave out such images"
         )
     _require_same_export(out, {"store": store.identity.hex(), "labels": labels, "views": views})
     if total < len(manifest):
         say(
-            f"{len(manifest) - total} unusable images get no label file, and FKD's loader wants one for each image of its folder; take them away for it"
+            f"{len(manifest) - total} unusable images get no label file, and FKD's loader wants "
+            f"one for each image of its folder; take them away for it"
         )
-    rows_at_once = max(1, AT_ONCE // (4 * store.classes * (views if kept == 0 else 1) + 41 * kept * views))
+    rows_at_once = max(
+        1, AT_ONCE // (4 * store.classes * (views if kept == 0 else 1) + 41 * kept * views)
+    )
 
     def save(row: int, boxes: np.ndarray, flips: np.ndarray, rows: np.ndarray) -> None:
         file = out / files[str(manifest.path[row])]
         content = io.BytesIO()
-        fkd_format.write(content, fkd_format.coords_of(boxes, int(manifest.height[row]), int(manifest.width[row])), flips, rows)
+        fkd_format.write(
+            content,
+            fkd_format.coords_of(boxes, int(manifest.height[row]), int(manifest.width[row])),
+            flips,
+            rows,
+        )
         durable.replace_file(file, content.getvalue())
 
     with Progress("exporting", total, "images") as progress, ThreadPoolExecutor(8) as pool:
@@ -70,12 +92,21 @@ def export_labels(path: Path, out: Path, *, labels: str = "top5", views: int | N
             if len(left):
                 crops = [store.crops(view, left) for view in range(views)]
                 boxes, flips = (np.stack(column, axis=1) for column in zip(*crops, strict=True))
-                rows = np.stack([fkd_format.sparse(store.probabilities(view, left), kept) for view in range(views)], axis=1)
+                rows = np.stack(
+                    [
+                        fkd_format.sparse(store.probabilities(view, left), kept)
+                        for view in range(views)
+                    ],
+                    axis=1,
+                )
                 with closing(pool.map(save, left, boxes, flips, rows)) as saved:
                     for _ in saved:
                         check()
             progress.advance(len(part))
-    say(f"{out} has {total:,} label files of {views} crops ({labels}); train FKD's code with --softlabel_path {out}")
+    say(
+        f"{out} has {total:,} label files of {views} crops ({labels}); train FKD's code with "
+        f"--softlabel_path {out}"
+    )
     return total
 
 
@@ -90,7 +121,8 @@ def _parts(store: LabelStore, most: int) -> Iterator[np.ndarray]:
 
 
 def _require_same_export(out: Path, about: dict) -> None:
-    """Note in ``out`` what is exported there. Raises StoreError if something else is there."""
+    """Note in ``out`` what is exported there. Raises StoreError if something else is
+    there."""
     note = out / "exported-from.json"
     if note.exists():
         try:
@@ -98,7 +130,10 @@ def _require_same_export(out: Path, about: dict) -> None:
         except (OSError, ValueError):
             before = {}
         if before != about:
-            raise StoreError(f"{out} holds another export ({note.name} says {before}); choose another --out, or remove it")
+            raise StoreError(
+                f"{out} holds another export ({note.name} says {before}); choose another --out, or "
+                f"remove it"
+            )
     elif out.exists() and any(out.iterdir()):
         raise StoreError(f"{out} is not empty; choose another --out")
     else:

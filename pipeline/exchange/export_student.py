@@ -1,4 +1,5 @@
-"""A trained student for others: a folder as timm's hub has them, its network for ONNX Runtime, and a card that says how it was made."""
+"""A trained student for others: a folder as timm's hub has them, its network for ONNX
+Runtime, and a card that says how it was made."""
 
 from __future__ import annotations
 
@@ -20,31 +21,47 @@ from pipeline.models.weights import load
 from pipeline.runs.folder import RunFolder
 
 
-def export(run: Path, out: Path, *, weights: str = "best", onnx: bool = True, store: Path | None = None) -> dict:
-    """Make the folder ``out`` of a checkpoint of ``run``: config.json, model.safetensors, README.md and model.onnx; whole, or not at all.
+def export(
+    run: Path, out: Path, *, weights: str = "best", onnx: bool = True, store: Path | None = None
+) -> dict:
+    """Make the folder ``out`` of a checkpoint of ``run``: config.json,
+    model.safetensors, README.md and model.onnx; whole, or not at all.
 
-    weights: "best" or "last". onnx: whether to make model.onnx. store: the one that the run was trained from, which tells more of its
-    teachers. Returns what was made and what was measured of it. Raises MealError if the run, the store or the place won't do, if timm makes
-    another model of the folder, or if ONNX Runtime's softmax is off by more than ``TOLERANCE``.
+    weights: "best" or "last". onnx: whether to make model.onnx. store: the one that the
+    run was trained from, which tells more of its teachers. Returns what was made and
+    what was measured of it. Raises MealError if the run, the store or the place won't
+    do, if timm makes another model of the folder, or if ONNX Runtime's softmax is off
+    by more than ``TOLERANCE``.
     """
     if onnx:
         require_onnx()
     target = Path(os.path.realpath(out))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{out} is {'not empty' if target.is_dir() else 'a file'}; choose another --out")
+        raise ExportError(
+            f"{out} is {'not empty' if target.is_dir() else 'a file'}; choose another --out"
+        )
     labels = LabelStore.open(store) if store else None
     trained = read_run(run, weights, labels)
     with torch.random.fork_rng(devices=[]), claim(claims_of(target), "export") as mine:
         if not mine:
-            raise ExportError(f"another process is exporting to {out}; wait for it, or choose another --out")
+            raise ExportError(
+                f"another process is exporting to {out}; wait for it, or choose another --out"
+            )
         model = load(ModelSpec(model=trained.facts["model"], checkpoint=str(trained.file)))
         if RunFolder(run).header(weights) != trained.facts:
-            raise ExportError(f"{trained.file} was written anew while it was read, since its run goes on; run this command again")
-        model.module.to(memory_format=torch.contiguous_format)  # as timm makes it, and as the exporter to ONNX wants it
+            raise ExportError(
+                f"{trained.file} was written anew while it was read, since its run goes on; run "
+                f"this command again"
+            )
+        model.module.to(
+            memory_format=torch.contiguous_format
+        )  # as timm makes it, and as the exporter to ONNX wants it
         with whole_folder(target) as scratch:
             save_for_timm(model, scratch, trained.class_names, trained.origin)
             measured = write_onnx(model, scratch / ONNX) if onnx else None
-            (scratch / "README.md").write_text(card(target.name, trained, model, labels, measured), encoding="utf-8")
+            (scratch / "README.md").write_text(
+                card(target.name, trained, model, labels, measured), encoding="utf-8"
+            )
     return {
         "folder": str(out),
         "run": str(run),
@@ -58,7 +75,10 @@ def export(run: Path, out: Path, *, weights: str = "best", onnx: bool = True, st
         "epochs_done": trained.epochs,
         "epochs": trained.config.train.epochs,
         "validation_images": trained.validated,
-        **{key: trained.figures.get(key) for key in ("val_top1", "val_top5", "val_loss", "loss", "kl", "agreement")},
+        **{
+            key: trained.figures.get(key)
+            for key in ("val_top1", "val_top5", "val_loss", "loss", "kl", "agreement")
+        },
         "onnx": measured,
         "files": {path.name: path.stat().st_size for path in sorted(target.iterdir())},
     }
@@ -69,16 +89,21 @@ def summary(result: dict) -> list[str]:
     top = "" if result["val_top1"] is None else f", top-1 {result['val_top1']:.2f} %"
     files, onnx = result["files"], result["onnx"]
     lines = [
-        f"{result['folder']}: {result['model']}, {result['classes']:,} classes, {result['image_size']} px, "
-        f"epoch {result['epoch'] + 1} of {result['epochs_done']} done ({result['weights']}){top}",
-        f'  model.safetensors  {files["model.safetensors"] / 2**20:,.1f} MiB; timm.create_model("local-dir:{result["folder"]}", '
+        f"{result['folder']}: {result['model']}, {result['classes']:,} classes, "
+        f"{result['image_size']} px, epoch {result['epoch'] + 1} of {result['epochs_done']} done "
+        f"({result['weights']}){top}",
+        f"  model.safetensors  {files['model.safetensors'] / 2**20:,.1f} MiB; "
+        f'timm.create_model("local-dir:{result["folder"]}", '
         "pretrained=True) gives the same logits, bit for bit",
     ]
     if onnx:
         size = sum(size for name, size in files.items() if name.startswith(ONNX))
         lines.append(
-            f"  {ONNX}         {size / 2**20:,.1f} MiB; on {onnx['images']} random inputs its logits are within "
-            f"{onnx['logits']:.1e} of PyTorch's, its softmax within {onnx['total_variation']:.1e} in total variation"
+            f"  {ONNX}         {size / 2**20:,.1f} MiB; on {onnx['images']} random inputs its "
+            f"logits are within {onnx['logits']:.1e} of PyTorch's, its softmax within "
+            f"{onnx['total_variation']:.1e} in total variation"
         )
-    lines.append("  README.md          the model card; choose a license in it before you publish it")
+    lines.append(
+        "  README.md          the model card; choose a license in it before you publish it"
+    )
     return [printable(line) for line in lines]

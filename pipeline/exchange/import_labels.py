@@ -1,4 +1,5 @@
-"""Labels from others and to others: published FKD label sets become a store, so that stage one can be skipped, and a store becomes an FKD label set."""
+"""Labels from others and to others: published FKD label sets become a store, so that
+stage one can be skipped, and a store becomes an FKD label set."""
 
 from __future__ import annotations
 
@@ -42,9 +43,11 @@ TELLING = 64  # label files by whose bytes a label set is known, beside all name
 
 
 REFUSED = {
-    "tinyvit": "its crops follow from a seed and timm's augmentation code of that day, and its teachers saw RandAugment, erasing and mixing, which a store of "
+    "tinyvit": "its crops follow from a seed and timm's augmentation code of that day, and its "
+    "teachers saw RandAugment, erasing and mixing, which a store of "
     "crops can't replay",
-    "ml-dr": "its teachers saw RandAugment, random erasing and mixing of pictures, which a store of crops can't replay",
+    "ml-dr": "its teachers saw RandAugment, random erasing and mixing of pictures, which a store "
+    "of crops can't replay",
 }
 
 
@@ -52,8 +55,8 @@ REFUSED = {
 class Known:
     """What a user knows of labels that others made, which no label file says.
 
-    teachers: names of who made them. image_size: what the teachers saw, in pixels. interpolation: of the crops that were labelled; FKD's generator has
-    bicubic.
+    teachers: names of who made them. image_size: what the teachers saw, in pixels.
+    interpolation: of the crops that were labelled; FKD's generator has bicubic.
     """
 
     teachers: Sequence[str] = ()
@@ -71,12 +74,15 @@ def import_labels(
     views: int | None = None,
     codec: str = "pow8",
 ) -> LabelStore:
-    """Make a store of a folder of FKD's label files (fkd_format.py), or finish or mend the one that is there; several may do so at once.
+    """Make a store of a folder of FKD's label files (fkd_format.py), or finish or mend
+    the one that is there; several may do so at once.
 
-    directory: holds CLASS/NAME.tar, or one or two folders above that (IMAGENET/TRAIN/CLASS). data: the images that were labelled. Images without a label file
-    are unusable. split: the images' folder in the label files' paths. views: the first so many crops, otherwise all; more than the store has extend it.
-    Raises MealError for what the user can mend: a damaged file, crops that are no whole pixels of these images, labels of another kind or number than the
-    first file's.
+    directory: holds CLASS/NAME.tar, or one or two folders above that
+    (IMAGENET/TRAIN/CLASS). data: the images that were labelled. Images without a label
+    file are unusable. split: the images' folder in the label files' paths. views: the
+    first so many crops, otherwise all; more than the store has extend it. Raises
+    MealError for what the user can mend: a damaged file, crops that are no whole pixels
+    of these images, labels of another kind or number than the first file's.
     """
     require_a_name(split)
     path = path.absolute()
@@ -86,11 +92,16 @@ def import_labels(
         writer = repair.opened(path, lambda at, least: _create(at, data, source, about, least), say)
         store = writer.store
         if "imported" not in store.provenance:
-            raise StoreError(f"{path} holds labels that were made here; choose another --store for imported ones")
+            raise StoreError(
+                f"{path} holds labels that were made here; choose another --store for imported ones"
+            )
         for section, wanted in about.items():
             if difference := schema.first_difference(section, store.provenance[section], wanted):
                 where, theirs, ours = difference
-                raise StoreError(f"{path} was imported with {where} {theirs}, this is {ours}; pass the same, or choose another --store")
+                raise StoreError(
+                    f"{path} was imported with {where} {theirs}, this is {ours}; pass the same, or "
+                    f"choose another --store"
+                )
         require_same_classes(store, data, "pass that one again, or choose another --store")
         require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))
         source.show(max(source.views, store.views))
@@ -115,28 +126,42 @@ class _Source:
         there = [image for image in sorted(self.files) if self.sizes[image] >= 0]
         if not there:
             raise LabelFileError(
-                f"{directory} has no label file for any of the {len(paths):,} images of {data.path}, like {fkd_format.generated(paths[0], split)}; "
-                "name the folder that holds the class folders of label files, and the images that were labelled"
+                f"{directory} has no label file for any of the {len(paths):,} images of "
+                f"{data.path}, like {fkd_format.generated(paths[0], split)}; "
+                "name the folder that holds the class folders of label files, and the images that "
+                "were labelled"
             )
         first = fkd_format.read(self.file(there[0]), classes)
-        self.kind, self.crops, self.half, self.classes = first.kind, len(first.coords), first.coords.dtype == np.float16, classes
+        self.kind, self.crops, self.half, self.classes = (
+            first.kind,
+            len(first.coords),
+            first.coords.dtype == np.float16,
+            classes,
+        )
         self.show(views or self.crops)
-        digest = hashlib.sha256(json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode())
+        digest = hashlib.sha256(
+            json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode()
+        )
         for image in there[:TELLING]:
             digest.update(self.file(image).read_bytes())
         self.digest = digest.hexdigest()
 
     def show(self, views: int) -> None:
-        """Take so many crops of each image. Raises LabelFileError if there aren't as many."""
+        """Take so many crops of each image. Raises LabelFileError if there aren't as
+        many."""
         if views > min(self.crops, MOST_VIEWS):
             raise LabelFileError(
-                f"{views} views are wanted, and the label files have {self.crops} crops; lower --views, or leave it out for all"
+                f"{views} views are wanted, and the label files have {self.crops} crops; lower "
+                f"--views, or leave it out for all"
             )
         self.views = views
 
     def _find(self, image: str) -> int:
-        """Bytes of an image's label file, where the generator puts it or where training looks for it; -1 if there is none."""
-        for place in dict.fromkeys((fkd_format.generated(image, self.split), fkd_format.place_of(image, self.split))):
+        """Bytes of an image's label file, where the generator puts it or where training
+        looks for it; -1 if there is none."""
+        for place in dict.fromkeys(
+            (fkd_format.generated(image, self.split), fkd_format.place_of(image, self.split))
+        ):
             self.files[image] = place.split("/", self.below)[-1]
             if (size := _size(self.file(image))) >= 0:
                 return size
@@ -146,22 +171,32 @@ class _Source:
         return self.root / self.files[image]
 
     def read(self, image: str) -> LabelFile:
-        """The first ``views`` crops of an image. Raises LabelFileError if they are of another kind or fewer than the first file's."""
+        """The first ``views`` crops of an image. Raises LabelFileError if they are of
+        another kind or fewer than the first file's."""
         path = self.file(image)
         found = fkd_format.read(path, self.classes)
         if found.kind != self.kind or len(found.coords) < self.views:
             raise LabelFileError(
-                f"{path} has {len(found.coords)} crops with labels of kind {found.kind}, others have {self.crops} of kind {self.kind}; "
-                "get it anew, take fewer with --views, or leave its image out: remove the file, and take a new --store"
+                f"{path} has {len(found.coords)} crops with labels of kind {found.kind}, others "
+                f"have {self.crops} of kind {self.kind}; get it anew, take fewer with --views, or "
+                "leave its image out: remove the file, and take a new --store"
             )
-        return replace(found, coords=found.coords[: self.views], flips=found.flips[: self.views], labels=found.labels[: self.views])
+        return replace(
+            found,
+            coords=found.coords[: self.views],
+            flips=found.flips[: self.views],
+            labels=found.labels[: self.views],
+        )
 
 
 def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, int]:
-    """The folder below which the label files are, which is ``directory`` or one in it; and 1 if it is the split's folder itself, otherwise 0. That of
-    another split isn't: its images may have the same names."""
+    """The folder below which the label files are, which is ``directory`` or one in it;
+    and 1 if it is the split's folder itself, otherwise 0. That of another split isn't:
+    its images may have the same names."""
     if not directory.is_dir():
-        raise LabelFileError(f"there is no folder {directory}; name the one that holds the label files")
+        raise LabelFileError(
+            f"there is no folder {directory}; name the one that holds the label files"
+        )
     below = sorted(entry for entry in directory.iterdir() if entry.is_dir())
     some = files[:: max(1, len(files) // 1000)]
     for root in (directory, *below):
@@ -211,45 +246,74 @@ def _about(source: _Source, known: Known, codec: dict) -> dict:
 def _create(path: Path, data: DataFolder, source: _Source, about: dict, views: int) -> None:
     """Make an empty store, from a look at every image."""
     found = scan(data, RenderSettings.of_provenance(about), order_seed=SEED)
-    unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (found.status == USABLE)
+    unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (
+        found.status == USABLE
+    )
     reason = np.where(unlabelled, "no label file", found.reason).astype(object)
-    found = replace(found, status=np.where(unlabelled, UNUSABLE, found.status).astype(np.uint8), reason=reason)
+    found = replace(
+        found, status=np.where(unlabelled, UNUSABLE, found.status).astype(np.uint8), reason=reason
+    )
     for line in unusable_summary(found):
         say(line)
     if len(found.usable) == 0:
-        raise StoreError(f"no image of {data.path} is usable and has labels; name the images that were labelled")
-    layout = schema.shard_rows_for(len(found), source.classes, np.dtype(about["codec"]["dtype"]).itemsize)
+        raise StoreError(
+            f"no image of {data.path} is usable and has labels; name the images that were labelled"
+        )
+    layout = schema.shard_rows_for(
+        len(found), source.classes, np.dtype(about["codec"]["dtype"]).itemsize
+    )
     images = [_image(source, found, row) for row in fingerprint_rows(found)]
-    first = Crops(np.stack([boxes[0] for boxes, _, _ in images]), np.array([flips[0] for _, flips, _ in images]))
+    first = Crops(
+        np.stack([boxes[0] for boxes, _, _ in images]),
+        np.array([flips[0] for _, flips, _ in images]),
+    )
     sizes = {teacher["image_size"] or SIZE for teacher in about["teachers"]}
     attributes = describe_store(data, found, about, layout, first, sizes)
     with finishing():
         create(path, images=found, views=max(source.views, views), attributes=attributes)
     say(
-        f"created {path}: {len(found.usable):,} images × {source.views} views × {source.classes:,} classes, labels {source.kind}"
-        + (", in half precision, whose boxes may be a pixel off in images of more than 1,024" if source.half else "")
+        f"created {path}: {len(found.usable):,} images × {source.views} views × {source.classes:,} "
+        f"classes, labels {source.kind}"
+        + (
+            ", in half precision, whose boxes may be a pixel off in images of more than 1,024"
+            if source.half
+            else ""
+        )
     )
 
 
-def _image(source: _Source, manifest: Images, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes, flips and labels, as they are stored in its file, of an image of the manifest."""
+def _image(
+    source: _Source, manifest: Images, row: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes, flips and labels, as they are stored in its file, of an image of the
+    manifest."""
     image = str(manifest.path[row])
     found = source.read(image)
     try:
-        return fkd_format.boxes_of(found.coords, int(manifest.height[row]), int(manifest.width[row])), found.flips, found.labels
+        return (
+            fkd_format.boxes_of(found.coords, int(manifest.height[row]), int(manifest.width[row])),
+            found.flips,
+            found.labels,
+        )
     except ValueError as error:
         raise LabelFileError(
-            f"{source.file(image)} doesn't fit {image}: {error}; pass the images that were labelled, in their size, or leave this one out: remove the file, and take a new --store"
+            f"{source.file(image)} doesn't fit {image}: {error}; pass the images that were "
+            f"labelled, in their size, or leave this one out: remove the file, and take a new "
+            f"--store"
         ) from None
 
 
 def _fill(writer: StoreWriter, source: _Source) -> None:
-    """Write whatever is missing or damaged, a shard's images read once for as many views as memory has room for; what another import is at is waited for,
-    and done here if that one dies."""
+    """Write whatever is missing or damaged, a shard's images read once for as many
+    views as memory has room for; what another import is at is waited for, and done here
+    if that one dies."""
     store = writer.store
     usable = store.images.status == USABLE
     total, waited = int(usable.sum()) * store.views, False
-    with Progress("importing", total, "crops") as progress, ThreadPoolExecutor(threads.threads_for(None)) as pool:
+    with (
+        Progress("importing", total, "crops") as progress,
+        ThreadPoolExecutor(threads.threads_for(None)) as pool,
+    ):
         for shard in range(store.shards):
             writer.discard_damaged(shard, store.views, say)
         while not (finished := store.finished()).all():
@@ -259,7 +323,9 @@ def _fill(writer: StoreWriter, source: _Source) -> None:
                 good = rows[usable[rows]]
                 group = _group(source, store, good)
                 for first in range(0, store.views, group):
-                    with writer.claimed(list(range(first, min(first + group, store.views))), shard) as missing:
+                    with writer.claimed(
+                        list(range(first, min(first + group, store.views))), shard
+                    ) as missing:
                         if missing:
                             _write(writer, source, shard, missing, good, pool)
                         progress.advance(len(missing) * len(good))
@@ -282,7 +348,14 @@ def _group(source: _Source, store: LabelStore, good: np.ndarray) -> int:
     return max(1, min(store.views, AT_ONCE // per_view))
 
 
-def _write(writer: StoreWriter, source: _Source, shard: int, views: list[int], good: np.ndarray, pool: ThreadPoolExecutor) -> None:
+def _write(
+    writer: StoreWriter,
+    source: _Source,
+    shard: int,
+    views: list[int],
+    good: np.ndarray,
+    pool: ThreadPoolExecutor,
+) -> None:
     store = writer.store
     here = store.shard_slice(shard)
     n, at = here.stop - here.start, good - here.start
@@ -315,6 +388,7 @@ def _dense(labels: np.ndarray, source: _Source, store: LabelStore, rows: np.ndar
                 fkd_format.dense(label[None], source.kind, store.classes)
             except ValueError as error:
                 raise LabelFileError(
-                    f"{source.file(str(store.images.path[row]))} holds {error}; get it anew from where it came from"
+                    f"{source.file(str(store.images.path[row]))} holds {error}; get it anew from "
+                    f"where it came from"
                 ) from None
         raise

@@ -18,8 +18,11 @@ from pipeline.models.names import public
 from pipeline.runtime.progress import duration
 
 
-def card(title: str, trained: Trained, model: Model, store: LabelStore | None, onnx: dict | None) -> str:
-    """The model card, Markdown with a head in YAML: only what the run, the store and this export tell."""
+def card(
+    title: str, trained: Trained, model: Model, store: LabelStore | None, onnx: dict | None
+) -> str:
+    """The model card, Markdown with a head in YAML: only what the run, the store and
+    this export tell."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.exchange", ""),
         undefined=jinja2.StrictUndefined,
@@ -59,6 +62,7 @@ def card(title: str, trained: Trained, model: Model, store: LabelStore | None, o
 
 
 def _code(value: object) -> str:
-    """Anything as code of Markdown, in a table too: names come from folders and from other people's stores."""
+    """Anything as code of Markdown, in a table too: names come from folders and from
+    other people's stores."""
     text = printable(value if isinstance(value, str) else json.dumps(value))
     return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"

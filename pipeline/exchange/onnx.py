@@ -20,7 +20,8 @@ from pipeline.models.timm_export import attention_by_steps
 ONNX = "model.onnx"
 BATCHES = (1, 3)  # images of the batches on which ONNX Runtime is compared with PyTorch
 TOLERANCE = 1e-4  # total variation of their softmax
-INSIDE = 2_000_000_000  # bytes of weights above which they lie beside the ONNX file, whose format ends at 2 GiB
+# bytes of weights above which they lie beside the ONNX file, whose format ends at 2 GiB
+INSIDE = 2_000_000_000
 
 
 def require_onnx() -> None:
@@ -30,19 +31,31 @@ def require_onnx() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ExportError(
-                f'{ONNX} needs the package {name} ({error}); install "offline-meal-v2[export]", or leave it out with --no-onnx'
+                f'{ONNX} needs the package {name} ({error}); install "offline-meal-v2[export]", or '
+                f"leave it out with --no-onnx"
             ) from None
 
 
 def write_onnx(model: Model, file: Path) -> dict:
-    """The model as ONNX: ``image`` float32 [batch, 3, size, size], normalised, → ``logits`` float32 [batch, classes].
+    """The model as ONNX: ``image`` float32 [batch, 3, size, size], normalised, →
+    ``logits`` float32 [batch, classes].
 
-    Returns the largest differences of ONNX Runtime's outputs from PyTorch's (``logits``; ``total_variation`` of the softmax), on how many
-    ``images``, and what ``translate`` does. Raises ExportError if the network can't be translated, or if the total variation exceeds
-    ``TOLERANCE``.
+    Returns the largest differences of ONNX Runtime's outputs from PyTorch's
+    (``logits``; ``total_variation`` of the softmax), on how many ``images``, and what
+    ``translate`` does. Raises ExportError if the network can't be translated, or if the
+    total variation exceeds ``TOLERANCE``.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.randint(0, 256, (n, model.image_size, model.image_size, 3), generator=generator, dtype=torch.uint8) for n in BATCHES]
+    noise = [
+        torch.randint(
+            0,
+            256,
+            (n, model.image_size, model.image_size, 3),
+            generator=generator,
+            dtype=torch.uint8,
+        )
+        for n in BATCHES
+    ]
     inputs = [model.normalise(pixels).contiguous() for pixels in noise]
     with torch.inference_mode():
         ours = torch.cat([model.module(x) for x in inputs])
@@ -50,22 +63,35 @@ def write_onnx(model: Model, file: Path) -> dict:
         made = translate(model, file)
         theirs = torch.cat(run_onnx(file, inputs))
     except Exception as error:  # exporter, checker and runtime raise whatever they like
-        while error.__cause__ or error.__context__:  # the exporter's own message only says where to report it
+        while (
+            error.__cause__ or error.__context__
+        ):  # the exporter's own message only says where to report it
             error = error.__cause__ or error.__context__
-        raise ExportError(f"{model.name} can't be made into ONNX ({shorten(str(error), 160, placeholder=' …')}); pass --no-onnx") from None
+        raise ExportError(
+            f"{model.name} can't be made into ONNX ({shorten(str(error), 160, placeholder=' …')}); "
+            f"pass --no-onnx"
+        ) from None
     logits = float((ours - theirs).abs().max())
     variation = float((ours.softmax(dim=1) - theirs.softmax(dim=1)).abs().sum(dim=1).max()) / 2
     if not variation <= TOLERANCE:  # nor what isn't a number
         raise ExportError(
-            f"ONNX Runtime's softmax of {model.name} is off by {variation:.2g} in total variation, more than {TOLERANCE:g}; "
-            f"pass --no-onnx, or use another onnxruntime than {version('onnxruntime')}"
+            f"ONNX Runtime's softmax of {model.name} is off by {variation:.2g} in total "
+            f"variation, more than {TOLERANCE:g}; pass --no-onnx, or use another onnxruntime than "
+            f"{version('onnxruntime')}"
         )
-    return {"logits": logits, "total_variation": variation, "images": len(ours), "runtime": version("onnxruntime"), **made}
+    return {
+        "logits": logits,
+        "total_variation": variation,
+        "images": len(ours),
+        "runtime": version("onnxruntime"),
+        **made,
+    }
 
 
 def translate(model: Model, file: Path) -> dict:
-    """Write the model as ONNX, with its weights inside, or in ``file``.data where they are above ``INSIDE`` bytes. Returns
-    ``opset``, and whether it has ``weights_outside``."""
+    """Write the model as ONNX, with its weights inside, or in ``file``.data where they
+    are above ``INSIDE`` bytes. Returns ``opset``, and whether it has
+    ``weights_outside``."""
     outside = sum(tensor.nbytes for tensor in model.module.state_dict().values()) > INSIDE
     with _quiet(), attention_by_steps(model):
         program = torch.onnx.export(
@@ -93,7 +119,8 @@ def run_onnx(file: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _forget_origin(program: torch.onnx.ONNXProgram) -> None:
-    """The exporter notes for each operation and tensor where in the source it comes from, with paths of this machine."""
+    """The exporter notes for each operation and tensor where in the source it comes
+    from, with paths of this machine."""
     for graph in program.model.graphs():
         graph.metadata_props.clear()
         graph.doc_string = None
@@ -108,8 +135,12 @@ def _forget_origin(program: torch.onnx.ONNXProgram) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings and log lines of the exporter, which are for its own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Without the warnings and log lines of the exporter, which are for its own
+    developers."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:

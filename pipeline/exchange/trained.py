@@ -30,8 +30,11 @@ class Trained:
     figures: dict  # of those, the pass that the checkpoint is of
     validated: int | None  # images of the validation, if the run tells
     class_names: list[str] | None  # of the outputs, in order
-    teachers: list[str]  # timm names, without paths; empty if there were none, or if neither checkpoint nor store tells
-    # The crop policy, as a store has it. None if the run had a store that wasn't given: of imported crops config.yaml has defaults.
+    # timm names, without paths; empty if there were none, or if neither checkpoint nor
+    # store tells
+    teachers: list[str]
+    # The crop policy, as a store has it. None if the run had a store that wasn't given:
+    # of imported crops config.yaml has defaults.
     drawn: dict | None
     imported: dict | None  # what labels of others were imported from
 
@@ -39,7 +42,12 @@ class Trained:
     def origin(self) -> dict:
         """Where the weights come from, for config.json."""
         kept = {key: self.facts.get(key) for key in ("labels", "source", "epoch", "val_top1")}
-        return {"model": public(self.facts["model"]), "weights": self.file.stem, "teachers": self.teachers, **kept}
+        return {
+            "model": public(self.facts["model"]),
+            "weights": self.file.stem,
+            "teachers": self.teachers,
+            **kept,
+        }
 
     @property
     def epochs(self) -> int:
@@ -57,26 +65,35 @@ class Trained:
 
 
 def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Trained:
-    """What a run directory holds. Raises ExportError, in one line, if that isn't all that a card needs, or doesn't belong together."""
+    """What a run directory holds. Raises ExportError, in one line, if that isn't all
+    that a card needs, or doesn't belong together."""
     folder = RunFolder(run)
     file = folder.checkpoint(weights)
     config, passes, facts = folder.config(), folder.metrics(), folder.header(weights)
     if config.student is None:
-        raise ExportError(f"{run / 'config.yaml'} names no student, so it is not what train-student wrote; restore it from a copy")
+        raise ExportError(
+            f"{run / 'config.yaml'} names no student, so it is not what train-student wrote; "
+            f"restore it from a copy"
+        )
     figures = next((one for one in passes if one["epoch"] == facts["epoch"]), None)
     if figures is None or figures.get("val_top1") != facts.get("val_top1", figures.get("val_top1")):
         raise ExportError(
-            f"{file} is of epoch {facts['epoch'] + 1}, of which metrics.jsonl has {'other' if figures else 'no'} figures; "
-            "run the same train-student command again to finish that epoch, and then this, or pass the other --weights"
+            f"{file} is of epoch {facts['epoch'] + 1}, of which metrics.jsonl has "
+            f"{'other' if figures else 'no'} figures; run the same train-student command again to "
+            "finish that epoch, and then this, or pass the other --weights"
         )
     if store is not None and store.identity.hex() != facts["source"]:
         raise StoreError(
-            f"{store.path} (identity {store.identity.hex()[:12]}…) isn't what {run} was trained from ({facts['source'][:12]}…); "
-            "pass that store, or leave --store out"
+            f"{store.path} (identity {store.identity.hex()[:12]}…) isn't what {run} was trained "
+            f"from ({facts['source'][:12]}…); pass that store, or leave --store out"
         )
-    names = facts.get("class_names") or (store.class_names if store else None)  # checkpoints before 0.5 had none
+    names = facts.get("class_names") or (
+        store.class_names if store else None
+    )  # checkpoints before 0.5 had none
     if names is not None and len(names) != facts["classes"]:
-        raise ExportError(f"{file} has {facts['classes']} classes and names {len(names)}; restore it from a copy")
+        raise ExportError(
+            f"{file} has {facts['classes']} classes and names {len(names)}; restore it from a copy"
+        )
     teachers = facts.get("teachers") or []
     if store and facts["labels"] == "soft":
         teachers = [teacher["model"] for teacher in store.provenance["teachers"]]
@@ -84,14 +101,27 @@ def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Traine
         drawn, imported = store.provenance["crops"], store.provenance.get("imported")
     else:
         without_store = config.train.online or (run / SCANS[0]).is_file()
-        drawn, imported = config.crops.model_dump(mode="json") if without_store else None, facts.get("imported")
+        drawn, imported = (
+            config.crops.model_dump(mode="json") if without_store else None,
+            facts.get("imported"),
+        )
     return Trained(
-        file, facts, config, passes, figures, _validated(run, figures), names, [public(name) for name in teachers], drawn, imported
+        file,
+        facts,
+        config,
+        passes,
+        figures,
+        _validated(run, figures),
+        names,
+        [public(name) for name in teachers],
+        drawn,
+        imported,
     )
 
 
 def _validated(run: Path, figures: dict) -> int | None:
-    """How many images were validated on, as the run's last start found them; None if none were, or if the figures can't be of so many."""
+    """How many images were validated on, as the run's last start found them; None if
+    none were, or if the figures can't be of so many."""
     if "val_top1" not in figures:
         return None
     try:

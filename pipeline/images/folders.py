@@ -15,20 +15,28 @@ from cache.errors import MealError
 from cache.format.manifest import USABLE, Images, printable_paths
 from pipeline.runtime.progress import Progress
 
-LOOKERS = 16  # threads that list folders where that is mostly waiting; elsewhere they would only wait for each other
-FAR, TELLING = 20e-6, 500  # seconds a file, from which on it is: the disk is another machine's; and how many files tell
+# threads that list folders where that is mostly waiting; elsewhere they would only wait
+# for each other
+LOOKERS = 16
+FAR, TELLING = (
+    20e-6,
+    500,
+)  # seconds a file, from which on it is: the disk is another machine's; and how many files tell
 
 
 class DataError(MealError):
-    """A data set that isn't there, isn't laid out as expected, or isn't the one that a store was made from."""
+    """A data set that isn't there, isn't laid out as expected, or isn't the one that a
+    store was made from."""
 
 
 @dataclass(frozen=True)
 class DataFolder:
     """The class folders of one split, and what their classes are called.
 
-    path: the folder that holds them. class_names: in the order of the models' outputs, so that a name's place is its class index. mapped: whether a class
-    map gave the names; otherwise they are the folders', sorted. root: the folder that the user named, which may hold several splits.
+    path: the folder that holds them. class_names: in the order of the models' outputs,
+    so that a name's place is its class index. mapped: whether a class map gave the
+    names; otherwise they are the folders', sorted. root: the folder that the user
+    named, which may hold several splits.
     """
 
     path: Path
@@ -37,29 +45,42 @@ class DataFolder:
     root: Path | None = None
 
     @classmethod
-    def find(cls, data: str | Path, split: str, class_map: Sequence[str] | None = None) -> DataFolder:
-        """Find the class folders of a split: those of DATA/SPLIT, or of DATA if it isn't divided into splits. Raises DataError."""
+    def find(
+        cls, data: str | Path, split: str, class_map: Sequence[str] | None = None
+    ) -> DataFolder:
+        """Find the class folders of a split: those of DATA/SPLIT, or of DATA if it
+        isn't divided into splits. Raises DataError."""
         path = split_folder(data, split)
         return cls(path, class_map or class_names(path), class_map is not None, Path(data))
 
 
 def split_folder(data: str | Path, split: str) -> Path:
-    """The folder that holds the class folders: DATA/SPLIT if there is one, or DATA itself if it isn't divided into splits."""
+    """The folder that holds the class folders: DATA/SPLIT if there is one, or DATA
+    itself if it isn't divided into splits."""
     data = Path(data)
     if not split or "/" in split or split in (".", ".."):
-        raise DataError(f"--split is {split!r}; it must be the name of a folder of --data, like train")
+        raise DataError(
+            f"--split is {split!r}; it must be the name of a folder of --data, like train"
+        )
     if not data.is_dir():
-        raise DataError(f"there is no folder {data}; --data must name a folder of class folders, or one with train/ and val/")
+        raise DataError(
+            f"there is no folder {data}; --data must name a folder of class folders, or one with "
+            f"train/ and val/"
+        )
     splits = [name for name in dict.fromkeys((split, "train", "val")) if is_split(data, name)]
     if split in splits:
         return data / split
     if splits:
-        raise DataError(f"{data} has {' and '.join(splits)} but no {split}; name another --split, or add the folder")
+        raise DataError(
+            f"{data} has {' and '.join(splits)} but no {split}; name another --split, or add the "
+            f"folder"
+        )
     return data
 
 
 def is_split(data: str | Path, name: str) -> bool:
-    """Whether DATA/NAME is a split, which holds class folders, and not a class that happens to be called train, which holds pictures."""
+    """Whether DATA/NAME is a split, which holds class folders, and not a class that
+    happens to be called train, which holds pictures."""
     folder = Path(data, name)
     return folder.is_dir() and any(_is_folder(entry) for entry in os.scandir(folder))
 
@@ -73,19 +94,28 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def class_names(folder: Path) -> list[str]:
     """Names of the class folders, sorted; their places are the class indices."""
-    names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
+    names = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if _is_folder(entry) and not entry.name.startswith(".")
+    )
     if not names:
-        raise DataError(f"{folder} has no class folders; it must hold one folder per class, with the images in them")
+        raise DataError(
+            f"{folder} has no class folders; it must hold one folder per class, with the images in "
+            f"them"
+        )
     return names
 
 
 def read_class_map(path: str | Path) -> list[str]:
-    """A class map: a text file with one class folder's name a line, whose line number from 0 is its class index."""
+    """A class map: a text file with one class folder's name a line, whose line number
+    from 0 is its class index."""
     try:
         names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file with one folder name a line"
+            f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file "
+            f"with one folder name a line"
         ) from None
     if len(set(names)) != len(names) or not names:
         raise DataError(f"--class-map {path} must hold every class folder's name once, one a line")
@@ -93,15 +123,18 @@ def read_class_map(path: str | Path) -> list[str]:
 
 
 def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every file below the class folders, hidden ones left out: str [n] paths relative to the folder, sorted; int32 [n] class index;
-    int64 [n] size in bytes; int64 [n] when it was changed last, ns since 1970. A class folder of no known class is an error."""
+    """Every file below the class folders, hidden ones left out: str [n] paths relative
+    to the folder, sorted; int32 [n] class index; int64 [n] size in bytes; int64 [n]
+    when it was changed last, ns since 1970. A class folder of no known class is an
+    error."""
     folder, classes = data.path, data.class_names
     index = {name: i for i, name in enumerate(classes)}
     names = class_names(folder)
     for name in names:
         if name not in index:
             raise DataError(
-                f"class folder {name} of {folder} is not among the {len(classes)} classes ({classes[0]}, {classes[1 % len(classes)]}, …); "
+                f"class folder {name} of {folder} is not among the {len(classes)} classes "
+                f"({classes[0]}, {classes[1 % len(classes)]}, …); "
                 "pass the --class-map that names it, or take the folder away"
             )
 
@@ -110,7 +143,10 @@ def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
     found: list[tuple[str, int, int, int]] = []
     left = iter(names)
-    with Progress("looking for files", len(names), "class folders") as progress, ThreadPoolExecutor(LOOKERS) as pool:
+    with (
+        Progress("looking for files", len(names), "class folders") as progress,
+        ThreadPoolExecutor(LOOKERS) as pool,
+    ):
         begun = time.perf_counter()
         for name in left:
             found += look(name)
@@ -128,11 +164,17 @@ def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
         raise DataError(f"the class folders of {folder} hold no files")
     found.sort()
     paths, indices, sizes, changed = zip(*found, strict=True)
-    return np.array(paths, object), np.array(indices, np.int32), np.array(sizes, np.int64), np.array(changed, np.int64)
+    return (
+        np.array(paths, object),
+        np.array(indices, np.int32),
+        np.array(sizes, np.int64),
+        np.array(changed, np.int64),
+    )
 
 
 def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
-    """(path, size, time of change) of every file below; a folder that is reached through a link to one above it is left out."""
+    """(path, size, time of change) of every file below; a folder that is reached
+    through a link to one above it is left out."""
     waiting: list[tuple[str, str, frozenset]] = [(str(folder), relative, frozenset())]
     while waiting:
         place, name, above = waiting.pop()
@@ -156,15 +198,19 @@ def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
 
 
 def require_same_files(data: DataFolder, images: Images, made: str) -> None:
-    """Raises DataError unless the folder holds exactly the files of the manifest, with the same sizes (contents are compared when read)."""
+    """Raises DataError unless the folder holds exactly the files of the manifest, with
+    the same sizes (contents are compared when read)."""
     paths, class_index, sizes, _ = list_files(data)
     paths = np.array([printable_paths(p) for p in paths], object)
-    here = np.argsort(paths, kind="stable")  # a name that isn't UTF-8 sorts elsewhere when it is printed
+    here = np.argsort(
+        paths, kind="stable"
+    )  # a name that isn't UTF-8 sorts elsewhere when it is printed
     paths, class_index, sizes = paths[here], class_index[here], sizes[here]
     order = images.by_path
     if np.array_equal(paths, images.path[order]):
         changed = np.flatnonzero(
-            (sizes != images.bytes[order]) & (images.status[order] == USABLE) | (class_index != images.class_index[order])
+            (sizes != images.bytes[order]) & (images.status[order] == USABLE)
+            | (class_index != images.class_index[order])
         )
         if len(changed) == 0:
             return
@@ -175,8 +221,11 @@ def require_same_files(data: DataFolder, images: Images, made: str) -> None:
     else:
         now, then = set(paths), set(images.path)
         missing, added = sorted(then - now), sorted(now - then)
-        first, count, what = (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
+        first, count, what = (
+            (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
+        )
     raise DataError(
-        f"{data.path} is not the data set that {made} was made from: {count} of {len(images)} images {what}, the first is {first}; "
-        "pass the folder it was made from, or generate a new store"
+        f"{data.path} is not the data set that {made} was made from: {count} of {len(images)} "
+        f"images {what}, the first is {first}; pass the folder it was made from, or generate a "
+        "new store"
     )

@@ -1,4 +1,5 @@
-"""Read the image files of a manifest ahead, and name the file that a renderer refuses."""
+"""Read the image files of a manifest ahead, and name the file that a renderer
+refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _REPAIR = "put the image back as it was, or begin anew, with another store or --
 
 
 class Reader:
-    """Reads images of a manifest, several at a time, and refuses any that is not, byte for byte, what the manifest saw."""
+    """Reads images of a manifest, several at a time, and refuses any that is not, byte
+    for byte, what the manifest saw."""
 
     def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
         self.folder, self.images = folder, images
@@ -39,10 +41,13 @@ class Reader:
         try:
             blob = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path} can't be read any more ({error.strerror}); {_REPAIR}") from None
+            raise DataError(
+                f"{path} can't be read any more ({error.strerror}); {_REPAIR}"
+            ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
-                f"{path} has changed since the manifest was made (other contents: {len(blob)} bytes now, {self.images.bytes[row]} then); {_REPAIR}"
+                f"{path} has changed since the manifest was made (other contents: {len(blob)} "
+                f"bytes now, {self.images.bytes[row]} then); {_REPAIR}"
             )
         return blob
 
@@ -57,6 +62,9 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
             raise
         repair = "check renderer and memory"
         if error.on_gpu:
-            repair = "convert it or take it out of the folder, or decode on the CPU (render.backend: cpu), for a new store"
+            repair = (
+                "convert it or take it out of the folder, or decode on the CPU "
+                "(render.backend: cpu), for a new store"
+            )
         who = "the CPU decodes it" if error.on_gpu else "the manifest's pass could decode it"
         raise DataError(f"{images.path[rows[error.place]]}: {error}; {who}, so {repair}") from None

@@ -1,4 +1,5 @@
-"""From a folder of class folders to a manifest: which files there are, which of them are images, and what exactly is in them."""
+"""From a folder of class folders to a manifest: which files there are, which of them
+are images, and what exactly is in them."""
 
 from __future__ import annotations
 
@@ -29,19 +30,33 @@ from pipeline.sampling.epoch_order import row_order
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 
 
-def scan(data: DataFolder, settings: RenderSettings, *, order_seed: int | None = None, before: Scanned | None = None) -> Images:
-    """Read and decode every file whole, and note size, digest, dimensions, and why a file is unusable.
+def scan(
+    data: DataFolder,
+    settings: RenderSettings,
+    *,
+    order_seed: int | None = None,
+    before: Scanned | None = None,
+) -> Images:
+    """Read and decode every file whole, and note size, digest, dimensions, and why a
+    file is unusable.
 
-    settings: as the renderer will decode. An image above its ``max_megapixels`` is never decoded: what the image says of its size decides, since a file of
-    some kilobytes can hold a picture of gigabytes. order_seed: rows in a random order that depends on the seed and the paths (so that a run of rows is a fair
-    sample of the classes); None: sorted by path. before: what an earlier scan found, which holds for files that haven't changed since; it notes what this one
-    finds.
+    settings: as the renderer will decode. An image above its ``max_megapixels`` is
+    never decoded: what the image says of its size decides, since a file of some
+    kilobytes can hold a picture of gigabytes. order_seed: rows in a random order that
+    depends on the seed and the paths (so that a run of rows is a fair sample of the
+    classes); None: sorted by path. before: what an earlier scan found, which holds for
+    files that haven't changed since; it notes what this one finds.
     """
     paths, class_index, sizes, changed = list_files(data)
     n = len(paths)
     if order_seed is not None:
         order = row_order(order_seed, paths)
-        paths, class_index, sizes, changed = paths[order], class_index[order], sizes[order], changed[order]
+        paths, class_index, sizes, changed = (
+            paths[order],
+            class_index[order],
+            sizes[order],
+            changed[order],
+        )
     digest = np.zeros((n, 32), np.uint8)
     height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
     reason = np.full(n, "", dtype=object)
@@ -50,7 +65,9 @@ def scan(data: DataFolder, settings: RenderSettings, *, order_seed: int | None =
         columns = {"bytes": sizes, "digest": digest, "height": height, "width": width}
         for name, values in found.items():
             columns[name][known] = values
-    unknown = np.flatnonzero((height == 0) | (height.astype(np.int64) * width > settings.max_megapixels * 1e6))
+    unknown = np.flatnonzero(
+        (height == 0) | (height.astype(np.int64) * width > settings.max_megapixels * 1e6)
+    )
     height[unknown] = width[unknown] = 0
     decoders = threading.local()
 
@@ -76,21 +93,35 @@ def scan(data: DataFolder, settings: RenderSettings, *, order_seed: int | None =
                 for _ in pool.map(examine, unknown[start : start + SCAN_WINDOW]):
                     progress.advance(1)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # when it is stopped, thousands are still waiting
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # when it is stopped, thousands are still waiting
     status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
-    found = Images(np.array([printable_paths(p) for p in paths], object), sizes, digest, height, width, class_index, status, reason)
+    found = Images(
+        np.array([printable_paths(p) for p in paths], object),
+        sizes,
+        digest,
+        height,
+        width,
+        class_index,
+        status,
+        reason,
+    )
     if before:
         before.note(settings.exif, found, changed)
     return found
 
 
 class Look:
-    """Looks at one file after the other, in one thread: bytes (None if they can't be read), height and width in pixels (None if it can't be used), and
-    the reason, empty if there is none."""
+    """Looks at one file after the other, in one thread: bytes (None if they can't be
+    read), height and width in pixels (None if it can't be used), and the reason, empty
+    if there is none."""
 
     def __init__(self, folder: Path, settings: RenderSettings) -> None:
         self.folder, self.max_megapixels = folder, settings.max_megapixels
-        settings = replace(settings, backend="cpu")  # a GPU may refuse images that it is not asked for
+        settings = replace(
+            settings, backend="cpu"
+        )  # a GPU may refuse images that it is not asked for
         self.header, self.whole = Header(settings), WholeDecode(settings)
 
     def __call__(self, path: str) -> tuple[bytes | None, tuple[int, int] | None, str]:
@@ -120,7 +151,10 @@ def _read_any(folder: Path, path: str) -> bytes | str:
 
 
 def _too_large(height: int, width: int, limit: float) -> str:
-    return f"too large: {height * width / 1e6:,.1f} megapixels, the limit is {limit:g} (render.max_megapixels)"
+    return (
+        f"too large: {height * width / 1e6:,.1f} megapixels, the limit is {limit:g} "
+        f"(render.max_megapixels)"
+    )
 
 
 def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
@@ -138,17 +172,25 @@ def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
     except Image.DecompressionBombError as error:  # Pillow's own limit, before it tells the size
         pixels = re.search(r"\((\d+) pixels\)", str(error))
         return _too_large(1, int(pixels[1]), max_megapixels) if pixels else f"too large: {error}"
-    except Exception as error:  # a damaged file can raise anything in Pillow's plugins; the file is unusable in any case
+    except Exception as error:
+        # a damaged file can raise anything in Pillow's plugins; the file is unusable in
+        # any case
         return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
     return f"DALI can't decode this {kind} file"
 
 
 def empty_classes(images: Images, data: DataFolder) -> list[str]:
-    """A line if classes have no usable image, which may be meant (a subset) or a folder forgotten."""
+    """A line if classes have no usable image, which may be meant (a subset) or a folder
+    forgotten."""
     seen = set(images.class_index[images.usable].tolist())
     empty = [name for i, name in enumerate(data.class_names) if i not in seen]
     return (
-        [f"{len(empty)} of {len(data.class_names)} classes have no usable image in {data.path}, the first is {empty[0]}"] if empty else []
+        [
+            f"{len(empty)} of {len(data.class_names)} classes have no usable image in {data.path}, "
+            f"the first is {empty[0]}"
+        ]
+        if empty
+        else []
     )
 
 
@@ -160,12 +202,23 @@ def unusable_summary(images: Images) -> list[str]:
     for path, reason in zip(images.path[bad], images.reason[bad], strict=True):
         kinds.setdefault(reason.split(":")[0], []).append(f"{path} ({reason})")
     for examples in kinds.values():
-        lines.append(printable(f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else "")))
+        lines.append(
+            printable(
+                f"{len(examples)} unusable: {examples[0]}" + (", …" if len(examples) > 1 else "")
+            )
+        )
     return lines
 
 
-def scan_and_say(data: DataFolder, settings: RenderSettings, *, order_seed: int | None = None, before: Scanned | None = None) -> Images:
-    """Scan (``scan``), and say which files can't be used, and which classes have no image."""
+def scan_and_say(
+    data: DataFolder,
+    settings: RenderSettings,
+    *,
+    order_seed: int | None = None,
+    before: Scanned | None = None,
+) -> Images:
+    """Scan (``scan``), and say which files can't be used, and which classes have no
+    image."""
     found = scan(data, settings, order_seed=order_seed, before=before)
     for line in [*unusable_summary(found), *empty_classes(found, data)]:
         say(line)

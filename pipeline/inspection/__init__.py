@@ -1,1 +1,2 @@
-"""Looking at stores: facts, statistics, reports, contact sheets, and labelling crops again."""
+"""Looking at stores: facts, statistics, reports, contact sheets, and labelling crops
+again."""

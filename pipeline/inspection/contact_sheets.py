@@ -1,4 +1,5 @@
-"""Contact sheets of a store: photographs with a crop's box drawn in, the crop as the teachers saw it, and its soft label."""
+"""Contact sheets of a store: photographs with a crop's box drawn in, the crop as the
+teachers saw it, and its soft label."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ THUMBNAIL = 224  # pixels of a photograph's longer side
 CROP = 160  # pixels
 
 
-SURELY = ": wrong folders, several objects, crops that miss the object. A hard label would teach the folder's class here."
+SURELY = (
+    ": wrong folders, several objects, crops that miss the object. A hard label would teach "
+    "the folder's class here."
+)
 
 
 @dataclass
@@ -42,7 +46,9 @@ class Card:
     flipped: bool
     pasted: str  # path of the image that is pasted in (CutMix), or nothing
     entropy: float  # nats
-    bars: list[tuple[str, float, bool]]  # title of a class, its probability, whether it is the folder's; the most probable first
+    bars: list[
+        tuple[str, float, bool]
+    ]  # title of a class, its probability, whether it is the folder's; the most probable first
 
 
 @dataclass
@@ -53,17 +59,28 @@ class Sheet:
 
 
 def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]) -> list[Sheet]:
-    """The most certain crops of those that were looked at, the most uncertain, and those whose label is surest of another class than the folder's; one of an
-    image. folder: has the store's images. titles: of the classes. Pixels are rendered on the CPU. Raises DataError if an image has changed."""
+    """The most certain crops of those that were looked at, the most uncertain, and
+    those whose label is surest of another class than the folder's; one of an image.
+    folder: has the store's images. titles: of the classes. Pixels are rendered on the
+    CPU. Raises DataError if an image has changed."""
     apart = found.confidence - found.folder
     apart[found.first == store.images.class_index[found.row]] = -1
     ways = (
         ("The most certain", "Crops whose soft label has the least entropy.", found.entropy, None),
-        ("The most uncertain", "Crops whose soft label has the most entropy: what is seen of the class there?", -found.entropy, None),
+        (
+            "The most uncertain",
+            "Crops whose soft label has the most entropy: what is seen of the class there?",
+            -found.entropy,
+            None,
+        ),
         (
             "Where the teachers disagree with the folder",
             "Crops whose label is surest of another class than their image's folder"
-            + ("; these pictures are mixed, so that it may be the pasted one's." if store.mixed else SURELY),
+            + (
+                "; these pictures are mixed, so that it may be the pasted one's."
+                if store.mixed
+                else SURELY
+            ),
             -apart,
             apart > 0,
         ),
@@ -84,7 +101,9 @@ def _first_of_each_image(found: Survey, key: np.ndarray, among: np.ndarray | Non
     return entries[np.sort(first)][:CARDS]
 
 
-def _cards(store: LabelStore, found: Survey, chosen: np.ndarray, folder: Path, titles: Sequence[str]) -> list[Card]:
+def _cards(
+    store: LabelStore, found: Survey, chosen: np.ndarray, folder: Path, titles: Sequence[str]
+) -> list[Card]:
     rows, views, manifest = found.row[chosen], found.view[chosen], store.images
     size = max(t["image_size"] or CROP for t in store.provenance["teachers"])
     with Reader(folder, manifest) as read:
@@ -120,10 +139,16 @@ def _pasted(store: LabelStore, view: int, row: int) -> str:
 
 
 def _whole(store: LabelStore, rows: np.ndarray, read: Reader) -> torch.Tensor:
-    """uint8 [n, …, …, 3]: images whole, as the renderer decodes them, squeezed into a square."""
+    """uint8 [n, …, …, 3]: images whole, as the renderer decodes them, squeezed into a
+    square."""
     manifest = store.images
-    boxes = np.stack([np.zeros_like(rows), np.zeros_like(rows), manifest.height[rows], manifest.width[rows]], axis=1)
-    renderer = CropRenderer([2 * THUMBNAIL], 1, len(rows), replace(RenderSettings.of_store(store), backend="cpu"))
+    boxes = np.stack(
+        [np.zeros_like(rows), np.zeros_like(rows), manifest.height[rows], manifest.width[rows]],
+        axis=1,
+    )
+    renderer = CropRenderer(
+        [2 * THUMBNAIL], 1, len(rows), replace(RenderSettings.of_store(store), backend="cpu")
+    )
     with reader.naming(manifest, rows):
         return renderer(read(rows), boxes[None], np.zeros((1, len(rows)), bool))[0][2 * THUMBNAIL]
 
@@ -135,7 +160,10 @@ def _fitted(height: int, width: int) -> tuple[int, int]:
 
 
 def _address(pixels: torch.Tensor, size: tuple[int, int]) -> str:
-    """uint8 [height, width, 3] as a JPEG of (width, height) pixels in a data: address, which asks no network."""
+    """uint8 [height, width, 3] as a JPEG of (width, height) pixels in a data: address,
+    which asks no network."""
     picture = io.BytesIO()
-    Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.LANCZOS).save(picture, "JPEG", quality=82)
+    Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.LANCZOS).save(
+        picture, "JPEG", quality=82
+    )
     return "data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode()

@@ -1,4 +1,5 @@
-"""A store as one page of HTML that needs nothing else: no script, no other file, no network."""
+"""A store as one page of HTML that needs nothing else: no script, no other file, no
+network."""
 
 from __future__ import annotations
 
@@ -23,12 +24,15 @@ from pipeline.models.names import class_titles
 
 WORST, ALL = 15, 1000  # classes and pairs of classes in a table, and in the one that is folded away
 LARGEST_SIDE = 1024  # cells of the coverage's picture
-COLOURS = np.array([[24, 138, 128], [137, 143, 150], [214, 48, 49]], np.uint8)  # done, missing, damaged
+COLOURS = np.array(
+    [[24, 138, 128], [137, 143, 150], [214, 48, 49]], np.uint8
+)  # done, missing, damaged
 
 
 @dataclass
 class Histogram:
-    """Bars of equal width: each its share of the values in per cent, its height in per cent of the tallest, and what it says of itself."""
+    """Bars of equal width: each its share of the values in per cent, its height in per
+    cent of the tallest, and what it says of itself."""
 
     title: str
     about: str
@@ -36,13 +40,22 @@ class Histogram:
     ticks: list[str]  # at the left end, in the middle and at the right end
 
 
-def write_report(path: Path, file: Path, *, data: Path | None = None, labels: int = LABELS, check: bool = True) -> dict:
-    """Write the page of the store at ``path`` to ``file``, whole or not at all, and return what ``inspect`` tells. data: the folder of class folders that
-    was labelled, for photographs. labels, check: see ``survey``. Raises StoreError, or DataError for other images than the store's."""
+def write_report(
+    path: Path, file: Path, *, data: Path | None = None, labels: int = LABELS, check: bool = True
+) -> dict:
+    """Write the page of the store at ``path`` to ``file``, whole or not at all, and
+    return what ``inspect`` tells. data: the folder of class folders that was labelled,
+    for photographs. labels, check: see ``survey``. Raises StoreError, or DataError for
+    other images than the store's."""
     if file.is_dir():
-        raise StoreError(f"{file} is a folder; name a file for --report, like {file / 'report.html'}")
+        raise StoreError(
+            f"{file} is a folder; name a file for --report, like {file / 'report.html'}"
+        )
     if path.resolve() in file.resolve().parents:
-        raise StoreError(f"{file} is inside the store, where only its own files may be; name another place for --report")
+        raise StoreError(
+            f"{file} is inside the store, where only its own files may be; name another place for "
+            f"--report"
+        )
     facts, store = store_facts(path), LabelStore.open(path)
     if data is not None:  # before the store is read, which may take an hour
         require_same_files(DataFolder(data, store.class_names), store.images, str(path))
@@ -50,7 +63,10 @@ def write_report(path: Path, file: Path, *, data: Path | None = None, labels: in
     found = statistics.survey(store, labels=labels, check=check)
     titles = class_titles(store.class_names)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.inspection", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("pipeline.inspection", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["plain"] = lambda text: printable(str(text))
     page = environment.get_template("report.html").render(
@@ -73,10 +89,13 @@ def write_report(path: Path, file: Path, *, data: Path | None = None, labels: in
 
 
 def _coverage(found: Survey) -> dict:
-    """Views × shards as a picture, a cell the worst of what it stands for where they are many."""
+    """Views × shards as a picture, a cell the worst of what it stands for where they
+    are many."""
     worst = found.coverage
     for axis in (0, 1):
-        starts = np.unique(np.linspace(0, worst.shape[axis], min(worst.shape[axis], LARGEST_SIDE) + 1).astype(int))[:-1]
+        starts = np.unique(
+            np.linspace(0, worst.shape[axis], min(worst.shape[axis], LARGEST_SIDE) + 1).astype(int)
+        )[:-1]
         worst = np.maximum.reduceat(worst, starts, axis=axis)
     picture = io.BytesIO()
     Image.fromarray(COLOURS[worst]).save(picture, "PNG")
@@ -96,15 +115,31 @@ def _histograms(store: LabelStore, found: Survey) -> list[Histogram]:
     area, ratio = _shapes(store, found)
     most = float(np.log(store.classes))
     return [
-        histogram("Entropy of a label", "nats; the most possible is at the right end", found.entropy, np.linspace(0, most, 31)),
-        histogram("Probability of its first class", "1: the teachers have no doubt", found.confidence, np.linspace(0, 1, 31)),
+        histogram(
+            "Entropy of a label",
+            "nats; the most possible is at the right end",
+            found.entropy,
+            np.linspace(0, most, 31),
+        ),
+        histogram(
+            "Probability of its first class",
+            "1: the teachers have no doubt",
+            found.confidence,
+            np.linspace(0, 1, 31),
+        ),
         histogram("Area of a crop", "share of the image", area, np.linspace(0, 1, 31)),
-        histogram("Aspect ratio of a crop", "width over height, logarithmic", ratio, np.geomspace(*_around(ratio), 31)),
+        histogram(
+            "Aspect ratio of a crop",
+            "width over height, logarithmic",
+            ratio,
+            np.geomspace(*_around(ratio), 31),
+        ),
     ]
 
 
 def _shapes(store: LabelStore, found: Survey) -> tuple[np.ndarray, np.ndarray]:
-    """Area as a share of the image, and width over height, of each crop that was looked at."""
+    """Area as a share of the image, and width over height, of each crop that was looked
+    at."""
     height, width = (found.boxes[:, edge].astype(np.float64) for edge in (2, 3))
     whole = store.images.height[found.row].astype(np.float64) * store.images.width[found.row]
     return height * width / whole, width / height
@@ -129,7 +164,8 @@ def histogram(title: str, about: str, values: np.ndarray, edges: np.ndarray) -> 
 
 
 def _by_area(store: LabelStore, found: Survey) -> list[dict]:
-    """Per tenth of the crops by area: where it ends, mean entropy, and how many put the folder's class first (0 … 1)."""
+    """Per tenth of the crops by area: where it ends, mean entropy, and how many put the
+    folder's class first (0 … 1)."""
     area, _ = _shapes(store, found)
     agreeing = found.first == store.images.class_index[found.row]
     order = np.argsort(area, kind="stable")
@@ -151,7 +187,10 @@ def _views(found: Survey) -> dict | None:
     edges = np.linspace(0, 1, 11)
     return {
         "loyalty": histogram(
-            "Views that agree on an image", "share of its views whose first class is its most frequent one", found.loyalty, edges
+            "Views that agree on an image",
+            "share of its views whose first class is its most frequent one",
+            found.loyalty,
+            edges,
         ),
         "unanimous": float((found.loyalty == 1).mean()),
         "divergence": histogram(
@@ -172,11 +211,20 @@ def _classes(store: LabelStore, found: Survey, titles: list[str]) -> dict:
         "agreement": float((found.first == folders).mean()),
         "rows": [
             {"title": titles[row["class"]], "name": store.class_names[row["class"]]}
-            | {"labels": int(row["labels"]), "agreement": float(row["agreeing"] / row["labels"]), "mass": float(row["mass"])}
+            | {
+                "labels": int(row["labels"]),
+                "agreement": float(row["agreeing"] / row["labels"]),
+                "mass": float(row["mass"]),
+            }
             for row in statistics.by_class(found, folders)[:ALL]
         ],
         "confusions": [
-            {"folder": titles[row["folder"]], "first": titles[row["first"]], "labels": int(row["labels"]), "share": float(row["share"])}
+            {
+                "folder": titles[row["folder"]],
+                "first": titles[row["first"]],
+                "labels": int(row["labels"]),
+                "share": float(row["share"]),
+            }
             for row in statistics.confusions(found, folders)[:WORST]
         ],
     }

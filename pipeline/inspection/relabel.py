@@ -1,4 +1,5 @@
-"""Making stored labels again: are the images those that were labelled, and do the teachers say of some crops what the store says they said?"""
+"""Making stored labels again: are the images those that were labelled, and do the
+teachers say of some crops what the store says they said?"""
 
 from __future__ import annotations
 
@@ -37,8 +38,10 @@ def recheck(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict:
-    """What ``verify`` tells: the verdict on the store's files (cache.verify), on the images of ``folder`` if there is one, and on ``sample`` crops made
-    again. ``trusted`` is the whole: sound, complete, and nothing in ``problems``, lines about images and labels that aren't the store's.
+    """What ``verify`` tells: the verdict on the store's files (cache.verify), on the
+    images of ``folder`` if there is one, and on ``sample`` crops made again.
+    ``trusted`` is the whole: sound, complete, and nothing in ``problems``, lines about
+    images and labels that aren't the store's.
 
     Raises StoreError if there is no store to look at.
     """
@@ -49,8 +52,17 @@ def recheck(
     except DamagedStore:
         total = 0
     with Progress("verifying", total, "shards") as progress:
-        verdict = verify(path, threads=min(threads_for(threads), THREADS), progress=progress.advance)
-    result = {"store": str(path), "made_by": made_by, **verdict.document(), "problems": [], "images": None, "sample": None}
+        verdict = verify(
+            path, threads=min(threads_for(threads), THREADS), progress=progress.advance
+        )
+    result = {
+        "store": str(path),
+        "made_by": made_by,
+        **verdict.document(),
+        "problems": [],
+        "images": None,
+        "sample": None,
+    }
     if folder is not None and not verdict.damaged:
         store = LabelStore.open(path)
         try:
@@ -70,32 +82,51 @@ def recheck(
 def _disagreement(sample: dict) -> str:
     worst = sample["worst"][0]
     return (
-        f"the teachers say of view {worst['view']}, row {worst['row']} ({worst['path']}) what is {worst['unexplained']:.3g} in total variation from anything "
-        f"that is stored like this label, where {sample['allowed']:.2g} can be explained; the store's labels were made otherwise than it says"
+        f"the teachers say of view {worst['view']}, row {worst['row']} ({worst['path']}) what is "
+        f"{worst['unexplained']:.3g} in total variation from anything "
+        f"that is stored like this label, where {sample['allowed']:.2g} can be explained; the "
+        f"store's labels were made otherwise than it says"
     )
 
 
 def require_same_images(store: LabelStore, folder: Path, threads: int | None = None) -> None:
-    """Raises DataError unless the folder holds the manifest's files, byte for byte: all are read."""
+    """Raises DataError unless the folder holds the manifest's files, byte for byte: all
+    are read."""
     require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
-    with Reader(folder, store.images, threads) as read, Progress("reading images", len(store.usable), "images") as progress:
+    with (
+        Reader(folder, store.images, threads) as read,
+        Progress("reading images", len(store.usable), "images") as progress,
+    ):
         for rows in np.array_split(store.usable, max(1, len(store.usable) // 256)):
             read(rows)
             progress.advance(len(rows))
 
 
-def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample: int, *, device: torch.device, seed: int = 0) -> dict:
-    """Render ``sample`` random crops of the store again, run the teachers on them and compare with the stored labels.
+def relabel(
+    store: LabelStore,
+    folder: Path,
+    specs: Sequence[ModelSpec],
+    sample: int,
+    *,
+    device: torch.device,
+    seed: int = 0,
+) -> dict:
+    """Render ``sample`` random crops of the store again, run the teachers on them and
+    compare with the stored labels.
 
-    specs: the store's teachers, in its order, where their weights aren't timm's of the recorded name; or none. seed: of the choice of crops.
-    Returns mean and largest KL(p‖p̂) in nats and total variation beside the stated maxima, the share of equal codes (0 … 1), the worst crops, and
-    ``agrees``: no crop's p is, in total variation, further from every label that is coded as the stored one (``unexplained``, Codec.distance) than other
-    arithmetic puts it (``allowed``); of an average also than its parts' codecs may have put it. Raises MealError if images, teachers or pixels aren't
-    the store's.
+    specs: the store's teachers, in its order, where their weights aren't timm's of the
+    recorded name; or none. seed: of the choice of crops. Returns mean and largest
+    KL(p‖p̂) in nats and total variation beside the stated maxima, the share of equal
+    codes (0 … 1), the worst crops, and ``agrees``: no crop's p is, in total variation,
+    further from every label that is coded as the stored one (``unexplained``,
+    Codec.distance) than other arithmetic puts it (``allowed``); of an average also than
+    its parts' codecs may have put it. Raises MealError if images, teachers or pixels
+    aren't the store's.
     """
     if "imported" in store.provenance:
         raise StoreError(
-            f"{store.path} holds labels of teachers whose weights aren't known, so they can't be made again; leave --sample out"
+            f"{store.path} holds labels of teachers whose weights aren't known, so they can't be "
+            f"made again; leave --sample out"
         )
     require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
     teachers = _teachers(store, specs, device)
@@ -103,11 +134,25 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
     compute = store.provenance["compute"]
     places = _choose(store, sample, seed)
     kl, tv, equal, unexplained = np.zeros((4, len(places)))
-    with Reader(folder, store.images) as read, Progress("labelling again", len(places), "crops") as progress:
+    with (
+        Reader(folder, store.images) as read,
+        Progress("labelling again", len(places), "crops") as progress,
+    ):
         for start in range(0, len(places), compute["batch_size"]):
             part = places[start : start + compute["batch_size"]]
-            pixels = {size: p.to(device) for size, p in pixels_of(store, part, read, {t.image_size for t in teachers}).items()}
-            p = ensemble(teachers, pixels, compute["precision"], batch_size=compute["batch_size"])[0].cpu().numpy()
+            pixels = {
+                size: p.to(device)
+                for size, p in pixels_of(
+                    store, part, read, {t.image_size for t in teachers}
+                ).items()
+            }
+            p = (
+                ensemble(teachers, pixels, compute["precision"], batch_size=compute["batch_size"])[
+                    0
+                ]
+                .cpu()
+                .numpy()
+            )
             codes = np.concatenate([store.codes(int(view), [row]) for view, row in part])
             here = slice(start, start + len(part))
             kl[here], tv[here] = divergence(p, store.codec.decode(codes))
@@ -116,7 +161,9 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
             progress.advance(len(part))
     most_kl, most_tv = store.max_error
     allowed = (
-        _arithmetic(store.provenance, store.attributes.get("made_with", {}), device, compute["precision"])
+        _arithmetic(
+            store.provenance, store.attributes.get("made_with", {}), device, compute["precision"]
+        )
         + most_tv
         - store.codec.max_error(store.classes)[1]
     )
@@ -147,40 +194,61 @@ def relabel(store: LabelStore, folder: Path, specs: Sequence[ModelSpec], sample:
 
 
 def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: str) -> float:
-    """Bound the total variation that rounding alone adds to a label of this provenance when it is made again in ``precision`` (arithmetic.rounding). The bound
-    of an average of stores is the mean of its parts' bounds, weighted by their numbers of teachers."""
+    """Bound the total variation that rounding alone adds to a label of this provenance
+    when it is made again in ``precision`` (arithmetic.rounding). The bound of an
+    average of stores is the mean of its parts' bounds, weighted by their numbers of
+    teachers."""
     if parts := origin.get("merged"):
-        each = [part["teachers"] * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device, precision) for part in parts]
+        each = [
+            part["teachers"]
+            * _arithmetic(part, {"gpu": part["gpu"]} if "gpu" in part else {}, device, precision)
+            for part in parts
+        ]
         return sum(each) / sum(part["teachers"] for part in parts)
     return rounding(origin["compute"], made_with, device, precision)
 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:
-    """The store's teachers, as it says they were. Raises StoreError if these are others."""
+    """The store's teachers, as it says they were. Raises StoreError if these are
+    others."""
     made = store.provenance["teachers"]
     if specs and len(specs) != len(made):
         raise StoreError(
-            f"{store.path} has {len(made)} teachers ({', '.join(t['model'] for t in made)}), --teacher names {len(specs)}; name them all, in this order"
+            f"{store.path} has {len(made)} teachers ({', '.join(t['model'] for t in made)}), "
+            f"--teacher names {len(specs)}; name them all, in this order"
         )
-    wanted = [spec.model_copy(update=_look(t)) for spec, t in zip(specs, made, strict=True)] if specs else [_spec(t) for t in made]
+    wanted = (
+        [spec.model_copy(update=_look(t)) for spec, t in zip(specs, made, strict=True)]
+        if specs
+        else [_spec(t) for t in made]
+    )
     if places := [t["model"] for t in made if ":" in t["model"] and not specs]:
         raise StoreError(
-            f"{store.path} names a teacher by a place ({places[0]}), which is not looked at on its word; pass it with --teacher"
+            f"{store.path} names a teacher by a place ({places[0]}), which is not looked at on its "
+            f"word; pass it with --teacher"
         )
     teachers = load_teachers(wanted, device)
     for teacher, theirs in zip(teachers, made, strict=True):
         ours = teacher.describe()
         if ours["weights"] != theirs["weights"]:
             raise StoreError(
-                f"{store.path} was made with {theirs['model']} of weights {theirs['weights'][:12]}…, this {teacher.name} has {ours['weights'][:12]}…; "
+                f"{store.path} was made with {theirs['model']} of weights "
+                f"{theirs['weights'][:12]}…, this {teacher.name} has {ours['weights'][:12]}…; "
                 "pass the same checkpoints, in the same order, with --teacher MODEL=CHECKPOINT"
             )
-        say(f"teacher {theirs['model']}, {theirs['image_size']} px, weights {theirs['weights'][:12]}")
+        say(
+            f"teacher {theirs['model']}, {theirs['image_size']} px, weights "
+            f"{theirs['weights'][:12]}"
+        )
     return teachers
 
 
 def _look(teacher: dict) -> dict:
-    return {"image_size": teacher["image_size"], "mean": tuple(teacher["mean"]), "std": tuple(teacher["std"])}
+    return {
+        "image_size": teacher["image_size"],
+        "mean": tuple(teacher["mean"]),
+        "std": tuple(teacher["std"]),
+    }
 
 
 def _spec(teacher: dict) -> ModelSpec:
@@ -188,13 +256,20 @@ def _spec(teacher: dict) -> ModelSpec:
 
 
 def _choose(store: LabelStore, sample: int, seed: int) -> np.ndarray:
-    """int64 [n, 2]: views and rows of random labelled crops, each at most once, in the order of the store."""
+    """int64 [n, 2]: views and rows of random labelled crops, each at most once, in the
+    order of the store."""
     views, shards = np.nonzero(store.finished())
     if len(views) == 0:
-        raise StoreError(f"{store.path} has no label yet; run the same {store.made_by} command again")
+        raise StoreError(
+            f"{store.path} has no label yet; run the same {store.made_by} command again"
+        )
     usable = np.bincount(store.usable // store.shard_rows, minlength=store.shards)
     ends = np.cumsum(usable[shards])
-    chosen = np.sort(np.random.default_rng(seed).choice(ends[-1], min(sample, ends[-1]), replace=False))
+    chosen = np.sort(
+        np.random.default_rng(seed).choice(ends[-1], min(sample, ends[-1]), replace=False)
+    )
     at = np.searchsorted(ends, chosen, side="right")
     first = np.searchsorted(store.usable, shards[at] * store.shard_rows)
-    return np.stack([views[at], store.usable[first + chosen - (ends[at] - usable[shards[at]])]], axis=1)
+    return np.stack(
+        [views[at], store.usable[first + chosen - (ends[at] - usable[shards[at]])]], axis=1
+    )

@@ -1,4 +1,5 @@
-"""What the labels of a store are like: where they are, how certain, whether they agree with the class folders, and how much the views of an image differ."""
+"""What the labels of a store are like: where they are, how certain, whether they agree
+with the class folders, and how much the views of an image differ."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ DONE, MISSING, DAMAGED = range(3)  # the worse the greater
 
 @dataclass
 class Survey:
-    """Of each label that was looked at an entry; arrays are [labels] where nothing else is said."""
+    """Of each label that was looked at an entry; arrays are [labels] where nothing else
+    is said."""
 
     coverage: np.ndarray  # uint8 [views, shards]: DONE, MISSING or DAMAGED
     faults: list[tuple[int, int, str]]  # view, shard, what is wrong
@@ -36,29 +38,46 @@ class Survey:
     confidence: np.ndarray  # float32, that probability
     folder: np.ndarray  # float32, the probability of the image's class folder
     boxes: np.ndarray  # int32 [labels, 4]
-    loyalty: np.ndarray  # float64 [images seen in several views]: the share of its views that put its most frequent first class first
-    divergence: np.ndarray  # float64 [some of these images]: Jensen-Shannon divergence of the labels of its views, nats
+    # float64 [images seen in several views]: the share of its views that put its most
+    # frequent first class first
+    loyalty: np.ndarray
+    divergence: (
+        np.ndarray
+    )  # float64 [some of these images]: Jensen-Shannon divergence of the labels of its views, nats
 
 
-def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threads: int | None = None) -> Survey:
-    """Look at ``labels`` labels of a store, of the same images in some of its views; rows are in random order, so they are a fair sample.
+def survey(
+    store: LabelStore, *, labels: int = LABELS, check: bool = True, threads: int | None = None
+) -> Survey:
+    """Look at ``labels`` labels of a store, of the same images in some of its views;
+    rows are in random order, so they are a fair sample.
 
-    check: compare every finished shard with its digest, which reads the whole store; False: only those that labels are taken from. Raises StoreError if
-    there is no label yet, or one can't be read for the moment.
+    check: compare every finished shard with its digest, which reads the whole store;
+    False: only those that labels are taken from. Raises StoreError if there is no label
+    yet, or one can't be read for the moment.
     """
     finished = store.finished()
     begun = np.flatnonzero(finished.any(axis=1))
     if len(begun) == 0:
-        raise StoreError(f"{store.path} has no label yet; run the same {store.made_by} command again")
+        raise StoreError(
+            f"{store.path} has no label yet; run the same {store.made_by} command again"
+        )
     views = begun[_evenly(len(begun), VIEWS)]
     rows = store.usable[finished[views].any(axis=0)[store.usable // store.shard_rows]]
     rows = rows[_evenly(len(rows), max(1, labels // len(views)))]
     spread = rows[: SPREAD // store.classes]
     wanted = np.zeros_like(finished)
     wanted[np.ix_(views, np.unique(rows // store.shard_rows))] = True
-    places = [(int(view), int(shard)) for view, shard in np.argwhere(finished if check else finished & wanted)]
+    places = [
+        (int(view), int(shard))
+        for view, shard in np.argwhere(finished if check else finished & wanted)
+    ]
 
-    sums, entropies, seen = np.zeros((len(spread), store.classes), np.float32), np.zeros(len(spread)), np.zeros(len(spread), np.int64)
+    sums, entropies, seen = (
+        np.zeros((len(spread), store.classes), np.float32),
+        np.zeros(len(spread)),
+        np.zeros(len(spread), np.int64),
+    )
     adding = threading.Lock()
 
     def look(place: tuple[int, int]) -> tuple[str | None, dict]:
@@ -73,7 +92,10 @@ def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threa
 
     coverage, faults, parts = np.where(finished, DONE, MISSING).astype(np.uint8), [], []
     threads = min(threads_for(threads), THREADS)
-    with Progress("looking at labels", len(places), "shards") as progress, ThreadPoolExecutor(threads) as pool:
+    with (
+        Progress("looking at labels", len(places), "shards") as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
         try:
             for (view, shard), (fault, part) in zip(places, pool.map(look, places), strict=True):
                 if fault:
@@ -86,21 +108,35 @@ def survey(store: LabelStore, *, labels: int = LABELS, check: bool = True, threa
             pool.shutdown(wait=False, cancel_futures=True)
     if not parts:
         raise StoreError(
-            f"{store.path} has no sound label to look at; run the same {store.made_by} command again, which makes damaged ones anew"
+            f"{store.path} has no sound label to look at; run the same {store.made_by} command "
+            f"again, which makes damaged ones anew"
         )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     several = np.flatnonzero(seen > 1)
-    chunks = np.array_split(several, max(1, len(several) // store.chunk_rows))  # all at once would take several times what the sums take
+    chunks = np.array_split(
+        several, max(1, len(several) // store.chunk_rows)
+    )  # all at once would take several times what the sums take
     of_means = np.concatenate([entropy(sums[chunk] / seen[chunk, None]) for chunk in chunks])
     divergence = np.maximum(0, of_means - entropies[several] / seen[several])
-    return Survey(coverage, faults, check, **columns, loyalty=_loyalty(columns["row"], columns["first"]), divergence=divergence)
+    return Survey(
+        coverage,
+        faults,
+        check,
+        **columns,
+        loyalty=_loyalty(columns["row"], columns["first"]),
+        divergence=divergence,
+    )
 
 
 def by_class(found: Survey, folders: np.ndarray) -> np.ndarray:
-    """folders: int [labels], each image's class folder. Returns a row for each folder that was seen, the least agreeing first: ``class``, ``labels``,
-    ``agreeing`` (those that put the folder's class first), ``mass`` (the mean probability of the folder's class)."""
+    """folders: int [labels], each image's class folder. Returns a row for each folder
+    that was seen, the least agreeing first: ``class``, ``labels``, ``agreeing`` (those
+    that put the folder's class first), ``mass`` (the mean probability of the folder's
+    class)."""
     seen, place = np.unique(folders, return_inverse=True)
-    table = np.zeros(len(seen), [("class", "i8"), ("labels", "i8"), ("agreeing", "i8"), ("mass", "f8")])
+    table = np.zeros(
+        len(seen), [("class", "i8"), ("labels", "i8"), ("agreeing", "i8"), ("mass", "f8")]
+    )
     table["class"], table["labels"] = seen, np.bincount(place)
     table["agreeing"] = np.bincount(place, weights=found.first == folders)
     table["mass"] = np.bincount(place, weights=found.folder) / table["labels"]
@@ -108,11 +144,16 @@ def by_class(found: Survey, folders: np.ndarray) -> np.ndarray:
 
 
 def confusions(found: Survey, folders: np.ndarray) -> np.ndarray:
-    """Which classes the teachers put first in place of an image's folder, the most frequent first: ``folder``, ``first``, ``labels``, and ``share`` of the
-    folder's labels (0 … 1)."""
+    """Which classes the teachers put first in place of an image's folder, the most
+    frequent first: ``folder``, ``first``, ``labels``, and ``share`` of the folder's
+    labels (0 … 1)."""
     wrong = found.first != folders
-    pairs, count = np.unique(np.stack([folders[wrong], found.first[wrong]]), axis=1, return_counts=True)
-    table = np.zeros(len(count), [("folder", "i8"), ("first", "i8"), ("labels", "i8"), ("share", "f8")])
+    pairs, count = np.unique(
+        np.stack([folders[wrong], found.first[wrong]]), axis=1, return_counts=True
+    )
+    table = np.zeros(
+        len(count), [("folder", "i8"), ("first", "i8"), ("labels", "i8"), ("share", "f8")]
+    )
     table["folder"], table["first"], table["labels"] = *pairs, count
     table["share"] = count / np.bincount(folders)[pairs[0]] if len(count) else 0
     return table[np.lexsort((-table["share"], -table["labels"]))]
@@ -123,15 +164,23 @@ def _evenly(n: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
 
 
-def _look(store: LabelStore, view: int, shard: int, rows: np.ndarray, spread: np.ndarray) -> tuple[str | None, dict, np.ndarray]:
-    """What is wrong with a shard; entries of those of the rows that are in it; and the labels of the first of these, which are in ``spread`` too."""
+def _look(
+    store: LabelStore, view: int, shard: int, rows: np.ndarray, spread: np.ndarray
+) -> tuple[str | None, dict, np.ndarray]:
+    """What is wrong with a shard; entries of those of the rows that are in it; and the
+    labels of the first of these, which are in ``spread`` too."""
     content, fault = store.content(view, shard)
     here = store.shard_slice(shard)
     rows = rows[(rows >= here.start) & (rows < here.stop)]
     if fault or len(rows) == 0:
         return fault, {}, np.zeros((0, store.classes), np.float32)
     codes, boxes = content.codes[rows - here.start], content.crops.boxes[rows - here.start]
-    entries: dict[str, list[np.ndarray]] = {"entropy": [], "first": [], "confidence": [], "folder": []}
+    entries: dict[str, list[np.ndarray]] = {
+        "entropy": [],
+        "first": [],
+        "confidence": [],
+        "folder": [],
+    }
     kept, most = [], int(np.isin(rows, spread, assume_unique=True).sum())
     folders = store.images.class_index[rows]
     for start in range(0, len(rows), store.chunk_rows):  # a decoded shard may take gigabytes
@@ -147,11 +196,16 @@ def _look(store: LabelStore, view: int, shard: int, rows: np.ndarray, spread: np
             kept.append(p[: most - start])
     columns = {name: np.concatenate(values) for name, values in entries.items()}
     about = {"view": np.full(len(rows), view, np.int32), "row": rows, "boxes": boxes}
-    return None, about | columns, np.concatenate(kept) if kept else np.zeros((0, store.classes), np.float32)
+    return (
+        None,
+        about | columns,
+        np.concatenate(kept) if kept else np.zeros((0, store.classes), np.float32),
+    )
 
 
 def _loyalty(row: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Of each row that is there more than once, the share of its most frequent ``first``."""
+    """Of each row that is there more than once, the share of its most frequent
+    ``first``."""
     pairs, count = np.unique(np.stack([row, first]), axis=1, return_counts=True)
     starts = np.flatnonzero(np.diff(pairs[0], prepend=-1))
     most, total = np.maximum.reduceat(count, starts), np.add.reduceat(count, starts)

@@ -47,7 +47,8 @@ NAMES = 5000  # among which the nearest is looked for
 
 
 def store_facts(path: Path) -> dict:
-    """Everything ``inspect`` tells, from attributes, manifest and completion records: no label is read, however large the store is."""
+    """Everything ``inspect`` tells, from attributes, manifest and completion records:
+    no label is read, however large the store is."""
     store = LabelStore.open(path)
     records = store.finished_records()
     finished = records["magic"] == RECORD_MAGIC
@@ -58,7 +59,9 @@ def store_facts(path: Path) -> dict:
     kl, tv = store.max_error
     label_bytes = int(records["stored_bytes"].sum())
     if "tail" in store.shard_arrays:
-        label_bytes += sum(store.size("tail", int(view), int(shard)) for view, shard in np.argwhere(finished))
+        label_bytes += sum(
+            store.size("tail", int(view), int(shard)) for view, shard in np.argwhere(finished)
+        )
     return {
         "store": str(path),
         "format_version": store.attributes["format_version"],
@@ -75,9 +78,14 @@ def store_facts(path: Path) -> dict:
         "label_bytes_per_crop": label_bytes / labelled if labelled else None,
         "store_bytes": stored_bytes(path),
         "entropy": float(records["entropy"].sum() / labelled) if labelled else None,
-        "agreement": float(100 * records["agreeing"].sum() / labelled) if labelled and classified else None,
+        "agreement": float(100 * records["agreeing"].sum() / labelled)
+        if labelled and classified
+        else None,
         "codec": store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
-        **{key: store.provenance[key] for key in ("teachers", "crops", "renderer", "compute", "data", "layout")},
+        **{
+            key: store.provenance[key]
+            for key in ("teachers", "crops", "renderer", "compute", "data", "layout")
+        },
         "merged": store.provenance.get("merged", []),
         "imported": store.provenance.get("imported"),
         "made_by": store.made_by,
@@ -93,64 +101,140 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
     reasons, paths = store.images.reason, store.images.path
     kinds = Counter(str(reasons[row]).split(":")[0] for row in rows)
     example = {str(reasons[row]).split(":")[0]: str(paths[row]) for row in rows[::-1]}
-    return [{"reason": kind, "files": count, "example": example[kind]} for kind, count in kinds.most_common()]
+    return [
+        {"reason": kind, "files": count, "example": example[kind]}
+        for kind, count in kinds.most_common()
+    ]
 
 
 def store_lines(facts: dict) -> list[tuple[str, str]]:
-    """What ``store_facts`` found, in words: (name, text), the name empty where the line goes on with the one above."""
+    """What ``store_facts`` found, in words: (name, text), the name empty where the line
+    goes on with the one above."""
     lines: list[tuple[str, str]] = [("store", facts["store"])]
-    state = "complete" if facts["complete"] else f"NOT COMPLETE: run the same {facts['made_by']} command again"
-    lines.append(
-        ("state", f"{state} ({facts['finished_shards']} of {facts['shards']} shards, {facts['complete_views']} of {facts['views']} views)")
+    state = (
+        "complete"
+        if facts["complete"]
+        else f"NOT COMPLETE: run the same {facts['made_by']} command again"
     )
-    lines.append(("images", f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} classes"))
-    lines += [("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})") for kind in facts["unusable"]]
+    lines.append(
+        (
+            "state",
+            f"{state} ({facts['finished_shards']} of {facts['shards']} shards, "
+            f"{facts['complete_views']} of {facts['views']} views)",
+        )
+    )
+    lines.append(
+        (
+            "images",
+            f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} "
+            f"classes",
+        )
+    )
+    lines += [
+        ("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})")
+        for kind in facts["unusable"]
+    ]
     for i, teacher in enumerate(facts["teachers"]):
         lines.append(("" if i else "teachers", _teacher(teacher)))
     if facts["imported"]:
-        several = [part["imported"] for part in facts["merged"] if "imported" in part] or [facts["imported"]]
-        kinds = [one["labels"] + (" in half precision" if one.get("half_precision") else "") for one in several]
-        told = f"{facts['imported']['format']} label files, {', '.join(dict.fromkeys(kinds))}; the teachers are named as the user told"
+        several = [part["imported"] for part in facts["merged"] if "imported" in part] or [
+            facts["imported"]
+        ]
+        kinds = [
+            one["labels"] + (" in half precision" if one.get("half_precision") else "")
+            for one in several
+        ]
+        told = (
+            f"{facts['imported']['format']} label files, {', '.join(dict.fromkeys(kinds))}; the "
+            "teachers are named as the user told"
+        )
         lines.append(("imported", told))
         lines.append(
-            ("", "UNKNOWN: weights, normalisation and precision of the teachers, how crops were drawn; pixels were rendered by other code")
+            (
+                "",
+                "UNKNOWN: weights, normalisation and precision of the teachers, how crops were "
+                "drawn; pixels were rendered by other code",
+            )
         )
     crops = facts["crops"]
     drawn = (
         ""
         if crops["scale"] is None
-        else f"area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} to {crops['ratio'][1]:.3g}, flip {crops['flip']:g}, "
+        else f"area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} "
+        f"to {crops['ratio'][1]:.3g}, flip {crops['flip']:g}, "
         f"seed {crops['seed']}, "
     )
-    lines.append(("crops", f"{facts['views']} views of {crops['policy']}, {drawn}{crops['interpolation']}, EXIF {crops['exif']}"))
+    lines.append(
+        (
+            "crops",
+            f"{facts['views']} views of {crops['policy']}, {drawn}{crops['interpolation']}, EXIF "
+            f"{crops['exif']}",
+        )
+    )
     if mix := crops.get("cutmix"):
-        what = f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); the teachers saw the mixed pictures"
+        what = (
+            f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); "
+            f"the teachers saw the mixed pictures"
+        )
         lines.append(("CutMix", what))
     codec = facts["codec"]
     kl = "" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, "
-    lines.append(("codec", f"{codec['name']} ({codec['dtype']}); no label is off by more than {kl}TV {codec['largest_tv']:.2g}"))
+    lines.append(
+        (
+            "codec",
+            f"{codec['name']} ({codec['dtype']}); no label is off by more than {kl}TV "
+            f"{codec['largest_tv']:.2g}",
+        )
+    )
     if parts := facts["merged"]:
-        lines.append(("averaged", f"of {len(parts)} stores, of {', '.join(str(part['teachers']) for part in parts)} teachers"))
+        lines.append(
+            (
+                "averaged",
+                f"of {len(parts)} stores, of {', '.join(str(part['teachers']) for part in parts)} "
+                f"teachers",
+            )
+        )
     if facts["labelled_crops"]:
-        lines.append(("size", f"{facts['label_bytes_per_crop']:.0f} bytes per crop, {facts['store_bytes'] / 2**20:,.1f} MiB in all"))
+        lines.append(
+            (
+                "size",
+                f"{facts['label_bytes_per_crop']:.0f} bytes per crop, "
+                f"{facts['store_bytes'] / 2**20:,.1f} MiB in all",
+            )
+        )
         lines.append(("entropy", f"{facts['entropy']:.3f} nats on average"))
         if facts["agreement"] is not None:
-            lines.append(("agreement", f"{facts['agreement']:.2f} % of the labels put the class folder first"))
+            lines.append(
+                (
+                    "agreement",
+                    f"{facts['agreement']:.2f} % of the labels put the class folder first",
+                )
+            )
     compute = facts["compute"]
     if not facts["imported"]:
-        labelled = f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, "
+        labelled = (
+            f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, "
+        )
         lines.append(("made on", f"{labelled}rendered on {facts['renderer']['backend']}"))
-    lines.append(("made with", ", ".join(f"{name} {version}" for name, version in facts["made_with"].items())))
+    lines.append(
+        (
+            "made with",
+            ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()),
+        )
+    )
     return [*lines, ("identity", facts["identity"])]
 
 
 def _teacher(teacher: dict) -> str:
     size = f"{teacher['image_size']} px" if teacher["image_size"] else "an unknown size"
-    return f"{teacher['model']} at {size}, " + (f"weights {teacher['weights'][:12]}" if teacher["weights"] else "weights unknown")
+    return f"{teacher['model']} at {size}, " + (
+        f"weights {teacher['weights'][:12]}" if teacher["weights"] else "weights unknown"
+    )
 
 
 def image_facts(path: Path, name: str) -> dict:
-    """One image of a store and its finished views, each with crop and label. name: its path in the store, or how that ends. Raises StoreError."""
+    """One image of a store and its finished views, each with crop and label. name: its
+    path in the store, or how that ends. Raises StoreError."""
     from pipeline.models.names import class_titles  # takes seconds, since it knows timm
 
     store = LabelStore.open(path)
@@ -185,8 +269,13 @@ def _view_facts(store: LabelStore, view: int, row: int, titles: list[str]) -> di
         "flip": bool(flip),
         "pasted": str(store.images.path[partner]) if partner >= 0 else None,
         "entropy": float(entropy(p[None])[0]),
-        "folder_probability": float(p[store.images.class_index[row]]) if store.images.class_index[row] >= 0 else None,
-        "top5": [{"class": store.class_names[c], "title": titles[c], "probability": float(p[c])} for c in p.argsort()[::-1][:5].tolist()],
+        "folder_probability": float(p[store.images.class_index[row]])
+        if store.images.class_index[row] >= 0
+        else None,
+        "top5": [
+            {"class": store.class_names[c], "title": titles[c], "probability": float(p[c])}
+            for c in p.argsort()[::-1][:5].tolist()
+        ],
     }
 
 
@@ -196,15 +285,23 @@ def _row_of(store: LabelStore, name: str) -> int:
         return paths.index(name)
     tail = "/" + name.replace("\\", "/").lstrip("/")
     # A path of the machine ends as the store does.
-    found = [row for row, path in enumerate(paths) if path.endswith(name) or tail.endswith("/" + path)]
+    found = [
+        row for row, path in enumerate(paths) if path.endswith(name) or tail.endswith("/" + path)
+    ]
     if len(found) == 1:
         return found[0]
     if found:
         raise StoreError(
-            f"{len(found)} images of {store.path} end in {name}, like {paths[found[0]]} and {paths[found[1]]}; name more of the path"
+            f"{len(found)} images of {store.path} end in {name}, like {paths[found[0]]} and "
+            f"{paths[found[1]]}; name more of the path"
         )
-    near = [path for path in paths if path.startswith(name.rpartition("/")[0])] if len(paths) > NAMES else paths
+    near = (
+        [path for path in paths if path.startswith(name.rpartition("/")[0])]
+        if len(paths) > NAMES
+        else paths
+    )
     close = difflib.get_close_matches(name, near[:NAMES], 1, 0.5)
     raise StoreError(
-        f"{store.path} has no image {name}" + (f"; did you mean {close[0]}?" if close else f"; its paths look like {paths[0]}")
+        f"{store.path} has no image {name}"
+        + (f"; did you mean {close[0]}?" if close else f"; its paths look like {paths[0]}")
     )

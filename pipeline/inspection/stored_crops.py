@@ -1,4 +1,5 @@
-"""The pixels of single crops of a store, wherever they are in it: what its teachers saw, for looking at labels again."""
+"""The pixels of single crops of a store, wherever they are in it: what its teachers
+saw, for looking at labels again."""
 
 from __future__ import annotations
 
@@ -16,9 +17,12 @@ from pipeline.render.mixing import paste_all
 from pipeline.render.settings import RenderSettings
 
 
-def pixels_of(store: LabelStore, places: np.ndarray, read: Reader, sizes: set[int], backend: str | None = None) -> dict[int, torch.Tensor]:
-    """places: int [n, 2] views and rows. Returns by output size uint8 [n, size, size, 3], what the teachers saw there, with CutMix the mixed pictures.
-    backend: another than the store's, whose pixels differ a little."""
+def pixels_of(
+    store: LabelStore, places: np.ndarray, read: Reader, sizes: set[int], backend: str | None = None
+) -> dict[int, torch.Tensor]:
+    """places: int [n, 2] views and rows. Returns by output size uint8 [n, size, size,
+    3], what the teachers saw there, with CutMix the mixed pictures. backend: another
+    than the store's, whose pixels differ a little."""
     shown = [(int(view), int(row)) for view, row in places]
     crops = Crops.join([store.whole_crops(view, [row]) for view, row in shown])
     place = np.arange(len(shown))
@@ -29,7 +33,9 @@ def pixels_of(store: LabelStore, places: np.ndarray, read: Reader, sizes: set[in
     whole = [store.crops(view, [row]) for view, row in shown]
     rows = np.array([row for _, row in shown])
     settings = RenderSettings.of_store(store)
-    renderer = CropRenderer(sorted(sizes), 1, len(shown), replace(settings, backend=backend or settings.backend))
+    renderer = CropRenderer(
+        sorted(sizes), 1, len(shown), replace(settings, backend=backend or settings.backend)
+    )
     with reader.naming(store.images, rows):
         boxes, flips = (np.concatenate(column)[None] for column in zip(*whole, strict=True))
         (pixels,) = renderer(read(rows), boxes, flips)

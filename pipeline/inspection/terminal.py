@@ -1,4 +1,5 @@
-"""What a person sees of a store and of an evaluation: facts as one JSON object, and the same as a page in a terminal."""
+"""What a person sees of a store and of an evaluation: facts as one JSON object, and the
+same as a page in a terminal."""
 
 from __future__ import annotations
 
@@ -24,14 +25,17 @@ def store_page(facts: dict) -> None:
 
 
 def verdict_page(result: dict) -> None:
-    """What ``verify`` found, a line a finding, the most at once ``FINDINGS`` of a kind."""
+    """What ``verify`` found, a line a finding, the most at once ``FINDINGS`` of a
+    kind."""
     console = results()
 
     def lines(kind: str, texts: list[str]) -> None:
         for text in texts[:FINDINGS]:
             console.print(f"{kind:9}{printable(text)}", markup=False, soft_wrap=True)
         if len(texts) > FINDINGS:
-            console.print(f"{kind:9}… and {len(texts) - FINDINGS:,} more (--json lists all)", markup=False)
+            console.print(
+                f"{kind:9}… and {len(texts) - FINDINGS:,} more (--json lists all)", markup=False
+            )
 
     def places(findings: list[dict]) -> list[str]:
         return [str(Finding(**finding)) for finding in findings]
@@ -40,28 +44,52 @@ def verdict_page(result: dict) -> None:
     lines("unread", places(result["unread"]))
     lines("missing", places(result["missing"]))
     lines("foreign", result["foreign"])
-    lines("left", [f"{file} (unfinished, of a process that was stopped, or is at work now)" for file in result["left"]])
+    lines(
+        "left",
+        [
+            f"{file} (unfinished, of a process that was stopped, or is at work now)"
+            for file in result["left"]
+        ],
+    )
     lines("problem", result["problems"])
     if result["images"] is not None:
         lines("images", [f"all {result['images']:,} are, byte for byte, those that were labelled"])
     if sample := result["sample"]:
         for name, key in (("KL", "kl"), ("TV", "tv")):
-            mean, largest, stated = (sample[f"{key}_{what}"] for what in ("mean", "largest", "stated"))
+            mean, largest, stated = (
+                sample[f"{key}_{what}"] for what in ("mean", "largest", "stated")
+            )
             limit = "" if stated is None else f"; the codec states {stated:.3g}"
-            lines("sample", [f"{sample['crops']:,} crops labelled again: {name} {mean:.3g} on average, {largest:.3g} at most{limit}"])
+            lines(
+                "sample",
+                [
+                    f"{sample['crops']:,} crops labelled again: {name} {mean:.3g} on average, "
+                    f"{largest:.3g} at most{limit}"
+                ],
+            )
         lines("sample", [f"{100 * sample['equal_codes']:.3f} % of the codes are the same"])
     if result["trusted"]:
         summary = "every digest is right"
     elif result["sound"] and not result["problems"]:
-        summary = f"NOT COMPLETE, and sound as far as it goes: run the same {result['made_by']} command again to finish it"
+        summary = (
+            f"NOT COMPLETE, and sound as far as it goes: run the same {result['made_by']} "
+            f"command again to finish it"
+        )
     elif result["sound"]:
-        summary = "the files are sound, and the labels are NOT TO BE TRUSTED with these images and teachers"
+        summary = (
+            "the files are sound, and the labels are NOT TO BE TRUSTED with these images and "
+            "teachers"
+        )
     elif not (result["damaged"] or result["foreign"]):
         summary = "NOT ALL OF IT COULD BE READ: mend that, and verify again"
     else:
-        summary = f"NOT SOUND: run the same {result['made_by']} command again, which makes anew what is damaged; remove what is foreign"
+        summary = (
+            f"NOT SOUND: run the same {result['made_by']} command again, which makes anew "
+            f"what is damaged; remove what is foreign"
+        )
     console.print(
-        f"{printable(result['store'])}: {result['checked']:,} of {result['shards']:,} shards read, {result['labelled']:,} labels; {summary}",
+        f"{printable(result['store'])}: {result['checked']:,} of {result['shards']:,} shards read, "
+        f"{result['labelled']:,} labels; {summary}",
         markup=False,
         soft_wrap=True,
     )
@@ -72,24 +100,47 @@ def evaluation_table(result: dict) -> None:
     compared = "teacher_kl" in result["models"][0]
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for name in ("top-1 %", "top-5 %", "loss", *(("KL to teachers", "agreement %") if compared else ())):
+    for name in (
+        "top-1 %",
+        "top-5 %",
+        "loss",
+        *(("KL to teachers", "agreement %") if compared else ()),
+    ):
         table.add_column(name, justify="right")
-    for entry in [*result["models"], *(result[key] for key in ("ensemble", "teachers") if key in result)]:
+    for entry in [
+        *result["models"],
+        *(result[key] for key in ("ensemble", "teachers") if key in result),
+    ]:
         cells = [f"{entry['top1']:.2f}", f"{entry['top5']:.2f}", f"{entry['loss']:.4f}"]
         if "teacher_kl" in entry:
             cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
-        name = f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"]
+        name = (
+            f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"]
+        )
         table.add_row(Text(printable(name)), *cells)
     console = results()
     console.print(table)
-    console.print(f"{result['images']:,} images" + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else ""))
+    console.print(
+        f"{result['images']:,} images"
+        + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else "")
+    )
 
 
 def image_page(facts: dict) -> None:
     console = results()
-    told = f"{facts['height']} × {facts['width']} pixels, {facts['bytes']:,} bytes, row {facts['row']}"
-    folder = "" if facts["class"] is None else f", folder {facts['class']}" + (f" ({facts['title']})" * (facts["title"] != facts["class"]))
-    console.print(Text.assemble((printable(facts["path"]), "bold"), printable(f"{folder}, {told}")), soft_wrap=True)
+    told = (
+        f"{facts['height']} × {facts['width']} pixels, {facts['bytes']:,} bytes, row {facts['row']}"
+    )
+    folder = (
+        ""
+        if facts["class"] is None
+        else f", folder {facts['class']}"
+        + (f" ({facts['title']})" * (facts["title"] != facts["class"]))
+    )
+    console.print(
+        Text.assemble((printable(facts["path"]), "bold"), printable(f"{folder}, {told}")),
+        soft_wrap=True,
+    )
     if facts["unusable"]:
         console.print(Text(f"unusable, without labels: {printable(facts['unusable'])}", "red"))
     elif not facts["views"]:
@@ -102,15 +153,22 @@ def image_page(facts: dict) -> None:
     table.add_column("label", overflow="fold")
     for view in facts["views"]:
         if "fault" in view:
-            table.add_row(str(view["view"]), *[""] * 6, Text(printable(f"damaged: {view['fault']}"), "red"))
+            table.add_row(
+                str(view["view"]), *[""] * 6, Text(printable(f"damaged: {view['fault']}"), "red")
+            )
             continue
         label = Text(", ").join(
-            Text(f"{printable(one['title'])} {100 * one['probability']:.1f} %", "bold" if one["class"] == facts["class"] else "")
+            Text(
+                f"{printable(one['title'])} {100 * one['probability']:.1f} %",
+                "bold" if one["class"] == facts["class"] else "",
+            )
             for one in view["top5"]
         )
         if view["pasted"]:
             label = Text.assemble(label, printable(f" (pasted in: {view['pasted']})"))
         mirrored = "mirrored" if view["flip"] else ""
-        table.add_row(str(view["view"]), *map(str, view["box"]), mirrored, f"{view['entropy']:.2f}", label)
+        table.add_row(
+            str(view["view"]), *map(str, view["box"]), mirrored, f"{view['entropy']:.2f}", label
+        )
     if facts["views"]:
         console.print(table)

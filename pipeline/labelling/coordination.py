@@ -19,19 +19,22 @@ PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which store it was that could not be written: a failed write has no file's name."""
+    """Say which store it was that could not be written: a failed write has no file's
+    name."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
         raise StoreError(
-            f"{path} can't be written ({error.strerror or error}); make room, or mend that, and run the same command again: what is finished stays"
+            f"{path} can't be written ({error.strerror or error}); make room, or mend that, and "
+            f"run the same command again: what is finished stays"
         ) from None
 
 
 def opened(path: Path) -> tuple[StoreWriter | None, str | None]:
-    """The store, or what is wrong with its description, which says nothing of its labels."""
+    """The store, or what is wrong with its description, which says nothing of its
+    labels."""
     try:
         writer = StoreWriter(path)
         _ = writer.store.images
@@ -59,9 +62,17 @@ def grown(writer: StoreWriter, views: int, leads: bool) -> StoreWriter:
     return writer
 
 
-def once(path: Path, what: str, done: Callable[[], bool], do: Callable[[], None], leads: bool, *besides: str) -> None:
-    """Have one process do something that only one can do: this one, if it leads and nobody else is at it, or at what it must not meet (``besides``);
-    otherwise wait for it."""
+def once(
+    path: Path,
+    what: str,
+    done: Callable[[], bool],
+    do: Callable[[], None],
+    leads: bool,
+    *besides: str,
+) -> None:
+    """Have one process do something that only one can do: this one, if it leads and
+    nobody else is at it, or at what it must not meet (``besides``); otherwise wait for
+    it."""
     while not done():
         if leads:
             with claim(claims_of(path), what, *besides) as mine:
@@ -72,8 +83,9 @@ def once(path: Path, what: str, done: Callable[[], bool], do: Callable[[], None]
 
 
 def wait(path: Path, what: str, done: Callable[[], bool], leads: bool, *besides: str) -> None:
-    """Wait until another process has done what only one does, while it is alive. One that leads goes on when it is not, to do it itself; others give
-    worker 0 some time to start."""
+    """Wait until another process has done what only one does, while it is alive. One
+    that leads goes on when it is not, to do it itself; others give worker 0 some time
+    to start."""
     patience = time.monotonic() + PATIENCE
     say(f"waiting for {'another process' if leads else 'worker 0'} to {what} {path}")
     while not done():
@@ -84,4 +96,7 @@ def wait(path: Path, what: str, done: Callable[[], bool], leads: bool, *besides:
         elif leads:
             return
         elif time.monotonic() > patience:
-            raise StoreError(f"nobody has begun to {what} {path} in {duration(PATIENCE)}; start worker 0, or look at what it printed")
+            raise StoreError(
+                f"nobody has begun to {what} {path} in {duration(PATIENCE)}; start worker 0, or "
+                f"look at what it printed"
+            )

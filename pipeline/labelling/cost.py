@@ -1,4 +1,5 @@
-"""What a recipe costs, before anything is run: floating-point operations, GPU hours and the size of the store."""
+"""What a recipe costs, before anything is run: floating-point operations, GPU hours and
+the size of the store."""
 
 from __future__ import annotations
 
@@ -9,21 +10,27 @@ from pipeline.models.weights import forward_flops
 
 IMAGENET_IMAGES = 1_281_167
 GPU_FLOPS = 100e12  # per second, assumed: a third of what an A100 is rated at in bf16 (312e12)
-BYTES_PER_CROP = 500  # of the default codec at 1,000 classes; 413 to 584 were measured for its neighbours
-BYTES_PER_MIXED_CROP = 580  # likewise: labels of mixed pictures have a higher entropy, and partner and rectangle are 20 bytes
+BYTES_PER_CROP = (
+    500  # of the default codec at 1,000 classes; 413 to 584 were measured for its neighbours
+)
+# likewise: labels of mixed pictures have a higher entropy, and partner and rectangle
+# are 20 bytes
+BYTES_PER_MIXED_CROP = 580
 
 
 @lru_cache(maxsize=64)
 def flops(model: str, image_size: int | None) -> tuple[float, int]:
-    """(operations of one forward pass of one image, input size in pixels); a multiplication and an addition are two."""
+    """(operations of one forward pass of one image, input size in pixels); a
+    multiplication and an addition are two."""
     return forward_flops(ModelSpec(model=model, image_size=image_size, pretrained=False))
 
 
 def estimate(config: Config, images: int = IMAGENET_IMAGES) -> dict:
     """Cost of both stages, and of training online instead.
 
-    A teacher's crop costs one forward pass; a student's training step three (forward, and twice that backward). Each view of the store is labelled
-    once; training shows epochs × images crops. Hours are of one GPU at GPU_FLOPS, of arithmetic alone.
+    A teacher's crop costs one forward pass; a student's training step three (forward,
+    and twice that backward). Each view of the store is labelled once; training shows
+    epochs × images crops. Hours are of one GPU at GPU_FLOPS, of arithmetic alone.
     """
     teachers = sum(flops(t.model, t.image_size)[0] for t in config.teachers)
     student = 3 * flops(config.student.model, config.train.image_size)[0]
@@ -35,15 +42,19 @@ def estimate(config: Config, images: int = IMAGENET_IMAGES) -> dict:
         "label_hours": labelled * teachers / hour,
         "train_hours": shown * student / hour,
         "online_hours": shown * (student + teachers) / hour,
-        "store_gb": labelled * (BYTES_PER_MIXED_CROP if config.crops.cutmix else BYTES_PER_CROP) / 1e9,
+        "store_gb": labelled
+        * (BYTES_PER_MIXED_CROP if config.crops.cutmix else BYTES_PER_CROP)
+        / 1e9,
     }
 
 
 def sentence(cost: dict) -> str:
     """The estimate in words, as the heads of the recipes have it."""
     return (
-        f"{cost['teacher_gflop_per_crop']:.3g} GFLOP of teachers per crop, {cost['student_gflop_per_crop']:.3g} of student training; "
-        f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s {_hours(cost['label_hours'])} GPU hours of labelling once, {_hours(cost['train_hours'])} of training per student "
+        f"{cost['teacher_gflop_per_crop']:.3g} GFLOP of teachers per crop, "
+        f"{cost['student_gflop_per_crop']:.3g} of student training; "
+        f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s {_hours(cost['label_hours'])} GPU hours of labelling "
+        f"once, {_hours(cost['train_hours'])} of training per student "
         f"(online: {_hours(cost['online_hours'])}); store {cost['store_gb']:,.0f} GB"
     )
 

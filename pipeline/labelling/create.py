@@ -24,7 +24,8 @@ from pipeline.sampling.crop_sampler import CropSampler
 
 
 def repair_store(work: Labelling, path: Path) -> None:
-    """Make the description of a damaged store anew. Its attributes are the old ones if these are whole, otherwise this command's."""
+    """Make the description of a damaged store anew. Its attributes are the old ones if
+    these are whole, otherwise this command's."""
 
     def make(fresh: Path, kept: dict | None, views: int) -> None:
         create_store(work, fresh, kept=kept, views=views)
@@ -34,17 +35,22 @@ def repair_store(work: Labelling, path: Path) -> None:
         raise StoreError(left)
 
 
-def create_store(work: Labelling, path: Path, *, strict: bool = False, kept: dict | None = None, views: int = 1) -> None:
+def create_store(
+    work: Labelling, path: Path, *, strict: bool = False, kept: dict | None = None, views: int = 1
+) -> None:
     """Create an empty store, from a look at every image.
 
-    strict: an unusable file is an error. kept: attributes that the store is to have, if the images are those that the attributes speak of; of the command
-    then counts only where the images are. views: the least number of them.
+    strict: an unusable file is an error. kept: attributes that the store is to have, if
+    the images are those that the attributes speak of; of the command then counts only
+    where the images are. views: the least number of them.
     """
     config, data, settings = work.config, work.data, RenderSettings.of_config(work.config)
     seed, views = config.crops.seed, max(views, config.crops.views)
     if kept is not None:
         crops = kept["provenance"]["crops"]
-        settings = RenderSettings(exif=crops["exif"], threads=settings.threads, max_megapixels=settings.max_megapixels)
+        settings = RenderSettings(
+            exif=crops["exif"], threads=settings.threads, max_megapixels=settings.max_megapixels
+        )
         data, seed = DataFolder(data.path, kept["class_names"]), crops["seed"]
     require_class_count(data, work.teachers)
     found = scan(data, settings, order_seed=seed)
@@ -55,25 +61,34 @@ def create_store(work: Labelling, path: Path, *, strict: bool = False, kept: dic
         attributes = repair.described(kept)
     else:
         raise StoreError(
-            f"{path.name} is damaged, and the images in {data.path} are others than those it was made from; restore the images or the store from a copy"
+            f"{path.name} is damaged, and the images in {data.path} are others than those it was "
+            f"made from; restore the images or the store from a copy"
         )
     with finishing():
         first = create(path, images=found, views=views, attributes=attributes)
     if first and kept is None:
         codec = attributes["codec"]["name"]
         if config.render.backend == "gpu-hardware":
-            say("render.backend gpu-hardware is an experiment, which its authors have not seen on a card: prove it with make gpu")
-        say(f"created {path}: {len(found.usable):,} images × {views} views × {len(data.class_names):,} classes, codec {codec}")
+            say(
+                "render.backend gpu-hardware is an experiment, which its authors have not seen on "
+                "a card: prove it with make gpu"
+            )
+        say(
+            f"created {path}: {len(found.usable):,} images × {views} views × "
+            f"{len(data.class_names):,} classes, codec {codec}"
+        )
 
 
 def _require_usable(data: DataFolder, found: Images, strict: bool) -> None:
-    """Say which files are unusable. Raises DataError if none is usable, and with ``strict`` if one isn't."""
+    """Say which files are unusable. Raises DataError if none is usable, and with
+    ``strict`` if one isn't."""
     bad = unusable_summary(found)
     for line in bad:
         say(line)
     if strict and bad:
         raise DataError(
-            f"{int((found.status != USABLE).sum())} of {len(found)} files are unusable ({bad[0]}); remove them, or drop --strict to leave them out"
+            f"{int((found.status != USABLE).sum())} of {len(found)} files are unusable ({bad[0]}); "
+            f"remove them, or drop --strict to leave them out"
         )
     if len(found.usable) == 0:
         raise DataError(f"{data.path} holds no image that can be used ({bad[0]})")
@@ -86,9 +101,12 @@ def _describe(work: Labelling, found: Images) -> dict:
     _, shard_rows = layout
     if config.crops.cutmix and min(shard_rows, len(found)) < 2:
         raise ConfigError(
-            f"crops.cutmix mixes images of one shard, and store.shard_rows is {shard_rows}; leave it out, or set it to 2 or more"
+            f"crops.cutmix mixes images of one shard, and store.shard_rows is {shard_rows}; leave "
+            f"it out, or set it to 2 or more"
         )
     origin = description.recipe(config, CODECS[config.store.codec], teachers, work.device)
     first = CropSampler(config.crops, found, shard_rows).whole_crops(0, fingerprint_rows(found))
     sizes = {teacher.image_size for teacher in teachers}
-    return description.describe_store(work.data, found, origin, layout, first, sizes, config.render.threads)
+    return description.describe_store(
+        work.data, found, origin, layout, first, sizes, config.render.threads
+    )

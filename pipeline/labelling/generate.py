@@ -1,4 +1,5 @@
-"""Stage one: the label store, made, mended, extended, and filled with what is missing of it (stream.py)."""
+"""Stage one: the label store, made, mended, extended, and filled with what is missing
+of it (stream.py)."""
 
 from __future__ import annotations
 
@@ -45,12 +46,17 @@ def generate(
 ) -> LabelStore:
     """Make a label store, or finish or extend the one that is there.
 
-    share: what this process does of the work; None: all of it. strict: an unusable file is an error. check: read the finished shards of this share again,
-    and make anew what isn't what was written; False: believe them. Raises MealError for whatever the user can mend.
+    share: what this process does of the work; None: all of it. strict: an unusable file
+    is an error. check: read the finished shards of this share again, and make anew what
+    isn't what was written; False: believe them. Raises MealError for whatever the user
+    can mend.
     """
     share = share or Share(views_per_decode=config.store.views_per_decode)
     if share.first_view >= config.crops.views:
-        raise ConfigError(f"--first-view {share.first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
+        raise ConfigError(
+            f"--first-view {share.first_view} leaves nothing of {config.crops.views} views (the "
+            f"first is 0); raise --views"
+        )
     require_precision(config.store.precision, execution.device, "store.precision")
     teachers = load_teachers(config.teachers, execution.device)
     for teacher in teachers:
@@ -60,8 +66,16 @@ def generate(
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):
         if any(part.is_file() for part in path.parents):
-            raise StoreError(f"{path} can't be made, since a part of it is a file; choose another --store")
-        once(path, "create", path.exists, lambda: create_store(work, path, strict=strict), share.leads)
+            raise StoreError(
+                f"{path} can't be made, since a part of it is a file; choose another --store"
+            )
+        once(
+            path,
+            "create",
+            path.exists,
+            lambda: create_store(work, path, strict=strict),
+            share.leads,
+        )
         if repair.folder_of(path).exists():  # left by a process that was killed, or in use now
             with claim(claims_of(path), "create") as mine:
                 if mine:
@@ -70,7 +84,14 @@ def generate(
         if damage:
             say(damage)
             # Nobody may extend meanwhile what is being put right.
-            once(path, "create", lambda: not opened(path)[1], lambda: repair_store(work, path), share.leads, "grow")
+            once(
+                path,
+                "create",
+                lambda: not opened(path)[1],
+                lambda: repair_store(work, path),
+                share.leads,
+                "grow",
+            )
             writer = StoreWriter(path)
         _require_same(work, writer.store)
         writer = grown(writer, config.crops.views, share.leads)
@@ -80,11 +101,13 @@ def generate(
 
 
 def _require_same(work: Labelling, store: LabelStore) -> None:
-    """Refuse to go on with a store that was made otherwise, and say what of the command doesn't count. Raises StoreError or DataError."""
+    """Refuse to go on with a store that was made otherwise, and say what of the command
+    doesn't count. Raises StoreError or DataError."""
     config, path = work.config, store.path
     if "imported" in store.provenance:
         raise StoreError(
-            f"{path} holds labels that others made, which no teacher here can go on with; finish or mend it with import-labels, or choose another --store"
+            f"{path} holds labels that others made, which no teacher here can go on with; finish "
+            f"or mend it with import-labels, or choose another --store"
         )
     refusals.require_same_recipe(store, config, work.teachers, work.device)
     refusals.require_same_classes(store, work.data, "pass that one again, or generate a new store")
@@ -95,40 +118,63 @@ def _require_same(work: Labelling, store: LabelStore) -> None:
     if config.crops.views < store.views:
         say(f"{path} has {store.views} views already; none is taken away")
     if config.store.shard_rows not in (None, store.shard_rows):
-        say(f"{path} keeps its shards of {store.shard_rows} rows; store.shard_rows {config.store.shard_rows} is for a new store")
+        say(
+            f"{path} keeps its shards of {store.shard_rows} rows; store.shard_rows "
+            f"{config.store.shard_rows} is for a new store"
+        )
 
 
-def _discard_damaged(writer: StoreWriter, share: Share, threads: int | None) -> list[tuple[int, int]]:
-    """Read what is finished of this share, and take the records of shards away that aren't what was written: they will be made anew.
-    Returns (view, shard) of those that another process holds."""
+def _discard_damaged(
+    writer: StoreWriter, share: Share, threads: int | None
+) -> list[tuple[int, int]]:
+    """Read what is finished of this share, and take the records of shards away that
+    aren't what was written: they will be made anew. Returns (view, shard) of those that
+    another process holds."""
     store, doubtful = writer.store, []
     places = share.places(store.finished())
-    with Progress("checking", len(places), "shards") as progress, ThreadPoolExecutor(min(threads_for(threads), CHECK_THREADS)) as pool:
+    with (
+        Progress("checking", len(places), "shards") as progress,
+        ThreadPoolExecutor(min(threads_for(threads), CHECK_THREADS)) as pool,
+    ):
         try:
-            for (view, shard), fault in zip(places, pool.map(lambda place: store.fault(*place), places), strict=True):
+            for (view, shard), fault in zip(
+                places, pool.map(lambda place: store.fault(*place), places), strict=True
+            ):
                 if fault:
                     if not writer.discard(view, shard):
                         doubtful.append((view, shard))
-                    say(f"{place_of(store, [view], shard)}: damaged, and will be made anew: {fault}")
+                    say(
+                        f"{place_of(store, [view], shard)}: damaged, and will be made anew: {fault}"
+                    )
                 progress.advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return doubtful
 
 
-def _fill(work: Labelling, writer: StoreWriter, share: Share, doubtful: list[tuple[int, int]]) -> None:
-    """Label whatever this share is missing. What others are at is waited for, and done here if they drop it or die. doubtful: damaged shards that
-    others held when they were looked at."""
+def _fill(
+    work: Labelling, writer: StoreWriter, share: Share, doubtful: list[tuple[int, int]]
+) -> None:
+    """Label whatever this share is missing. What others are at is waited for, and done
+    here if they drop it or die. doubtful: damaged shards that others held when they
+    were looked at."""
     store, clock = writer.store, work.execution.clock
-    size = [int((store.images.status[store.shard_slice(shard)] == USABLE).sum()) for shard in range(store.shards)]
+    size = [
+        int((store.images.status[store.shard_slice(shard)] == USABLE).sum())
+        for shard in range(store.shards)
+    ]
     units = share.units(store.finished())
     if units and not os.access(store.path / "records", os.W_OK):
         raise StoreError(
-            f"{store.path} is not finished and can't be written (Permission denied, or a read-only file system); mend that, and run the same command again"
+            f"{store.path} is not finished and can't be written (Permission denied, or a read-only "
+            f"file system); mend that, and run the same command again"
         )
     total = sum(len(unit.views) * size[unit.shard] for unit in units)
     threads = work.config.render.threads
-    with Progress("labelling", total, "crops") as progress, Reader(work.data.path, store.images, threads) as read:
+    with (
+        Progress("labelling", total, "crops") as progress,
+        Reader(work.data.path, store.images, threads) as read,
+    ):
         clock.begin()
         label, waited = Labeller(work, writer, read), False
         while units or doubtful:
@@ -138,7 +184,10 @@ def _fill(work: Labelling, writer: StoreWriter, share: Share, doubtful: list[tup
             if left and not waited:
                 busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
                 done, of = store.progress()
-                say(f"{done} of {of} shards are done; waiting for others who are at work on {store.path} ({busy})")
+                say(
+                    f"{done} of {of} shards are done; waiting for others who are at work on "
+                    f"{store.path} ({busy})"
+                )
                 waited = True
             while left and all(held(writer.claims, f"{view}-{shard}") for view, shard in left):
                 time.sleep(1.0)
@@ -146,12 +195,19 @@ def _fill(work: Labelling, writer: StoreWriter, share: Share, doubtful: list[tup
             if left and not labelled:
                 time.sleep(1.0)
                 check_signals()
-            doubtful = [place for place in doubtful if store.fault(*place) and not writer.discard(*place)]
+            doubtful = [
+                place for place in doubtful if store.fault(*place) and not writer.discard(*place)
+            ]
             units = share.units(store.finished()) if waited else units
     if progress.done:
-        say(f"labelled {progress.done:,} crops in {duration(progress.seconds)}, {progress.done / progress.seconds:,.1f} crops/s")
+        say(
+            f"labelled {progress.done:,} crops in {duration(progress.seconds)}, "
+            f"{progress.done / progress.seconds:,.1f} crops/s"
+        )
         if clock.exact:
-            for line in report(clock, LABELLING, advice_on_labelling(clock, work.config, work.device)):
+            for line in report(
+                clock, LABELLING, advice_on_labelling(clock, work.config, work.device)
+            ):
                 say(line)
     _say_what_is_left(writer, share)
 
@@ -166,6 +222,12 @@ def _say_what_is_left(writer: StoreWriter, share: Share) -> None:
         sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
     elif share.workers > 1:
-        say(f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to the other workers")
+        say(
+            f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to "
+            f"the other workers"
+        )
     else:
-        say(f"views {share.first_view} to {store.views - 1} are done; {of - done} of {of} shards of {store.path} are left")
+        say(
+            f"views {share.first_view} to {store.views - 1} are done; {of - done} of {of} shards "
+            f"of {store.path} are left"
+        )

@@ -14,7 +14,8 @@ from pipeline.runtime.execution import Execution
 
 @dataclass(frozen=True)
 class Labelling:
-    """A recipe, the images that are labelled, the teachers that label them, and where they run."""
+    """A recipe, the images that are labelled, the teachers that label them, and where
+    they run."""
 
     config: Config
     data: DataFolder

@@ -1,4 +1,5 @@
-"""What filling a store will take, from a short timing on this machine: ``generate-labels --plan``. Nothing is written."""
+"""What filling a store will take, from a short timing on this machine:
+``generate-labels --plan``. Nothing is written."""
 
 from __future__ import annotations
 
@@ -34,11 +35,14 @@ from pipeline.sampling import philox, random_crop
 
 IMAGES = 64  # that are read, rendered and labelled for the timing
 SECONDS = 2.0  # that a timing takes at least
-SLOW = 8  # crops of a forward pass that is timed on a CPU, unless whole batches take no longer than LONG
+# crops of a forward pass that is timed on a CPU, unless whole batches take no longer
+# than LONG
+SLOW = 8
 LONG = 2.0  # seconds
 CLASSES = 1000  # of the labels whose sizes are known
 BOX = 12  # bytes of box and flip of a crop, compressed, measured
-# Bytes of such labels by codec (README, "The label store": measured with two real teachers; the default's as cost.py has it).
+# Bytes of such labels by codec (README, "The label store": measured with two real
+# teachers; the default's as cost.py has it).
 KNOWN = {
     "float32": 3590,
     "float16": 1738,
@@ -53,7 +57,8 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What filling a store will take: counts, rates per second, hours of this machine and of a GPU of ``GPU_FLOPS``, bytes on disk."""
+    """What filling a store will take: counts, rates per second, hours of this machine
+    and of a GPU of ``GPU_FLOPS``, bytes on disk."""
 
     images: int
     counted: bool  # in a folder; otherwise as many as ImageNet has
@@ -82,13 +87,23 @@ class Plan:
     free_bytes: int | None
 
 
-def make_plan(config: Config, data: DataFolder | None, path: Path | None, *, device: torch.device, share: Share | None = None) -> Plan:
-    """Time teachers and loader shortly, and work out crops, hours and bytes of the store that ``config`` asks for.
+def make_plan(
+    config: Config,
+    data: DataFolder | None,
+    path: Path | None,
+    *,
+    device: torch.device,
+    share: Share | None = None,
+) -> Plan:
+    """Time teachers and loader shortly, and work out crops, hours and bytes of the
+    store that ``config`` asks for.
 
-    data: its images are counted, and some read, rendered and labelled; None: as many as ImageNet has, and the teachers alone are timed, on noise. path: what is
-    finished there already is not counted again, and what its disk has room for is told. share: its number of workers divides the hours, and its first view
-    is the first that counts. Teachers whose weights can't be fetched are timed with random ones. Raises MealError for what ``generate-labels`` would refuse
-    too.
+    data: its images are counted, and some read, rendered and labelled; None: as many as
+    ImageNet has, and the teachers alone are timed, on noise. path: what is finished
+    there already is not counted again, and what its disk has room for is told. share:
+    its number of workers divides the hours, and its first view is the first that
+    counts. Teachers whose weights can't be fetched are timed with random ones. Raises
+    MealError for what ``generate-labels`` would refuse too.
     """
     share = share or Share()
     require_precision(config.store.precision, device, "store.precision")
@@ -99,21 +114,32 @@ def make_plan(config: Config, data: DataFolder | None, path: Path | None, *, dev
         require_class_count(data, teachers)
         paths = list_files(data)[0]
         count = len(paths)
-        pixels, boxes, rendering = _rendered(config, data.path, paths, {t.image_size for t in teachers})
+        pixels, boxes, rendering = _rendered(
+            config, data.path, paths, {t.image_size for t in teachers}
+        )
     if pixels is None:
         n = config.store.batch_size
-        pixels = {t.image_size: torch.randint(256, (n, t.image_size, t.image_size, 3), dtype=torch.uint8) for t in teachers}
+        pixels = {
+            t.image_size: torch.randint(256, (n, t.image_size, t.image_size, 3), dtype=torch.uint8)
+            for t in teachers
+        }
     p, forward = _labelled(config, teachers, pixels, device)
-    # On a device of its own the teachers don't wait for the loader unless it is slower; on a CPU they share the cores.
+    # On a device of its own the teachers don't wait for the loader unless it is slower;
+    # on a CPU they share the cores.
     per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
     measured = _bytes_per_crop(config, p, boxes) if real and boxes is not None else None
     size = measured or _bytes_known(config, classes)
     views = config.crops.views - share.first_view
     if views < 1:
-        raise ConfigError(f"--first-view {share.first_view} leaves nothing of {config.crops.views} views (the first is 0); raise --views")
+        raise ConfigError(
+            f"--first-view {share.first_view} leaves nothing of {config.crops.views} views (the "
+            f"first is 0); raise --views"
+        )
     total = count * views
     here = path is not None and path.exists()
-    finished = _finished(path, config, teachers if real else [], device, share.first_view) if here else 0.0
+    finished = (
+        _finished(path, config, teachers if real else [], device, share.first_view) if here else 0.0
+    )
     left = total * (1 - finished)
     shards = -(-count // layout_of(config, count, classes)[1]) * views
     gflop = sum(cost.flops(t.name, t.image_size)[0] for t in teachers) / 1e9
@@ -154,12 +180,18 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
         if "can't be fetched" not in str(error):
             raise
         say(f"timed with random weights instead: {error}")
-    specs = [spec if spec.checkpoint else spec.model_copy(update={"pretrained": False}) for spec in config.teachers]
+    specs = [
+        spec if spec.checkpoint else spec.model_copy(update={"pretrained": False})
+        for spec in config.teachers
+    ]
     return [load(spec, seed=i).to(device) for i, spec in enumerate(specs)], False
 
 
-def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
-    """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the seconds that reading and rendering a crop took."""
+def _rendered(
+    config: Config, folder: Path, paths: np.ndarray, sizes: set[int]
+) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
+    """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the
+    seconds that reading and rendering a crop took."""
     chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
     look = Look(folder, RenderSettings.of_config(config))
     with dali.quiet_decoders():
@@ -167,7 +199,8 @@ def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) 
     good = list(shapes)
     if not good:
         raise DataError(
-            f"none of {len(chosen)} images of {folder} that were looked at can be decoded; look at them, or pass another --data"
+            f"none of {len(chosen)} images of {folder} that were looked at can be decoded; look at "
+            f"them, or pass another --data"
         )
     views = min(config.crops.views, config.store.views_per_decode)
     identity = philox.identities(np.array(good, object))
@@ -183,16 +216,25 @@ def _rendered(config: Config, folder: Path, paths: np.ndarray, sizes: set[int]) 
         return made
 
     made, seconds = work(), _timed(work)
-    return {size: torch.cat([view[size] for view in made]) for size in sizes}, boxes.reshape(-1, 4), seconds / (views * len(good))
+    return (
+        {size: torch.cat([view[size] for view in made]) for size in sizes},
+        boxes.reshape(-1, 4),
+        seconds / (views * len(good)),
+    )
 
 
-def _labelled(config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], device: torch.device) -> tuple[np.ndarray, float]:
-    """Labels of crops, as many as the codec's size is judged by, and the seconds that the teachers took for a crop."""
+def _labelled(
+    config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], device: torch.device
+) -> tuple[np.ndarray, float]:
+    """Labels of crops, as many as the codec's size is judged by, and the seconds that
+    the teachers took for a crop."""
     pixels = {size: p.to(device) for size, p in pixels.items()}
     batch, most = config.store.batch_size, len(next(iter(pixels.values())))
     if config.store.compile:
         teachers = [teacher.compiled_teacher(config.store.precision) for teacher in teachers]
-    only_batches = device.type == "cuda" or config.store.compile  # whose size is that of the work: others have other kernels
+    only_batches = (
+        device.type == "cuda" or config.store.compile
+    )  # whose size is that of the work: others have other kernels
 
     def forward(crops: dict[int, torch.Tensor], batch_size: int) -> torch.Tensor:
         p = ensemble(teachers, crops, config.store.precision, batch_size=batch_size)[0]
@@ -207,10 +249,14 @@ def _labelled(config: Config, teachers: Sequence[Model], pixels: dict[int, torch
 
     with fixed_shapes():
         per_crop = timed(batch if only_batches else min(batch, most, SLOW))
-        if not only_batches and per_crop * batch <= LONG:  # small models are slower in small batches
+        if (
+            not only_batches and per_crop * batch <= LONG
+        ):  # small models are slower in small batches
             per_crop = timed(min(batch, most))
         few = {size: p[:IMAGES] for size, p in pixels.items()}
-        return forward(few, batch if only_batches else min(batch, most, IMAGES)).cpu().numpy(), per_crop
+        return forward(
+            few, batch if only_batches else min(batch, most, IMAGES)
+        ).cpu().numpy(), per_crop
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -223,22 +269,34 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray) -> float:
-    """Of label, box and flip as they are compressed; with CutMix also partner and rectangle, which hardly can be."""
+    """Of label, box and flip as they are compressed; with CutMix also partner and
+    rectangle, which hardly can be."""
     codec = CODECS[config.store.codec]
     boxes = np.ascontiguousarray(boxes[: len(p)], np.int32)
     label = len(Zstd(level=codec.compression).encode(np.ascontiguousarray(codec.encode(p))))
-    return (label + len(Zstd(level=3).encode(boxes))) / len(p) + 1 / 8 + (20 if config.crops.cutmix else 0)
+    return (
+        (label + len(Zstd(level=3).encode(boxes))) / len(p)
+        + 1 / 8
+        + (20 if config.crops.cutmix else 0)
+    )
 
 
 def _bytes_known(config: Config, classes: int) -> float:
     """Of a crop, from labels of real teachers for 1,000 classes."""
-    label = KNOWN[config.store.codec] * classes / CLASSES * (BYTES_PER_MIXED_CROP / BYTES_PER_CROP if config.crops.cutmix else 1)
+    label = (
+        KNOWN[config.store.codec]
+        * classes
+        / CLASSES
+        * (BYTES_PER_MIXED_CROP / BYTES_PER_CROP if config.crops.cutmix else 1)
+    )
     return label + BOX + (20 if config.crops.cutmix else 0)
 
 
-def _finished(path: Path, config: Config, teachers: list[Model], device: torch.device, first_view: int) -> float:
-    """Share of what is to be labelled that is finished in a store; none of one that this command would refuse, as far as that is known (without
-    teachers it isn't)."""
+def _finished(
+    path: Path, config: Config, teachers: list[Model], device: torch.device, first_view: int
+) -> float:
+    """Share of what is to be labelled that is finished in a store; none of one that
+    this command would refuse, as far as that is known (without teachers it isn't)."""
     try:
         store = LabelStore.open(path)
         if store.made_by != "generate-labels":
@@ -254,5 +312,9 @@ def _finished(path: Path, config: Config, teachers: list[Model], device: torch.d
 
 def _free(path: Path | None) -> int | None:
     """Bytes that are free where the store is to be."""
-    place = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
+    place = (
+        next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
+        if path is not None
+        else None
+    )
     return shutil.disk_usage(place).free if place else None

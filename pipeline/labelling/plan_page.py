@@ -19,20 +19,42 @@ def plan_page(plan: Plan) -> None:
     table.add_row("crops", f"{plan.images:,} images{counted} × {plan.views} views = {plan.crops:,}")
     if plan.finished:
         table.add_row("", f"{100 * plan.finished:.1f} % of them are finished")
-    table.add_row("teachers", printable(" + ".join(plan.teachers)) + f", {plan.gflop_per_crop:.3g} GFLOP a crop")
+    table.add_row(
+        "teachers",
+        printable(" + ".join(plan.teachers)) + f", {plan.gflop_per_crop:.3g} GFLOP a crop",
+    )
     loader = (
         f", loader {plan.loader_per_second:,.1f}; together {plan.crops_per_second:,.1f}"
         if plan.loader_per_second
         else " (the loader is timed with --data)"
     )
-    table.add_row("measured", f"crops/s on this {plan.device}, {plan.precision}: teachers {plan.teachers_per_second:,.1f}{loader}")
-    workers = f", {duration(3600 * plan.hours / plan.workers)} with {plan.workers} workers like it" if plan.workers > 1 else ""
+    table.add_row(
+        "measured",
+        f"crops/s on this {plan.device}, {plan.precision}: teachers "
+        f"{plan.teachers_per_second:,.1f}{loader}",
+    )
+    workers = (
+        f", {duration(3600 * plan.hours / plan.workers)} with {plan.workers} workers like it"
+        if plan.workers > 1
+        else ""
+    )
     table.add_row("time", f"{duration(3600 * plan.hours)} on one such device{workers}")
     if plan.device == "cpu":
         hours = duration(3600 * plan.gpu_hours)
-        table.add_row("", f"{hours} on a GPU that does {GPU_FLOPS / 1e12:.0f} TFLOP/s: arithmetic alone, not measured")
-    how = "measured on some crops" if plan.bytes_measured else "of real labels of that many classes, not measured here"
-    table.add_row("store", f"{_bytes(plan.store_bytes)}, {plan.bytes_per_crop:.0f} bytes a crop ({plan.codec}, {how})")
+        table.add_row(
+            "",
+            f"{hours} on a GPU that does {GPU_FLOPS / 1e12:.0f} TFLOP/s: arithmetic alone, not "
+            f"measured",
+        )
+    how = (
+        "measured on some crops"
+        if plan.bytes_measured
+        else "of real labels of that many classes, not measured here"
+    )
+    table.add_row(
+        "store",
+        f"{_bytes(plan.store_bytes)}, {plan.bytes_per_crop:.0f} bytes a crop ({plan.codec}, {how})",
+    )
     table.add_row("", f"{plan.shards:,} shards in {plan.files:,} files")
     if plan.free_bytes is not None:
         short = "" if plan.free_bytes > plan.bytes_left else ": NOT ENOUGH"

@@ -1,5 +1,6 @@
-"""Stage one's work as one stream: crops are rendered ahead of the teachers, labels coded and written behind them, and units of work follow each other
-without a gap, so that the teachers wait for nothing but a loader that is slower than they are.
+"""Stage one's work as one stream: crops are rendered ahead of the teachers, labels
+coded and written behind them, and units of work follow each other without a gap, so
+that the teachers wait for nothing but a loader that is slower than they are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from pipeline.sampling.cutmix import GROUP
 T = TypeVar("T")
 AHEAD = 2  # batches that are rendered before the teachers want them
 BEHIND = 4  # forward passes whose labels wait to be coded
-UNITS = 3  # at once: one that is rendered, one that is labelled, one that is written; what is claimed no other worker can do
+# at once: one that is rendered, one that is labelled, one that is written; what is
+# claimed no other worker can do
+UNITS = 3
 
 
 @dataclass(eq=False)
@@ -54,9 +57,13 @@ class Job:
     dropped: bool = False  # nothing of it may be written any more
 
     def rendered_at(self, cut: slice) -> BoxesAndFlips:
-        """Boxes int [views, n, 4] and flips bool [views, n]; of an unusable image a pixel."""
+        """Boxes int [views, n, 4] and flips bool [views, n]; of an unusable image a
+        pixel."""
         crops = self.crops.take(cut)
-        return BoxesAndFlips(np.where(self.usable[cut][None, :, None], crops.boxes, np.array([0, 0, 1, 1])), crops.flips)
+        return BoxesAndFlips(
+            np.where(self.usable[cut][None, :, None], crops.boxes, np.array([0, 0, 1, 1])),
+            crops.flips,
+        )
 
 
 @dataclass
@@ -67,17 +74,24 @@ class Piece:
     view: int  # its place among the unit's
     cut: slice  # the rows' place in the shard
     pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
-    found: Returning  # float32 [n, classes], the mean of the teachers' softmax; bool [n], whether their logits are finite
+    # float32 [n, classes], the mean of the teachers' softmax; bool [n], whether their
+    # logits are finite
+    found: Returning
 
 
 class Labeller:
-    """Labels units with the teachers. Batches are cut by place in the shard (with CutMix, in the group of rows that are mixed with each other), one view
-    a batch, an unusable image keeping its place."""
+    """Labels units with the teachers. Batches are cut by place in the shard (with
+    CutMix, in the group of rows that are mixed with each other), one view a batch, an
+    unusable image keeping its place."""
 
     def __init__(self, work: Labelling, writer: StoreWriter, read: Reader) -> None:
         self.config, self.writer, self.store, self.read = work.config, writer, writer.store, read
         precision = work.config.store.precision
-        self.teachers = [t.compiled_teacher(precision) for t in work.teachers] if work.config.store.compile else work.teachers
+        self.teachers = (
+            [t.compiled_teacher(precision) for t in work.teachers]
+            if work.config.store.compile
+            else work.teachers
+        )
         self.sampler = CropSampler(work.config.crops, writer.store.images, writer.store.shard_rows)
         self.send, self.clock = Sender(work.device), work.execution.clock
         self.renderers: dict[int, CropRenderer] = {}  # by number of views
@@ -85,9 +99,11 @@ class Labeller:
         self.leaving = threading.Event()
 
     def __call__(self, units: Iterable[Unit], progress: Progress) -> int:
-        """Label what nobody else holds. Returns how many of the units were labelled here, at least in part."""
+        """Label what nobody else holds. Returns how many of the units were labelled
+        here, at least in part."""
         mixed, batch_size = self.store.mixed, self.config.store.batch_size
-        # A group is mixed in one go and rendered in many batches: let that wait which hides the next group's rendering.
+        # A group is mixed in one go and rendered in many batches: let that wait which
+        # hides the next group's rendering.
         depth = max(AHEAD, GROUP // batch_size) if mixed else AHEAD
         done = 0
         share_the_interpreter()
@@ -96,7 +112,9 @@ class Labeller:
         try:
             with (
                 fixed_shapes(),  # ensemble fills batches up
-                behind(self._or_leave(self._write), self.config.store.views_per_decode) as self.write,
+                behind(
+                    self._or_leave(self._write), self.config.store.views_per_decode
+                ) as self.write,
                 behind(self._or_leave(self._code), BEHIND) as code,
                 ahead(self._batches(units), depth) as rendered,
                 ahead(self._sent(rendered), 1) as batches,
@@ -105,7 +123,12 @@ class Labeller:
                 for job, cut, sent in self.clock.waits("wait for crops", batches):
                     for view, pixels in enumerate(sent.received()):
                         with self.clock.part("teachers", of_model=True):
-                            p, logits = ensemble(self.teachers, pixels, self.config.store.precision, batch_size=batch_size)
+                            p, logits = ensemble(
+                                self.teachers,
+                                pixels,
+                                self.config.store.precision,
+                                batch_size=batch_size,
+                            )
                             found = Returning(p, torch.isfinite(logits).all(dim=1))
                         with self.clock.part("wait for the writer"):
                             code(Piece(job, view, cut, pixels, found))
@@ -117,7 +140,8 @@ class Labeller:
         finally:
             for job in list(self.open):
                 job.dropped = True
-                # Who asks twice to stop doesn't wait for a write, and its claims end with this process.
+                # Who asks twice to stop doesn't wait for a write, and its claims end
+                # with this process.
                 if job.writing.acquire(blocking=False):
                     job.writing.release()
                     job.claims.close()
@@ -125,7 +149,8 @@ class Labeller:
         return done
 
     def _or_leave(self, deal_with: Callable[[T], None]) -> Callable[[T], None]:
-        """The same, but where it fails the renderer ends, which may be waiting for room that there will never be."""
+        """The same, but where it fails the renderer ends, which may be waiting for room
+        that there will never be."""
 
         def deal(item: T) -> None:
             try:
@@ -149,14 +174,21 @@ class Labeller:
         places = [(view, job.unit.shard) for job in self.open for view in job.unit.views]
         dropped = [place for place in places if not self.store.is_finished(*place)]
         what = "; ".join(
-            place_of(self.store, [v for v, s in dropped if s == shard], shard) for shard in dict.fromkeys(s for _, s in dropped)
+            place_of(self.store, [v for v, s in dropped if s == shard], shard)
+            for shard in dict.fromkeys(s for _, s in dropped)
         )
-        say(f"{done} of {of} shards are done; " + (f"what was in flight is dropped ({what})" if dropped else "nothing is dropped"))
+        say(
+            f"{done} of {of} shards are done; "
+            + (f"what was in flight is dropped ({what})" if dropped else "nothing is dropped")
+        )
 
     # ---- in threads, ahead of the teachers
 
-    def _batches(self, units: Iterable[Unit]) -> Iterator[tuple[Job, slice, list[dict[int, torch.Tensor]]]]:
-        """Rendered crops of those units that can be claimed; all views of some rows together, which share a decode."""
+    def _batches(
+        self, units: Iterable[Unit]
+    ) -> Iterator[tuple[Job, slice, list[dict[int, torch.Tensor]]]]:
+        """Rendered crops of those units that can be claimed; all views of some rows
+        together, which share a decode."""
         with self.send.beside():
             for unit in units:
                 while not self.room.acquire(timeout=0.1) and not self.leaving.is_set():
@@ -167,11 +199,18 @@ class Labeller:
                 if job is None:
                     self.room.release()
                 else:
-                    for cut, views in self._mixed(job) if self.store.mixed else self._rendered(job, range(len(job.rows))):
+                    for cut, views in (
+                        self._mixed(job)
+                        if self.store.mixed
+                        else self._rendered(job, range(len(job.rows)))
+                    ):
                         yield job, cut, views
 
-    def _sent(self, rendered: Iterable[tuple[Job, slice, list]]) -> Iterator[tuple[Job, slice, Sent[list]]]:
-        """On the device there is room for a few batches, and not for all that is rendered ahead with CutMix."""
+    def _sent(
+        self, rendered: Iterable[tuple[Job, slice, list]]
+    ) -> Iterator[tuple[Job, slice, Sent[list]]]:
+        """On the device there is room for a few batches, and not for all that is
+        rendered ahead with CutMix."""
         with self.send.beside():
             for job, cut, views in rendered:
                 with self.clock.part("send"):
@@ -186,16 +225,29 @@ class Labeller:
             return None
         store = self.store
         rows = np.arange(*store.shard_slice(unit.shard).indices(len(store.images)))
-        codes = np.zeros((len(views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype)
+        codes = np.zeros(
+            (len(views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype
+        )
         with claims:  # let go of, should drawing the crops fail
             crops = Crops.stack([self.sampler.whole_crops(view, rows) for view in views])
             claims = claims.pop_all()
         usable = store.images.status[rows] == USABLE
-        job = Job(Unit(views, unit.shard), rows, usable, crops, codes, claims, len(views) * len(rows), len(views))
+        job = Job(
+            Unit(views, unit.shard),
+            rows,
+            usable,
+            crops,
+            codes,
+            claims,
+            len(views) * len(rows),
+            len(views),
+        )
         self.open.append(job)
         return job
 
-    def _rendered(self, job: Job, part: range) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
+    def _rendered(
+        self, job: Job, part: range
+    ) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
         batch_size = self.config.store.batch_size
         for start in range(part.start, part.stop, batch_size):
             if self.leaving.is_set():
@@ -225,8 +277,13 @@ class Labeller:
             for cut in () if self.leaving.is_set() else cuts:
                 with self.clock.part("mix"):
                     crops, here = job.crops.take(cut), slice(cut.start - first, cut.stop - first)
-                    place = np.where(crops.partner < 0, job.rows[cut], crops.partner) - job.rows[first]
-                    views = [paste_all(pixels, here, place[view], crops.rectangle[view]) for view, pixels in enumerate(group)]
+                    place = (
+                        np.where(crops.partner < 0, job.rows[cut], crops.partner) - job.rows[first]
+                    )
+                    views = [
+                        paste_all(pixels, here, place[view], crops.rectangle[view])
+                        for view, pixels in enumerate(group)
+                    ]
                 yield cut, views
 
     def _renderer(self, views: int) -> CropRenderer:
@@ -236,14 +293,16 @@ class Labeller:
                 views,
                 self.config.store.batch_size,
                 RenderSettings.of_config(self.config),
-                pinned=self.send.device.type == "cuda" and not self.store.mixed,  # mixed pictures are new tensors
+                pinned=self.send.device.type == "cuda"
+                and not self.store.mixed,  # mixed pictures are new tensors
             )
         return self.renderers[views]
 
     # ---- in threads, behind the teachers
 
     def _code(self, piece: Piece) -> None:
-        """Code the labels of a piece; with the last one of a unit, have the unit written."""
+        """Code the labels of a piece; with the last one of a unit, have the unit
+        written."""
         job, good = piece.job, piece.job.usable[piece.cut]
         p, finite = (tensor.numpy() for tensor in piece.found.arrived())  # which waits for a GPU
         if not finite[good].all():
@@ -263,7 +322,9 @@ class Labeller:
                 return
             try:
                 with self.clock.part("write"):
-                    self.writer.write(job.unit.views[view], job.unit.shard, job.codes[view], job.crops.view(view))
+                    self.writer.write(
+                        job.unit.views[view], job.unit.shard, job.codes[view], job.crops.view(view)
+                    )
             except BusyStore as taken:  # its owner now does it, or did
                 say(str(taken))
         job.unwritten -= 1
@@ -276,16 +337,22 @@ class Labeller:
         paths = self.store.images.path[piece.job.rows[piece.cut]]
         for teacher in self.teachers:
             with torch.inference_mode():
-                finite = torch.isfinite(teacher(piece.pixels[teacher.image_size], self.config.store.precision)).all(dim=1)
+                finite = torch.isfinite(
+                    teacher(piece.pixels[teacher.image_size], self.config.store.precision)
+                ).all(dim=1)
             bad = ~finite.cpu().numpy() & good
             if bad.any():
                 raise ModelError(
-                    f"teacher {teacher.name} gives no finite output for {paths[np.argmax(bad)]} (precision {self.config.store.precision}); "
-                    "check its checkpoint, or use store.precision: float32"
+                    f"teacher {teacher.name} gives no finite output for {paths[np.argmax(bad)]} "
+                    f"(precision {self.config.store.precision}); check its checkpoint, or use "
+                    "store.precision: float32"
                 )
 
 
 def place_of(store: object, views: list[int], shard: int) -> str:
     """Views of a shard, as a user is told of them."""
     rows = store.shard_slice(shard)
-    return f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to {rows.stop - 1}"
+    return (
+        f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to "
+        f"{rows.stop - 1}"
+    )

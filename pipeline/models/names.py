@@ -16,14 +16,17 @@ from pipeline.models.model import ModelError
 
 
 def public(name: str) -> str:
-    """A model's name without a path of this machine: of local-dir:FOLDER the folder's own name."""
+    """A model's name without a path of this machine: of local-dir:FOLDER the folder's
+    own name."""
     source, colon, place = name.partition(":")
     return f"{source}:{Path(place).name}" if colon and source == "local-dir" else name
 
 
-# Names of models in the paper, in its authors' code and in the timm of 2020 that it used (0.2.1), and today's timm names of the same weights.
-# Some of them mean other weights in today's timm: its resnet50 is a1_in1k, and its tf_efficientnet_b4 the Noisy Student, which would make the
-# paper's pair of EfficientNets one model twice. Its efficientnet_b4 had no weights then, so the paper's can only be tf_efficientnet_b4;
+# Names of models in the paper, in its authors' code and in the timm of 2020 that it
+# used (0.2.1), and today's timm names of the same weights. Some of them mean other
+# weights in today's timm: its resnet50 is a1_in1k, and its tf_efficientnet_b4 the Noisy
+# Student, which would make the paper's pair of EfficientNets one model twice. Its
+# efficientnet_b4 had no weights then, so the paper's can only be tf_efficientnet_b4;
 # timm's of today is reached by its tag.
 ALIASES = {
     "senet154": "senet154.gluon_in1k",
@@ -41,19 +44,25 @@ ALIASES = {
     "tf_mobilenetv3_large_100": "tf_mobilenetv3_large_100.in1k",
     "tf_efficientnet_b0": "tf_efficientnet_b0.aa_in1k",
     "efficientnet_b0": "efficientnet_b0.ra_in1k",
-    "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",  # timm makes 32x8d of these two without a word
+    # timm makes 32x8d of these two without a word
+    "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",
     "ig_resnext101_32x32d": "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
 }
-GONE = dict.fromkeys(("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"), "resnext101_32x32d.fb_wsl_ig1b_ft_in1k")
+GONE = dict.fromkeys(
+    ("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"),
+    "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
+)
 
 
 def imagenet_classes() -> list[str]:
-    """WordNet ids of the 1,000 classes of ImageNet, in the order of the models' outputs (the list that timm ships)."""
+    """WordNet ids of the 1,000 classes of ImageNet, in the order of the models' outputs
+    (the list that timm ships)."""
     return ImageNetInfo("imagenet-1k").label_names()
 
 
 def class_titles(names: Sequence[str]) -> list[str]:
-    """What people call these classes: of WordNet ids their first word (n01440764 → tench), with the id where two have the same; of others the name itself."""
+    """What people call these classes: of WordNet ids their first word (n01440764 →
+    tench), with the id where two have the same; of others the name itself."""
     if not any(re.fullmatch(r"n\d{8}", name) for name in names):
         return list(names)
     told = {}
@@ -62,14 +71,19 @@ def class_titles(names: Sequence[str]) -> list[str]:
         told |= dict(zip(info.label_names(), info.label_descriptions(), strict=True))
     titles = [told.get(name, name).partition(",")[0] for name in names]
     count = Counter(titles)
-    return [title if count[title] == 1 else f"{title} ({name})" for title, name in zip(titles, names, strict=True)]
+    return [
+        title if count[title] == 1 else f"{title} ({name})"
+        for title, name in zip(titles, names, strict=True)
+    ]
 
 
 def resolve(name: str, *, hub: bool = True) -> str:
-    """A timm name with the tag of its weights: ``resnet50`` → ``resnet50.ram_in1k`` (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's choice).
+    """A timm name with the tag of its weights: ``resnet50`` → ``resnet50.ram_in1k``
+    (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's choice).
 
-    hub: whether timm's weights are meant; where they aren't, a name without a tag names the architecture alone, and stays without.
-    Raises ModelError with the nearest name if timm has no such model.
+    hub: whether timm's weights are meant; where they aren't, a name without a tag names
+    the architecture alone, and stays without. Raises ModelError with the nearest name
+    if timm has no such model.
     """
     if ":" in name:  # hf-hub:… and local-dir:…, which timm resolves itself
         return name
@@ -79,7 +93,10 @@ def resolve(name: str, *, hub: bool = True) -> str:
         name = full if hub else full.partition(".")[0]
     family, _, tag = name.partition(".")
     if not timm.is_model(family):
-        raise ModelError(f"timm has no model {family}{_nearest(family, list(dict.fromkeys([*timm.list_models(), *ALIASES])))}")
+        raise ModelError(
+            "timm has no model "
+            f"{family}{_nearest(family, list(dict.fromkeys([*timm.list_models(), *ALIASES])))}"
+        )
     known = [n for n in timm.list_pretrained(family) if n.partition(".")[0] == family]
     if tag and name not in known and not _has_tag(name):
         raise ModelError(f"timm has no weights {tag} of {family}{_nearest(name, known)}")
@@ -102,4 +119,6 @@ def _has_tag(name: str) -> bool:
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, 3, 0.5)
-    return f"; near it are {', '.join(close)}" if close else "; timm.list_models() lists what there is"
+    return (
+        f"; near it are {', '.join(close)}" if close else "; timm.list_models() lists what there is"
+    )

@@ -16,17 +16,30 @@ from timm.models._hub import save_config_for_hf
 from pipeline.models.model import METADATA, Model, ModelError
 
 
-def save_for_timm(model: Model, folder: Path, class_names: Sequence[str] | None, facts: dict) -> None:
-    """Write config.json and model.safetensors as timm's hub has them: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes the model of
-    them, with its own normalisation and this project's evaluation (shorter side size·256/224, central crop).
+def save_for_timm(
+    model: Model, folder: Path, class_names: Sequence[str] | None, facts: dict
+) -> None:
+    """Write config.json and model.safetensors as timm's hub has them:
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes the model of them,
+    with its own normalisation and this project's evaluation (shorter side size·256/224,
+    central crop).
 
-    The model is on the CPU, in evaluation mode, and its tensors lie as timm makes them (contiguous, not channels last). class_names: of its outputs
-    in order, if they are known. facts: what config.json is to say besides, under METADATA. Raises ModelError unless timm makes the same model of it,
-    its logits equal bit for bit.
+    The model is on the CPU, in evaluation mode, and its tensors lie as timm makes them
+    (contiguous, not channels last). class_names: of its outputs in order, if they are
+    known. facts: what config.json is to say besides, under METADATA. Raises ModelError
+    unless timm makes the same model of it, its logits equal bit for bit.
     """
     described = copy.copy(model.module)
-    architectural = ("architecture", "fixed_input_size", "min_input_size", "first_conv", "classifier")  # all else is of timm's weights
-    described.pretrained_cfg = {key: value for key, value in model.module.pretrained_cfg.items() if key in architectural} | {
+    architectural = (
+        "architecture",
+        "fixed_input_size",
+        "min_input_size",
+        "first_conv",
+        "classifier",
+    )  # all else is of timm's weights
+    described.pretrained_cfg = {
+        key: value for key, value in model.module.pretrained_cfg.items() if key in architectural
+    } | {
         "num_classes": model.classes,
         "input_size": (3, model.image_size, model.image_size),
         "pool_size": None,
@@ -38,11 +51,23 @@ def save_for_timm(model: Model, folder: Path, class_names: Sequence[str] | None,
         "custom_load": False,
     }
     named = {"label_names": list(class_names)} if class_names else {}
-    save_config_for_hf(described, str(folder / "config.json"), model_config={**named, METADATA: facts})
-    # Tensors that are shared, as in coat, are written twice: timm asks for each by its name.
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.module.state_dict().items()}
+    save_config_for_hf(
+        described, str(folder / "config.json"), model_config={**named, METADATA: facts}
+    )
+    # Tensors that are shared, as in coat, are written twice: timm asks for each by its
+    # name.
+    tensors = {
+        name: tensor.detach().contiguous().clone()
+        for name, tensor in model.module.state_dict().items()
+    }
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    noise = torch.randint(0, 256, (2, model.image_size, model.image_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        0,
+        256,
+        (2, model.image_size, model.image_size, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     try:
         with torch.inference_mode():
             x = model.normalise(noise)
@@ -51,13 +76,17 @@ def save_for_timm(model: Model, folder: Path, class_names: Sequence[str] | None,
     except Exception as error:  # timm raises whatever it likes
         why = shorten(str(error), 160, placeholder=" …")
     if why:
-        raise ModelError(f"timm {timm.__version__} doesn't make {model.name} again of what it saved ({why}); use the checkpoint as it is")
+        raise ModelError(
+            f"timm {timm.__version__} doesn't make {model.name} again of what it saved ({why}); "
+            f"use the checkpoint as it is"
+        )
 
 
 @contextmanager
 def attention_by_steps(model: Model) -> Iterator[None]:
-    """Meanwhile timm's attention layers multiply, take the softmax and multiply again, instead of calling torch's fused function, some uses of which
-    can't be translated to ONNX."""
+    """Meanwhile timm's attention layers multiply, take the softmax and multiply again,
+    instead of calling torch's fused function, some uses of which can't be translated to
+    ONNX."""
     fused = [part for part in model.module.modules() if getattr(part, "fused_attn", False)]
     try:
         for part in fused:

@@ -1,4 +1,5 @@
-"""timm models as teachers and students: names, weights, own normalisation, and the ensemble's mean softmax. Only this module knows timm."""
+"""timm models as teachers and students: names, weights, own normalisation, and the
+ensemble's mean softmax. Only this module knows timm."""
 
 from __future__ import annotations
 
@@ -22,21 +23,27 @@ from pipeline.models.names import ALIASES, resolve
 from pipeline.runtime.progress import say
 
 
-def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None = None, seed: int = 0) -> Model:
+def load(
+    spec: ModelSpec, *, classes: int | None = None, image_size: int | None = None, seed: int = 0
+) -> Model:
     """Build a model with its weights, on the CPU, in evaluation mode.
 
-    classes: give it this many (a head of another size is replaced by a new one, and that is noted); None: as many as its weights have.
-    image_size: input size in pixels, before the spec's and the model's own. seed: of random weights and of a new head.
+    classes: give it this many (a head of another size is replaced by a new one, and
+    that is noted); None: as many as its weights have. image_size: input size in pixels,
+    before the spec's and the model's own. seed: of random weights and of a new head.
     """
     hub = spec.checkpoint is None and spec.pretrained
     name = resolve(spec.model, hub=hub)
     weights, written = _read(Path(spec.checkpoint)) if spec.checkpoint else (None, {})
     if written and architecture(written["model"]) != architecture(name):
         raise ModelError(
-            f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as {architecture(written['model'])}={spec.checkpoint}"
+            f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as "
+            f"{architecture(written['model'])}={spec.checkpoint}"
         )
     if written and "." not in spec.model:
-        name = written["model"]  # with the tag that the weights started from, not timm's tag of today
+        name = written[
+            "model"
+        ]  # with the tag that the weights started from, not timm's tag of today
     config = _config(name)
     size = image_size or spec.image_size or written.get("image_size") or config["input_size"][-1]
     options = _size_option(config, size)
@@ -60,55 +67,78 @@ def load(spec: ModelSpec, *, classes: int | None = None, image_size: int | None 
             notes.append(f"{name} starts from random weights")
         if classes is not None and found != classes:
             module.reset_classifier(classes)
-            notes.append(f"{name} had a head of {found} classes; it starts with a new one of {classes}")
+            notes.append(
+                f"{name} had a head of {found} classes; it starts with a new one of {classes}"
+            )
     module.eval()
     try:
         with torch.inference_mode():
             module(torch.zeros(1, 3, size, size))
     except Exception as error:  # patch sizes, windows and poolings object in many ways
-        raise ModelError(f"{name} can't take {size} px ({shorten(str(error), 160, placeholder=' …')}); choose another image_size") from None
+        raise ModelError(
+            f"{name} can't take {size} px ({shorten(str(error), 160, placeholder=' …')}); choose "
+            f"another image_size"
+        ) from None
     return Model(
-        module.to(memory_format=torch.channels_last),  # as the renderer's pixels lie; convolutions are faster so
+        module.to(
+            memory_format=torch.channels_last
+        ),  # as the renderer's pixels lie; convolutions are faster so
         name,
         classes if classes is not None else found,
         size,
         tuple(spec.mean or written.get("mean") or config["mean"]),
         tuple(spec.std or written.get("std") or config["std"]),
-        written.get("interpolation") or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
+        written.get("interpolation")
+        or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
         notes,
     )
 
 
 def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:
-    """Teachers of one class count and of different weights, on the device. Raises ModelError otherwise."""
+    """Teachers of one class count and of different weights, on the device. Raises
+    ModelError otherwise."""
     if not specs:
-        raise ModelError("there is no teacher; name some under teachers: in the config, or with --teacher MODEL[=CHECKPOINT]")
+        raise ModelError(
+            "there is no teacher; name some under teachers: in the config, or with --teacher "
+            "MODEL[=CHECKPOINT]"
+        )
     teachers = []
     for spec in specs:
         if spec.checkpoint is None and not spec.pretrained:
-            raise ModelError(f"teacher {spec.model} has no weights; give it a checkpoint, or drop pretrained: false")
+            raise ModelError(
+                f"teacher {spec.model} has no weights; give it a checkpoint, or drop pretrained: "
+                f"false"
+            )
         teachers.append(load(spec))
     counts = {t.classes for t in teachers}
     if len(counts) > 1:
         raise ModelError(
-            "the teachers' classes differ: " + ", ".join(f"{t.name} has {t.classes}" for t in teachers) + "; their mean needs the same ones"
+            "the teachers' classes differ: "
+            + ", ".join(f"{t.name} has {t.classes}" for t in teachers)
+            + "; their mean needs the same ones"
         )
     seen: dict[str, str] = {}
     for teacher in teachers:
         digest = teacher.digest()
         if digest in seen:
-            raise ModelError(f"teachers {seen[digest]} and {teacher.name} have the same weights; an ensemble needs different models")
+            raise ModelError(
+                f"teachers {seen[digest]} and {teacher.name} have the same weights; an ensemble "
+                f"needs different models"
+            )
         seen[digest] = teacher.name
     return [t.to(device) for t in teachers]
 
 
 def forward_flops(spec: ModelSpec) -> tuple[float, int]:
-    """(floating-point operations of one image's forward pass, input size in pixels), counted by torch on a model without memory; no weights are needed."""
+    """(floating-point operations of one image's forward pass, input size in pixels),
+    counted by torch on a model without memory; no weights are needed."""
     name = resolve(spec.model)
     config = _config(name)
     size = spec.image_size or config["input_size"][-1]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        _create(name, pretrained=False, **_size_option(config, size)).eval()(torch.zeros(1, 3, size, size))
+        _create(name, pretrained=False, **_size_option(config, size)).eval()(
+            torch.zeros(1, 3, size, size)
+        )
     return float(counter.get_total_flops()), size
 
 
@@ -126,7 +156,11 @@ def _config(name: str) -> dict:
 
 def _size_option(config: dict, size: int) -> dict[str, int]:
     """What timm must be told to build a model for another input size than its own."""
-    return {"img_size": size} if size != config["input_size"][-1] and config.get("fixed_input_size") else {}
+    return (
+        {"img_size": size}
+        if size != config["input_size"][-1] and config.get("fixed_input_size")
+        else {}
+    )
 
 
 def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
@@ -134,17 +168,23 @@ def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # timm, huggingface_hub and the network raise whatever they like; the user's repair is the same
+    except Exception as error:
+        # timm, huggingface_hub and the network raise whatever they like; the user's
+        # repair is the same
         text = shorten(str(error), 160, placeholder=" …")
         if pretrained:
             raise ModelError(
-                f"the weights of {name} can't be fetched ({text}); check the network, pass {architecture(name)}=CHECKPOINT, or start a student with pretrained: false"
+                f"the weights of {name} can't be fetched ({text}); check the network, pass "
+                f"{architecture(name)}=CHECKPOINT, or start a student with pretrained: false"
             ) from None
-        raise ModelError(f"timm can't build {name} with {options} ({text}); choose another image size or model") from None
+        raise ModelError(
+            f"timm can't build {name} with {options} ({text}); choose another image size or model"
+        ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(state dict, what this tool wrote of the model or {}). Tensors only: nothing in the file is executed."""
+    """(state dict, what this tool wrote of the model or {}). Tensors only: nothing in
+    the file is executed."""
     if not path.is_file():
         raise ModelError(f"there is no checkpoint {path}; check the path after MODEL=")
     if not os.access(path, os.R_OK):
@@ -158,9 +198,12 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise ValueError("it holds something else than named tensors")
         return weights, written
-    except Exception as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
+    except (
+        Exception
+    ) as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
         raise ModelError(
-            f"{path} holds no weights that can be read ({shorten(str(error), 160, placeholder=' …')}); pass a .safetensors, .pth or .pt file"
+            f"{path} holds no weights that can be read "
+            f"({shorten(str(error), 160, placeholder=' …')}); pass a .safetensors, .pth or .pt file"
         ) from None
 
 
@@ -170,19 +213,29 @@ def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int
         for suffix in (".weight", ".bias"):
             if head + suffix in weights:
                 return weights[head + suffix].shape[0]
-    raise ModelError(f"{path} has no classifier {heads!r}, so it is no whole {config['architecture']}; {_repair(weights, path)}")
+    raise ModelError(
+        f"{path} has no classifier {heads!r}, so it is no whole {config['architecture']}; "
+        f"{_repair(weights, path)}"
+    )
 
 
 def _repair(weights: dict[str, torch.Tensor], path: str | None) -> str:
-    """What to do with weights that don't fit: name their model, if it is one of the paper's."""
+    """What to do with weights that don't fit: name their model, if it is one of the
+    paper's."""
     fitting = []
     for candidate in dict.fromkeys(architecture(name) for name in ALIASES.values()):
         with torch.device("meta"):
             own = timm.create_model(candidate).state_dict()
         counters = {k for k in own if k.endswith("num_batches_tracked")}
-        if own.keys() - counters == weights.keys() - counters and all(own[k].shape[1:] == w.shape[1:] for k, w in weights.items()):
+        if own.keys() - counters == weights.keys() - counters and all(
+            own[k].shape[1:] == w.shape[1:] for k, w in weights.items()
+        ):
             fitting.append(f"{candidate}={path}")
-    return f"its tensors are those of a model of the paper: pass {' or '.join(fitting)}" if fitting else "name its model before the ="
+    return (
+        f"its tensors are those of a model of the paper: pass {' or '.join(fitting)}"
+        if fitting
+        else "name its model before the ="
+    )
 
 
 def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, name: str) -> None:
@@ -192,7 +245,8 @@ def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, 
     wrong += sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
     if wrong:
         raise ModelError(
-            f"{path} doesn't fit {name}: {len(wrong)} of {len(own)} tensors are missing, foreign or of another shape, the first is {wrong[0]}; "
+            f"{path} doesn't fit {name}: {len(wrong)} of {len(own)} tensors are missing, foreign "
+            f"or of another shape, the first is {wrong[0]}; "
             f"{_repair(weights, path)}"
         )
     module.load_state_dict(weights, strict=False)

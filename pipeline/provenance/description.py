@@ -1,4 +1,5 @@
-"""Describe what labels depend on, as a store's attributes keep it: recipe, layout, versions, GPU."""
+"""Describe what labels depend on, as a store's attributes keep it: recipe, layout,
+versions, GPU."""
 
 from __future__ import annotations
 
@@ -26,17 +27,26 @@ from pipeline.sampling.random_crop import TRIES
 
 
 def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.device) -> dict:
-    """What the labels depend on besides the images: the part of the provenance that a command line decides."""
+    """What the labels depend on besides the images: the part of the provenance that a
+    command line decides."""
     policy = config.crops.model_dump(mode="json", exclude={"views"})
     if config.crops.cutmix is None:
         del policy["cutmix"]  # as stores had it before there was CutMix
-    compute = {"batch_size": config.store.batch_size, "precision": config.store.precision, "device": device.type}
+    compute = {
+        "batch_size": config.store.batch_size,
+        "precision": config.store.precision,
+        "device": device.type,
+    }
     if config.store.compile:
         compute["compile"] = True
     return {
         "teachers": [teacher.describe() for teacher in teachers],
         "crops": {"policy": "random-resized-crop", "tries": TRIES, **policy},
-        "renderer": {"backend": config.render.backend, "steps": STEPS, **DECODERS.get(config.render.backend, {})},
+        "renderer": {
+            "backend": config.render.backend,
+            "steps": STEPS,
+            **DECODERS.get(config.render.backend, {}),
+        },
         "codec": codec.describe(),
         "compute": compute,
     }
@@ -44,19 +54,30 @@ def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.de
 
 def layout_of(config: Config, images: int, classes: int) -> tuple[int, int]:
     """(rows of an inner chunk, rows of a shard) of a store of so many images."""
-    chunk_rows, shard_rows = shard_rows_for(images, classes, np.dtype(CODECS[config.store.codec].dtype).itemsize)
+    chunk_rows, shard_rows = shard_rows_for(
+        images, classes, np.dtype(CODECS[config.store.codec].dtype).itemsize
+    )
     if config.store.shard_rows:
         shard_rows = config.store.shard_rows
-        chunk_rows = min(chunk_rows, shard_rows & -shard_rows)  # the largest power of two that divides it
+        chunk_rows = min(
+            chunk_rows, shard_rows & -shard_rows
+        )  # the largest power of two that divides it
     return chunk_rows, shard_rows
 
 
 def describe_store(
-    data: DataFolder, found: Images, origin: dict, layout: tuple[int, int], first: Crops, sizes: set[int], threads: int | None = None
+    data: DataFolder,
+    found: Images,
+    origin: dict,
+    layout: tuple[int, int],
+    first: Crops,
+    sizes: set[int],
+    threads: int | None = None,
 ) -> dict:
     """Assemble the attributes of a new store.
 
-    found: the manifest. origin: the provenance, as far as it doesn't follow from the images. layout: rows of a chunk and of a shard. first: crops of
+    found: the manifest. origin: the provenance, as far as it doesn't follow from the
+    images. layout: rows of a chunk and of a shard. first: crops of
     ``fingerprint_rows``. sizes: of the teachers, in pixels. threads: that render.
     """
     chunk_rows, shard_rows = layout
@@ -79,12 +100,15 @@ def describe_store(
         "class_names": list(data.class_names),
         "provenance": provenance,
         "fingerprint": kept,
-        "made_with": made_with(gpu=provenance["compute"]["device"] == "cuda" or settings.backend in GPU_BACKENDS),
+        "made_with": made_with(
+            gpu=provenance["compute"]["device"] == "cuda" or settings.backend in GPU_BACKENDS
+        ),
     }
 
 
 def made_with(*, gpu: bool = False) -> dict[str, str]:
-    """Return the versions of what makes a store, and with ``gpu`` also the GPU (``gpu_facts``). Fingerprints and digests decide whether they matter."""
+    """Return the versions of what makes a store, and with ``gpu`` also the GPU
+    (``gpu_facts``). Fingerprints and digests decide whether they matter."""
     versions = {"python": platform.python_version(), "dali": dali_version}
     for name in ("torch", "timm", "numpy", "scipy", "zarr"):
         versions[name] = version(name)
@@ -92,7 +116,8 @@ def made_with(*, gpu: bool = False) -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, str]:
-    """Return name and compute capability of torch's current GPU, and the versions of CUDA, cuDNN and the driver."""
+    """Return name and compute capability of torch's current GPU, and the versions of
+    CUDA, cuDNN and the driver."""
     kernel = Path("/proc/driver/nvidia/version")
     driver = re.search(r"\s(\d+\.[\d.]+)\s", kernel.read_text()) if kernel.exists() else None
     return {
@@ -105,6 +130,11 @@ def gpu_facts() -> dict[str, str]:
 
 
 def policy_of(store: LabelStore) -> CropPolicy:
-    """The crop policy that a store was made with, as far as it is known, and its number of views."""
-    kept = {key: value for key, value in store.provenance["crops"].items() if key in CropPolicy.model_fields and value is not None}
+    """The crop policy that a store was made with, as far as it is known, and its number
+    of views."""
+    kept = {
+        key: value
+        for key, value in store.provenance["crops"].items()
+        if key in CropPolicy.model_fields and value is not None
+    }
     return CropPolicy(**kept, views=store.views)

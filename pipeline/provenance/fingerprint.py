@@ -1,4 +1,5 @@
-"""Digests of rendered crops, by which a machine knows whether it renders what the teachers saw."""
+"""Digests of rendered crops, by which a machine knows whether it renders what the
+teachers saw."""
 
 from __future__ import annotations
 
@@ -17,28 +18,45 @@ FINGERPRINT_CROPS = 64
 OTHER_BATCHES = 3  # in which the fingerprint's crops are rendered once more
 
 
-def fingerprint(blobs: Sequence[bytes], crops: Crops, sizes: Iterable[int], settings: RenderSettings) -> dict[str, str]:
-    """Return digests of rendered crops by output size, by which a later run knows whether it renders the same pixels.
+def fingerprint(
+    blobs: Sequence[bytes], crops: Crops, sizes: Iterable[int], settings: RenderSettings
+) -> dict[str, str]:
+    """Return digests of rendered crops by output size, by which a later run knows
+    whether it renders the same pixels.
 
-    blobs: n encoded images. crops: [n], of these images. The crops are rendered in two ways: all in one batch, and in another order in several smaller
-    ones. Raises RenderError if a crop's pixels depend on that.
+    blobs: n encoded images. crops: [n], of these images. The crops are rendered in two
+    ways: all in one batch, and in another order in several smaller ones. Raises
+    RenderError if a crop's pixels depend on that.
     """
     n, sizes = len(crops), sorted(sizes)
-    rendered = CropRenderer(sizes, 1, max(1, n), settings)(blobs, crops.boxes[None], crops.flips[None])[0] if n else {}
+    rendered = (
+        CropRenderer(sizes, 1, max(1, n), settings)(blobs, crops.boxes[None], crops.flips[None])[0]
+        if n
+        else {}
+    )
     parts = [part for part in np.array_split(np.arange(n)[::-1], OTHER_BATCHES) if len(part)]
     again = CropRenderer(sizes, 1, max(map(len, parts)), settings) if parts else None
     for part in parts:
-        others = again([blobs[i] for i in part], crops.boxes[None, part], crops.flips[None, part])[0]
+        others = again([blobs[i] for i in part], crops.boxes[None, part], crops.flips[None, part])[
+            0
+        ]
         for size, pixels in others.items():
-            differs = (rendered[size][torch.from_numpy(part.copy())] != pixels).flatten(1).any(dim=1)
+            differs = (
+                (rendered[size][torch.from_numpy(part.copy())] != pixels).flatten(1).any(dim=1)
+            )
             if differs.any():
                 backend = settings.backend
                 raise RenderError(
-                    f"render.backend {backend} makes other pixels of an image when others are rendered with it ({int(differs.sum())} of {len(part)} crops "
-                    f"differ at {size} px), so no student would see what the teachers saw; use render.backend: {'gpu' if backend == 'gpu-hardware' else 'cpu'}, "
+                    f"render.backend {backend} makes other pixels of an image when others are "
+                    f"rendered with it ({int(differs.sum())} of {len(part)} crops "
+                    f"differ at {size} px), so no student would see what the teachers saw; use "
+                    f"render.backend: {'gpu' if backend == 'gpu-hardware' else 'cpu'}, "
                     "and a new store"
                 )
-    return {str(size): hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest() for size, pixels in rendered.items()}
+    return {
+        str(size): hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()
+        for size, pixels in rendered.items()
+    }
 
 
 def fingerprint_rows(images: Images) -> np.ndarray:

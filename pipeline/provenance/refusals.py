@@ -1,4 +1,5 @@
-"""Refuse a command, or a machine, that would go on with a store in another way than it was made."""
+"""Refuse a command, or a machine, that would go on with a store in another way than it
+was made."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ from pipeline.render.dali import GPU_BACKENDS
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import rounding
 
-OLD_DECODER = "DALI's own choice of decoder, which made an image's pixels depend on its batch"  # of versions up to 0.6, on a GPU
+# of versions up to 0.6, on a GPU
+OLD_DECODER = "DALI's own choice of decoder, which made an image's pixels depend on its batch"
 _REPAIRS = {
     "teachers": "pass the same teachers and checkpoints, in the same order",
     "crops": "use the same crops section",
     "renderer": "use the same render.backend",
     "codec": "use the same store.codec",
-    "compute": "use the same --batch-size, --device, store.precision and store.compile, since others move the labels' last bits",
+    "compute": "use the same --batch-size, --device, store.precision and store.compile, since "
+    "others move the labels' last bits",
 }
 
 
@@ -36,27 +39,43 @@ def require_class_count(data: DataFolder, teachers: list[Model]) -> None:
     """Raises DataError unless the teachers have an output for each class."""
     if len(data.class_names) != teachers[0].classes:
         raise DataError(
-            f"{data.path} has {len(data.class_names)} classes, the teachers have {teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
+            f"{data.path} has {len(data.class_names)} classes, the teachers have "
+            f"{teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
             "the teachers' classes, or teachers of these classes"
         )
 
 
 def changed_gpu(store: LabelStore, device: torch.device) -> str | None:
-    """Say that labels are now made on another GPU than the store was begun on; None if the GPU is the same, or a CPU makes labels."""
+    """Say that labels are now made on another GPU than the store was begun on; None if
+    the GPU is the same, or a CPU makes labels."""
     made, compute = store.attributes.get("made_with", {}), store.provenance["compute"]
     if device.type != "cuda" or made.get("gpu") == torch.cuda.get_device_name():
         return None
-    begun = f"on {made['gpu']}" if "gpu" in made else "by a version that recorded no GPU, and whose float32 was TF32 in convolutions"
+    begun = (
+        f"on {made['gpu']}"
+        if "gpu" in made
+        else "by a version that recorded no GPU, and whose float32 was TF32 in convolutions"
+    )
     apart = rounding(compute, made, device, compute["precision"])
-    return f"{store.path} was begun {begun}; labels of this {torch.cuda.get_device_name()} are the same to rounding, {apart:.2g} in total variation at most"
+    return (
+        f"{store.path} was begun {begun}; labels of this {torch.cuda.get_device_name()} are the "
+        f"same to rounding, {apart:.2g} in total variation at most"
+    )
 
 
-def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model], device: torch.device) -> None:
-    """Raises StoreError with the first thing in which this command differs from the one that made the store."""
+def require_same_recipe(
+    store: LabelStore, config: Config, teachers: list[Model], device: torch.device
+) -> None:
+    """Raises StoreError with the first thing in which this command differs from the one
+    that made the store."""
     now = recipe(config, CODECS[config.store.codec], teachers, device)
     for theirs, ours in zip(store.provenance["teachers"], now["teachers"], strict=False):
-        if theirs["weights"] == ours["weights"] and architecture(theirs["model"]) == architecture(ours["model"]):
-            ours["model"] = theirs["model"]  # a tag that was not named, or named otherwise, is no difference where the weights are the same
+        if theirs["weights"] == ours["weights"] and architecture(theirs["model"]) == architecture(
+            ours["model"]
+        ):
+            # a tag that was not named, or named otherwise, is no difference where the
+            # weights are the same
+            ours["model"] = theirs["model"]
     for section, wanted in now.items():
         difference = first_difference(section, store.provenance[section], wanted)
         if difference:
@@ -65,10 +84,14 @@ def require_same_recipe(store: LabelStore, config: Config, teachers: list[Model]
                 theirs = theirs or OLD_DECODER
             if where in ("renderer.steps", "renderer.decoder"):
                 raise StoreError(
-                    f"{store.path} was made with another way to render crops ({theirs}; this version: {ours}); use the version of this program that "
+                    f"{store.path} was made with another way to render crops ({theirs}; this "
+                    f"version: {ours}); use the version of this program that "
                     "made it, or generate a new store"
                 )
-            raise StoreError(f"{store.path} was made with {where} {theirs}, this is {ours}; {_REPAIRS[section]}, or generate a new store")
+            raise StoreError(
+                f"{store.path} was made with {where} {theirs}, this is {ours}; "
+                f"{_REPAIRS[section]}, or generate a new store"
+            )
 
 
 def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> None:
@@ -83,16 +106,22 @@ def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> No
         ]:
             what += f" ({more[0]} is in one only)"
     else:
-        i = next(i for i, (a, b) in enumerate(zip(store.class_names, classes, strict=True)) if a != b)
+        i = next(
+            i for i, (a, b) in enumerate(zip(store.class_names, classes, strict=True)) if a != b
+        )
         what = f"whose class {i} is {store.class_names[i]}, in this one it is {classes[i]}"
     raise StoreError(f"{store.path} was made with another --class-map, {what}; {repair}")
 
 
 def require_same_pixels(store: LabelStore, folder: Path, threads: int | None = None) -> None:
-    """Render the fingerprint's crops again. Raises StoreError if any pixel differs from what the teachers saw."""
+    """Render the fingerprint's crops again. Raises StoreError if any pixel differs from
+    what the teachers saw."""
     kept = store.attributes.get("fingerprint")
     if kept is None:
-        raise StoreError(f"{store.path} is damaged: it has no fingerprint; restore it from a copy or generate a new store")
+        raise StoreError(
+            f"{store.path} is damaged: it has no fingerprint; restore it from a copy or generate a "
+            f"new store"
+        )
     rows, boxes, flips = np.array(kept["rows"]), np.array(kept["boxes"]), np.array(kept["flips"])
     manifest = store.images
     if (
@@ -101,17 +130,25 @@ def require_same_pixels(store: LabelStore, folder: Path, threads: int | None = N
         or misplaced(boxes, manifest.height[rows], manifest.width[rows]).any()
     ):
         raise StoreError(
-            f"{store.path} has a fingerprint of crops that are not inside its images; don't use this store, or generate a new one"
+            f"{store.path} has a fingerprint of crops that are not inside its images; don't use "
+            f"this store, or generate a new one"
         )
     settings = RenderSettings.of_store(store, threads)
     with Reader(folder, manifest, threads) as read:
-        now = fingerprint(read(rows), Crops(boxes, flips), {int(size) for size in kept["digests"]}, settings)
+        now = fingerprint(
+            read(rows), Crops(boxes, flips), {int(size) for size in kept["digests"]}, settings
+        )
     differing = [size for size in kept["digests"] if kept["digests"][size] != now[size]]
     if differing:
         made = store.attributes["made_with"]
         here = made_with(gpu=store.provenance["renderer"]["backend"] in GPU_BACKENDS)
-        versions = [f"{name} {made.get(name)} then, {ours} now" for name, ours in here.items() if made.get(name) != ours]
+        versions = [
+            f"{name} {made.get(name)} then, {ours} now"
+            for name, ours in here.items()
+            if made.get(name) != ours
+        ]
         raise StoreError(
-            f"{store.path}: this machine renders other pixels than the teachers saw (at {', '.join(differing)} px; {'; '.join(versions) or 'same versions'}); "
+            f"{store.path}: this machine renders other pixels than the teachers saw (at "
+            f"{', '.join(differing)} px; {'; '.join(versions) or 'same versions'}); "
             "install the versions it was made with, or train with --allow-renderer-difference"
         )

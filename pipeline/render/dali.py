@@ -1,14 +1,21 @@
-"""The one renderer: image bytes + crops → uint8 pixels. Teachers, student and evaluation all see what this makes. Only this module knows DALI.
+"""The one renderer: image bytes + crops → uint8 pixels. Teachers, student and
+evaluation all see what this makes. Only this module knows DALI.
 
-A crop is cut out of the decoded image and then resized (``fn.resize`` with a region gives other pixels). Where one crop of an image is
-wanted, only its region is decoded; on the CPU that equals the whole decode bit for bit. Pixels don't depend on the batch or on threads.
+A crop is cut out of the decoded image and then resized (``fn.resize`` with a region
+gives other pixels). Where one crop of an image is wanted, only its region is decoded;
+on the CPU that equals the whole decode bit for bit. Pixels don't depend on the batch or
+on threads.
 
-A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. By default DALI gives the largest 65 % of a batch to the hardware, so that
-an image's pixels would depend on the others in its batch. Here the file alone decides (``backend``):
+A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. By
+default DALI gives the largest 65 % of a batch to the hardware, so that an image's
+pixels would depend on the others in its batch. Here the file alone decides
+(``backend``):
 
 - ``gpu``: CUDA decodes everything.
-- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each in a DALI pipeline of its own. An experiment, until it was seen right
-  on a card: a file that the hardware fails on has its whole batch decoded by CUDA (nvImageCodec 0.8, extensions/nvjpeg/hw_decoder.cpp), without a word.
+- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each
+  in a DALI pipeline of its own. An experiment, until it was seen right on a card: a
+  file that the hardware fails on has its whole batch decoded by CUDA (nvImageCodec 0.8,
+  extensions/nvjpeg/hw_decoder.cpp), without a word.
 """
 
 from __future__ import annotations
@@ -31,24 +38,31 @@ from pipeline.render.hardware_jpeg import hardware_engines, is_baseline_jpeg
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.threads import threads_for
 
-STEPS = "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
+STEPS = (
+    "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
+)
 
 
 dali_version: str = dali.__version__
-# A black pixel (PPM): what is rendered in the place of an unusable image, so that the others keep their place in the batch.
+# A black pixel (PPM): what is rendered in the place of an unusable image, so that the
+# others keep their place in the batch.
 BLANK = b"P6 1 1 255\n\0\0\0"
 GPU_BACKENDS = ("gpu", "gpu-hardware")
 # What of each backend decides about pixels beside its name, as a store records it.
 DECODERS = {
     "gpu": {"decoder": "CUDA (hw_decoder_load 0.0)"},
-    "gpu-hardware": {"decoder": "hardware for baseline JPEG (hw_decoder_load 1.0, batches filled up), otherwise CUDA (0.0)"},
+    "gpu-hardware": {
+        "decoder": "hardware for baseline JPEG (hw_decoder_load 1.0, batches filled up), otherwise "
+        "CUDA (0.0)"
+    },
 }
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 class RenderError(MealError):
-    """An image that decoded when the manifest was made and doesn't now. ``place``: which of the batch, if that could be found out. ``on_gpu``: whether it is
-    the GPU's decoder alone that refuses it."""
+    """An image that decoded when the manifest was made and doesn't now. ``place``:
+    which of the batch, if that could be found out. ``on_gpu``: whether it is the GPU's
+    decoder alone that refuses it."""
 
     def __init__(self, message: str, place: int | None = None, on_gpu: bool = False) -> None:
         super().__init__(message)
@@ -56,36 +70,53 @@ class RenderError(MealError):
 
 
 class _Graph:
-    """DALI pipelines fed with encoded images, rebuilt when an undecodable image has killed them. Only ``gpu-hardware`` has two pipelines: one for the
-    hardware decoder.
+    """DALI pipelines fed with encoded images, rebuilt when an undecodable image has
+    killed them. Only ``gpu-hardware`` has two pipelines: one for the hardware decoder.
 
-    pinned: results of a renderer on the CPU lie in pinned memory, from where a GPU copies them without another copy.
+    pinned: results of a renderer on the CPU lie in pinned memory, from where a GPU
+    copies them without another copy.
     """
 
     def __init__(self, batch_size: int, settings: RenderSettings, *, pinned: bool = False) -> None:
-        self.batch_size, self.settings, self.threads = batch_size, settings, threads_for(settings.threads)
+        self.batch_size, self.settings, self.threads = (
+            batch_size,
+            settings,
+            threads_for(settings.threads),
+        )
         self.backend = backend = settings.backend
         self.gpu, self.divides = backend in GPU_BACKENDS, backend == "gpu-hardware"
         self.pinned = pinned and not self.gpu
         if self.gpu and not torch.cuda.is_available():
             raise RenderError(
-                f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds none here; use a machine that has one"
+                f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds "
+                f"none here; use a machine that has one"
             )
         if self.divides and hardware_engines() == 0:
             raise RenderError(
-                f"render.backend gpu-hardware needs a GPU with a JPEG decoder in hardware, as A100 and H100 are, and {torch.cuda.get_device_name()} has none; "
+                f"render.backend gpu-hardware needs a GPU with a JPEG decoder in hardware, as A100 "
+                f"and H100 are, and {torch.cuda.get_device_name()} has none; "
                 "use render.backend: gpu"
             )
-        self.device = torch.cuda.current_device() if self.gpu else None  # of this thread: the thread that renders has another one
+        self.device = (
+            torch.cuda.current_device() if self.gpu else None
+        )  # of this thread: the thread that renders has another one
         self.pipes: dict[bool, dali.Pipeline] = {}  # by whether the hardware decodes
-        self.lent: dict[bool, tuple] = {}  # the last outputs of a pipeline on a GPU, and the event after which they have been copied
+        # the last outputs of a pipeline on a GPU, and the event after which they have
+        # been copied
+        self.lent: dict[bool, tuple] = {}
 
-    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
-        """Return the pipeline's outputs for encoded images. ``decode``: encoded → decoded whole."""
+    def define(
+        self, encoded: dali.data_node.DataNode, decode: Callable
+    ) -> list[dali.data_node.DataNode]:
+        """Return the pipeline's outputs for encoded images. ``decode``: encoded →
+        decoded whole."""
         raise NotImplementedError
 
-    def run(self, blobs: Sequence[bytes], *, hardware: bool = False, **arguments: np.ndarray) -> Sequence:
-        """Feed encoded images and named arrays [len(blobs), …], and return DALI's outputs: on a GPU in the order of torch's current stream."""
+    def run(
+        self, blobs: Sequence[bytes], *, hardware: bool = False, **arguments: np.ndarray
+    ) -> Sequence:
+        """Feed encoded images and named arrays [len(blobs), …], and return DALI's
+        outputs: on a GPU in the order of torch's current stream."""
         if hardware not in self.pipes:
             self.pipes[hardware] = self._built(hardware)
         pipe = self.pipes[hardware]
@@ -96,12 +127,21 @@ class _Graph:
             return pipe.run(torch.cuda.current_stream()) if self.gpu else pipe.run()
         except RuntimeError as error:
             self.pipes.clear()  # DALI's pipelines don't outlive an error
-            if self.gpu and re.search("out of memory|bad_alloc|an't allocate|MemoryAllocation", str(error)):
-                raise torch.OutOfMemoryError(f"DALI is out of memory on the GPU ({_reason(error)})") from None
-            raise RenderError(f"DALI could not render it ({_reason(error)})", *self._culprit(blobs)) from None
+            if self.gpu and re.search(
+                "out of memory|bad_alloc|an't allocate|MemoryAllocation", str(error)
+            ):
+                raise torch.OutOfMemoryError(
+                    f"DALI is out of memory on the GPU ({_reason(error)})"
+                ) from None
+            raise RenderError(
+                f"DALI could not render it ({_reason(error)})", *self._culprit(blobs)
+            ) from None
 
-    def fill(self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray) -> None:
-        """Render encoded images into ``targets``, one tensor for each output, uint8 [len(blobs), …] on the renderer's device."""
+    def fill(
+        self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray
+    ) -> None:
+        """Render encoded images into ``targets``, one tensor for each output, uint8
+        [len(blobs), …] on the renderer's device."""
         if self.divides:
             baseline = np.array([is_baseline_jpeg(blob) for blob in blobs], dtype=bool)
             for hardware in (True, False):
@@ -117,21 +157,32 @@ class _Graph:
         self._keep(False, outputs)
 
     def _fill_rows(
-        self, targets: Sequence[torch.Tensor], rows: np.ndarray, blobs: Sequence[bytes], arguments: dict[str, np.ndarray], hardware: bool
+        self,
+        targets: Sequence[torch.Tensor],
+        rows: np.ndarray,
+        blobs: Sequence[bytes],
+        arguments: dict[str, np.ndarray],
+        hardware: bool,
     ) -> None:
-        """Render the images at ``rows``, int64 [n], all of them by one decoder, into these rows of ``targets``."""
+        """Render the images at ``rows``, int64 [n], all of them by one decoder, into
+        these rows of ``targets``."""
         filled = rows
         if hardware:
-            # How many images of a batch the hardware takes is fixed by its first batch: all batches are filled up to the same size, with the smallest image.
+            # How many images of a batch the hardware takes is fixed by its first batch:
+            # all batches are filled up to the same size, with the smallest image.
             smallest = min(rows, key=lambda row: len(blobs[row]))
             filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
-            # The hardware decoder writes without waiting for what the GPU was told before (seen on an H100 by others: torchcodec's pull request 1634), so it
-            # may only be told when all that reads the memory of the batch before is done.
+            # The hardware decoder writes without waiting for what the GPU was told
+            # before (seen on an H100 by others: torchcodec's pull request 1634), so it
+            # may only be told when all that reads the memory of the batch before is
+            # done.
             for _, copied in self.lent.values():
                 copied.synchronize()
         try:
             outputs = self.run(
-                [blobs[row] for row in filled], hardware=hardware, **{name: array[filled] for name, array in arguments.items()}
+                [blobs[row] for row in filled],
+                hardware=hardware,
+                **{name: array[filled] for name, array in arguments.items()},
             )
         except RenderError as error:
             if error.place is not None:
@@ -143,7 +194,8 @@ class _Graph:
         self._keep(hardware, outputs)
 
     def _keep(self, hardware: bool, outputs: Sequence) -> None:
-        """Hold on to outputs of a GPU until they have been copied, since DALI may use their memory again once nobody holds them."""
+        """Hold on to outputs of a GPU until they have been copied, since DALI may use
+        their memory again once nobody holds them."""
         if not self.gpu:
             return
         if hardware in self.lent:
@@ -161,33 +213,62 @@ class _Graph:
         """Allocate memory for results, uint8, on the renderer's device."""
         try:
             if self.gpu or self.pinned:
-                return torch.empty(shape, dtype=torch.uint8, device=self.device if self.gpu else "cpu", pin_memory=self.pinned)
-            return torch.from_numpy(np.empty(shape, np.uint8))  # numpy asks for huge pages, torch doesn't
+                return torch.empty(
+                    shape,
+                    dtype=torch.uint8,
+                    device=self.device if self.gpu else "cpu",
+                    pin_memory=self.pinned,
+                )
+            return torch.from_numpy(
+                np.empty(shape, np.uint8)
+            )  # numpy asks for huge pages, torch doesn't
         except torch.OutOfMemoryError:  # of a GPU
             raise
-        except (RuntimeError, MemoryError, ValueError):  # a stranger's store may ask for more than there is
-            raise RenderError(f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory") from None
+        except (
+            RuntimeError,
+            MemoryError,
+            ValueError,
+        ):  # a stranger's store may ask for more than there is
+            raise RenderError(
+                f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory"
+            ) from None
 
     def _built(self, hardware: bool) -> dali.Pipeline:
-        # DALI's default executor returns what a GPU makes without waiting for it, and its outputs may be kept; on the CPU it has no advantage here.
+        # DALI's default executor returns what a GPU makes without waiting for it, and
+        # its outputs may be kept; on the CPU it has no advantage here.
         executor = {} if self.gpu else {"exec_async": False, "exec_pipelined": False}
         pipe = dali.Pipeline(
-            batch_size=self.batch_size, num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1, **executor
+            batch_size=self.batch_size,
+            num_threads=self.threads,
+            device_id=self.device,
+            prefetch_queue_depth=1,
+            **executor,
         )
         with pipe:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            pipe.set_outputs(*self.define(encoded, lambda encoded: self._decoded(encoded, hardware)))
+            pipe.set_outputs(
+                *self.define(encoded, lambda encoded: self._decoded(encoded, hardware))
+            )
         pipe.build()
         return pipe
 
     def _decoded(self, encoded: dali.data_node.DataNode, hardware: bool) -> dali.data_node.DataNode:
-        where = {"device": "mixed", "hw_decoder_load": 1.0 if hardware else 0.0} if self.gpu else {"device": "cpu"}
+        where = (
+            {"device": "mixed", "hw_decoder_load": 1.0 if hardware else 0.0}
+            if self.gpu
+            else {"device": "cpu"}
+        )
         return fn.decoders.image(
-            encoded, output_type=types.RGB, adjust_orientation=self.settings.exif == "apply", jpeg_fancy_upsampling=True, **where
+            encoded,
+            output_type=types.RGB,
+            adjust_orientation=self.settings.exif == "apply",
+            jpeg_fancy_upsampling=True,
+            **where,
         )
 
     def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
-        """Find the image that can't be decoded alone, on the CPU or on the renderer's own backend: its place, and whether only a GPU refuses it."""
+        """Find the image that can't be decoded alone, on the CPU or on the renderer's
+        own backend: its place, and whether only a GPU refuses it."""
         for backend in dict.fromkeys(("cpu", self.backend)):
             look = WholeDecode(RenderSettings(backend=backend))
             for place, blob in enumerate(blobs):
@@ -197,7 +278,8 @@ class _Graph:
 
 
 class CropRenderer(_Graph):
-    """Stored crops of images, at one or several output sizes, from one decode per image."""
+    """Stored crops of images, at one or several output sizes, from one decode per
+    image."""
 
     def __init__(
         self,
@@ -211,14 +293,19 @@ class CropRenderer(_Graph):
         super().__init__(batch_size, settings, pinned=pinned)
         self.sizes, self.views = sorted(set(sizes)), views
 
-    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+    def define(
+        self, encoded: dali.data_node.DataNode, decode: Callable
+    ) -> list[dali.data_node.DataNode]:
         def argument(name: str, dtype: types.DALIDataType, ndim: int) -> dali.data_node.DataNode:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
         outputs = []
         image = None if self.views == 1 and not self.gpu else decode(encoded)
         for view in range(self.views):
-            start, shape = argument(f"start{view}", types.INT32, 1), argument(f"shape{view}", types.INT32, 1)
+            start, shape = (
+                argument(f"start{view}", types.INT32, 1),
+                argument(f"shape{view}", types.INT32, 1),
+            )
             flip = argument(f"flip{view}", types.INT32, 0)
             if image is None:
                 cut = fn.decoders.image_slice(
@@ -233,20 +320,33 @@ class CropRenderer(_Graph):
             else:
                 cut = fn.slice(image, start=start, shape=shape, axes=[0, 1])
             for size in self.sizes:
-                resized = fn.resize(cut, size=[size, size], interp_type=_INTERPOLATION[self.settings.interpolation], antialias=True)
+                resized = fn.resize(
+                    cut,
+                    size=[size, size],
+                    interp_type=_INTERPOLATION[self.settings.interpolation],
+                    antialias=True,
+                )
                 outputs.append(fn.flip(resized, horizontal=flip))
         return outputs
 
     def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
-        """blobs: n encoded images; boxes int [views, n, 4] top, left, height, width in pixels; flips bool [views, n].
+        """blobs: n encoded images; boxes int [views, n, 4] top, left, height, width in
+        pixels; flips bool [views, n].
 
-        Returns per view a dict: output size → uint8 [n, size, size, 3], on the renderer's device.
+        Returns per view a dict: output size → uint8 [n, size, size, 3], on the
+        renderer's device.
         """
         arguments = {}
         for view in range(self.views):
             box = boxes[view].astype(np.int32)
-            arguments |= {f"start{view}": box[:, :2], f"shape{view}": box[:, 2:], f"flip{view}": flips[view].astype(np.int32)}
-        rendered = Rendered({size: self.empty(self.views, len(blobs), size, size, 3) for size in self.sizes})
+            arguments |= {
+                f"start{view}": box[:, :2],
+                f"shape{view}": box[:, 2:],
+                f"flip{view}": flips[view].astype(np.int32),
+            }
+        rendered = Rendered(
+            {size: self.empty(self.views, len(blobs), size, size, 3) for size in self.sizes}
+        )
         self.fill([view[size] for view in rendered for size in self.sizes], blobs, **arguments)
         return rendered
 
@@ -260,11 +360,15 @@ class Rendered(list[dict[int, torch.Tensor]]):
     def __init__(self, all_views: dict[int, torch.Tensor]) -> None:
         self.all_views = all_views
         views = len(next(iter(all_views.values())))
-        super().__init__({size: pixels[view] for size, pixels in all_views.items()} for view in range(views))
+        super().__init__(
+            {size: pixels[view] for size, pixels in all_views.items()} for view in range(views)
+        )
 
 
 class CentreRenderer(_Graph):
-    """Evaluation's view: the shorter side resized to size · 256 / 224 (rounded down, as timm does), then the central square (He et al., arXiv 1512.03385, as in the paper)."""
+    """Evaluation's view: the shorter side resized to size · 256 / 224 (rounded down, as
+    timm does), then the central square (He et al., arXiv 1512.03385, as in the
+    paper)."""
 
     def __init__(
         self,
@@ -277,23 +381,36 @@ class CentreRenderer(_Graph):
         super().__init__(batch_size, settings, pinned=pinned)
         self.looks = sorted(set(looks))
 
-    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+    def define(
+        self, encoded: dali.data_node.DataNode, decode: Callable
+    ) -> list[dali.data_node.DataNode]:
         image = decode(encoded)
         outputs = []
         for i, (size, interpolation) in enumerate(self.looks):
             whole = fn.external_source(name=f"whole{i}", dtype=types.FLOAT, ndim=1)
             start = fn.external_source(name=f"start{i}", dtype=types.INT32, ndim=1)
-            resized = fn.resize(image, size=whole, interp_type=_INTERPOLATION[interpolation], antialias=True)
+            resized = fn.resize(
+                image, size=whole, interp_type=_INTERPOLATION[interpolation], antialias=True
+            )
             outputs.append(fn.slice(resized, start=start, shape=[size, size], axes=[0, 1]))
         return outputs
 
-    def __call__(self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray) -> dict[tuple[int, str], torch.Tensor]:
-        """n encoded images and their decoded heights and widths [n] → (size, interpolation) → uint8 [n, size, size, 3]."""
+    def __call__(
+        self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray
+    ) -> dict[tuple[int, str], torch.Tensor]:
+        """n encoded images and their decoded heights and widths [n] → (size,
+        interpolation) → uint8 [n, size, size, 3]."""
         arguments = {}
         for i, (size, _) in enumerate(self.looks):
             short = size * 256 // 224
             shorter = np.minimum(height, width)
-            whole = np.stack([short * height.astype(np.int64) // shorter, short * width.astype(np.int64) // shorter], axis=1)
+            whole = np.stack(
+                [
+                    short * height.astype(np.int64) // shorter,
+                    short * width.astype(np.int64) // shorter,
+                ],
+                axis=1,
+            )
             arguments[f"whole{i}"] = whole.astype(np.float32)
             arguments[f"start{i}"] = np.rint((whole - size) / 2).astype(np.int32)
         made = {look: self.empty(len(blobs), look[0], look[0], 3) for look in self.looks}
@@ -302,8 +419,10 @@ class CentreRenderer(_Graph):
 
 
 class _OneImage(_Graph):
-    """Looks at one image. One a pipeline, and a pipeline a thread: destroying a pipeline in which one image of several has failed crashes DALI 2.4
-    (a segmentation fault within a few dozen failures, measured), while its other images are still being decoded."""
+    """Looks at one image. One a pipeline, and a pipeline a thread: destroying a
+    pipeline in which one image of several has failed crashes DALI 2.4 (a segmentation
+    fault within a few dozen failures, measured), while its other images are still being
+    decoded."""
 
     def __init__(self, settings: RenderSettings) -> None:
         super().__init__(1, replace(settings, threads=1))
@@ -315,7 +434,9 @@ class _OneImage(_Graph):
 class Header(_OneImage):
     """What the decoder will take an image's size to be, from its header alone."""
 
-    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+    def define(
+        self, encoded: dali.data_node.DataNode, decode: Callable
+    ) -> list[dali.data_node.DataNode]:
         return [fn.peek_image_shape(encoded, adjust_orientation=self.settings.exif == "apply")]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
@@ -328,9 +449,12 @@ class Header(_OneImage):
 
 
 class WholeDecode(_OneImage):
-    """Decodes an image whole, for what that tells: height and width, or that the bytes are no image."""
+    """Decodes an image whole, for what that tells: height and width, or that the bytes
+    are no image."""
 
-    def define(self, encoded: dali.data_node.DataNode, decode: Callable) -> list[dali.data_node.DataNode]:
+    def define(
+        self, encoded: dali.data_node.DataNode, decode: Callable
+    ) -> list[dali.data_node.DataNode]:
         return [decode(encoded)]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
@@ -343,15 +467,19 @@ class WholeDecode(_OneImage):
 
 
 def _reason(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()
+    ]
     return lines[0][:200] if lines else type(error).__name__
 
 
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """Silence what the decoders' C libraries print of broken images (no setting does): the manifest says it better.
+    """Silence what the decoders' C libraries print of broken images (no setting does):
+    the manifest says it better.
 
-    They write to file descriptor 2; Python's own stderr moves to a copy of it meanwhile, and goes on being seen.
+    They write to file descriptor 2; Python's own stderr moves to a copy of it
+    meanwhile, and goes on being seen.
     """
     original, copy, nowhere = sys.stderr, os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -359,7 +487,9 @@ def quiet_decoders() -> Iterator[None]:
     except (io.UnsupportedOperation, AttributeError, ValueError):
         ours = False  # somebody captures Python's stderr already
     if ours:
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=original.encoding, errors=original.errors)
+        sys.stderr = os.fdopen(
+            os.dup(2), "w", buffering=1, encoding=original.encoding, errors=original.errors
+        )
     os.dup2(nowhere, 2)
     try:
         yield

@@ -1,4 +1,5 @@
-"""The JPEG decoders in hardware that some GPUs have: how many there are, and which files they are for."""
+"""The JPEG decoders in hardware that some GPUs have: how many there are, and which
+files they are for."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ _NVJPEG_BACKEND_HARDWARE = 3  # nvjpeg.h
 
 
 def is_baseline_jpeg(blob: bytes) -> bool:
-    """Tell whether an encoded image is a baseline JPEG of one or three components with 8 bits each, which hardware decoders are made for.
+    """Tell whether an encoded image is a baseline JPEG of one or three components with
+    8 bits each, which hardware decoders are made for.
 
-    Reads the marker segments up to the frame header (ITU-T T.81, Annex B): SOF0 is baseline; any other frame, as a progressive one, is not.
+    Reads the marker segments up to the frame header (ITU-T T.81, Annex B): SOF0 is
+    baseline; any other frame, as a progressive one, is not.
     """
     place = 2
     while blob[:2] == b"\xff\xd8" and place + 10 <= len(blob) and blob[place] == 0xFF:
@@ -29,14 +32,26 @@ def is_baseline_jpeg(blob: bytes) -> bool:
 
 @cache
 def hardware_engines() -> int | None:
-    """Ask nvJPEG how many JPEG decoders torch's current GPU has in hardware; None if nvJPEG can't be asked."""
+    """Ask nvJPEG how many JPEG decoders torch's current GPU has in hardware; None if
+    nvJPEG can't be asked."""
     spec = importlib.util.find_spec("nvidia")
-    libraries = [file for place in (spec and spec.submodule_search_locations) or () for file in Path(place).glob("*/lib/libnvjpeg.so.*")]
+    libraries = [
+        file
+        for place in (spec and spec.submodule_search_locations) or ()
+        for file in Path(place).glob("*/lib/libnvjpeg.so.*")
+    ]
     try:
         nvjpeg, handle = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
         if nvjpeg.nvjpegCreateEx(_NVJPEG_BACKEND_HARDWARE, None, None, 0, ctypes.byref(handle)):
             return 0
         engines, cores = ctypes.c_uint(), ctypes.c_uint()
-        return engines.value if nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores)) == 0 else None
+        return (
+            engines.value
+            if nvjpeg.nvjpegGetHardwareDecoderInfo(
+                handle, ctypes.byref(engines), ctypes.byref(cores)
+            )
+            == 0
+            else None
+        )
     except (IndexError, OSError, AttributeError):
         return None

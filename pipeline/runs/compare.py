@@ -1,4 +1,5 @@
-"""Training runs beside each other: what each reached, how their settings differ, and their curves in one picture."""
+"""Training runs beside each other: what each reached, how their settings differ, and
+their curves in one picture."""
 
 from __future__ import annotations
 
@@ -25,14 +26,19 @@ from pipeline.runtime.progress import duration, results
 
 STYLES = ("-", "--", "-.", ":")  # with seven colours, 28 runs look different each
 KINDS = ("png", "pdf", "svg")  # of a picture
-LEGEND_CHARACTERS, LEGEND_INCHES = 48, 0.19  # of a run's name in the picture, and of a line of names
+LEGEND_CHARACTERS, LEGEND_INCHES = (
+    48,
+    0.19,
+)  # of a run's name in the picture, and of a line of names
 
 
 def compare(runs: Sequence[Path]) -> dict:
-    """What the run directories say: ``runs``, a dict each in the order given, and ``differences``, dotted config key → {run's name: value}.
+    """What the run directories say: ``runs``, a dict each in the order given, and
+    ``differences``, dotted config key → {run's name: value}.
 
-    top1, top5 and agreement are in per cent, losses and KL in nats, seconds those of training without validation; None stands for what a run
-    has no figure of. Raises RunError.
+    top1, top5 and agreement are in per cent, losses and KL in nats, seconds those of
+    training without validation; None stands for what a run has no figure of. Raises
+    RunError.
     """
     folders = [Path(os.path.abspath(run)) for run in runs]
     if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
@@ -43,7 +49,9 @@ def compare(runs: Sequence[Path]) -> dict:
     return {
         "runs": [
             {"name": name, "path": str(folder), **_facts(config, metrics)}
-            for name, folder, config, metrics in zip(names, folders, configs, histories, strict=True)
+            for name, folder, config, metrics in zip(
+                names, folders, configs, histories, strict=True
+            )
         ],
         "differences": _differences(names, configs),
     }
@@ -57,7 +65,11 @@ def _names(folders: list[Path]) -> list[str]:
 
     names = []
     for folder in folders:
-        shared = (parts for parts in range(1, len(folder.parts) + 1) if sum(ends(f, parts) == ends(folder, parts) for f in folders) == 1)
+        shared = (
+            parts
+            for parts in range(1, len(folder.parts) + 1)
+            if sum(ends(f, parts) == ends(folder, parts) for f in folders) == 1
+        )
         names.append(str(Path(*ends(folder, next(shared)))))
     return names
 
@@ -90,47 +102,81 @@ def _differences(names: list[str], configs: list[Config]) -> dict[str, dict[str,
     settings = [flat(config.model_dump(mode="json")) for config in configs]
     keys = dict.fromkeys(key for one in settings for key in one)  # in the order of the config
     values = {key: [one.get(key) for one in settings] for key in keys}
-    return {key: dict(zip(names, of, strict=True)) for key, of in values.items() if any(value != of[0] for value in of)}
+    return {
+        key: dict(zip(names, of, strict=True))
+        for key, of in values.items()
+        if any(value != of[0] for value in of)
+    }
 
 
 def draw(result: dict, file: Path) -> None:
-    """The runs' curves, a panel for each figure that any run has, with each run's best top-1 marked. file: its ending says PNG, PDF or SVG.
-    Raises RunError."""
+    """The runs' curves, a panel for each figure that any run has, with each run's best
+    top-1 marked. file: its ending says PNG, PDF or SVG. Raises RunError."""
     from matplotlib.lines import Line2D
 
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
     kind = file.suffix[1:].lower()
     if kind not in KINDS:
         raise RunError(
-            f"{file} must end in {', '.join(f'.{k}' for k in KINDS)}, which says what kind of picture it is to be; name another file"
+            f"{file} must end in {', '.join(f'.{k}' for k in KINDS)}, which says what kind of "
+            f"picture it is to be; name another file"
         )
     runs = result["runs"]
-    shown = [curve for curve in CURVES if not curve.beside and any(points(run["metrics"], curve.key)[0] for run in runs)]
+    shown = [
+        curve
+        for curve in CURVES
+        if not curve.beside and any(points(run["metrics"], curve.key)[0] for run in runs)
+    ]
     names = [_legend(run) for run in runs]
-    across = max(1, min(len(runs), grid(len(shown))[1] * 55 // (8 + max(map(len, names)))))  # a panel is some 55 characters wide
+    across = max(
+        1, min(len(runs), grid(len(shown))[1] * 55 // (8 + max(map(len, names))))
+    )  # a panel is some 55 characters wide
     title = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
-    figure, places = small_multiples(len(shown), title, LEGEND_INCHES * math.ceil(len(runs) / across))
+    figure, places = small_multiples(
+        len(shown), title, LEGEND_INCHES * math.ceil(len(runs) / across)
+    )
     span = min(run["metrics"][0]["epoch"] for run in runs) + 1, max(run["epochs"] for run in runs)
-    looks = [{"color": colour, "linestyle": style} for _, colour, style in zip(runs, cycle(COLOURS), cycle(STYLES))]
+    looks = [
+        {"color": colour, "linestyle": style}
+        for _, colour, style in zip(runs, cycle(COLOURS), cycle(STYLES))
+    ]
     for curve, axes in zip(shown, places, strict=True):
         for run, look in zip(runs, looks, strict=True):
             line(axes, *points(run["metrics"], curve.key), **look)
             if curve.key == "val_top1" and run["best_epoch"]:
-                axes.plot(run["best_epoch"], run["best_top1"], marker="o", markersize=6, color=look["color"])
+                axes.plot(
+                    run["best_epoch"],
+                    run["best_top1"],
+                    marker="o",
+                    markersize=6,
+                    color=look["color"],
+                )
         furnish(axes, curve, span, "● best" if curve.key == "val_top1" else "")
     width, height = figure.get_size_inches()
     corner = (0.66 / width, 1 - 0.4 / height)
     handles = [Line2D([], [], linewidth=1.4, **look) for look in looks]
-    legend = figure.legend(handles, names, loc="upper left", bbox_to_anchor=corner, ncols=across, fontsize=8, frameon=False, handlelength=3)
+    legend = figure.legend(
+        handles,
+        names,
+        loc="upper left",
+        bbox_to_anchor=corner,
+        ncols=across,
+        fontsize=8,
+        frameon=False,
+        handlelength=3,
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a name may have characters that the font lacks
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # a name may have characters that the font lacks
         durable.write(file.absolute(), lambda scratch: figure.savefig(scratch, format=kind))
 
 
 def _legend(run: dict) -> str:
-    """A blank comes first, since matplotlib leaves out names that begin with an underscore."""
+    """A blank comes first, since matplotlib leaves out names that begin with an
+    underscore."""
     name = printable(run["name"])
     short = name if len(name) <= LEGEND_CHARACTERS else f"…{name[1 - LEGEND_CHARACTERS :]}"
     return f" {short}" + (f" (best {run['best_top1']:.2f})" if run["best_top1"] is not None else "")

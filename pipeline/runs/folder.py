@@ -1,4 +1,5 @@
-"""A run's folder, as everything that reads one reads it: config, metrics, checkpoints, state."""
+"""A run's folder, as everything that reads one reads it: config, metrics, checkpoints,
+state."""
 
 from __future__ import annotations
 
@@ -19,8 +20,18 @@ from pipeline.models.model import METADATA
 from pipeline.runs.metrics import FIGURES
 
 CONFIG, METRICS, STATE = "config.yaml", "metrics.jsonl", "state.pt"
-SCANS = ("training-images.npz", "validation-images.npz")  # what was found in the two folders of images
-SAID = ("model", "classes", "image_size", "labels", "source", "epoch")  # what train-student writes into the header of every checkpoint
+SCANS = (
+    "training-images.npz",
+    "validation-images.npz",
+)  # what was found in the two folders of images
+SAID = (
+    "model",
+    "classes",
+    "image_size",
+    "labels",
+    "source",
+    "epoch",
+)  # what train-student writes into the header of every checkpoint
 
 
 class RunError(MealError):
@@ -29,53 +40,78 @@ class RunError(MealError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Reads a run's folder, which a run of this program or of an older one made, or is making.
+    """Reads a run's folder, which a run of this program or of an older one made, or is
+    making.
 
-    repair: what the user can do where a file is missing or damaged. Every method but ``lines`` raises RunError there, in one line.
+    repair: what the user can do where a file is missing or damaged. Every method but
+    ``lines`` raises RunError there, in one line.
     """
 
     path: Path
     repair: str = "restore it from a copy"
 
     def config(self) -> Config:
-        """Return the config that the run was started with; what an older program didn't write has its default."""
+        """Return the config that the run was started with; what an older program didn't
+        write has its default."""
         file = self.path / CONFIG
         if not file.is_file():
-            raise RunError(f"{self.path} is no run of train-student (it has no {CONFIG}); check the path, or {self.repair}")
+            raise RunError(
+                f"{self.path} is no run of train-student (it has no {CONFIG}); check the path, or "
+                f"{self.repair}"
+            )
         try:
             return validate(yaml.safe_load(file.read_text()), "not a recipe")
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
-            raise RunError(f"{file} is damaged ({' '.join(str(error).split())}); {self.repair}") from None
+            raise RunError(
+                f"{file} is damaged ({' '.join(str(error).split())}); {self.repair}"
+            ) from None
 
     def metrics(self) -> list[dict]:
-        """Return the figures of each pass over the images, in order, one pass at least."""
+        """Return the figures of each pass over the images, in order, one pass at
+        least."""
         file, metrics = self.path / METRICS, []
         if not file.is_file():
-            raise RunError(f"{self.path} has no finished epoch (it has no {METRICS}); finish one, or {self.repair}")
+            raise RunError(
+                f"{self.path} has no finished epoch (it has no {METRICS}); finish one, or "
+                f"{self.repair}"
+            )
         try:
             for number, text in enumerate(file.read_text().splitlines(), 1):
                 metrics.append(json.loads(text))
                 if trouble := _trouble(metrics):
                     raise ValueError(f"line {number} {trouble}")
-        except (OSError, ValueError, OverflowError) as error:  # what isn't UTF-8 or JSON is a ValueError too
-            raise RunError(f"{file} is damaged ({shorten(str(error), 160, placeholder=' …')}); {self.repair}") from None
+        except (
+            OSError,
+            ValueError,
+            OverflowError,
+        ) as error:  # what isn't UTF-8 or JSON is a ValueError too
+            raise RunError(
+                f"{file} is damaged ({shorten(str(error), 160, placeholder=' …')}); {self.repair}"
+            ) from None
         if not metrics:
             raise RunError(f"{file} is empty; {self.repair}")
         return metrics
 
     def header(self, weights: str) -> dict:
-        """Return what train-student wrote into the header of a checkpoint, "best" or "last"."""
+        """Return what train-student wrote into the header of a checkpoint, "best" or
+        "last"."""
         file = self.checkpoint(weights)
         if not file.is_file():
-            raise RunError(f"there is no {file}; check the path, or run train-student again until an epoch is finished")
+            raise RunError(
+                f"there is no {file}; check the path, or run train-student again until an epoch is "
+                f"finished"
+            )
         try:
             with safetensors.safe_open(file, "pt") as f:
                 facts = json.loads((f.metadata() or {}).get(METADATA, "{}"))
         except Exception as error:  # a damaged file fails in many ways
-            raise RunError(f"{file} is damaged ({shorten(str(error), 120, placeholder=' …')}); {self.repair}") from None
+            raise RunError(
+                f"{file} is damaged ({shorten(str(error), 120, placeholder=' …')}); {self.repair}"
+            ) from None
         if missing := [key for key in SAID if facts.get(key) is None]:
             raise RunError(
-                f"{file} was not written by train-student (its header doesn't say its {missing[0]}); pass a run of train-student"
+                f"{file} was not written by train-student (its header doesn't say its "
+                f"{missing[0]}); pass a run of train-student"
             )
         return facts
 
@@ -88,7 +124,10 @@ class RunFolder:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
             why = shorten(str(error), 120, placeholder=" …")
-            raise RunError(f"{file} is damaged ({why}); choose another --out, or delete that folder to start again") from None
+            raise RunError(
+                f"{file} is damaged ({why}); choose another --out, or delete that folder to start "
+                f"again"
+            ) from None
 
     def checkpoint(self, weights: str) -> Path:
         """Return the place of a student's weights, "best" or "last"."""
@@ -114,6 +153,8 @@ def _trouble(metrics: list) -> str:
             return f"has {key} {value!r}, which is no number"
         if not math.isfinite(value or 0) and key in ("images", "seconds", "images_per_second"):
             return f"has {key} {value}, which isn't finite"
-    if not isinstance(newest["epoch"], int) or newest["epoch"] <= (metrics[-2]["epoch"] if metrics[:-1] else -1):
+    if not isinstance(newest["epoch"], int) or newest["epoch"] <= (
+        metrics[-2]["epoch"] if metrics[:-1] else -1
+    ):
         return f"has epoch {newest['epoch']}, which doesn't go on from the one before"
     return ""

@@ -10,8 +10,9 @@ from pipeline.config import Config
 
 
 class Curve(NamedTuple):
-    """A figure of a pass over the images. key: in its metrics; tag: in TensorBoard, which groups by the part before the stroke; beside: the
-    curve whose panel it shares."""
+    """A figure of a pass over the images. key: in its metrics; tag: in TensorBoard,
+    which groups by the part before the stroke; beside: the curve whose panel it
+    shares."""
 
     key: str
     tag: str
@@ -28,9 +29,26 @@ CURVES = (
     Curve("kl", "training/kl", "KL to the labels", "nats"),
     Curve("agreement", "training/agreement", "agreement with the labels", "% of crops"),
     Curve("discriminator_loss", "discriminator/loss", "discriminator loss", "nats"),
-    Curve("discriminator_accuracy", "discriminator/accuracy", "discriminator accuracy", "% of answers right"),
-    Curve("discriminator_accuracy_student", "discriminator/accuracy_student", "student", "", "discriminator_accuracy"),
-    Curve("discriminator_accuracy_teachers", "discriminator/accuracy_teachers", "teachers", "", "discriminator_accuracy"),
+    Curve(
+        "discriminator_accuracy",
+        "discriminator/accuracy",
+        "discriminator accuracy",
+        "% of answers right",
+    ),
+    Curve(
+        "discriminator_accuracy_student",
+        "discriminator/accuracy_student",
+        "student",
+        "",
+        "discriminator_accuracy",
+    ),
+    Curve(
+        "discriminator_accuracy_teachers",
+        "discriminator/accuracy_teachers",
+        "teachers",
+        "",
+        "discriminator_accuracy",
+    ),
     Curve("lr", "training/lr", "learning rate", "of the last step"),
     Curve("images_per_second", "training/images_per_second", "speed", "images/s"),
 )
@@ -38,23 +56,30 @@ CURVES = (
 
 def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
     """Epochs done and the figure after each, where a pass has it and it is finite."""
-    found = [(m["epoch"] + 1, m[key]) for m in metrics if m.get(key) is not None and math.isfinite(m[key])]
+    found = [
+        (m["epoch"] + 1, m[key])
+        for m in metrics
+        if m.get(key) is not None and math.isfinite(m[key])
+    ]
     return [epoch for epoch, _ in found], [value for _, value in found]
 
 
 def images_of(one: dict) -> float:
-    """Crops that the student saw in a pass; of runs of an older version, which didn't note them, worked out from the speed."""
+    """Crops that the student saw in a pass; of runs of an older version, which didn't
+    note them, worked out from the speed."""
     return one.get("images") or one["images_per_second"] * one["seconds"]
 
 
 def best_of(metrics: Sequence[dict]) -> tuple[int, float] | None:
-    """Epochs done and top-1 of best.safetensors: the newest of the best. None without validation."""
+    """Epochs done and top-1 of best.safetensors: the newest of the best. None without
+    validation."""
     epochs, top1 = points(metrics, "val_top1")
     return max(zip(epochs, top1, strict=True), key=lambda point: (point[1], point[0]), default=None)
 
 
 def labels_of(config: Config) -> str:
-    """What the student learns from: soft (a store), online (live teachers) or hard labels."""
+    """What the student learns from: soft (a store), online (live teachers) or hard
+    labels."""
     return "online" if config.train.online else config.train.labels
 
 

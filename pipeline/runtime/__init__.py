@@ -1,1 +1,2 @@
-"""What both stages need of the machine: threads, devices, processes, precision, progress, profiles."""
+"""What both stages need of the machine: threads, devices, processes, precision,
+progress, profiles."""

@@ -1,4 +1,5 @@
-"""Tensors on their way to the device and back while that is at work: through pinned memory. From CPU to CPU nothing moves."""
+"""Tensors on their way to the device and back while that is at work: through pinned
+memory. From CPU to CPU nothing moves."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ T = TypeVar("T")
 
 @dataclass
 class Sent(Generic[T]):
-    """A tensor, or lists, tuples, dicts and dataclasses of them, which are copied as far as they hold tensors, that may still be under way."""
+    """A tensor, or lists, tuples, dicts and dataclasses of them, which are copied as
+    far as they hold tensors, that may still be under way."""
 
     what: T
     arrival: torch.cuda.Event | None = None
 
     def received(self) -> T:
-        """The tensors on the device, for what is started on its current stream from now on."""
+        """The tensors on the device, for what is started on its current stream from now
+        on."""
         if self.arrival:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.arrival)
@@ -35,16 +38,22 @@ class Sent(Generic[T]):
 class Returning:
     """Tensors on their way from the device to the CPU.
 
-    Each tensor is copied to pinned memory on the current stream, right behind the work that makes the tensor. ``arrived`` waits for this work alone, and not
-    for what the device was told to do since.
+    Each tensor is copied to pinned memory on the current stream, right behind the work
+    that makes the tensor. ``arrived`` waits for this work alone, and not for what the
+    device was told to do since.
     """
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.tensors: tuple[torch.Tensor, ...] = tensors
         self.arrival: torch.cuda.Event | None = None
         if tensors[0].is_cuda:
-            self.tensors = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
-            self.arrival = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
+            self.tensors = tuple(
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in tensors
+            )
+            self.arrival = torch.cuda.Event(
+                blocking=True
+            )  # who waits for it leaves the core to the decoders
             self.arrival.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrived(self) -> tuple[torch.Tensor, ...]:
@@ -69,12 +78,18 @@ class Sender:
     def __call__(self, what: T) -> Sent[T]:
         if not self.stream:
             return Sent(_each(lambda tensor: tensor.to(self.device), what))
-        moved = _each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory().to(self.device, non_blocking=True), what)
+        moved = _each(
+            lambda tensor: (
+                tensor if tensor.is_cuda else tensor.pin_memory().to(self.device, non_blocking=True)
+            ),
+            what,
+        )
         return Sent(moved, self.stream.record_event())
 
 
 def fetched(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, once the device has made it. Signals are heard meanwhile: where another process has failed, that may be never."""
+    """The tensor on the CPU, once the device has made it. Signals are heard meanwhile:
+    where another process has failed, that may be never."""
     if tensor.is_cuda:
         made = torch.cuda.current_stream().record_event()
         while not made.query():
@@ -92,5 +107,7 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], what: Any) -> Any:
         several = [_each(change, value) for value in what]
         return several if isinstance(what, list) else tuple(several)
     if is_dataclass(what):
-        return replace(what, **{field.name: _each(change, getattr(what, field.name)) for field in fields(what)})
+        return replace(
+            what, **{field.name: _each(change, getattr(what, field.name)) for field in fields(what)}
+        )
     return what

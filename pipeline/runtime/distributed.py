@@ -1,7 +1,9 @@
-"""Several processes that train one student under torchrun: who they are, and what they tell each other. For one process nothing of it happens.
+"""Several processes that train one student under torchrun: who they are, and what they
+tell each other. For one process nothing of it happens.
 
-Whatever only one may do, or needs to do, process 0 does (``first``). Whatever may fail in one of them is agreed upon (``together``), so that one line
-says what went wrong and nobody waits for a process that has given up.
+Whatever only one may do, or needs to do, process 0 does (``first``). Whatever may fail
+in one of them is agreed upon (``together``), so that one line says what went wrong and
+nobody waits for a process that has given up.
 """
 
 from __future__ import annotations
@@ -25,11 +27,16 @@ from pipeline.runtime import progress
 from pipeline.runtime.malloc import keep_freed_memory
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # with process 0, which may decode a whole data set meanwhile; a process that dies is noticed at once
+# with process 0, which may decode a whole data set meanwhile; a process that dies is
+# noticed at once
+PATIENCE = timedelta(days=1)
 STALL = timedelta(minutes=30)  # with the others in a step, while one's disk doesn't answer
-# DistributedDataParallel is to leave buffers alone: BatchNorm's are averaged at an epoch's end. Of two names for that, a newer torch warns of the old one.
+# DistributedDataParallel is to leave buffers alone: BatchNorm's are averaged at an
+# epoch's end. Of two names for that, a newer torch warns of the old one.
 _KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
-_ALONE = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _KNOWN): False}
+_ALONE = {
+    next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _KNOWN): False
+}
 
 
 class DeviceError(MealError):
@@ -37,24 +44,32 @@ class DeviceError(MealError):
 
 
 def own_device(name: str | None = None) -> torch.device:
-    """Return the device that this process is to work on: "cpu", or "cuda", which is this process's GPU under torchrun; by default a GPU if there is one.
+    """Return the device that this process is to work on: "cpu", or "cuda", which is
+    this process's GPU under torchrun; by default a GPU if there is one.
 
-    Has the C library keep freed memory too (``keep_freed_memory``), since loader and models work in large blocks. Raises DeviceError.
+    Has the C library keep freed memory too (``keep_freed_memory``), since loader and
+    models work in large blocks. Raises DeviceError.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi")
+        raise DeviceError(
+            "--device cuda: torch finds no GPU here; use --device cpu, or check nvidia-smi"
+        )
     keep_freed_memory()
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if place >= count:
-        raise DeviceError(f"torchrun starts process {place} on a machine with {count} GPUs; use --nproc-per-node {count}")
+        raise DeviceError(
+            f"torchrun starts process {place} on a machine with {count} GPUs; use --nproc-per-node "
+            f"{count}"
+        )
     torch.cuda.set_device(place)
     return torch.device("cuda")
 
 
 class Elsewhere(MealError):
-    """Another process failed, and says itself what is wrong; so the message is often empty, and then nothing is printed."""
+    """Another process failed, and says itself what is wrong; so the message is often
+    empty, and then nothing is printed."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
@@ -62,7 +77,8 @@ class Elsewhere(MealError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together: number ``rank`` of ``world``, counted from 0."""
+    """This process among those that train together: number ``rank`` of ``world``,
+    counted from 0."""
 
     rank: int = 0
     world: int = 1
@@ -74,7 +90,8 @@ class Processes:
         return self.rank == 0
 
     def first(self, do: Callable[[], T]) -> T:
-        """What process 0 finds, for all. Its error is raised there, and Elsewhere in the others."""
+        """What process 0 finds, for all. Its error is raised there, and Elsewhere in
+        the others."""
         if self.world == 1:
             return do()
         told: list = [None, False]
@@ -91,8 +108,9 @@ class Processes:
         return told[0]
 
     def together(self, do: Callable[[], T]) -> T:
-        """What this process finds, once all have found something. An error is raised where it came, and Elsewhere in the others, also in those where the very
-        same came. ``do`` must not speak to the others."""
+        """What this process finds, once all have found something. An error is raised
+        where it came, and Elsewhere in the others, also in those where the very same
+        came. ``do`` must not speak to the others."""
         if self.world == 1:
             return do()
         try:
@@ -120,7 +138,8 @@ class Processes:
         return heard
 
     def sum(self, figures: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of tensors of one shape, on the tensors' device; in each the same to the last bit."""
+        """The sum over all processes of tensors of one shape, on the tensors' device;
+        in each the same to the last bit."""
         if self.world > 1:
             figures = figures.clone()
             with _naming_the_dead():
@@ -128,23 +147,30 @@ class Processes:
         return figures
 
     def joined(self, module: nn.Module) -> nn.Module:
-        """The module with process 0's weights in all of them, whose gradients become the mean over all after each backward pass."""
+        """The module with process 0's weights in all of them, whose gradients become
+        the mean over all after each backward pass."""
         if self.world == 1:
             return module
         with _naming_the_dead():
-            return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **_ALONE)
+            return nn.parallel.DistributedDataParallel(
+                module, gradient_as_bucket_view=True, **_ALONE
+            )
 
     def average_batchnorm(self, module: nn.Module) -> None:
-        """Give all the mean of what each one's BatchNorm layers have seen: they normalise with the images of their own process, as in the paper."""
+        """Give all the mean of what each one's BatchNorm layers have seen: they
+        normalise with the images of their own process, as in the paper."""
         if self.world > 1:
             for layer in module.modules():
-                own = isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+                own = isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(
+                    layer, nn.SyncBatchNorm
+                )
                 if own and layer.track_running_stats:
                     for seen in (layer.running_mean, layer.running_var):
                         seen.copy_(self.sum(seen) / self.world)
 
     def in_step(self) -> AbstractContextManager:
-        """For a block in which the processes speak to each other by themselves, as in a backward pass."""
+        """For a block in which the processes speak to each other by themselves, as in a
+        backward pass."""
         return _naming_the_dead() if self.world > 1 else nullcontext()
 
 
@@ -153,23 +179,31 @@ ALONE = Processes()
 
 @contextmanager
 def joining(device: torch.device) -> Iterator[Processes]:
-    """This process among those that torchrun has started with it, by torchrun's environment variables; on CPUs they speak by gloo, on GPUs by NCCL."""
+    """This process among those that torchrun has started with it, by torchrun's
+    environment variables; on CPUs they speak by gloo, on GPUs by NCCL."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield ALONE
         return
     with _naming_the_dead():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STALL)
-        processes = Processes(distributed.get_rank(), world, distributed.new_group(backend="gloo", timeout=PATIENCE))
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STALL
+        )
+        processes = Processes(
+            distributed.get_rank(), world, distributed.new_group(backend="gloo", timeout=PATIENCE)
+        )
     if not processes.leads:
         progress.silence()
     yield processes
-    distributed.destroy_process_group()  # not after an error: others may still be waiting, and are told by this process's end
+    # not after an error: others may still be waiting, and are told by this process's
+    # end
+    distributed.destroy_process_group()
 
 
 @contextmanager
 def _naming_the_dead() -> Iterator[None]:
-    """Say in a line that another process is gone, which the libraries say in many ways."""
+    """Say in a line that another process is gone, which the libraries say in many
+    ways."""
     try:
         yield
     except RuntimeError as error:
@@ -177,11 +211,18 @@ def _naming_the_dead() -> Iterator[None]:
         text = " ".join(str(error).split())
         if "Expected to have finished reduction" in text:
             raise MealError(
-                "a part of this student takes no part in its output, which DistributedDataParallel can't do; train it in one process"
+                "a part of this student takes no part in its output, which DistributedDataParallel "
+                "can't do; train it in one process"
             ) from None
         if re.search(r"Connection (closed|reset)|closed by peer", text):
-            lines = "another process of this run has ended; what it said, or torchrun below, says why. Run the same command again to go on"
+            lines = (
+                "another process of this run has ended; what it said, or torchrun below, says "
+                "why. Run the same command again to go on"
+            )
             raise Elsewhere(lines if progress.speaks() else "") from None
         if isinstance(error, distributed.DistError) or re.search("gloo|NCCL|nccl", text):
-            raise MealError(f"the processes of this run can't speak to each other ({shorten(text, 200, placeholder=' …')})") from None
+            raise MealError(
+                f"the processes of this run can't speak to each other "
+                f"({shorten(text, 200, placeholder=' …')})"
+            ) from None
         raise

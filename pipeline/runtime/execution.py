@@ -16,8 +16,9 @@ CPU = torch.device("cpu")
 class Execution:
     """Where a stage runs, and who takes the time.
 
-    device: of the models. processes: those that work together, each with its part of every batch; the first one writes. clock: adds up where the time goes;
-    an exact one has the stage say so at its end (--profile).
+    device: of the models. processes: those that work together, each with its part of
+    every batch; the first one writes. clock: adds up where the time goes; an exact one
+    has the stage say so at its end (--profile).
     """
 
     device: torch.device = CPU
@@ -25,8 +26,11 @@ class Execution:
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
-    def on(cls, device: torch.device, processes: Processes = ALONE, *, profile: bool = False) -> Execution:
-        """Run on a device, and with ``profile`` say at the end where the time went and what to change."""
+    def on(
+        cls, device: torch.device, processes: Processes = ALONE, *, profile: bool = False
+    ) -> Execution:
+        """Run on a device, and with ``profile`` say at the end where the time went and
+        what to change."""
         return cls(device, processes, Clock(device, exact=profile))
 
     @property

@@ -1,7 +1,8 @@
 """Where the time of a stage goes, and what to change (--profile).
 
-The thread that feeds the model is the one that matters: it works, or it waits for crops, or for the writer. What the others do beside it costs nothing
-while it doesn't wait.
+The thread that feeds the model is the one that matters: it works, or it waits for
+crops, or for the writer. What the others do beside it costs nothing while it doesn't
+wait.
 """
 
 from __future__ import annotations
@@ -24,23 +25,36 @@ T = TypeVar("T")
 MUCH = 0.1  # of the time: a wait that is worth doing something about
 _END = object()
 # Parts of a stage: of the thread that feeds the model, and of those beside it.
-LABELLING = (("teachers", "wait for crops", "wait for the writer"), ("read", "render", "mix", "send", "code", "write"))
+LABELLING = (
+    ("teachers", "wait for crops", "wait for the writer"),
+    ("read", "render", "mix", "send", "code", "write"),
+)
 TRAINING = (
-    ("labels and teachers", "forward and backward", "optimizer", "wait for crops", "validate", "save"),
+    (
+        "labels and teachers",
+        "forward and backward",
+        "optimizer",
+        "wait for crops",
+        "validate",
+        "save",
+    ),
     ("labels", "read", "render", "mix", "send"),
 )
 
 
 class Clock:
-    """Adds up seconds by part, in whatever thread. ``exact``: wait for a GPU at the end of each of the model's parts, which otherwise only starts the work;
-    that costs some speed, and is for --profile."""
+    """Adds up seconds by part, in whatever thread. ``exact``: wait for a GPU at the end
+    of each of the model's parts, which otherwise only starts the work; that costs some
+    speed, and is for --profile."""
 
     def __init__(self, device: torch.device | None = None, *, exact: bool = False) -> None:
         self.exact = exact
         self.seconds: dict[str, float] = defaultdict(float)
         self.lock = threading.Lock()
         self.settle: Callable[[], object] = (
-            torch.cuda.synchronize if exact and device is not None and device.type == "cuda" else lambda: None
+            torch.cuda.synchronize
+            if exact and device is not None and device.type == "cuda"
+            else lambda: None
         )
         self.begun = time.perf_counter()
 
@@ -72,13 +86,18 @@ class Clock:
 
 
 def report(clock: Clock, parts: tuple[tuple[str, ...], tuple[str, ...]], advice: str) -> list[str]:
-    """Lines for people: the parts of the thread that feeds the model add up to the whole; what is done beside it doesn't."""
+    """Lines for people: the parts of the thread that feeds the model add up to the
+    whole; what is done beside it doesn't."""
     whole = max(time.perf_counter() - clock.begun, 1e-9)
     feeding, beside = parts
     other = whole - sum(clock.seconds[name] for name in feeding)
     lines = [f"where {duration(whole)} went:"]
-    lines += [_line(name, clock.seconds[name], whole) for name in feeding if clock.seconds[name]] + [_line("the rest", other, whole)]
-    lines += ["beside that, in other threads:"] + [_line(name, clock.seconds[name], whole) for name in beside if clock.seconds[name]]
+    lines += [
+        _line(name, clock.seconds[name], whole) for name in feeding if clock.seconds[name]
+    ] + [_line("the rest", other, whole)]
+    lines += ["beside that, in other threads:"] + [
+        _line(name, clock.seconds[name], whole) for name in beside if clock.seconds[name]
+    ]
     return [*lines, advice]
 
 
@@ -87,20 +106,36 @@ def _line(name: str, seconds: float, whole: float) -> str:
 
 
 def advice_on_labelling(clock: Clock, config: Config, device: torch.device) -> str:
-    seconds, worked = clock.seconds, clock.seconds["teachers"] + clock.seconds["wait for crops"] + clock.seconds["wait for the writer"]
+    seconds, worked = (
+        clock.seconds,
+        clock.seconds["teachers"]
+        + clock.seconds["wait for crops"]
+        + clock.seconds["wait for the writer"],
+    )
     if seconds["wait for crops"] > MUCH * worked:
         more = []
         if config.store.views_per_decode < min(config.crops.views, 16):
-            more.append(f"raise store.views_per_decode ({config.store.views_per_decode} of {config.crops.views} views now)")
+            more.append(
+                f"raise store.views_per_decode ({config.store.views_per_decode} of "
+                f"{config.crops.views} views now)"
+            )
         return _of_the_loader(clock, config, device, "the teachers wait", more, "a new store")
     if seconds["wait for the writer"] > MUCH * worked:
         if seconds["write"] > seconds["code"]:
-            return "the teachers wait for the disk: put --store on a faster one, or let several workers fill it"
-        return "the teachers wait for coding: a codec of one byte a class (store.codec: pow8) is faster, for a new store"
+            return (
+                "the teachers wait for the disk: put --store on a faster one, or let several "
+                "workers fill it"
+            )
+        return (
+            "the teachers wait for coding: a codec of one byte a class (store.codec: pow8) is "
+            "faster, for a new store"
+        )
     more = ["set store.compile=true for a new store"] if not config.store.compile else []
     if device.type == "cuda" and config.store.precision not in HALF:
         more.append("store.precision=float16 for a new store")
-    return "the teachers are the limit, the loader keeps up: " + _or([*more, "use more GPUs or machines (torchrun, --worker)"])
+    return "the teachers are the limit, the loader keeps up: " + _or(
+        [*more, "use more GPUs or machines (torchrun, --worker)"]
+    )
 
 
 def advice_on_training(clock: Clock, config: Config, device: torch.device) -> str:
@@ -110,24 +145,35 @@ def advice_on_training(clock: Clock, config: Config, device: torch.device) -> st
         more = []
         if config.train.crops_per_image == 1:
             more.append("show several crops of each decoded image (train.crops_per_image=4)")
-        return _of_the_loader(clock, config, device, "the student waits", more, "a store that was made with it")
+        return _of_the_loader(
+            clock, config, device, "the student waits", more, "a store that was made with it"
+        )
     more = ["set train.compile=true"] if not config.train.compile else []
     if device.type == "cuda" and config.train.precision not in HALF:
         more.append("train.precision=bfloat16")
-    return "the student is the limit, the loader keeps up: " + _or([*more, "use more GPUs (torchrun)"])
+    return "the student is the limit, the loader keeps up: " + _or(
+        [*more, "use more GPUs (torchrun)"]
+    )
 
 
-def _of_the_loader(clock: Clock, config: Config, device: torch.device, who: str, more: list[str], store: str) -> str:
+def _of_the_loader(
+    clock: Clock, config: Config, device: torch.device, who: str, more: list[str], store: str
+) -> str:
     seconds, now, most = clock.seconds, threads_for(config.render.threads), threads_for(None)
     if seconds["labels"] > seconds["read"] + seconds["render"]:
         return f"{who} for labels, which are read from the store: put --store on a faster disk"
     if seconds["read"] > seconds["render"]:
-        return f"{who} for crops, and reading the files takes most of that: put --data on a faster disk, or set render.threads higher"
+        return (
+            f"{who} for crops, and reading the files takes most of that: put --data on a faster "
+            "disk, or set render.threads higher"
+        )
     if now < most:
         more = [f"set render.threads to {most} (now {now})", *more]
     if device.type == "cuda" and config.render.backend == "cpu":
         more.append(f"decode on the GPU (render.backend=gpu, with {store})")
-    return f"{who} for crops, and decoding takes most of that: " + _or([*more, "give this process more cores"])
+    return f"{who} for crops, and decoding takes most of that: " + _or(
+        [*more, "give this process more cores"]
+    )
 
 
 def _or(several: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log. Both with rate and time left."""
+"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log.
+Both with rate and time left."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def speaks() -> bool:
 
 
 class Progress:
-    """``with Progress("training", 1000, "images") as progress: progress.advance(64, "loss 1.23")``."""
+    """``with Progress("training", 1000, "images") as progress: progress.advance(64,
+    "loss 1.23")``."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
@@ -60,24 +62,36 @@ class Progress:
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
         if self.bar:
-            self.bar.update(self.task, advance=n, rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s", note=note)
+            self.bar.update(
+                self.task,
+                advance=n,
+                rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s",
+                note=note,
+            )
         elif _speaks and now - self.logged >= LOG_SECONDS:
             self.logged = now
             left = duration((self.total - self.done) / rate) if rate else "?"
             print(
-                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} left {note}".rstrip(),
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} "
+                f"left {note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.bar:
             self.bar.stop()
         self.seconds = time.monotonic() - self.started
 
 
 def say(message: str, *, anyway: bool = False) -> None:
-    """A line for people, on stderr: stdout is for results. anyway: also where another process does the speaking."""
+    """A line for people, on stderr: stdout is for results. anyway: also where another
+    process does the speaking."""
     if _speaks or anyway:
         print(printable(message), file=sys.stderr, flush=True)
 
@@ -93,5 +107,6 @@ def duration(seconds: float) -> str:
 
 
 def results() -> Console:
-    """Where results go: stdout, as wide as the terminal, or unfolded into a pipe or file."""
+    """Where results go: stdout, as wide as the terminal, or unfolded into a pipe or
+    file."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)

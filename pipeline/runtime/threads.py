@@ -1,5 +1,6 @@
-"""Work beside other work: an iterator that a thread runs ahead of whoever wants its items, and a thread that deals with items behind whoever makes them.
-Both are bounded, and neither thread outlives its context, whatever fails."""
+"""Work beside other work: an iterator that a thread runs ahead of whoever wants its
+items, and a thread that deals with items behind whoever makes them. Both are bounded,
+and neither thread outlives its context, whatever fails."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _END = object()
 
 
 def share_the_interpreter() -> None:
-    """Let threads change places more often than Python does by itself (5 ms), since the one that feeds the device should not wait for the others."""
+    """Let threads change places more often than Python does by itself (5 ms), since the
+    one that feeds the device should not wait for the others."""
     sys.setswitchinterval(min(SWITCH, sys.getswitchinterval()))
 
 
@@ -27,7 +29,8 @@ def share_the_interpreter() -> None:
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
     """Iterate over ``items`` in a thread that stays at most ``depth`` items ahead.
 
-    An error in the thread is raised where the item would have come. Leaving the context stops and joins the thread, whatever happened.
+    An error in the thread is raised where the item would have come. Leaving the context
+    stops and joins the thread, whatever happened.
     """
     filled: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -79,11 +82,13 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
 
 @contextmanager
 def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callable[[T], None]]:
-    """Give items away to a thread that deals with them in their order; at most ``depth`` of them wait: ``with behind(write) as give: give(item)``.
+    """Give items away to a thread that deals with them in their order; at most
+    ``depth`` of them wait: ``with behind(write) as give: give(item)``.
 
-    An error of the thread is raised where the next item is given away, or at the end; what waits then is dropped. Leaving the context waits until what was
-    given away has been dealt with, also when an error elsewhere is the reason. When a signal is, it waits for the one item in hand, and after a second
-    signal for nothing.
+    An error of the thread is raised where the next item is given away, or at the end;
+    what waits then is dropped. Leaving the context waits until what was given away has
+    been dealt with, also when an error elsewhere is the reason. When a signal is, it
+    waits for the one item in hand, and after a second signal for nothing.
     """
     waiting: queue.Queue = queue.Queue(maxsize=depth)
     failed: list[BaseException] = []
@@ -135,5 +140,8 @@ def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callabl
 
 
 def threads_for(threads: int | None) -> int:
-    """Decoder threads: as told, or as many as this process may use, at most 16; torchrun's processes of a machine share its cores."""
-    return threads or max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Decoder threads: as told, or as many as this process may use, at most 16;
+    torchrun's processes of a machine share its cores."""
+    return threads or max(
+        1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    )

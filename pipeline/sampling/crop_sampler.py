@@ -1,6 +1,8 @@
-"""What a store holds of every crop of a manifest before any teacher has seen it: boxes, flips and mixes, drawn from the policy.
+"""What a store holds of every crop of a manifest before any teacher has seen it: boxes,
+flips and mixes, drawn from the policy.
 
-Stage one stores them; online training and training from class folders draw them as they go.
+Stage one stores them; online training and training from class folders draw them as they
+go.
 """
 
 from __future__ import annotations
@@ -19,15 +21,19 @@ class CropSampler:
         self.identity = philox.identities(images.path)  # uint64 [images]
 
     def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
-        """int64 [n] rows → boxes int32 [n, 4] (top, left, height, width in pixels) and flips bool [n]; zeros where the image is unusable."""
+        """int64 [n] rows → boxes int32 [n, 4] (top, left, height, width in pixels) and
+        flips bool [n]; zeros where the image is unusable."""
         boxes, flips = np.zeros((len(rows), 4), np.int32), np.zeros(len(rows), bool)
         good = np.flatnonzero(self.images.status[rows] == USABLE)
         of = rows[good]
-        boxes[good], flips[good] = random_crop.draw(self.policy, self.identity[of], self.images.height[of], self.images.width[of], view)
+        boxes[good], flips[good] = random_crop.draw(
+            self.policy, self.identity[of], self.images.height[of], self.images.width[of], view
+        )
         return BoxesAndFlips(boxes, flips)
 
     def mixes(self, view: int, rows: np.ndarray) -> Mixes:
-        """int64 [n] rows → rows of the partners int32 [n], -1 for none, and rectangles float32 [n, 4] (``cutmix.boxes``). The policy must mix."""
+        """int64 [n] rows → rows of the partners int32 [n], -1 for none, and rectangles
+        float32 [n, 4] (``cutmix.boxes``). The policy must mix."""
         seed = self.policy.seed
         partner = np.empty(len(rows), np.int32)
         shard_of = rows // self.shard_rows
@@ -35,7 +41,9 @@ class CropSampler:
             first = int(shard) * self.shard_rows
             whole = slice(first, first + self.shard_rows)
             here = shard_of == shard
-            drawn = first + cutmix.partners(seed, self.identity[whole], self.images.status[whole] == USABLE, view)
+            drawn = first + cutmix.partners(
+                seed, self.identity[whole], self.images.status[whole] == USABLE, view
+            )
             partner[here] = drawn[rows[here] - first]
         box = cutmix.boxes(self.policy.cutmix, seed, self.identity[rows], view)
         partner[(partner == rows) | ~box.any(axis=1)] = -1
@@ -44,4 +52,6 @@ class CropSampler:
 
     def whole_crops(self, view: int, rows: np.ndarray) -> Crops:
         """int64 [n] rows → their crops, with CutMix what is pasted into them too."""
-        return Crops(*self.crops(view, rows), *(self.mixes(view, rows) if self.policy.cutmix else ()))
+        return Crops(
+            *self.crops(view, rows), *(self.mixes(view, rows) if self.policy.cutmix else ())
+        )

@@ -1,7 +1,9 @@
-"""Random numbers that are a pure function of what they are for: Philox4x32-10, vectorised over counters.
+"""Random numbers that are a pure function of what they are for: Philox4x32-10,
+vectorised over counters.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. A generator object per crop would cost
-15 µs; this costs well under one, and depends on no call order, batch size, rank or thread, nor on numpy's version.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+2011. A generator object per crop would cost 15 µs; this costs well under one, and
+depends on no call order, batch size, rank or thread, nor on numpy's version.
 """
 
 from __future__ import annotations
@@ -15,13 +17,27 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def words(seed: int, c0: np.ndarray, c1: np.ndarray | int = 0, c2: np.ndarray | int = 0, c3: np.ndarray | int = 0) -> np.ndarray:
-    """uint32 [n, 4]: four random words for each counter (c0, c1, c2, c3), each below 2^32, under a 64-bit seed."""
-    x0, x1, x2, x3 = (np.array(c, dtype=np.uint64) for c in np.broadcast_arrays(np.atleast_1d(c0), c1, c2, c3))
+def words(
+    seed: int,
+    c0: np.ndarray,
+    c1: np.ndarray | int = 0,
+    c2: np.ndarray | int = 0,
+    c3: np.ndarray | int = 0,
+) -> np.ndarray:
+    """uint32 [n, 4]: four random words for each counter (c0, c1, c2, c3), each below
+    2^32, under a 64-bit seed."""
+    x0, x1, x2, x3 = (
+        np.array(c, dtype=np.uint64) for c in np.broadcast_arrays(np.atleast_1d(c0), c1, c2, c3)
+    )
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
         p0, p1 = x0 * _M0, x2 * _M1
-        x0, x1, x2, x3 = (p1 >> _SHIFT) ^ x1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _SHIFT) ^ x3 ^ np.uint64(k1), p0 & _LOW
+        x0, x1, x2, x3 = (
+            (p1 >> _SHIFT) ^ x1 ^ np.uint64(k0),
+            p1 & _LOW,
+            (p0 >> _SHIFT) ^ x3 ^ np.uint64(k1),
+            p0 & _LOW,
+        )
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
     return np.stack([x0, x1, x2, x3], axis=1).astype(np.uint32)
 
@@ -37,8 +53,12 @@ def below(word: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 
 def identities(names: np.ndarray) -> np.ndarray:
-    """Strings [n] → uint64 [n]: the first eight bytes of their sha256, little-endian."""
-    return np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in names], dtype=np.uint64)
+    """Strings [n] → uint64 [n]: the first eight bytes of their sha256,
+    little-endian."""
+    return np.array(
+        [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in names],
+        dtype=np.uint64,
+    )
 
 
 def split(identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -47,6 +67,7 @@ def split(identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def permutation(seed: int, n: int, *purpose: int) -> np.ndarray:
-    """int64 [n]: a random order of 0 … n − 1 that depends on the seed and on up to two numbers saying what it is for."""
+    """int64 [n]: a random order of 0 … n − 1 that depends on the seed and on up to two
+    numbers saying what it is for."""
     drawn = words(seed, np.arange(n), *purpose).astype(np.uint64)
     return np.argsort(drawn[:, 0] << _SHIFT | drawn[:, 1], kind="stable")

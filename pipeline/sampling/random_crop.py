@@ -1,8 +1,10 @@
-"""Which part of an image a view shows: RandomResizedCrop and a flip, as a pure function of (seed, image, view).
+"""Which part of an image a view shows: RandomResizedCrop and a flip, as a pure function
+of (seed, image, view).
 
-The distribution is that of torchvision's ``RandomResizedCrop`` (Szegedy et al., arXiv 1409.4842): area uniform in ``scale``, log of the
-aspect ratio uniform in log ``ratio``, ten tries, then the largest centred crop within the ratio. "Image" is the relative path: adding
-or removing an image moves no other crop.
+The distribution is that of torchvision's ``RandomResizedCrop`` (Szegedy et al., arXiv
+1409.4842): area uniform in ``scale``, log of the aspect ratio uniform in log ``ratio``,
+ten tries, then the largest centred crop within the ratio. "Image" is the relative path:
+adding or removing an image moves no other crop.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from pipeline.sampling import philox
 TRIES = 10
 
 
-def draw(policy: CropPolicy, identity: np.ndarray, height: np.ndarray, width: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    policy: CropPolicy, identity: np.ndarray, height: np.ndarray, width: np.ndarray, view: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Crops of one view.
 
-    identity: uint64 [n] (philox.identities of the paths); height, width: int [n], pixels of the decoded images, 1 or more.
-    Returns int32 [n, 4] top, left, height, width in pixels, inside the image, and bool [n] mirrored left-right.
+    identity: uint64 [n] (philox.identities of the paths); height, width: int [n],
+    pixels of the decoded images, 1 or more. Returns int32 [n, 4] top, left, height,
+    width in pixels, inside the image, and bool [n] mirrored left-right.
     """
     n = len(identity)
     low, high = philox.split(identity)
@@ -31,7 +36,11 @@ def draw(policy: CropPolicy, identity: np.ndarray, height: np.ndarray, width: np
         if len(open_) == 0:
             break
         w = philox.words(policy.seed, low[open_], high[open_], view, attempt)
-        area = H[open_] * W[open_] * (policy.scale[0] + (policy.scale[1] - policy.scale[0]) * philox.uniform(w[:, 0]))
+        area = (
+            H[open_]
+            * W[open_]
+            * (policy.scale[0] + (policy.scale[1] - policy.scale[0]) * philox.uniform(w[:, 0]))
+        )
         aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * philox.uniform(w[:, 1]))
         cw = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         ch = np.rint(np.sqrt(area / aspect)).astype(np.int64)

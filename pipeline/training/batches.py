@@ -1,4 +1,5 @@
-"""Which images an epoch shows in which order, and their stored crops and labels, rendered and in batches."""
+"""Which images an epoch shows in which order, and their stored crops and labels,
+rendered and in batches."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class Mixed:
 
     area: torch.Tensor  # float32 [n], the share of each picture that is pasted
     class_index: torch.Tensor  # int64 [n], of the partners
-    labels: torch.Tensor | None  # codes [n, classes] of the partners, to be mixed by area; None where a label is of the mixed picture
+    # codes [n, classes] of the partners, to be mixed by area; None where a label is of
+    # the mixed picture
+    labels: torch.Tensor | None
 
 
 @dataclass
@@ -42,14 +45,17 @@ class Batch:
     mixed: Mixed | None
     total: int  # crops of the global batch, of which these are this process's part
     world: int = 1  # processes that have a part
-    copies: int = 1  # how many processes have each crop: all of them, of a batch that is too small to be divided
+    # how many processes have each crop: all of them, of a batch that is too small to be
+    # divided
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.class_index)
 
     @property
     def weight(self) -> float:
-        """What the mean over this part counts in a mean over the processes that is to be the one over the global batch."""
+        """What the mean over this part counts in a mean over the processes that is to
+        be the one over the global batch."""
         return len(self) * self.world / (self.total * self.copies)
 
 
@@ -57,8 +63,9 @@ class Batch:
 class Batching:
     """How an epoch is cut into batches.
 
-    batch_size: crops of a global batch. seed: of the order. crops_per_image: how many views of each image are in a batch (FKD, arXiv 2112.01528): an epoch's
-    pass over the images then shows that many views. mix: CutMix by area, of neighbours in the batch.
+    batch_size: crops of a global batch. seed: of the order. crops_per_image: how many
+    views of each image are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the
+    images then shows that many views. mix: CutMix by area, of neighbours in the batch.
     """
 
     batch_size: int
@@ -74,34 +81,60 @@ class Batching:
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that are shuffled together, in the epoch's order, and all that the source knows of them."""
+    """Rows that are shuffled together, in the epoch's order, and all that the source
+    knows of them."""
 
     rows: np.ndarray  # int64 [n]
     labels: np.ndarray | None  # codes [views, n, classes]
     crops: Crops  # [views, n]; partner: the row itself where nothing is pasted
-    theirs: BoxesAndFlips | None  # [views, n], the partners' own crops; with the source's CutMix only
+    theirs: (
+        BoxesAndFlips | None
+    )  # [views, n], the partners' own crops; with the source's CutMix only
 
     def take(self, places: np.ndarray | slice) -> Window:
         labels = None if self.labels is None else self.labels[:, places]
-        theirs = None if self.theirs is None else BoxesAndFlips(*(column[:, places] for column in self.theirs))
+        theirs = (
+            None
+            if self.theirs is None
+            else BoxesAndFlips(*(column[:, places] for column in self.theirs))
+        )
         return Window(self.rows[places], labels, self.crops.take(places), theirs)
 
     def join(self, other: Window) -> Window:
-        labels = None if self.labels is None else np.concatenate([self.labels, other.labels], axis=1)
+        labels = (
+            None if self.labels is None else np.concatenate([self.labels, other.labels], axis=1)
+        )
         theirs = None
         if self.theirs is not None:
-            theirs = BoxesAndFlips(*(np.concatenate(pair, axis=1) for pair in zip(self.theirs, other.theirs, strict=True)))
-        return Window(np.concatenate([self.rows, other.rows]), labels, Crops.join([self.crops, other.crops]), theirs)
+            theirs = BoxesAndFlips(
+                *(
+                    np.concatenate(pair, axis=1)
+                    for pair in zip(self.theirs, other.theirs, strict=True)
+                )
+            )
+        return Window(
+            np.concatenate([self.rows, other.rows]),
+            labels,
+            Crops.join([self.crops, other.crops]),
+            theirs,
+        )
 
 
 class Replay:
-    """Epochs of a source as batches: the same sequence of global batches for every number of processes.
+    """Epochs of a source as batches: the same sequence of global batches for every
+    number of processes.
 
-    sizes: output sizes in pixels, the first one the student's. execution: where the tensors are to be, and the processes, each of which has a part of every
-    batch.
+    sizes: output sizes in pixels, the first one the student's. execution: where the
+    tensors are to be, and the processes, each of which has a part of every batch.
     """
 
-    def __init__(self, source: Source, sizes: Sequence[int], batching: Batching, execution: Execution | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        sizes: Sequence[int],
+        batching: Batching,
+        execution: Execution | None = None,
+    ) -> None:
         execution = execution or Execution()
         self.source, self.size, self.batching = source, sizes[0], batching
         self.rank, self.world = execution.processes.rank, execution.processes.world
@@ -109,11 +142,15 @@ class Replay:
         self.views = batching.crops_per_image
         self.begun: tuple[int, ExitStack, Iterator[Sent[Batch]]] | None = None
         self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // self.views)
-        self.sizes = batch_sizes(len(source.images.usable), batching.batch_size // self.views)  # in images
+        self.sizes = batch_sizes(
+            len(source.images.usable), batching.batch_size // self.views
+        )  # in images
         self.class_index = source.images.class_index.astype(np.int64)
         self.read = Reader(source.data.path, source.images, source.settings.threads)
         mixed = bool(batching.mix or source.policy.cutmix)
-        most = max(len(self._mine(size)) for size in self.sizes) * (1 + self.views * mixed)  # with partners, at worst
+        most = max(len(self._mine(size)) for size in self.sizes) * (
+            1 + self.views * mixed
+        )  # with partners, at worst
         pinned = execution.on_gpu and not mixed  # mixed pictures are new tensors
         self.renderer = CropRenderer(sizes, self.views, most, source.settings, pinned=pinned)
 
@@ -123,19 +160,25 @@ class Replay:
         self.read.__exit__()
 
     def _mine(self, size: int) -> np.ndarray:
-        """Places in a global batch of so many images that are this process's part: all, where there aren't two for each, since BatchNorm needs two and
-        nobody may be without a gradient."""
-        return np.arange(size) if self._is_small(size) else np.array_split(np.arange(size), self.world)[self.rank]
+        """Places in a global batch of so many images that are this process's part: all,
+        where there aren't two for each, since BatchNorm needs two and nobody may be
+        without a gradient."""
+        return (
+            np.arange(size)
+            if self._is_small(size)
+            else np.array_split(np.arange(size), self.world)[self.rank]
+        )
 
     def _is_small(self, size: int) -> bool:
         return size < 2 * self.world
 
     @contextmanager
     def epoch(self, epoch: int) -> Iterator[Iterator[Batch]]:
-        """Batches of one pass over the images, rendered ahead in a thread, with tensors on the device: ``with replay.epoch(3) as batches: for batch in
-        batches: …``.
+        """Batches of one pass over the images, rendered ahead in a thread, with tensors
+        on the device: ``with replay.epoch(3) as batches: for batch in batches: …``.
 
-        It replays the views epoch, epoch + 1, …, one for each of ``crops_per_image``, modulo the source's views.
+        It replays the views epoch, epoch + 1, …, one for each of ``crops_per_image``,
+        modulo the source's views.
         """
         if self.begun is None or self.begun[0] != epoch:
             self.begin(epoch)
@@ -144,7 +187,8 @@ class Replay:
             yield (sent.received() for sent in batches)
 
     def begin(self, epoch: int) -> None:
-        """Start to render an epoch that is going to be asked for, while other things are done."""
+        """Start to render an epoch that is going to be asked for, while other things
+        are done."""
         self.forget()
         context = ExitStack()
         self.begun = epoch, context, context.enter_context(ahead(self._batches(epoch)))
@@ -172,13 +216,16 @@ class Replay:
 
     def _windows(self, epoch: int) -> Iterator[Window]:
         source, seed = self.source, self.batching.seed
-        for rows in epoch_windows(source.images.usable, source.block_rows, seed, epoch, self.window_blocks):
+        for rows in epoch_windows(
+            source.images.usable, source.block_rows, seed, epoch, self.window_blocks
+        ):
             with self.clock.part("labels"):
                 window = self._window(epoch, rows)
             yield window
 
     def _window(self, epoch: int, rows: np.ndarray) -> Window:
-        """All that the source knows of some rows, in the epoch's order; with CutMix partners come next to each other."""
+        """All that the source knows of some rows, in the epoch's order; with CutMix
+        partners come next to each other."""
         source = self.source
         views = [(epoch + j) % source.views for j in range(self.views)]
         mixes = [source.mixes(view, rows) for view in views] if source.policy.cutmix else []
@@ -191,9 +238,19 @@ class Replay:
         if not mixes:
             return Window(rows, stacked, Crops.stack([Crops(*crop) for crop in crops]), None)
         partners = [np.where(mix.partner < 0, rows, mix.partner) for mix in mixes]
-        theirs = [source.crops(view, partner) for view, partner in zip(views, partners, strict=True)]
-        own = [Crops(*crop, partner, mix.rectangle) for crop, partner, mix in zip(crops, partners, mixes, strict=True)]
-        return Window(rows, stacked, Crops.stack(own), BoxesAndFlips(*(_stacked(column) for column in zip(*theirs, strict=True))))
+        theirs = [
+            source.crops(view, partner) for view, partner in zip(views, partners, strict=True)
+        ]
+        own = [
+            Crops(*crop, partner, mix.rectangle)
+            for crop, partner, mix in zip(crops, partners, mixes, strict=True)
+        ]
+        return Window(
+            rows,
+            stacked,
+            Crops.stack(own),
+            BoxesAndFlips(*(_stacked(column) for column in zip(*theirs, strict=True))),
+        )
 
     def _batch(self, epoch: int, whole: Window) -> Batch:
         """This process's part of a global batch."""
@@ -222,29 +279,47 @@ class Replay:
         return Batch(part.rows, pixels, labels, classes, mixed, total, self.world, copies)
 
     def _with_neighbours(self, epoch: int, whole: Window) -> tuple[Window, np.ndarray | None]:
-        """Pair neighbours in a global batch, which is in a random order, for CutMix by area: the batch with partners, and the partners' codes [views, n,
-        classes], if there are labels."""
+        """Pair neighbours in a global batch, which is in a random order, for CutMix by
+        area: the batch with partners, and the partners' codes [views, n, classes], if
+        there are labels."""
         rows, crops = whole.rows, whole.crops
         mate = cutmix.pairs(np.arange(len(rows)))
         identity = philox.identities(self.source.images.path[rows])
         batching = self.batching
-        drawn = np.stack([cutmix.boxes(batching.mix, batching.seed, identity, epoch + j) for j in range(self.views)])
+        drawn = np.stack(
+            [
+                cutmix.boxes(batching.mix, batching.seed, identity, epoch + j)
+                for j in range(self.views)
+            ]
+        )
         partner = np.repeat(rows[mate][None], self.views, axis=0)
         theirs = crops.take(mate)
-        mixed = Window(rows, whole.labels, Crops(crops.boxes, crops.flips, partner, drawn), BoxesAndFlips(theirs.boxes, theirs.flips))
+        mixed = Window(
+            rows,
+            whole.labels,
+            Crops(crops.boxes, crops.flips, partner, drawn),
+            BoxesAndFlips(theirs.boxes, theirs.flips),
+        )
         return mixed, None if whole.labels is None else whole.labels[:, mate]
 
     def _mixed_pixels(self, part: Window, partner: np.ndarray) -> dict[int, torch.Tensor]:
-        """Render a part of a batch with the partners [views, n] of its crops, and paste: output size → uint8 [views · n, size, size, 3]."""
+        """Render a part of a batch with the partners [views, n] of its crops, and
+        paste: output size → uint8 [views · n, size, size, 3]."""
         shown, crops, at = with_partners(part.rows, part.crops, partner, part.theirs)
         views = self._render(shown, crops.boxes, crops.flips)
         own = slice(len(part.rows))
         with self.clock.part("mix"):
-            mixed = [paste_all(view, own, at[j], part.crops.rectangle[j]) for j, view in enumerate(views)]
-        return {size: torch.cat([view[size] for view in mixed]) if len(mixed) > 1 else mixed[0][size] for size in mixed[0]}
+            mixed = [
+                paste_all(view, own, at[j], part.crops.rectangle[j]) for j, view in enumerate(views)
+            ]
+        return {
+            size: torch.cat([view[size] for view in mixed]) if len(mixed) > 1 else mixed[0][size]
+            for size in mixed[0]
+        }
 
     def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> Rendered:
-        """Boxes [views, n, 4] and flips [views, n] of some rows → per view: output size → uint8 [n, size, size, 3]."""
+        """Boxes [views, n, 4] and flips [views, n] of some rows → per view: output size
+        → uint8 [n, size, size, 3]."""
         with self.clock.part("read"):
             blobs = self.read(rows)
         with self.clock.part("render"), naming(self.source.images, rows):
@@ -254,10 +329,12 @@ class Replay:
 def with_partners(
     rows: np.ndarray, crops: Crops, partner: np.ndarray, theirs: BoxesAndFlips
 ) -> tuple[np.ndarray, BoxesAndFlips, np.ndarray]:
-    """What to render for a batch with CutMix: its rows, and behind them those partners that aren't among them, each once.
+    """What to render for a batch with CutMix: its rows, and behind them those partners
+    that aren't among them, each once.
 
-    rows [n]; crops [views, n]; partner [views, n] rows, and ``theirs``, the partners' own crops [views, n].
-    Returns rows, boxes and flips of all that is needed, and int64 [views, n]: at which of these places each partner is.
+    rows [n]; crops [views, n]; partner [views, n] rows, and ``theirs``, the partners'
+    own crops [views, n]. Returns rows, boxes and flips of all that is needed, and int64
+    [views, n]: at which of these places each partner is.
     """
     absent, first = np.unique(partner, return_index=True)
     new = ~np.isin(absent, rows)
@@ -271,7 +348,9 @@ def with_partners(
         outside = np.flatnonzero(places >= len(rows))
         boxes[view, places[outside] - len(rows)] = theirs.boxes[view, outside]
         flips[view, places[outside] - len(rows)] = theirs.flips[view, outside]
-    whole = BoxesAndFlips(np.concatenate([crops.boxes, boxes], axis=1), np.concatenate([crops.flips, flips], axis=1))
+    whole = BoxesAndFlips(
+        np.concatenate([crops.boxes, boxes], axis=1), np.concatenate([crops.flips, flips], axis=1)
+    )
     return shown, whole, at
 
 

@@ -1,4 +1,5 @@
-"""Stage two: train a student from stored labels, from live teachers (online), or with hard labels: one loop for all."""
+"""Stage two: train a student from stored labels, from live teachers (online), or with
+hard labels: one loop for all."""
 
 from __future__ import annotations
 
@@ -33,17 +34,31 @@ LOOK = 16  # steps after which the loss is looked at: on a GPU each look waits f
 
 
 class Learner(nn.Module):
-    """What is trained: the student, and the discriminator that is trained with it. One module, so that processes join its gradients in one go."""
+    """What is trained: the student, and the discriminator that is trained with it. One
+    module, so that processes join its gradients in one go."""
 
-    def __init__(self, student: Model, discriminator: Discriminator | None, targets: Targets, precision: str, compiled: bool) -> None:
+    def __init__(
+        self,
+        student: Model,
+        discriminator: Discriminator | None,
+        targets: Targets,
+        precision: str,
+        compiled: bool,
+    ) -> None:
         super().__init__()
         self.student, self.discriminator = student.module, discriminator
-        self.model, self.targets, self.precision = student.compiled() if compiled else student, targets, precision
+        self.model, self.targets, self.precision = (
+            student.compiled() if compiled else student,
+            targets,
+            precision,
+        )
 
     def forward(self, pixels: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [n, size, size, 3] and their goal → the loss to be lowered, its mean over the rows; and float64 [6], sums over the rows: the loss
-        without the discriminator's, KL(soft labels‖student), whether label and student put the same class first, the discriminator's loss, and
-        its right answers on the student's side and on the teachers'."""
+        """uint8 [n, size, size, 3] and their goal → the loss to be lowered, its mean
+        over the rows; and float64 [6], sums over the rows: the loss without the
+        discriminator's, KL(soft labels‖student), whether label and student put the same
+        class first, the discriminator's loss, and its right answers on the student's
+        side and on the teachers'."""
         logits = self.model(pixels, self.precision)
         loss = self.targets.loss(logits, goal)
         total = loss.mean()
@@ -56,7 +71,9 @@ class Learner(nn.Module):
             best = goal.hard if goal.soft is None else goal.soft
             agreeing = (logits.argmax(dim=1) == best.argmax(dim=1)).sum()
             if goal.soft is not None:
-                kl = (losses.soft_cross_entropy(logits, goal.soft) - losses.entropy(goal.soft)).sum()
+                kl = (
+                    losses.soft_cross_entropy(logits, goal.soft) - losses.entropy(goal.soft)
+                ).sum()
             n = len(logits)
             return total, torch.stack([loss.sum(), kl, agreeing, n * against, *(n * told)]).double()
 
@@ -75,8 +92,19 @@ class Run:
         execution: Execution | None = None,
     ) -> None:
         execution = execution or Execution()
-        self.config, self.out, self.student, self.source, self.validation = config, out, student, source, validation
-        self.execution, self.device, self.processes, self.clock = execution, execution.device, execution.processes, execution.clock
+        self.config, self.out, self.student, self.source, self.validation = (
+            config,
+            out,
+            student,
+            source,
+            validation,
+        )
+        self.execution, self.device, self.processes, self.clock = (
+            execution,
+            execution.device,
+            execution.processes,
+            execution.clock,
+        )
         self.clock.begin()
         recipe = config.train
         if recipe.sync_bn and self.processes.world > 1:
@@ -86,14 +114,29 @@ class Run:
         if recipe.discriminator:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
-                self.discriminator = Discriminator(student.classes, reversal=recipe.discriminator.reversal).to(self.device)
-            groups.append({"params": list(self.discriminator.parameters()), "base_lr": recipe.discriminator.lr})
-        fused = execution.on_gpu  # one kernel for all weights; on a CPU it would only round otherwise than before
+                self.discriminator = Discriminator(
+                    student.classes, reversal=recipe.discriminator.reversal
+                ).to(self.device)
+            groups.append(
+                {
+                    "params": list(self.discriminator.parameters()),
+                    "base_lr": recipe.discriminator.lr,
+                }
+            )
+        fused = (
+            execution.on_gpu
+        )  # one kernel for all weights; on a CPU it would only round otherwise than before
         self.optimizer = torch.optim.SGD(
-            groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused or None
+            groups,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=fused or None,
         )
         self.targets = Targets(config, source, teachers, execution)
-        self.learner: nn.Module = Learner(student, self.discriminator, self.targets, recipe.precision, recipe.compile)
+        self.learner: nn.Module = Learner(
+            student, self.discriminator, self.targets, recipe.precision, recipe.compile
+        )
         sizes = [recipe.image_size, *(teacher.image_size for teacher in teachers)]
         self.replay = Replay(source, sizes, Batching.of(recipe), execution)
         share_the_interpreter()
@@ -114,18 +157,28 @@ class Run:
         self.processes.first(lambda: self.curves.show(self.metrics))
 
     def train_pass(self) -> None:
-        """One pass over the images, which is as many epochs as it shows crops of each; then validation, and the checkpoints."""
+        """One pass over the images, which is as many epochs as it shows crops of each;
+        then validation, and the checkpoints."""
         recipe, first = self.config.train, self.epoch
         done = first + recipe.crops_per_image
-        # Dropout and the like draw anew in each epoch and process, and the same whether or not the run was interrupted before it.
+        # Dropout and the like draw anew in each epoch and process, and the same whether
+        # or not the run was interrupted before it.
         torch.manual_seed(int(philox.words(recipe.seed, first, self.processes.rank, 0, 3)[0, 0]))
         self.student.module.train()
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # as _step returns them
-        seen, crops, rate, note = 0, len(self.source.images.usable) * recipe.crops_per_image, 0.0, ""
+        seen, crops, rate, note = (
+            0,
+            len(self.source.images.usable) * recipe.crops_per_image,
+            0.0,
+            "",
+        )
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
             for number, batch in enumerate(self.clock.waits("wait for crops", batches), 1):
-                begins, finishes = (first + recipe.crops_per_image * part / crops for part in (seen, seen + batch.total))
+                begins, finishes = (
+                    first + recipe.crops_per_image * part / crops
+                    for part in (seen, seen + batch.total)
+                )
                 decay = schedule.factor(recipe, begins, finishes)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["base_lr"] * decay
@@ -133,13 +186,16 @@ class Run:
                 sums += self._step(batch)
                 seen += batch.total
                 if number % LOOK == 1:
-                    note = f"loss {self._require_finite(float(fetched(self.processes.sum(sums))[0]) / seen, rate):.3f}"
+                    loss = float(fetched(self.processes.sum(sums))[0]) / seen
+                    note = f"loss {self._require_finite(loss, rate):.3f}"
                 progress.advance(batch.total, note)
             sums = fetched(self.processes.sum(sums))
         if done < recipe.epochs:
             self.replay.begin(done)
         self._require_finite(float(sums[0]), rate)
-        if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):  # by the very last step
+        if not all(
+            torch.isfinite(p).all() for p in self.student.module.parameters()
+        ):  # by the very last step
             self._require_finite(math.nan, rate)
         self.processes.average_batchnorm(self.student.module)
         loss, kl, agreeing, against, told_student, told_teachers = (sums / seen).tolist()
@@ -175,16 +231,24 @@ class Run:
         if not math.isfinite(loss):
             if not self.processes.leads:
                 raise Elsewhere
-            raise RunError(f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or check the student's weights")
+            raise RunError(
+                f"the loss is {loss} in epoch {self.epoch + 1}; lower train.lr (now {rate:g}), or "
+                f"check the student's weights"
+            )
         return loss
 
     def _step(self, batch: Batch) -> torch.Tensor:
-        """One optimizer step, towards the mean over the global batch. Returns what this process adds to the epoch's sums (``Learner``), float64 [6] on
-        the device, not waited for."""
+        """One optimizer step, towards the mean over the global batch. Returns what this
+        process adds to the epoch's sums (``Learner``), float64 [6] on the device, not
+        waited for."""
         with self.clock.part("labels and teachers", of_model=True):
             goal = self.targets(batch)
         pixels = batch.pixels[self.config.train.image_size]
-        with self.clock.part("forward and backward", of_model=True), self.processes.in_step(), in_precision(self.config.train.precision):
+        with (
+            self.clock.part("forward and backward", of_model=True),
+            self.processes.in_step(),
+            in_precision(self.config.train.precision),
+        ):
             total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)
             (total * batch.weight).backward()  # whose gradient becomes the mean over the processes
@@ -198,16 +262,25 @@ class Run:
         looking = Looking(
             self.source.settings,
             batch_size=min(256, recipe.batch_size),
-            precision="float32" if recipe.precision == "float32" else "tf32",  # which on a CPU is the same
+            precision="float32"
+            if recipe.precision == "float32"
+            else "tf32",  # which on a CPU is the same
             what="validating",
         )
         validation = self.validation
-        result = evaluate([self.student], validation.data, validation.images, looking=looking, execution=self.execution)["models"][0]
+        result = evaluate(
+            [self.student],
+            validation.data,
+            validation.images,
+            looking=looking,
+            execution=self.execution,
+        )["models"][0]
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 
     def _save(self) -> None:
-        """The student for others first, then what this run goes on from: after a kill between the two, the epoch is done again, to the same end. Curves
-        come last, since they are made anew of the metrics."""
+        """The student for others first, then what this run goes on from: after a kill
+        between the two, the epoch is done again, to the same end. Curves come last,
+        since they are made anew of the metrics."""
         newest = self.metrics[-1]
         facts = {
             "epoch": newest["epoch"],
@@ -237,11 +310,21 @@ class Run:
         self.curves.show(self.metrics)
 
     def _summary(self, m: dict) -> str:
-        parts = [f"epoch {m['epoch'] + 1}/{self.config.train.epochs}", f"view {m['view']}", f"lr {m['lr']:g}", f"loss {m['loss']:.4f}"]
+        parts = [
+            f"epoch {m['epoch'] + 1}/{self.config.train.epochs}",
+            f"view {m['view']}",
+            f"lr {m['lr']:g}",
+            f"loss {m['loss']:.4f}",
+        ]
         if m["kl"] is not None:
             parts.append(f"KL {m['kl']:.4f}")
         if "discriminator_loss" in m:
-            parts.append(f"discriminator loss {m['discriminator_loss']:.4f}, accuracy {m['discriminator_accuracy']:.1f} %")
+            parts.append(
+                f"discriminator loss {m['discriminator_loss']:.4f}, accuracy "
+                f"{m['discriminator_accuracy']:.1f} %"
+            )
         if "val_top1" in m:
             parts.append(f"top-1 {m['val_top1']:.2f}, top-5 {m['val_top5']:.2f}")
-        return ", ".join([*parts, f"{m['images_per_second']:,.0f} images/s", duration(m["seconds"])])
+        return ", ".join(
+            [*parts, f"{m['images_per_second']:,.0f} images/s", duration(m["seconds"])]
+        )

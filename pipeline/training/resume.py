@@ -22,7 +22,8 @@ FREE_KEYS = (
 
 
 def views_of_run(out: Path) -> int | None:
-    """How many views the run in ``out`` replays, if there is one: a store that has grown since must not change it."""
+    """How many views the run in ``out`` replays, if there is one: a store that has
+    grown since must not change it."""
     run = RunFolder(out)
     if not (out / STATE).exists():
         return None
@@ -33,34 +34,54 @@ def views_of_run(out: Path) -> int | None:
 
 
 def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
-    """What a run in ``out`` goes on from; None if it is a new one. Raises RunError unless what is there is a part of this very run."""
+    """What a run in ``out`` goes on from; None if it is a new one. Raises RunError
+    unless what is there is a part of this very run."""
     run = RunFolder(out, "choose another --out")
     state = run.state()
     if state is None:
         # A kill in the first epoch leaves these.
         ours = {CONFIG, *SCANS, "last.safetensors", "best.safetensors", METRICS, PICTURE}
-        if out.exists() and any(p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()):
+        if out.exists() and any(
+            p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()
+        ):
             raise RunError(f"{out} is not empty and holds no run; choose another --out")
         if run.lines() > 1:
-            raise RunError(f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out")
+            raise RunError(
+                f"{out} holds a run whose state.pt is gone, so it can't go on; choose another --out"
+            )
     else:
-        before, now = flat(run.config().model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        before, now = (
+            flat(run.config().model_dump(mode="json")),
+            flat(config.model_dump(mode="json")),
+        )
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(
-                    f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass the same to go on, or choose another --out"
+                    f"{out} was started with {key} {before.get(key)}, this is {now.get(key)}; pass "
+                    f"the same to go on, or choose another --out"
                 )
         _require_same_teachers(out, state.get("how", {}), source.how)
         if state["source"] != source.identity:
-            what = "another label store" if isinstance(source, StoredLabels) else "other images or classes"
-            raise RunError(f"{out} was started with {what}; pass the same to go on, or choose another --out")
+            what = (
+                "another label store"
+                if isinstance(source, StoredLabels)
+                else "other images or classes"
+            )
+            raise RunError(
+                f"{out} was started with {what}; pass the same to go on, or choose another --out"
+            )
     return state
 
 
 def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
-    if difference := next((found for key in now if (found := first_difference(key, before.get(key), now[key]))), None):
+    if difference := next(
+        (found for key in now if (found := first_difference(key, before.get(key), now[key]))), None
+    ):
         where, theirs, ours = difference
-        raise RunError(f"{out} was started with {where} {theirs}, this is {ours}; pass the same to go on, or choose another --out")
+        raise RunError(
+            f"{out} was started with {where} {theirs}, this is {ours}; pass the same to go on, or "
+            f"choose another --out"
+        )
 
 
 def _free(key: str, config: Config) -> bool:

@@ -8,11 +8,14 @@ from pipeline.config import Train
 
 
 def factor(recipe: Train, epoch: float, end: float) -> float:
-    """What the base learning rates are multiplied with, 0 … 1, in a step that begins after ``epoch`` epochs (a fraction within one; an epoch shows one
-    crop of each image) and finishes at ``end``.
+    """What the base learning rates are multiplied with, 0 … 1, in a step that begins
+    after ``epoch`` epochs (a fraction within one; an epoch shows one crop of each
+    image) and finishes at ``end``.
 
-    step: gamma for each milestone that has passed (MEAL V2, Sec. 4). cosine: (1 + cos(π · epoch / epochs)) / 2 (Loshchilov and Hutter,
-    arXiv 1608.03983). In the first ``warmup_epochs`` either is multiplied with a rise to one, by where the step finishes (Goyal et al., arXiv 1706.02677).
+    step: gamma for each milestone that has passed (MEAL V2, Sec. 4). cosine: (1 + cos(π
+    · epoch / epochs)) / 2 (Loshchilov and Hutter, arXiv 1608.03983). In the first
+    ``warmup_epochs`` either is multiplied with a rise to one, by where the step
+    finishes (Goyal et al., arXiv 1706.02677).
     """
     if recipe.schedule == "cosine":
         decay = (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2

@@ -1,4 +1,5 @@
-"""What a training run starts from: images, crops and labels, validation, and whether what is in its folder may be gone on with."""
+"""What a training run starts from: images, crops and labels, validation, and whether
+what is in its folder may be gone on with."""
 
 from __future__ import annotations
 
@@ -21,7 +22,11 @@ from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
 from pipeline.models.weights import load_teachers
 from pipeline.provenance.description import layout_of, policy_of, recipe
-from pipeline.provenance.refusals import require_class_count, require_same_classes, require_same_pixels
+from pipeline.provenance.refusals import (
+    require_class_count,
+    require_same_classes,
+    require_same_pixels,
+)
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import say
@@ -41,13 +46,17 @@ def choose_source(
 ) -> tuple[Config, Source, list[Model]]:
     """Choose where crops and labels come from, and check that against the images.
 
-    path: a label store, or None. started_views: views that the run replays, if it was begun before. before: what an earlier start found in the folder. Returns
-    the config with what the source decides filled in, the source, and the teachers if they are to be live.
+    path: a label store, or None. started_views: views that the run replays, if it was
+    begun before. before: what an earlier start found in the folder. Returns the config
+    with what the source decides filled in, the source, and the teachers if they are to
+    be live.
     """
     processes = execution.processes
     if path is not None:
         if config.train.online:
-            raise ConfigError("train.online asks live teachers and takes no --store; leave one of them out")
+            raise ConfigError(
+                "train.online asks live teachers and takes no --store; leave one of them out"
+            )
 
         def chosen() -> tuple[Config, Source]:
             store = _open_for(config, data, path, look=processes.leads)
@@ -56,9 +65,14 @@ def choose_source(
         return *processes.together(chosen), []
     if config.train.labels == "soft" and not config.train.online:
         raise ConfigError(
-            "soft labels need a --store; make one with generate-labels, ask live teachers with --online, or set train.labels=hard"
+            "soft labels need a --store; make one with generate-labels, ask live teachers with "
+            "--online, or set train.labels=hard"
         )
-    teachers = processes.together(lambda: load_teachers(config.teachers, execution.device)) if config.train.online else []
+    teachers = (
+        processes.together(lambda: load_teachers(config.teachers, execution.device))
+        if config.train.online
+        else []
+    )
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
@@ -70,26 +84,32 @@ def choose_source(
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
     if teachers:
         layout = layout_of(config, len(found), len(data.class_names))
-        how = recipe(config, CODECS[config.store.codec], teachers, execution.device) | {"layout": list(layout)}
+        how = recipe(config, CODECS[config.store.codec], teachers, execution.device) | {
+            "layout": list(layout)
+        }
     if config.train.crops_per_image > views:
         raise ConfigError(
-            f"train.crops_per_image is {config.train.crops_per_image} and train.views {views}; raise train.views, or lower train.crops_per_image"
+            f"train.crops_per_image is {config.train.crops_per_image} and train.views {views}; "
+            f"raise train.views, or lower train.crops_per_image"
         )
     _say_repeats(config, views)
     return config, DrawnCrops(data, found, config.crops, settings, views, layout, how), teachers
 
 
 def _open_for(config: Config, data: DataFolder, path: Path, *, look: bool) -> LabelStore:
-    """Open a store, and refuse one of other images, classes or crops than the command's. look: at which files are in the folder; one process is enough for
-    that, and each compares what it reads."""
+    """Open a store, and refuse one of other images, classes or crops than the
+    command's. look: at which files are in the folder; one process is enough for that,
+    and each compares what it reads."""
     store = LabelStore.open(path)
     require_same_classes(store, data, "leave it out, the store knows its classes")
     folders = class_names(data.path)
     foreign = sorted(set(folders) - set(store.class_names))
     if foreign:
         raise StoreError(
-            f"{path} has labels for {store.classes} classes, {data.path} has {len(folders)} class folders of which {len(foreign)} are not among them "
-            f"(the first is {foreign[0]}); pass the images that the store was made from, or generate a new store"
+            f"{path} has labels for {store.classes} classes, {data.path} has {len(folders)} class "
+            f"folders of which {len(foreign)} are not among them "
+            f"(the first is {foreign[0]}); pass the images that the store was made from, or "
+            f"generate a new store"
         )
     if look:
         require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))
@@ -98,7 +118,11 @@ def _open_for(config: Config, data: DataFolder, path: Path, *, look: bool) -> La
 
 
 def _from_store(
-    config: Config, data: DataFolder, store: LabelStore, started_views: int | None, allow_renderer_difference: bool
+    config: Config,
+    data: DataFolder,
+    store: LabelStore,
+    started_views: int | None,
+    allow_renderer_difference: bool,
 ) -> tuple[Config, Source]:
     """Fill in the config what the store decides, and check views and pixels."""
     path = store.path
@@ -112,31 +136,44 @@ def _from_store(
         say(f"warning: {difference}", anyway=True)  # another machine's renderer may be another one
     seen = sorted({t["image_size"] for t in store.provenance["teachers"] if t["image_size"]})
     if seen and config.train.image_size not in seen:
-        say(f"the student trains at {config.train.image_size} px, a size that no teacher of {path} saw ({', '.join(map(str, seen))} px)")
+        say(
+            f"the student trains at {config.train.image_size} px, a size that no teacher of {path} "
+            f"saw ({', '.join(map(str, seen))} px)"
+        )
     _say_repeats(config, views)
     filled = config.model_copy(
         update={
             "crops": policy_of(store),
             "train": config.train.model_copy(update={"views": views}),
-            "render": config.render.model_copy(update={"backend": store.provenance["renderer"]["backend"]}),
+            "render": config.render.model_copy(
+                update={"backend": store.provenance["renderer"]["backend"]}
+            ),
         }
     )
     own = DataFolder(data.path, store.class_names)
-    return filled, StoredLabels(store, own, RenderSettings.of_config(filled), views, hard=config.train.labels == "hard")
+    return filled, StoredLabels(
+        store, own, RenderSettings.of_config(filled), views, hard=config.train.labels == "hard"
+    )
 
 
 def _require_views(config: Config, store: LabelStore, views: int) -> None:
-    """Raises StoreError unless the store has so many views, and those that the first epochs replay are finished."""
+    """Raises StoreError unless the store has so many views, and those that the first
+    epochs replay are finished."""
     path = store.path
     if views > store.views:
         raise StoreError(
-            f"train.views is {views} but {path} has {store.views}; extend it with {store.made_by} --views {views}, or lower train.views"
+            f"train.views is {views} but {path} has {store.views}; extend it with {store.made_by} "
+            f"--views {views}, or lower train.views"
         )
     if config.train.crops_per_image > views:
-        repair = "raise train.views" if views < store.views else f"extend it with {store.made_by} --views {config.train.crops_per_image}"
+        repair = (
+            "raise train.views"
+            if views < store.views
+            else f"extend it with {store.made_by} --views {config.train.crops_per_image}"
+        )
         raise StoreError(
-            f"train.crops_per_image is {config.train.crops_per_image}, but the run replays {views} of {path}'s views; {repair}, or lower "
-            "train.crops_per_image"
+            f"train.crops_per_image is {config.train.crops_per_image}, but the run replays "
+            f"{views} of {path}'s views; {repair}, or lower train.crops_per_image"
         )
     for view in range(min(views, config.train.epochs)):
         store.require_finished(view)
@@ -144,7 +181,10 @@ def _require_views(config: Config, store: LabelStore, views: int) -> None:
 
 def _say_repeats(config: Config, views: int) -> None:
     if config.train.epochs > views:
-        say(f"{config.train.epochs} epochs replay {views} views: each comes up to {math.ceil(config.train.epochs / views)} times")
+        say(
+            f"{config.train.epochs} epochs replay {views} views: each comes up to "
+            f"{math.ceil(config.train.epochs / views)} times"
+        )
 
 
 def _require_same_policy(config: Config, store: LabelStore) -> None:
@@ -152,18 +192,29 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
     kept = policy_of(store)
     for name in config.crops.model_fields_set - {"views"}:
         ours, theirs = getattr(config.crops, name), getattr(kept, name)
-        unknown = store.provenance["crops"].get(name, theirs) is None and name != "cutmix"  # of labels that others made
+        unknown = (
+            store.provenance["crops"].get(name, theirs) is None and name != "cutmix"
+        )  # of labels that others made
         if ours != theirs and not unknown:
-            cheaper = "; or mix by area with this one: train.cutmix" if name == "cutmix" and ours else ""
+            cheaper = (
+                "; or mix by area with this one: train.cutmix" if name == "cutmix" and ours else ""
+            )
             raise ConfigError(
-                f"crops.{name} is {_plain(ours)}, {store.path} was made with {_plain(theirs)}; set it so, leave it out, or generate another "
-                f"store{cheaper}"
+                f"crops.{name} is {_plain(ours)}, {store.path} was made with {_plain(theirs)}; "
+                f"set it so, leave it out, or generate another store{cheaper}"
             )
     if config.train.cutmix and store.mixed:
-        raise ConfigError(f"train.cutmix would mix the pictures of {store.path} again, which its teachers saw mixed; set train.cutmix=null")
-    if "backend" in config.render.model_fields_set and config.render.backend != store.provenance["renderer"]["backend"]:
         raise ConfigError(
-            f"render.backend is {config.render.backend}, {store.path} was made with {store.provenance['renderer']['backend']}; leave it out"
+            f"train.cutmix would mix the pictures of {store.path} again, which its teachers saw "
+            f"mixed; set train.cutmix=null"
+        )
+    if (
+        "backend" in config.render.model_fields_set
+        and config.render.backend != store.provenance["renderer"]["backend"]
+    ):
+        raise ConfigError(
+            f"render.backend is {config.render.backend}, {store.path} was made with "
+            f"{store.provenance['renderer']['backend']}; leave it out"
         )
 
 
@@ -195,21 +246,41 @@ class Source(Protocol):
         ...
 
     def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
-        """Codes [n, classes]; None where nothing is stored: the class folders are the labels, or teachers are asked in training."""
+        """Codes [n, classes]; None where nothing is stored: the class folders are the
+        labels, or teachers are asked in training."""
         ...
 
 
 class StoredLabels:
-    """Crops and soft labels of a store; or its crops with hard labels, for a baseline on the same pixels."""
+    """Crops and soft labels of a store; or its crops with hard labels, for a baseline
+    on the same pixels."""
 
-    def __init__(self, store: LabelStore, data: DataFolder, settings: RenderSettings, views: int, *, hard: bool = False) -> None:
-        self.store, self.data, self.settings, self.views, self.hard = store, data, settings, views, hard
+    def __init__(
+        self,
+        store: LabelStore,
+        data: DataFolder,
+        settings: RenderSettings,
+        views: int,
+        *,
+        hard: bool = False,
+    ) -> None:
+        self.store, self.data, self.settings, self.views, self.hard = (
+            store,
+            data,
+            settings,
+            views,
+            hard,
+        )
         self.images = store.images
         self.policy = policy_of(store)
-        self.block_rows, self.window_blocks = blocks_of(store.chunk_rows, store.shard_rows, self.policy)
+        self.block_rows, self.window_blocks = blocks_of(
+            store.chunk_rows, store.shard_rows, self.policy
+        )
         self.identity = store.identity.hex()
         self.codec, self.how = (None if hard else store.codec), {}
-        self.teachers = [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
+        self.teachers = (
+            [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
+        )
         self.imported = None if hard else store.provenance.get("imported")
 
     def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
@@ -223,10 +294,12 @@ class StoredLabels:
 
 
 class DrawnCrops:
-    """Crops drawn as training goes, exactly those that a store of the same policy and layout would hold: for training from class folders,
-    which is also how own teachers are made, and for online training, which asks live teachers.
+    """Crops drawn as training goes, exactly those that a store of the same policy and
+    layout would hold: for training from class folders, which is also how own teachers
+    are made, and for online training, which asks live teachers.
 
-    layout: rows of a chunk and of a shard. how: what labels depend on beside images and classes."""
+    layout: rows of a chunk and of a shard. how: what labels depend on beside images and
+    classes."""
 
     def __init__(
         self,
@@ -238,13 +311,24 @@ class DrawnCrops:
         layout: tuple[int, int],
         how: dict,
     ) -> None:
-        self.data, self.images, self.policy, self.settings, self.views = data, images, policy, settings, views
+        self.data, self.images, self.policy, self.settings, self.views = (
+            data,
+            images,
+            policy,
+            settings,
+            views,
+        )
         self.block_rows, self.window_blocks = blocks_of(*layout, policy)
         sampler = CropSampler(policy, images, layout[1])
         self.crops, self.mixes = sampler.crops, sampler.mixes
-        self.identity = canonical_digest({"manifest": images.manifest_digest(), "classes": list(data.class_names)}).hex()
+        self.identity = canonical_digest(
+            {"manifest": images.manifest_digest(), "classes": list(data.class_names)}
+        ).hex()
         self.codec, self.how = None, how
-        self.teachers, self.imported = [teacher["model"] for teacher in how.get("teachers", ())], None
+        self.teachers, self.imported = (
+            [teacher["model"] for teacher in how.get("teachers", ())],
+            None,
+        )
 
     def labels(self, view: int, rows: np.ndarray) -> None:
         return None

@@ -1,4 +1,5 @@
-"""What the student is trained towards: stored labels or live teachers, mixed, tempered, with or without the class folder's hard label."""
+"""What the student is trained towards: stored labels or live teachers, mixed, tempered,
+with or without the class folder's hard label."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ from pipeline.training.source import Source
 
 
 class Decoder:
-    """Codes → probabilities on the training device: what travels there is a byte a class."""
+    """Codes → probabilities on the training device: what travels there is a byte a
+    class."""
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
         self.zero, self.tail = codec.zero, codec.tail
         self.table = None if codec.table is None else torch.from_numpy(codec.table).to(device)
 
     def __call__(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes [n, ``codec.columns``] → float32 [n, classes], as ``Codec.decode``: above zero, rows summing to one."""
+        """codes [n, ``codec.columns``] → float32 [n, classes], as ``Codec.decode``:
+        above zero, rows summing to one."""
         if self.tail:
             p, zero = self.table[codes[:, :-1].int()], codes[:, :-1] == 0
             zeros = zero.sum(dim=1)
@@ -39,17 +42,29 @@ class Decoder:
 class Goal:
     """Of a batch, on the training device."""
 
-    soft: torch.Tensor | None  # float32 [n, classes], p̂ of the pictures shown; None without teachers
-    hard: torch.Tensor | None  # float32 [n, classes], the class folders, mixed by area where pictures are; None where no loss asks for them
+    soft: (
+        torch.Tensor | None
+    )  # float32 [n, classes], p̂ of the pictures shown; None without teachers
+    # float32 [n, classes], the class folders, mixed by area where pictures are; None
+    # where no loss asks for them
+    hard: torch.Tensor | None
     mean_logits: torch.Tensor | None  # float32 [n, classes], of live teachers
 
 
 class Targets:
-    """Goals of batches, which are on the training device, and the student's loss towards them."""
+    """Goals of batches, which are on the training device, and the student's loss
+    towards them."""
 
-    def __init__(self, config: Config, source: Source, teachers: list[Model], execution: Execution) -> None:
-        self.recipe, self.classes, self.teachers = config.train, len(source.data.class_names), teachers
-        # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be larger than a process's part of a batch.
+    def __init__(
+        self, config: Config, source: Source, teachers: list[Model], execution: Execution
+    ) -> None:
+        self.recipe, self.classes, self.teachers = (
+            config.train,
+            len(source.data.class_names),
+            teachers,
+        )
+        # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be
+        # larger than a process's part of a batch.
         self.pieces, self.precision = (
             min(config.store.batch_size, -(-config.train.batch_size // execution.processes.world)),
             config.store.precision,
@@ -66,29 +81,43 @@ class Targets:
         if not self.soft or self.recipe.hard_weight:
             hard = nn.functional.one_hot(batch.class_index, self.classes).float()
             if mixed is not None:
-                hard = torch.lerp(hard, nn.functional.one_hot(mixed.class_index, self.classes).float(), area)
+                hard = torch.lerp(
+                    hard, nn.functional.one_hot(mixed.class_index, self.classes).float(), area
+                )
         if not self.soft:
             return Goal(None, hard, None)
         if self.teachers:
-            live, mean_logits = ensemble(self.teachers, batch.pixels, self.precision, batch_size=self.pieces)
-            return Goal(self.decode(live.clone()), hard, mean_logits.clone())  # clones: of inference tensors, that autograd won't keep
+            live, mean_logits = ensemble(
+                self.teachers, batch.pixels, self.precision, batch_size=self.pieces
+            )
+            return Goal(
+                self.decode(live.clone()), hard, mean_logits.clone()
+            )  # clones: of inference tensors, that autograd won't keep
         soft = self.decode(batch.labels)
         if mixed is not None and mixed.labels is not None:
             soft = torch.lerp(soft, self.decode(mixed.labels), area)
         return Goal(soft, hard, None)
 
     def loss(self, logits: torch.Tensor, goal: Goal) -> torch.Tensor:
-        """float32 [n], nats: (1 − w) · CE(p̂ tempered, softmax(logits / t)) + w · CE(hard, softmax(logits)), w the hard label's weight."""
+        """float32 [n], nats: (1 − w) · CE(p̂ tempered, softmax(logits / t)) + w ·
+        CE(hard, softmax(logits)), w the hard label's weight."""
         recipe = self.recipe
         if goal.soft is None:
             return losses.soft_cross_entropy(logits, goal.hard)
-        loss = losses.soft_cross_entropy(logits / recipe.student_temperature, losses.temper(goal.soft, recipe.label_temperature))
+        loss = losses.soft_cross_entropy(
+            logits / recipe.student_temperature, losses.temper(goal.soft, recipe.label_temperature)
+        )
         if recipe.hard_weight:
-            loss = torch.lerp(loss, losses.soft_cross_entropy(logits, goal.hard), recipe.hard_weight)
+            loss = torch.lerp(
+                loss, losses.soft_cross_entropy(logits, goal.hard), recipe.hard_weight
+            )
         return loss
 
     def judged(self, logits: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the discriminator sees: float32 [n, classes] of the student and of the teachers."""
+        """What the discriminator sees: float32 [n, classes] of the student and of the
+        teachers."""
         if self.recipe.discriminator.input == "mean_logits":
             return logits, goal.mean_logits
-        return losses.log_floored(logits.softmax(dim=1), self.floor), losses.log_floored(goal.soft, self.floor)
+        return losses.log_floored(logits.softmax(dim=1), self.floor), losses.log_floored(
+            goal.soft, self.floor
+        )

@@ -1,4 +1,5 @@
-"""Stage two: train a student from stored labels, from live teachers (online), or with hard labels: one loop for all."""
+"""Stage two: train a student from stored labels, from live teachers (online), or with
+hard labels: one loop for all."""
 
 from __future__ import annotations
 
@@ -36,19 +37,26 @@ def train(
     execution: Execution | None = None,
     allow_renderer_difference: bool = False,
 ) -> dict:
-    """Train a student and leave it in ``out``; go on from the last finished epoch if ``out`` holds a part of this very run.
+    """Train a student and leave it in ``out``; go on from the last finished epoch if
+    ``out`` holds a part of this very run.
 
-    data: the images; its class map counts where there is no store. store: the label store; needed for soft labels. validation: another folder to validate on
-    than val/ of the folder that the user named. execution: with several processes, each has its part of every batch, and the first one writes.
-    Returns the last epoch's metrics. Raises MealError for whatever the user can mend.
+    data: the images; its class map counts where there is no store. store: the label
+    store; needed for soft labels. validation: another folder to validate on than val/
+    of the folder that the user named. execution: with several processes, each has its
+    part of every batch, and the first one writes. Returns the last epoch's metrics.
+    Raises MealError for whatever the user can mend.
     """
     execution = execution or Execution()
     if config.student is None:
-        raise ConfigError("student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]")
+        raise ConfigError(
+            "student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]"
+        )
     processes, out = execution.processes, out.absolute()
     processes.together(lambda: _require_possible(config, execution))
     if any(part.is_file() for part in (out, *out.parents)):
-        raise RunError(f"{out} can't be a folder, since a part of it is a file; choose another --out")
+        raise RunError(
+            f"{out} can't be a folder, since a part of it is a file; choose another --out"
+        )
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
         processes.first(lambda: _require_alone(out, mine))
         scans = [Scanned(out / name) for name in SCANS]
@@ -62,14 +70,21 @@ def train(
             before=scans[0],
         )
         if len(source.images.usable) < 2:
-            raise DataError(f"{data.path} holds {len(source.images.usable)} usable images; training needs two or more")
+            raise DataError(
+                f"{data.path} holds {len(source.images.usable)} usable images; training needs two "
+                f"or more"
+            )
         state = processes.first(lambda: state_of_run(out, config, source))
         validated = find_validation(data, validation, source, processes, scans[1])
         student = processes.together(lambda: _student(config, source))
         for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
         processes.first(lambda: _make_folder(out, config, scans))
-        run = processes.together(lambda: Run(config, out, student.to(execution.device), teachers, source, validated, execution))
+        run = processes.together(
+            lambda: Run(
+                config, out, student.to(execution.device), teachers, source, validated, execution
+            )
+        )
         run.learner = processes.joined(run.learner)
         with closing(run.replay), fixed_shapes():
             if state is not None:
@@ -79,7 +94,12 @@ def train(
 
 def _student(config: Config, source: Source) -> Model:
     recipe = config.train
-    student = load(config.student, classes=len(source.data.class_names), image_size=recipe.image_size, seed=recipe.seed)
+    student = load(
+        config.student,
+        classes=len(source.data.class_names),
+        image_size=recipe.image_size,
+        seed=recipe.seed,
+    )
     student.interpolation = source.policy.interpolation
     return student
 
@@ -98,9 +118,14 @@ def _train_epochs(run: Run) -> dict:
 
 
 def find_validation(
-    data: DataFolder, other: Path | None, source: Source, processes: Processes = ALONE, before: Scanned | None = None
+    data: DataFolder,
+    other: Path | None,
+    source: Source,
+    processes: Processes = ALONE,
+    before: Scanned | None = None,
 ) -> Validation | None:
-    """Find val/ beside the images, or the folder that the user named; None if there is neither. before: what an earlier start found there."""
+    """Find val/ beside the images, or the folder that the user named; None if there is
+    neither. before: what an earlier start found there."""
     folder = processes.together(lambda: _validation_folder(data, other))
     if not processes.first(lambda: folder is not None):
         say("no validation: the data has no val/, and no --val-data was given")
@@ -113,14 +138,19 @@ def find_validation(
 def _validation_folder(data: DataFolder, other: Path | None) -> Path | None:
     if other is not None:
         if not other.is_dir():
-            raise DataError(f"--val-data {other} is no folder; it must hold class folders, or val/ with them")
+            raise DataError(
+                f"--val-data {other} is no folder; it must hold class folders, or val/ with them"
+            )
         return split_folder(other, "val")
     return split_folder(data.root, "val") if data.root and is_split(data.root, "val") else None
 
 
 def _required(folder: Path | None, data: DataFolder) -> Path:
     if folder is None:
-        raise DataError(f"{data.root} has no val/ here, and has one where the first process runs; put it on every machine")
+        raise DataError(
+            f"{data.root} has no val/ here, and has one where the first process runs; put it on "
+            f"every machine"
+        )
     return folder
 
 
@@ -136,11 +166,13 @@ def _require_possible(config: Config, execution: Execution) -> None:
     least = 2 * processes.world * config.train.crops_per_image
     if processes.world > 1 and config.train.batch_size < least:
         raise ConfigError(
-            f"train.batch_size {config.train.batch_size} is fewer than two images for each of {processes.world} processes; "
-            f"set it to {least} or more, or start fewer"
+            f"train.batch_size {config.train.batch_size} is fewer than two images for each of "
+            f"{processes.world} processes; set it to {least} or more, or start fewer"
         )
     if config.train.sync_bn and device.type != "cuda":
-        raise ConfigError("train.sync_bn is for GPUs, and this runs on a CPU; set train.sync_bn=false")
+        raise ConfigError(
+            "train.sync_bn is for GPUs, and this runs on a CPU; set train.sync_bn=false"
+        )
     require_precision(config.train.precision, device, "train.precision")
     if config.train.online:
         require_precision(config.store.precision, device, "store.precision")
@@ -148,7 +180,9 @@ def _require_possible(config: Config, execution: Execution) -> None:
 
 def _require_alone(out: Path, mine: set[str]) -> None:
     if not mine:
-        raise RunError(f"another process is training in {out}; wait for it, or choose another --out")
+        raise RunError(
+            f"another process is training in {out}; wait for it, or choose another --out"
+        )
 
 
 def _make_folder(out: Path, config: Config, scans: list[Scanned]) -> None:
@@ -162,16 +196,29 @@ def _unusual(config: Config, source: Source) -> list[str]:
     """What a user should know of the labels, where they aren't simply a store's."""
     lines = []
     if config.train.online:
-        lines.append(f"online: {len(config.teachers)} teachers label every batch; no store is read or made")
+        lines.append(
+            f"online: {len(config.teachers)} teachers label every batch; no store is read or made"
+        )
     if source.policy.cutmix:
-        seen = "the class folders, mixed by area" if config.train.labels == "hard" else "as the teachers saw it"
+        seen = (
+            "the class folders, mixed by area"
+            if config.train.labels == "hard"
+            else "as the teachers saw it"
+        )
         lines.append(f"CutMix, its label {seen}")
     if config.train.cutmix:
-        lines.append(f"CutMix of neighbours in a batch, labelled {'by live teachers' if config.train.online else 'by area'}")
+        lines.append(
+            "CutMix of neighbours in a batch, labelled "
+            f"{'by live teachers' if config.train.online else 'by area'}"
+        )
     if config.train.crops_per_image > 1:
-        lines.append(f"{config.train.crops_per_image} crops of each decoded image: a pass over the images counts as that many epochs")
+        lines.append(
+            f"{config.train.crops_per_image} crops of each decoded image: a pass over the images "
+            f"counts as that many epochs"
+        )
         if source.policy.cutmix:
             lines.append(
-                "every crop's CutMix partner is another image, which is decoded too: crops_per_image saves nothing with this store"
+                "every crop's CutMix partner is another image, which is decoded too: "
+                "crops_per_image saves nothing with this store"
             )
     return lines

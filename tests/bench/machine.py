@@ -13,7 +13,9 @@ import torch
 def machine() -> dict:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else ()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), ""
+    )
     return {
         "processor": model or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,5 @@
-"""What the benchmarks share: photographs, models and stores in a temporary folder, both stages on them, and seconds in pairs."""
+"""What the benchmarks share: photographs, models and stores in a temporary folder, both
+stages on them, and seconds in pairs."""
 
 from __future__ import annotations
 
@@ -77,8 +78,14 @@ class Figure:
 
     def row(self) -> str:
         median = statistics.median(self.ratios)
-        spread = f" ({min(self.ratios):.3g} to {max(self.ratios):.3g})" if len(self.ratios) > 1 else ""
-        aim = "" if self.least is None else f"≥ {self.least:.3g}: {'met' if median >= self.least else 'missed'}"
+        spread = (
+            f" ({min(self.ratios):.3g} to {max(self.ratios):.3g})" if len(self.ratios) > 1 else ""
+        )
+        aim = (
+            ""
+            if self.least is None
+            else f"≥ {self.least:.3g}: {'met' if median >= self.least else 'missed'}"
+        )
         return f"| {self.name} | {median:.3g}{spread} | {aim} | {self.detail} |"
 
 
@@ -105,7 +112,9 @@ class First(Clock):
 
 def stand_in(seconds: float, device: torch.device = CPU) -> StandIn:
     module = nn.Module()
-    module.bias = nn.Parameter(torch.randn(len(CLASSES), generator=torch.Generator().manual_seed(0)) * 3)
+    module.bias = nn.Parameter(
+        torch.randn(len(CLASSES), generator=torch.Generator().manual_seed(0)) * 3
+    )
     model = StandIn(module, "stand_in", len(CLASSES), 224, (0.5,) * 3, (0.5,) * 3, "bilinear")
     model.seconds = seconds
     return model.to(device)
@@ -123,13 +132,17 @@ def serial() -> Iterator[None]:
     def behind(deal_with: Callable, depth: int = 2) -> Iterator[Callable]:
         yield deal_with
 
-    with mock.patch.multiple(stream, ahead=ahead, behind=behind), mock.patch.object(batches, "ahead", ahead):
+    with (
+        mock.patch.multiple(stream, ahead=ahead, behind=behind),
+        mock.patch.object(batches, "ahead", ahead),
+    ):
         yield
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For torch: what little arithmetic there is around a stand-in would be the accelerator's, and many threads would take the loader's cores for it."""
+    """For torch: what little arithmetic there is around a stand-in would be the
+    accelerator's, and many threads would take the loader's cores for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -166,7 +179,14 @@ class Place:
     files: photographs (JPEG files); None: pieces of scikit-learn's samples.
     """
 
-    def __init__(self, folder: Path, repeats: int, extent: Extent, device: torch.device = CPU, files: list[Path] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        repeats: int,
+        extent: Extent,
+        device: torch.device = CPU,
+        files: list[Path] | None = None,
+    ) -> None:
         self.folder, self.repeats, self.extent, self.number = folder, repeats, extent, 0
         self.device, self.files = device, files
 
@@ -193,16 +213,23 @@ class Place:
     def encoded(self) -> list[bytes]:
         """Encode as many photographs as the extent says, as JPEG."""
         if self.files:
-            return [self.files[i % len(self.files)].read_bytes() for i in range(self.extent.photographs)]
+            return [
+                self.files[i % len(self.files)].read_bytes() for i in range(self.extent.photographs)
+            ]
         from sklearn.datasets import load_sample_images
 
         rng, photos, found = np.random.default_rng(0), load_sample_images().images, []
         for i in range(self.extent.photographs):
             height, width = rng.integers(320, 427), rng.integers(400, 560)
             photo = photos[i % 2]
-            top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
+            top, left = (
+                rng.integers(0, photo.shape[0] - height),
+                rng.integers(0, photo.shape[1] - width),
+            )
             out = io.BytesIO()
-            Image.fromarray(photo[top : top + height, left : left + width]).save(out, "JPEG", quality=93)
+            Image.fromarray(photo[top : top + height, left : left + width]).save(
+                out, "JPEG", quality=93
+            )
             found.append(out.getvalue())
         return found
 
@@ -213,12 +240,24 @@ class Place:
             torch.manual_seed(seed)
             file = self.folder / f"{name}.safetensors"
             safetensors.torch.save_file(timm.create_model(name).state_dict(), file)
-            found.append({"model": name, "checkpoint": str(file), "image_size": self.extent.image_size})
+            found.append(
+                {"model": name, "checkpoint": str(file), "image_size": self.extent.image_size}
+            )
         return found
 
     def config(self, **sections: dict) -> Config:
-        document = {"student": {"model": self.extent.student, "pretrained": False}, "store": {"batch_size": 64}, **sections}
-        document["train"] = {"image_size": 224, "batch_size": 32, "epochs": 1000, "milestones": [], **document.get("train", {})}
+        document = {
+            "student": {"model": self.extent.student, "pretrained": False},
+            "store": {"batch_size": 64},
+            **sections,
+        }
+        document["train"] = {
+            "image_size": 224,
+            "batch_size": 32,
+            "epochs": 1000,
+            "milestones": [],
+            **document.get("train", {}),
+        }
         return validate(document, "bench")
 
     @cached_property
@@ -234,7 +273,9 @@ class Place:
     def labelling(self, config: Config, data: Path, teachers: list[Model]) -> Labelling:
         return Labelling(config, DataFolder(data, CLASSES), teachers, Execution(self.device))
 
-    def labeller(self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack) -> tuple[Labeller, list[Unit]]:
+    def labeller(
+        self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack
+    ) -> tuple[Labeller, list[Unit]]:
         writer = StoreWriter(path)
         store = writer.store
         read = stack.enter_context(Reader(data, store.images))
@@ -242,15 +283,19 @@ class Place:
         return Labeller(self.labelling(config, data, teachers), writer, read), units
 
     def rendered(self, run: Labeller, units: list[Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
-        """What the loader makes of these units, batch by batch, per view: for nobody."""
+        """What the loader makes of these units, batch by batch, per view: for
+        nobody."""
         run.room = threading.Semaphore(len(units))
         for _, _, views in run._batches(units):
             yield views
         for job in run.open:
             job.claims.close()
 
-    def labelled(self, config: Config, data: Path, empty: Path, teachers: list[Model]) -> tuple[float, Path]:
-        """Seconds that generate-labels takes from its first batch at the teachers to its last record, and the store."""
+    def labelled(
+        self, config: Config, data: Path, empty: Path, teachers: list[Model]
+    ) -> tuple[float, Path]:
+        """Seconds that generate-labels takes from its first batch at the teachers to
+        its last record, and the store."""
         self.number += 1
         path = Path(shutil.copytree(empty, self.folder / f"{self.number}.zarr"))
         with ExitStack() as stack:
@@ -264,16 +309,26 @@ class Place:
         return took, path
 
     def training(
-        self, config: Config, source: StoredLabels | DrawnCrops, data: Path, model: Model, teachers: list[Model] | None = None
+        self,
+        config: Config,
+        source: StoredLabels | DrawnCrops,
+        data: Path,
+        model: Model,
+        teachers: list[Model] | None = None,
     ) -> Run:
         source.data = DataFolder(data, CLASSES)
-        run = Run(config, self.folder / "run", model, teachers or [], source, None, Execution(self.device))
+        run = Run(
+            config, self.folder / "run", model, teachers or [], source, None, Execution(self.device)
+        )
         run._save = lambda: None  # once an epoch, and an epoch here is short
         return run
 
 
-def bare_steps(model: Model, optimizer: torch.optim.Optimizer, memory: list[tuple], precision: str = "float32") -> None:
-    """Train on what is in memory already, (pixels, soft labels) of each batch: what stage two is measured against."""
+def bare_steps(
+    model: Model, optimizer: torch.optim.Optimizer, memory: list[tuple], precision: str = "float32"
+) -> None:
+    """Train on what is in memory already, (pixels, soft labels) of each batch: what
+    stage two is measured against."""
     for pixels, p in memory:
         loss = losses.soft_cross_entropy(model(pixels, precision), p).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -282,7 +337,8 @@ def bare_steps(model: Model, optimizer: torch.optim.Optimizer, memory: list[tupl
 
 
 def of_a_pass(run: Run) -> float:
-    """Seconds of one pass over the images; what it renders ahead for the next one, which would be done beside other measurements, is dropped."""
+    """Seconds of one pass over the images; what it renders ahead for the next one,
+    which would be done beside other measurements, is dropped."""
     took = seconds(run.train_pass)
     run.replay.forget()
     return took

@@ -1,19 +1,24 @@
-"""What a label store costs as it grows: each step from opening it to reading an epoch, on stores of 10^3 to 10^8 crops and of ImageNet × 180 views.
+"""What a label store costs as it grows: each step from opening it to reading an epoch,
+on stores of 10^3 to 10^8 crops and of ImageNet × 180 views.
 
-    python tests/bench/scale.py                  # 15 to 30 minutes on two cores, 4 GB of disk
+    python tests/bench/scale.py         # 15 to 30 minutes on two cores, 4 GB
     python tests/bench/scale.py --largest 6      # one or two minutes, 0.1 GB
     python tests/bench/scale.py --out scale.json
 
-The claim: no step's cost per crop (or per image, where a step sees images only) grows with the store, but for the logarithm in sorting the paths;
-and a process's memory grows with the images alone, not with the views.
+The claim: no step's cost per crop (or per image, where a step sees images only) grows
+with the store, but for the logarithm in sorting the paths; and a process's memory grows
+with the images alone, not with the views.
 
-Stores are real: made by schema.create, view 0 by StoreWriter with crops drawn by the policy, completion records with digests, and a sample is verified.
-What is made up: the manifest (ImageNet's names, one file in a thousand unusable), and the labels: 16 rows over and over, which zstd packs into
-some 8 bytes a crop instead of some 450, so that 10^8 fit on a disk. The other views hold copies of view 0's files under records of their own. What rows
-that differ cost to read and to keep is measured once, at 10^5 crops.
+Stores are real: made by schema.create, view 0 by StoreWriter with crops drawn by the
+policy, completion records with digests, and a sample is verified. What is made up: the
+manifest (ImageNet's names, one file in a thousand unusable), and the labels: 16 rows
+over and over, which zstd packs into some 8 bytes a crop instead of some 450, so that
+10^8 fit on a disk. The other views hold copies of view 0's files under records of their
+own. What rows that differ cost to read and to keep is measured once, at 10^5 crops.
 
-Steps run in processes of their own, forked after the imports; figures are medians, of CPU time (all threads of a process) since other work on
-the machine disturbs it less. Files are in the page cache.
+Steps run in processes of their own, forked after the imports; figures are medians, of
+CPU time (all threads of a process) since other work on the machine disturbs it less.
+Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -71,7 +76,9 @@ DECODES = 4  # views that share a decode, as store.views_per_decode
 SAMPLE = 8  # shards that are checked and verified
 REPEATS, PATIENCE = 5, 20.0  # no further repeat after so many seconds, but three at least
 
-Step = Callable[[Path], AbstractContextManager[Callable[[], object]]]  # prepares, and gives what is timed
+Step = Callable[
+    [Path], AbstractContextManager[Callable[[], object]]
+]  # prepares, and gives what is timed
 
 
 def manifest(n: int) -> Images:
@@ -80,9 +87,14 @@ def manifest(n: int) -> Images:
     order = rng.permutation(n)
     class_index = np.sort(rng.integers(0, CLASSES, n)).astype(np.int32)[order]
     folders = [f"n{1_440_764 + 13_517 * c:08d}" for c in range(CLASSES)]
-    names = [f"{folders[c]}/{folders[c]}_{i}.JPEG" for c, i in zip(class_index.tolist(), order.tolist(), strict=True)]
+    names = [
+        f"{folders[c]}/{folders[c]}_{i}.JPEG"
+        for c, i in zip(class_index.tolist(), order.tolist(), strict=True)
+    ]
     status = (rng.random(n) < 1e-3).astype(np.uint8)
-    height, width = (np.where(status == USABLE, rng.integers(200, 600, n), 0).astype(np.int32) for _ in range(2))
+    height, width = (
+        np.where(status == USABLE, rng.integers(200, 600, n), 0).astype(np.int32) for _ in range(2)
+    )
     reason = np.where(status == USABLE, "", "damaged: image file is truncated").astype(object)
     return Images(
         np.array(names, object),
@@ -97,13 +109,16 @@ def manifest(n: int) -> Images:
 
 
 def some_codes(n: int, seed: int) -> np.ndarray:
-    """Codes [n, columns] of distributions of some 1.2 nats, which zstd packs into 450 bytes a row; labels of real teachers have 1.4 nats and take 440."""
+    """Codes [n, columns] of distributions of some 1.2 nats, which zstd packs into 450
+    bytes a row; labels of real teachers have 1.4 nats and take 440."""
     rng = np.random.default_rng(seed)
     p = np.empty((n, CLASSES), np.float32)
     for first in range(0, n, 1024):
         part = p[first : first + 1024]
         part[:] = rng.normal(0, 1, part.shape)
-        part[np.arange(len(part)), rng.integers(0, CLASSES, len(part))] += rng.uniform(7, 14, len(part))
+        part[np.arange(len(part)), rng.integers(0, CLASSES, len(part))] += rng.uniform(
+            7, 14, len(part)
+        )
         np.exp(part, out=part)
         part /= part.sum(axis=1, keepdims=True)
     return CODECS[DEFAULT].encode(p)
@@ -112,23 +127,48 @@ def some_codes(n: int, seed: int) -> np.ndarray:
 def create(path: Path, images: Images, views: int) -> CropPolicy:
     """An empty store, and its policy."""
     codec, policy = CODECS[DEFAULT], CropPolicy(views=views)
-    chunk_rows, shard_rows = schema.shard_rows_for(len(images), CLASSES, np.dtype(codec.dtype).itemsize)
+    chunk_rows, shard_rows = schema.shard_rows_for(
+        len(images), CLASSES, np.dtype(codec.dtype).itemsize
+    )
     provenance = {
-        "teachers": [{"model": "none", "image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3, "weights": "0" * 64}],
-        "crops": {"policy": "random-resized-crop", "tries": 10, **policy.model_dump(mode="json", exclude={"views", "cutmix"})},
+        "teachers": [
+            {
+                "model": "none",
+                "image_size": 224,
+                "mean": [0.5] * 3,
+                "std": [0.5] * 3,
+                "weights": "0" * 64,
+            }
+        ],
+        "crops": {
+            "policy": "random-resized-crop",
+            "tries": 10,
+            **policy.model_dump(mode="json", exclude={"views", "cutmix"}),
+        },
         "renderer": {"backend": "cpu"},
         "codec": codec.describe(),
         "compute": {"batch_size": 64, "precision": "float32", "device": "cpu"},
-        "data": {"images": len(images), "usable": len(images.usable), "manifest": images.manifest_digest(), "classes": ""},
+        "data": {
+            "images": len(images),
+            "usable": len(images.usable),
+            "manifest": images.manifest_digest(),
+            "classes": "",
+        },
         "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
     }
-    attributes = {"codec": codec.describe(), "class_names": [f"c{i}" for i in range(CLASSES)], "provenance": provenance, "made_with": {}}
+    attributes = {
+        "codec": codec.describe(),
+        "class_names": [f"c{i}" for i in range(CLASSES)],
+        "provenance": provenance,
+        "made_with": {},
+    }
     create_module.create(path, images=images, views=views, attributes=attributes)
     return policy
 
 
 def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
-    """Make a finished store; with ``varied`` no two labels of a view are the same. Returns CPU seconds a row of StoreWriter.write, per shard."""
+    """Make a finished store; with ``varied`` no two labels of a view are the same.
+    Returns CPU seconds a row of StoreWriter.write, per shard."""
     images = manifest(n)
     policy = create(path, images, views)
     writer = StoreWriter(path)
@@ -137,7 +177,11 @@ def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
     for shard in range(writer.store.shards):
         span = writer.store.shard_slice(shard)
         rows = np.arange(span.start, span.stop)
-        codes = some_codes(len(rows), shard) if varied else some_codes(PROTOTYPES, 0)[np.arange(len(rows)) % PROTOTYPES]
+        codes = (
+            some_codes(len(rows), shard)
+            if varied
+            else some_codes(PROTOTYPES, 0)[np.arange(len(rows)) % PROTOTYPES]
+        )
         codes[images.status[rows] != USABLE] = 0
         crops = plan.crops(0, rows)
         began = time.process_time()
@@ -148,7 +192,8 @@ def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
 
 
 def copy_views(path: Path, first: int) -> None:
-    """Fill the views from ``first`` on with view 0's files, and records of their own."""
+    """Fill the views from ``first`` on with view 0's files, and records of their
+    own."""
     writer = StoreWriter(path)
     store, records = writer.store, schema.array(writer.group, "records")
     for shard in range(store.shards):
@@ -159,7 +204,10 @@ def copy_views(path: Path, first: int) -> None:
                 file = store.file(name, view, shard)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(store.file(name, 0, shard), file)
-            record["view"], record["digest"] = view, np.frombuffer(schema.shard_digest(store.identity, view, shard, *content), "u1")
+            record["view"], record["digest"] = (
+                view,
+                np.frombuffer(schema.shard_digest(store.identity, view, shard, *content), "u1"),
+            )
             records[view, shard] = record.view("u1")
 
 
@@ -187,9 +235,13 @@ def looking_what_is_finished(path: Path) -> Iterator[Callable]:
 
 @contextmanager
 def resuming(path: Path) -> Iterator[Callable]:
-    """All that generate-labels does before its first unit of a store of which one shard is missing, without teachers, images and the check of shards."""
+    """All that generate-labels does before its first unit of a store of which one shard
+    is missing, without teachers, images and the check of shards."""
     store = LabelStore.open(path)
-    record, aside = store.file("records", store.views - 1, store.shards - 1), path.with_name("aside")
+    record, aside = (
+        store.file("records", store.views - 1, store.shards - 1),
+        path.with_name("aside"),
+    )
 
     def resume() -> None:
         writer = StoreWriter(path)
@@ -198,10 +250,17 @@ def resuming(path: Path) -> Iterator[Callable]:
         own = Share(views_per_decode=DECODES)
         share = own.places(now.finished())
         (unit,) = own.units(now.finished())
-        usable = [int((now.images.status[now.shard_slice(shard)] == USABLE).sum()) for shard in range(now.shards)]
+        usable = [
+            int((now.images.status[now.shard_slice(shard)] == USABLE).sum())
+            for shard in range(now.shards)
+        ]
         CropSampler(policy_of(now), now.images, now.shard_rows)
         with writer.claimed(unit.views, unit.shard) as views:
-            assert views == [now.views - 1] and len(share) == now.views * now.shards - 1 and len(usable) == now.shards
+            assert (
+                views == [now.views - 1]
+                and len(share) == now.views * now.shards - 1
+                and len(usable) == now.shards
+            )
 
     record.rename(aside)
     try:
@@ -211,18 +270,26 @@ def resuming(path: Path) -> Iterator[Callable]:
 
 
 def sample(store: LabelStore) -> list[tuple[int, int]]:
-    """Some shards of other views and rows each, none of them the last, which is shorter."""
-    places = [(view, shard) for view in range(store.views) for shard in range(max(1, store.shards - 1))]
-    return [places[i] for i in np.linspace(0, len(places) - 1, min(SAMPLE, len(places))).astype(int)]
+    """Some shards of other views and rows each, none of them the last, which is
+    shorter."""
+    places = [
+        (view, shard) for view in range(store.views) for shard in range(max(1, store.shards - 1))
+    ]
+    return [
+        places[i] for i in np.linspace(0, len(places) - 1, min(SAMPLE, len(places))).astype(int)
+    ]
 
 
 def sampled(store: LabelStore) -> int:
-    return sum(store.shard_slice(shard).stop - store.shard_slice(shard).start for _, shard in sample(store))
+    return sum(
+        store.shard_slice(shard).stop - store.shard_slice(shard).start for _, shard in sample(store)
+    )
 
 
 @contextmanager
 def checking(path: Path) -> Iterator[Callable]:
-    """Digests of some shards: what generate-labels does with its share's, and training with each shard before its first use."""
+    """Digests of some shards: what generate-labels does with its share's, and training
+    with each shard before its first use."""
     store = LabelStore.open(path)
     _ = store.images  # which both have read by then
 
@@ -247,14 +314,18 @@ def verifying(path: Path) -> Iterator[Callable]:
 def planning_epoch(path: Path) -> Iterator[Callable]:
     source = stored_labels(LabelStore.open(path), 1)
     usable = source.images.usable
-    yield lambda: sum(len(rows) for rows in epoch_windows(usable, source.block_rows, 0, 1, source.window_blocks))
+    yield lambda: sum(
+        len(rows) for rows in epoch_windows(usable, source.block_rows, 0, 1, source.window_blocks)
+    )
 
 
 @contextmanager
 def drawing_crops(path: Path) -> Iterator[Callable]:
     store = LabelStore.open(path)
     images, policy = store.images, policy_of(store)
-    yield lambda: CropSampler(policy, images, store.shard_rows).crops(store.views - 1, np.arange(len(images)))
+    yield lambda: CropSampler(policy, images, store.shard_rows).crops(
+        store.views - 1, np.arange(len(images))
+    )
 
 
 class Unrendered(Replay):
@@ -266,7 +337,8 @@ class Unrendered(Replay):
 
 @contextmanager
 def reading_epoch(path: Path) -> Iterator[Callable]:
-    """Labels and crops of a view in training order, digests compared, cut into batches: an epoch of every rank, but for its pictures."""
+    """Labels and crops of a view in training order, digests compared, cut into batches:
+    an epoch of every rank, but for its pictures."""
     store = LabelStore.open(path)
     replay = Unrendered(stored_labels(store, store.views), [224], Batching(512, 0))
     for view in range(store.views):
@@ -295,7 +367,9 @@ CROPS, IMAGES, SAMPLED = (
     lambda store: len(store.images),
     sampled,
 )
-STEPS: dict[str, tuple[Step, Callable[[LabelStore], int], str]] = {  # what is run, and what its cost is shared out to
+STEPS: dict[
+    str, tuple[Step, Callable[[LabelStore], int], str]
+] = {  # what is run, and what its cost is shared out to
     "open": (opening, CROPS, "crop"),
     "manifest": (reading_manifest, IMAGES, "image"),
     "finished": (looking_what_is_finished, CROPS, "crop"),
@@ -311,7 +385,8 @@ STEPS: dict[str, tuple[Step, Callable[[LabelStore], int], str]] = {  # what is r
 
 
 def memory(name: str) -> int:
-    """MiB: VmRSS, resident now, or VmHWM, at most. (ru_maxrss would tell of the parent's memory too.)"""
+    """MiB: VmRSS, resident now, or VmHWM, at most. (ru_maxrss would tell of the
+    parent's memory too.)"""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) // 1024 for line in f if line.startswith(name))
 
@@ -361,7 +436,11 @@ def timed(path: Path, name: str) -> dict:
 def command(path: Path) -> float:
     """Seconds of ``inspect`` as a user waits for it, imports and all."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "cli.py"), "inspect", str(path), "--json"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "inspect", str(path), "--json"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return time.perf_counter() - began
 
 
@@ -380,12 +459,19 @@ def shape(path: Path) -> dict:
 
 
 def measure(path: Path, steps: list[str]) -> dict:
-    return {**in_child(shape, path), "inspect_command_s": command(path), "steps": {name: in_child(timed, path, name) for name in steps}}
+    return {
+        **in_child(shape, path),
+        "inspect_command_s": command(path),
+        "steps": {name: in_child(timed, path, name) for name in steps},
+    }
 
 
 def machine() -> dict:
     with open("/proc/cpuinfo") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+        model = next(
+            (line.split(":")[1].strip() for line in f if line.startswith("model name")),
+            platform.machine(),
+        )
     with open("/proc/meminfo") as f:
         memory_gib = int(f.readline().split()[1]) / 2**20
     return {
@@ -401,33 +487,63 @@ def machine() -> dict:
 
 
 def computed(varied: dict) -> dict:
-    """Files of ImageNet × 180 views, and their bytes if a crop takes what it takes in ``varied``, whose labels differ."""
+    """Files of ImageNet × 180 views, and their bytes if a crop takes what it takes in
+    ``varied``, whose labels differ."""
     n, views = IMAGENET
     _, shard_rows = schema.shard_rows_for(n, CLASSES, 1)
     arrays = len(schema.shard_arrays({"provenance": {}, "codec": CODECS[DEFAULT].describe()}))
     shards, columns = views * -(-n // shard_rows), len(Images.__dataclass_fields__)
-    descriptions = 1 + arrays + 1 + 1 + columns  # a zarr.json for the store, each array, records, and images with its columns
+    descriptions = (
+        1 + arrays + 1 + 1 + columns
+    )  # a zarr.json for the store, each array, records, and images with its columns
     files = shards * (arrays + 1) + columns * -(-n // (1 << 16)) + descriptions
-    return {"shards": shards, "files": files, "bytes": int(n * views * varied["bytes"] / varied["crops"])}
+    return {
+        "shards": shards,
+        "files": files,
+        "bytes": int(n * views * varied["bytes"] / varied["crops"]),
+    }
 
 
 def table(sizes: dict[str, dict], varied: dict, whole: dict) -> None:
     base = sizes.get(BASE) or next(iter(sizes.values()))
-    print(f"CPU time in ns per crop (manifest, plan: per image), and its ratio to that at {base['crops']:,} crops")
+    print(
+        f"CPU time in ns per crop (manifest, plan: per image), and its ratio to that at "
+        f"{base['crops']:,} crops"
+    )
     print(f"{'crops':15}" + "".join(f"{name:>16}" for name in STEPS))
     for size, row in sizes.items():
-        cost = {name: (step["cpu_ns"], step["cpu_ns"] / base["steps"][name]["cpu_ns"]) for name, step in row["steps"].items()}
+        cost = {
+            name: (step["cpu_ns"], step["cpu_ns"] / base["steps"][name]["cpu_ns"])
+            for name, step in row["steps"].items()
+        }
         print(
-            f"{size:15}" + "".join(f"{f'{_figure(cost[name][0])} ×{_figure(cost[name][1])}' if name in cost else '':>16}" for name in STEPS)
+            f"{size:15}"
+            + "".join(
+                f"{f'{_figure(cost[name][0])} ×{_figure(cost[name][1])}' if name in cost else '':>16}"  # noqa: E501
+                for name in STEPS
+            )
         )
     print(
-        "\nSeconds for the whole step (check, verify: of some shards), and MiB of memory beyond the imports; files and MiB on the disk; inspect as a command"
+        "\nSeconds for the whole step (check, verify: of some shards), and MiB of memory beyond "
+        "the imports; files and MiB on the disk; inspect as a command"
     )
-    print(f"{'crops':15}" + "".join(f"{name:>16}" for name in STEPS) + f"{'files':>9}{'MiB':>8}{'command':>9}")
+    print(
+        f"{'crops':15}"
+        + "".join(f"{name:>16}" for name in STEPS)
+        + f"{'files':>9}{'MiB':>8}{'command':>9}"
+    )
     for size, row in sizes.items():
-        cells = [f"{step['wall_s']:.3f} s {step['memory_mib']:3} M" if (step := row["steps"].get(name)) else "" for name in STEPS]
+        cells = [
+            f"{step['wall_s']:.3f} s {step['memory_mib']:3} M"
+            if (step := row["steps"].get(name))
+            else ""
+            for name in STEPS
+        ]
         cells = "".join(f"{cell:>16}" for cell in cells)
-        print(f"{size:15}{cells}{row['files']:9,}{row['bytes'] / 2**20:8,.0f}{row['inspect_command_s']:7.1f} s")
+        print(
+            f"{size:15}{cells}{row['files']:9,}{row['bytes'] / 2**20:8,.0f}"
+            f"{row['inspect_command_s']:7.1f} s"
+        )
     ratios = {
         f"{name} at {size}": step["cpu_ns"] / base["steps"][name]["cpu_ns"]
         for size, row in sizes.items()
@@ -436,12 +552,22 @@ def table(sizes: dict[str, dict], varied: dict, whole: dict) -> None:
     }
     if ratios:
         worst = max(ratios, key=ratios.get)
-        print(f"\nNo step costs more than ×{ratios[worst]:.2f} beyond {base['crops']:,} crops ({worst})")
+        print(
+            f"\nNo step costs more than ×{ratios[worst]:.2f} beyond {base['crops']:,} crops "
+            f"({worst})"
+        )
     if BASE in sizes:
-        more = ", ".join(f"{name} ×{step['cpu_ns'] / base['steps'][name]['cpu_ns']:.2f}" for name, step in varied["steps"].items())
-        print(f"Labels that differ ({varied['label_bytes_per_crop']:.0f} bytes each) against repeated ones, at 10^5 crops: {more}")
+        more = ", ".join(
+            f"{name} ×{step['cpu_ns'] / base['steps'][name]['cpu_ns']:.2f}"
+            for name, step in varied["steps"].items()
+        )
+        print(
+            f"Labels that differ ({varied['label_bytes_per_crop']:.0f} bytes each) against "
+            f"repeated ones, at 10^5 crops: {more}"
+        )
     print(
-        f"ImageNet × 180 views: {whole['shards']:,} shards, {whole['files']:,} files, {whole['bytes'] / 2**30:.0f} GiB with labels that differ"
+        f"ImageNet × 180 views: {whole['shards']:,} shards, {whole['files']:,} files, "
+        f"{whole['bytes'] / 2**30:.0f} GiB with labels that differ"
     )
 
 
@@ -452,10 +578,18 @@ def _figure(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--largest", type=int, default=8, choices=list(SIZES), help="log10 of the largest number of crops [8; 8 adds ImageNet × 180]"
+        "--largest",
+        type=int,
+        default=8,
+        choices=list(SIZES),
+        help="log10 of the largest number of crops [8; 8 adds ImageNet × 180]",
     )
     parser.add_argument("--out", type=Path, help="write everything as JSON")
-    parser.add_argument("--folder", type=Path, help="where stores are made, and removed [the system's folder for temporary files]")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where stores are made, and removed [the system's folder for temporary files]",
+    )
     options = parser.parse_args()
     sizes: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="scale.") as folder:
@@ -467,8 +601,14 @@ def main() -> None:
             size, path = f"10^{exponent}", Path(folder, f"{exponent}.zarr")
             began = time.perf_counter()
             written = in_child(build, path, *SIZES[exponent])
-            sizes[size] = measure(path, list(STEPS)) | {"write_ns": 1e9 * statistics.median(written)}
-            print(f"{size}: made and measured in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            sizes[size] = measure(path, list(STEPS)) | {
+                "write_ns": 1e9 * statistics.median(written)
+            }
+            print(
+                f"{size}: made and measured in {time.perf_counter() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             if exponent == 8:
                 in_child(extend, path, SIZES[8][1], IMAGENET[1])
                 sizes["ImageNet × 180"] = measure(path, [name for name in STEPS if name != "grow"])
@@ -476,7 +616,12 @@ def main() -> None:
     whole = computed(varied)
     table(sizes, varied, whole)
     if options.out:
-        result = {"machine": machine(), "sizes": sizes, "varied": varied, "imagenet_180_computed": whole}
+        result = {
+            "machine": machine(),
+            "sizes": sizes,
+            "varied": varied,
+            "imagenet_180_computed": whole,
+        }
         options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -1,15 +1,20 @@
-"""How near both stages come to what their bare arithmetic allows: ratios of two things done in one run on one machine.
+"""How near both stages come to what their bare arithmetic allows: ratios of two things
+done in one run on one machine.
 
-    make bench                                          # all of it: some fifteen minutes on two cores
-    python tests/bench/speed.py --only stand-in online  # those with one of these words in their name
-    python tests/bench/speed.py --out speed.json        # the figures and the machine's description as JSON too
+    make bench                                          # some fifteen minutes
+    python tests/bench/speed.py --only stand-in online   # by words of their names
+    python tests/bench/speed.py --out speed.json         # JSON too
 
-A figure is the median of the ratios of some pairs, A B A B …, with the least and the greatest. Photographs are cut from scikit-learn's two samples, to
-about the size of ImageNet's; weights are random, which doesn't matter to speed. What is done once at a start (reading the manifest, loading models,
-the first use of each thread) isn't counted; stage one is timed from its first rendered batch on, to its last record.
+A figure is the median of the ratios of some pairs, A B A B …, with the least and the
+greatest. Photographs are cut from scikit-learn's two samples, to about the size of
+ImageNet's; weights are random, which doesn't matter to speed. What is done once at a
+start (reading the manifest, loading models, the first use of each thread) isn't
+counted; stage one is timed from its first rendered batch on, to its last record.
 
-A stand-in is a model that does nothing for 1.25 times as long as the loader alone takes for a batch, as an accelerator would seem from here: it shows what
-is lost between the loader and a fast device on a machine that has none. "Serial" is the same work with nothing done beside anything else.
+A stand-in is a model that does nothing for 1.25 times as long as the loader alone takes
+for a batch, as an accelerator would seem from here: it shows what is lost between the
+loader and a fast device on a machine that has none. "Serial" is the same work with
+nothing done beside anything else.
 """
 
 from __future__ import annotations
@@ -72,13 +77,21 @@ SLOWER = 1.25
 
 
 def left_by(loader: float, found: list[tuple[float, float]]) -> str:
-    """What a loader that takes so many seconds of one core leaves of a ratio, where the model wants all cores."""
+    """What a loader that takes so many seconds of one core leaves of a ratio, where the
+    model wants all cores."""
     bare = statistics.median(a for a, _ in found)
-    return f"the loader shares the cores, which allows {bare / (bare + loader / len(os.sched_getaffinity(0))):.3f}"
+    return (
+        "the loader shares the cores, which allows "
+        f"{bare / (bare + loader / len(os.sched_getaffinity(0))):.3f}"
+    )
 
 
 def the_teachers(place: Place) -> Iterator[Figure]:
-    config = place.config(teachers=place.teachers, crops={"views": 2}, store={"batch_size": 64, "shard_rows": 64, "views_per_decode": 2})
+    config = place.config(
+        teachers=place.teachers,
+        crops={"views": 2},
+        store={"batch_size": 64, "shard_rows": 64, "views_per_decode": 2},
+    )
     teachers = load_teachers(config.teachers, CPU)
     empty = place.empty(config, place.few, teachers)
     with ExitStack() as stack:
@@ -89,12 +102,19 @@ def the_teachers(place: Place) -> Iterator[Figure]:
     crops = sum(len(pixels[teachers[0].image_size]) for pixels in pieces)
 
     def bare() -> float:
-        return seconds(lambda: [ensemble(teachers, pixels, "float32", batch_size=64) for pixels in pieces])
+        return seconds(
+            lambda: [ensemble(teachers, pixels, "float32", batch_size=64) for pixels in pieces]
+        )
 
     bare()
-    found = pairs(bare, lambda: place.labelled(config, place.few, empty, teachers)[0], place.repeats)
+    found = pairs(
+        bare, lambda: place.labelled(config, place.few, empty, teachers)[0], place.repeats
+    )
     rates = [statistics.median(crops / took for took in side) for side in zip(*found, strict=True)]
-    detail = f"{' + '.join(place.extent.teachers)}, {crops} crops: {rates[1]:.1f} of {rates[0]:.1f} crops/s; {left_by(loader, found)}"
+    detail = (
+        f"{' + '.join(place.extent.teachers)}, {crops} crops: {rates[1]:.1f} of "
+        f"{rates[0]:.1f} crops/s; {left_by(loader, found)}"
+    )
     yield Figure("stage one / bare teachers", [a / b for a, b in found], 0.97, detail)
 
 
@@ -102,13 +122,21 @@ def compilation(place: Place) -> Iterator[Figure]:
     """Of one teacher, one size of batch: store.compile."""
     (teacher, _) = load_teachers(place.config(teachers=place.teachers).teachers, CPU)
     fast = teacher.compiled_teacher("float32")
-    pixels = {teacher.image_size: torch.randint(0, 256, (64, teacher.image_size, teacher.image_size, 3), dtype=torch.uint8)}
+    pixels = {
+        teacher.image_size: torch.randint(
+            0, 256, (64, teacher.image_size, teacher.image_size, 3), dtype=torch.uint8
+        )
+    }
 
     def of(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
         return ensemble([model], pixels, "float32")
 
     apart = float((of(teacher)[0] - of(fast)[0]).abs().sum(dim=1).max()) / 2
-    found = pairs(lambda: seconds(lambda: of(teacher)), lambda: seconds(lambda: of(fast)), 2 * place.repeats + 1)
+    found = pairs(
+        lambda: seconds(lambda: of(teacher)),
+        lambda: seconds(lambda: of(fast)),
+        2 * place.repeats + 1,
+    )
     yield Figure(
         "teacher / the same, compiled",
         [a / b for a, b in found],
@@ -135,19 +163,25 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
         for _ in range(place.repeats):
             alone, batches = loading()
             teacher = stand_in(alone * SLOWER)
-            bare = batches * mean_seconds(partial(ensemble, [teacher], pixels, "float32", batch_size=64))
+            bare = batches * mean_seconds(
+                partial(ensemble, [teacher], pixels, "float32", batch_size=64)
+            )
             ours.append(bare / place.labelled(config, place.many, empty, [teacher])[0])
         with serial():
             theirs = [bare / place.labelled(config, place.many, empty, [teacher])[0]]
     detail = f"{batches} batches of 64 at 224 px, {64 / alone:,.0f} crops/s from the loader alone"
     yield Figure("stage one / stand-in teacher", ours, 0.95, detail)
-    yield Figure("stage one / the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
+    yield Figure(
+        "stage one / the same, serial", theirs, None, "must be below 0.95, or this measures nothing"
+    )
 
 
 def the_student(place: Place) -> Iterator[Figure]:
     config = place.config()
     source = stored(place, place.few, config)
-    run = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
+    run = place.training(
+        config, source, place.few, load(config.student, classes=1000, image_size=224)
+    )
     bare_model = load(config.student, classes=1000, image_size=224)
     optimizer = torch.optim.SGD(bare_model.module.parameters(), lr=0.01, momentum=0.9)
     for _ in range(2):  # the first also makes threads and buffers
@@ -167,7 +201,8 @@ def the_student(place: Place) -> Iterator[Figure]:
         "stage two / bare step",
         [a / b for a, b in found],
         0.97,
-        f"{place.extent.student}, batches of 32: {rates[1]:.1f} of {rates[0]:.1f} images/s; {left_by(loader, found)}",
+        f"{place.extent.student}, batches of 32: {rates[1]:.1f} of {rates[0]:.1f} images/s; "
+        f"{left_by(loader, found)}",
     )
     reading = min(seconds(lambda: list(run.replay._windows(0))) for _ in range(5))
     decoding = min(seconds(lambda: [run.targets(batch) for batch, _ in labelled]) for _ in range(5))
@@ -176,14 +211,17 @@ def the_student(place: Place) -> Iterator[Figure]:
         "bare step / label path of it",
         [step / (reading + decoding)],
         100,
-        f"{1e6 * reading / rows:.0f} µs an image to read and {1e6 * decoding / rows:.0f} to decode, {1e3 * step / rows:.1f} ms to train on",
+        f"{1e6 * reading / rows:.0f} µs an image to read and {1e6 * decoding / rows:.0f} to "
+        f"decode, {1e3 * step / rows:.1f} ms to train on",
     )
 
 
 def the_stand_in_student(place: Place) -> Iterator[Figure]:
     config = place.config(train={"batch_size": 64})
     source = stored(place, place.many, config)
-    loader = make_replay(source, place.many, sizes=[224], batch_size=64, seed=0, rendering=config.render)
+    loader = make_replay(
+        source, place.many, sizes=[224], batch_size=64, seed=0, rendering=config.render
+    )
 
     def loading() -> float:
         with serial(), loader.epoch(0) as batches:
@@ -201,28 +239,40 @@ def the_stand_in_student(place: Place) -> Iterator[Figure]:
             ours.append(bare / of_a_pass(run))
         with serial():
             theirs = [bare / of_a_pass(run)]
-    detail = f"{len(loader.sizes)} batches of 64 at 224 px, {64 / alone:,.0f} images/s from the loader alone"
+    detail = (
+        f"{len(loader.sizes)} batches of 64 at 224 px, {64 / alone:,.0f} images/s from the "
+        f"loader alone"
+    )
     yield Figure("stage two / stand-in student", ours, 0.95, detail)
-    yield Figure("stage two / the same, serial", theirs, None, "must be below 0.95, or this measures nothing")
+    yield Figure(
+        "stage two / the same, serial", theirs, None, "must be below 0.95, or this measures nothing"
+    )
 
 
 def online(place: Place) -> Iterator[Figure]:
     config = place.config()
     source = stored(place, place.few, config)
-    plain = place.training(config, source, place.few, load(config.student, classes=1000, image_size=224))
+    plain = place.training(
+        config, source, place.few, load(config.student, classes=1000, image_size=224)
+    )
     live = place.config(teachers=place.teachers, store={"batch_size": 32}, train={"online": True})
     teachers = load_teachers(live.teachers, CPU)
     drawn = drawn_crops(source.images, CLASSES, live.crops, 1, (len(source.images),) * 2)
-    asking = place.training(live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers)
+    asking = place.training(
+        live, drawn, place.few, load(live.student, classes=1000, image_size=224), teachers
+    )
     of_a_pass(plain)
     found = pairs(lambda: of_a_pass(asking), lambda: of_a_pass(plain), place.repeats)
     work = estimate(live)
-    allowed = (work["teacher_gflop_per_crop"] + work["student_gflop_per_crop"]) / work["student_gflop_per_crop"]
+    allowed = (work["teacher_gflop_per_crop"] + work["student_gflop_per_crop"]) / work[
+        "student_gflop_per_crop"
+    ]
     yield Figure(
         "online step / stage two's",
         [a / b for a, b in found],
         None,
-        f"seconds; {place.extent.student} taught by {' + '.join(place.extent.teachers)}. Of floating-point operations {allowed:.2f}",
+        f"seconds; {place.extent.student} taught by {' + '.join(place.extent.teachers)}. Of "
+        f"floating-point operations {allowed:.2f}",
     )
 
 
@@ -231,7 +281,13 @@ class Torchvision(torch.utils.data.Dataset):
 
     def __init__(self, folder: Path, crops: int) -> None:
         self.files, self.crops = sorted(folder.glob("*/*.jpg")), crops
-        self.change = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        self.change = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224),
+                transforms.RandomHorizontalFlip(),
+                transforms.PILToTensor(),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -247,10 +303,28 @@ def the_loader(place: Place) -> Iterator[Figure]:
     found = place.manifest
     processes = len(os.sched_getaffinity(0))
     for crops in (1, 2, 4):
-        source = drawn_crops(found, CLASSES, config.crops.model_copy(update={"views": crops}), crops, (len(found),) * 2)
-        ours = make_replay(source, place.many, sizes=[224], batch_size=64 * crops, seed=0, rendering=config.render, crops_per_image=crops)
+        source = drawn_crops(
+            found,
+            CLASSES,
+            config.crops.model_copy(update={"views": crops}),
+            crops,
+            (len(found),) * 2,
+        )
+        ours = make_replay(
+            source,
+            place.many,
+            sizes=[224],
+            batch_size=64 * crops,
+            seed=0,
+            rendering=config.render,
+            crops_per_image=crops,
+        )
         theirs = torch.utils.data.DataLoader(
-            Torchvision(place.many, crops), 64, shuffle=True, num_workers=processes, persistent_workers=True
+            Torchvision(place.many, crops),
+            64,
+            shuffle=True,
+            num_workers=processes,
+            persistent_workers=True,
         )
 
         def load_ours(ours: Replay = ours) -> None:
@@ -264,17 +338,22 @@ def the_loader(place: Place) -> Iterator[Figure]:
 
         load_ours(), load_theirs()
         timed = pairs(lambda: seconds(load_theirs), lambda: seconds(load_ours), place.repeats)
-        rates = [statistics.median(len(found) * crops / took for took in side) for side in zip(*timed, strict=True)]
+        rates = [
+            statistics.median(len(found) * crops / took for took in side)
+            for side in zip(*timed, strict=True)
+        ]
         yield Figure(
             f"loader / Pillow + torchvision, {crops} crop{'s' * (crops > 1)} per decode",
             [a / b for a, b in timed],
             None,
-            f"{rates[1]:,.0f} and {rates[0]:,.0f} crops/s at 224 px, {processes} threads or processes",
+            f"{rates[1]:,.0f} and {rates[0]:,.0f} crops/s at 224 px, {processes} threads or "
+            f"processes",
         )
 
 
 def labels(place: Place) -> Iterator[Figure]:
-    """Rows of an epoch in training order, against a file per image as FKD keeps them: boxes, flips and top-5 labels of 500 crops, of which one is used."""
+    """Rows of an epoch in training order, against a file per image as FKD keeps them:
+    boxes, flips and top-5 labels of 500 crops, of which one is used."""
     n, files = place.extent.rows, place.extent.files
     path = place.folder / "labels.zarr"
     _store_of(path, n)
@@ -285,7 +364,10 @@ def labels(place: Place) -> Iterator[Figure]:
     rng = torch.Generator().manual_seed(0)
     for i in range(files):
         top = torch.rand(500, 5, generator=rng), torch.randint(0, 1000, (500, 5), generator=rng)
-        torch.save((torch.rand(500, 4, generator=rng), torch.rand(500, generator=rng) < 0.5, top), folder / f"{i}.tar")
+        torch.save(
+            (torch.rand(500, 4, generator=rng), torch.rand(500, generator=rng) < 0.5, top),
+            folder / f"{i}.tar",
+        )
     order = np.random.default_rng(0).permutation(files)
 
     def ours() -> None:
@@ -298,13 +380,18 @@ def labels(place: Place) -> Iterator[Figure]:
             _ = boxes[7], flips[7], values[7], classes[7]
 
     ours(), theirs()
-    timed = pairs(lambda: seconds(theirs) / files, lambda: seconds(ours) / len(source.images.usable), place.repeats)
+    timed = pairs(
+        lambda: seconds(theirs) / files,
+        lambda: seconds(ours) / len(source.images.usable),
+        place.repeats,
+    )
     each = [statistics.median(side) for side in zip(*timed, strict=True)]
     yield Figure(
         "a file per image (FKD) / labels of an epoch",
         [a / b for a, b in timed],
         None,
-        f"seconds a row: {1e6 * each[0]:.0f} µs and {1e6 * each[1]:.1f} µs, {1 / each[1]:,.0f} rows/s, 1,000 classes",
+        f"seconds a row: {1e6 * each[0]:.0f} µs and {1e6 * each[1]:.1f} µs, {1 / each[1]:,.0f} "
+        f"rows/s, 1,000 classes",
     )
 
 
@@ -336,19 +423,39 @@ MEASUREMENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help=f"of a name: {', '.join(MEASUREMENTS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="WORDS",
+        help=f"of a name: {', '.join(MEASUREMENTS)}",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="pairs a figure")
     parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--small", action="store_true", help="tiny models and few images: whether it works; the figures mean nothing")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny models and few images: whether it works; the figures mean nothing",
+    )
     given = parser.parse_args()
     for words in given.only:
         if not any(words in name for name in MEASUREMENTS):
-            parser.error(f"--only {words}: no measurement has that in its name; there are {', '.join(MEASUREMENTS)}")
-    chosen = [measure for name, measure in MEASUREMENTS.items() if any(words in name for words in given.only)]
+            parser.error(
+                f"--only {words}: no measurement has that in its name; there are "
+                f"{', '.join(MEASUREMENTS)}"
+            )
+    chosen = [
+        measure
+        for name, measure in MEASUREMENTS.items()
+        if any(words in name for words in given.only)
+    ]
     keep_freed_memory()
     progress.silence()
     about = machine()
-    print(f"{about['processor']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}; torch {about['torch']}; {about['date']}\n")
+    print(
+        f"{about['processor']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}; torch "
+        f"{about['torch']}; {about['date']}\n"
+    )
     print("| ratio | median | aim | |\n|---|---|---|---|")
     figures = []
     with tempfile.TemporaryDirectory(prefix="speed.") as folder:
@@ -358,7 +465,12 @@ def main() -> None:
                 print(figure.row(), flush=True)
                 figures.append(figure)
     if given.out:
-        given.out.write_text(json.dumps({"machine": about, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps(
+                {"machine": about, "figures": [asdict(figure) for figure in figures]}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

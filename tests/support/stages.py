@@ -1,4 +1,5 @@
-"""The stages in one call each, as most tests want them: from a folder, on the CPU, in one process."""
+"""The stages in one call each, as most tests want them: from a folder, on the CPU, in
+one process."""
 
 from __future__ import annotations
 
@@ -37,8 +38,17 @@ def _split(how: dict, *names: str) -> dict:
     return {name: how.pop(name) for name in names if name in how}
 
 
-def generate(recipe: Config, data: Path, path: Path, *, worker: tuple[int, int] = (0, 1), first_view: int = 0, **how: object) -> LabelStore:
-    """Run stage one. how: split, classes (a class map), device, profile; strict and check, as ``pipeline.labelling.generate`` takes them."""
+def generate(
+    recipe: Config,
+    data: Path,
+    path: Path,
+    *,
+    worker: tuple[int, int] = (0, 1),
+    first_view: int = 0,
+    **how: object,
+) -> LabelStore:
+    """Run stage one. how: split, classes (a class map), device, profile; strict and
+    check, as ``pipeline.labelling.generate`` takes them."""
     images = DataFolder.find(data, how.pop("split", "train"), how.pop("classes", None))
     execution = Execution.on(how.pop("device", CPU), profile=how.pop("profile", False))
     share = Share(*worker, first_view, recipe.store.views_per_decode)
@@ -47,34 +57,48 @@ def generate(recipe: Config, data: Path, path: Path, *, worker: tuple[int, int] 
 
 def make_plan(recipe: Config, data: Path | None, path: Path | None, **how: object) -> dict:
     """Plan stage one. how: split, classes, device; workers and first_view."""
-    images = DataFolder.find(data, how.pop("split", "train"), how.pop("classes", None)) if data else None
+    images = (
+        DataFolder.find(data, how.pop("split", "train"), how.pop("classes", None)) if data else None
+    )
     share = Share(0, how.pop("workers", 1), how.pop("first_view", 0), recipe.store.views_per_decode)
-    return asdict(plan.make_plan(recipe, images, path, device=how.pop("device", CPU), share=share, **how))
+    return asdict(
+        plan.make_plan(recipe, images, path, device=how.pop("device", CPU), share=share, **how)
+    )
 
 
 def train(recipe: Config, data: Path, out: Path, **how: object) -> dict:
-    """Run stage two. how: classes, device, processes, profile; the rest as ``pipeline.training.train`` takes it."""
+    """Run stage two. how: classes, device, processes, profile; the rest as
+    ``pipeline.training.train`` takes it."""
     images = DataFolder.find(data, "train", how.pop("classes", None))
-    execution = Execution.on(how.pop("device", CPU), *_split(how, "processes").values(), profile=how.pop("profile", False))
+    execution = Execution.on(
+        how.pop("device", CPU),
+        *_split(how, "processes").values(),
+        profile=how.pop("profile", False),
+    )
     return stage_two.train(recipe, images, out, execution=execution, **how)
 
 
 def evaluate(models: Sequence, folder: Path, images: Images, classes: int, **how: object) -> dict:
-    """Evaluate on a folder of so many classes. how: device, processes, teachers; batch_size, precision, what; the settings of the renderer."""
+    """Evaluate on a folder of so many classes. how: device, processes, teachers;
+    batch_size, precision, what; the settings of the renderer."""
     execution = Execution(how.pop("device", CPU), **_split(how, "processes"))
-    looking = evaluation.Looking(RenderSettings(**_split(how, *SETTINGS)), **_split(how, "batch_size", "precision", "what"))
+    looking = evaluation.Looking(
+        RenderSettings(**_split(how, *SETTINGS)), **_split(how, "batch_size", "precision", "what")
+    )
     data = DataFolder(folder, [str(i) for i in range(classes)])
     return evaluation.evaluate(models, data, images, looking=looking, execution=execution, **how)
 
 
 def scan(folder: Path, classes: Sequence[str], **how: object) -> Images:
-    """Scan a folder. how: the settings of the renderer; order_seed and before, as ``pipeline.images.scan`` takes them."""
+    """Scan a folder. how: the settings of the renderer; order_seed and before, as
+    ``pipeline.images.scan`` takes them."""
     settings = RenderSettings(**_split(how, *SETTINGS))
     return scans.scan(DataFolder(folder, classes), settings, **how)
 
 
 def import_labels(directory: Path, data: Path, path: Path, **how: object) -> LabelStore:
-    """Import label files. how: split, classes; teachers, image_size, interpolation; views and codec."""
+    """Import label files. how: split, classes; teachers, image_size, interpolation;
+    views and codec."""
     images = DataFolder.find(data, how.get("split", "train"), how.pop("classes", None))
     known = imports.Known(**_split(how, "teachers", "image_size", "interpolation"))
     return imports.import_labels(directory, images, path, known=known, **how)
@@ -85,28 +109,55 @@ def crop_renderer(sizes: Sequence[int], views: int, batch_size: int, **how: obje
     return CropRenderer(sizes, views, batch_size, RenderSettings(**_split(how, *SETTINGS)), **how)
 
 
-def centre_renderer(looks: Sequence[tuple[int, str]], batch_size: int, **how: object) -> CentreRenderer:
+def centre_renderer(
+    looks: Sequence[tuple[int, str]], batch_size: int, **how: object
+) -> CentreRenderer:
     """Make a renderer of central squares. how: the settings; pinned."""
     return CentreRenderer(looks, batch_size, RenderSettings(**_split(how, *SETTINGS)), **how)
 
 
 def stored_labels(store: LabelStore, views: int, *, hard: bool = False) -> StoredLabels:
     """Take crops and labels from a store; ``make_replay`` says where the images are."""
-    return StoredLabels(store, DataFolder(Path(), store.class_names), RenderSettings.of_store(store), views, hard=hard)
+    return StoredLabels(
+        store,
+        DataFolder(Path(), store.class_names),
+        RenderSettings.of_store(store),
+        views,
+        hard=hard,
+    )
 
 
-def drawn_crops(images: Images, names: Sequence[str], policy: CropPolicy, views: int, layout: tuple[int, int]) -> DrawnCrops:
+def drawn_crops(
+    images: Images, names: Sequence[str], policy: CropPolicy, views: int, layout: tuple[int, int]
+) -> DrawnCrops:
     """Draw crops on the CPU; ``make_replay`` says where the images are."""
-    return DrawnCrops(DataFolder(Path(), names), images, policy, RenderSettings.of(policy, Render()), views, layout, {})
+    return DrawnCrops(
+        DataFolder(Path(), names),
+        images,
+        policy,
+        RenderSettings.of(policy, Render()),
+        views,
+        layout,
+        {},
+    )
 
 
-def make_replay(source: Source, folder: Path, *, sizes: Sequence[int], batch_size: int, seed: int, **how: object) -> Replay:
-    """Replay a source on the images of a folder. how: crops_per_image, mix; rendering, a config's section; device, clock; rank and world."""
+def make_replay(
+    source: Source, folder: Path, *, sizes: Sequence[int], batch_size: int, seed: int, **how: object
+) -> Replay:
+    """Replay a source on the images of a folder. how: crops_per_image, mix; rendering,
+    a config's section; device, clock; rank and world."""
     source.data = DataFolder(folder, source.data.class_names)
     source.settings = replace(source.settings, threads=how.pop("rendering", Render()).threads)
     batching = Batching(batch_size, seed, **_split(how, "crops_per_image", "mix"))
     processes = Processes(**_split(how, "rank", "world"))
-    return Replay(source, sizes, batching, Execution(how.pop("device", CPU), processes, how.pop("clock", None) or Clock()), **how)
+    return Replay(
+        source,
+        sizes,
+        batching,
+        Execution(how.pop("device", CPU), processes, how.pop("clock", None) or Clock()),
+        **how,
+    )
 
 
 def make_targets(config: Config, source: Source, teachers: Sequence = ()) -> Targets:

@@ -20,7 +20,9 @@ from pipeline.render.hardware_jpeg import hardware_engines
 
 PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50", image_size=224)
 TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet", image_size=48)
-SHARPNESS = 3.0  # standard deviation of the random teachers' logits, whose softmax would be flat otherwise
+SHARPNESS = (
+    3.0  # standard deviation of the random teachers' logits, whose softmax would be flat otherwise
+)
 
 
 @dataclass
@@ -35,7 +37,10 @@ class Finding:
         """Return the finding as a row of a table in Markdown."""
         found = self.found if isinstance(self.found, str) else f"{self.found:.3g}"
         verdict = {True: "yes", False: "**NO**", None: ""}[self.holds]
-        more = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.detail.items())
+        more = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self.detail.items()
+        )
         return f"| {self.what} | {found} | {self.wanted} | {verdict} | {more} |"
 
 
@@ -45,12 +50,20 @@ def at_most(what: str, found: float, bound: float, **detail: object) -> Finding:
 
 
 class Bench(Place):
-    """Where the measurements are done. Tiny models and pictures on a CPU, where they show that the measurements work; the paper's on a GPU.
+    """Where the measurements are done. Tiny models and pictures on a CPU, where they
+    show that the measurements work; the paper's on a GPU.
 
-    given: real teachers of 1,000 classes as (timm name, file of weights), for how far labels are apart; none: random ones.
+    given: real teachers of 1,000 classes as (timm name, file of weights), for how far
+    labels are apart; none: random ones.
     """
 
-    def __init__(self, folder: Path, device: torch.device, files: list[Path] | None, given: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        files: list[Path] | None,
+        given: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.gpu = device.type == "cuda"
         super().__init__(folder, 1, PAPER if self.gpu else TINY, device, files)
         self.given = given
@@ -59,16 +72,30 @@ class Bench(Place):
 
     def backends(self) -> list[str]:
         """List the renderer's backends that this machine has."""
-        return ["cpu", *["gpu"] * self.gpu, *["gpu-hardware"] * (self.gpu and hardware_engines() != 0)]
+        return [
+            "cpu",
+            *["gpu"] * self.gpu,
+            *["gpu-hardware"] * (self.gpu and hardware_engines() != 0),
+        ]
 
     def judges(self) -> tuple[list[Model], str]:
-        """Load the teachers whose labels are compared, on the CPU, and say whose weights they have."""
+        """Load the teachers whose labels are compared, on the CPU, and say whose
+        weights they have."""
         if self.given:
-            return [load(ModelSpec(model=name, checkpoint=file)) for name, file in self.given], "real weights"
-        names = ("tf_efficientnet_lite1", "tf_efficientnet_lite2") if self.gpu else self.extent.teachers
-        models = [load(ModelSpec(model=name, pretrained=False), classes=1000, seed=seed) for seed, name in enumerate(names)]
+            return [
+                load(ModelSpec(model=name, checkpoint=file)) for name, file in self.given
+            ], "real weights"
+        names = (
+            ("tf_efficientnet_lite1", "tf_efficientnet_lite2") if self.gpu else self.extent.teachers
+        )
+        models = [
+            load(ModelSpec(model=name, pretrained=False), classes=1000, seed=seed)
+            for seed, name in enumerate(names)
+        ]
         for model in models:
-            noise = torch.randint(256, (4, model.image_size, model.image_size, 3), dtype=torch.uint8)
+            noise = torch.randint(
+                256, (4, model.image_size, model.image_size, 3), dtype=torch.uint8
+            )
             with torch.inference_mode():
                 spread = model(noise).std()
             with torch.no_grad():
@@ -76,9 +103,16 @@ class Bench(Place):
         return models, "random weights"
 
     def settings(self, **sections: dict) -> dict:
-        """Return sections of a config, for ``config``: one recipe for both stages, with some values replaced."""
-        store = {"batch_size": self.batch, "shard_rows": 1024 if self.gpu else 16, "views_per_decode": 4} | sections.pop("store", {})
-        train = {"image_size": self.size, "batch_size": self.batch, "precision": "bfloat16" if self.gpu else "float32"} | sections.pop(
-            "train", {}
-        )
+        """Return sections of a config, for ``config``: one recipe for both stages, with
+        some values replaced."""
+        store = {
+            "batch_size": self.batch,
+            "shard_rows": 1024 if self.gpu else 16,
+            "views_per_decode": 4,
+        } | sections.pop("store", {})
+        train = {
+            "image_size": self.size,
+            "batch_size": self.batch,
+            "precision": "bfloat16" if self.gpu else "float32",
+        } | sections.pop("train", {})
         return {"store": store, "train": train, **sections}

@@ -1,12 +1,15 @@
-"""Prove on a machine with a GPU that both stages are right there, and measure how fast they are: one table, and JSON with the card's name.
+"""Prove on a machine with a GPU that both stages are right there, and measure how fast
+they are: one table, and JSON with the card's name.
 
     make gpu                                                      # nine minutes at most
-    python tests/bench/gpu/prove.py --photographs FOLDER          # real photographs instead of pieces of scikit-learn's two samples
-    python tests/bench/gpu/prove.py --teacher MODEL=FILE ...      # real weights for the comparison of labels
-    python tests/bench/gpu/prove.py --device cpu                  # tiny models, to see that it works
+    python tests/bench/gpu/prove.py --photographs FOLDER      # real photographs
+    python tests/bench/gpu/prove.py --teacher MODEL=FILE ...  # real weights
+    python tests/bench/gpu/prove.py --device cpu              # tiny models
 
-Every group of measurements runs in a process of its own, with a limit: one that hangs or crashes costs no other, and what it had found is kept. Groups come in
-the order of their worth, and what the nine minutes have no room for is left out and named. Exit status 1: something isn't as it must be.
+Every group of measurements runs in a process of its own, with a limit: one that hangs
+or crashes costs no other, and what it had found is kept. Groups come in the order of
+their worth, and what the nine minutes have no room for is left out and named. Exit
+status 1: something isn't as it must be.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ HEAD = "| | found | wanted | holds | |\n|---|---|---|---|---|"
 PICTURES = (".jpg", ".jpeg")
 NO_TIME = "no time was left"
 LEAST = 10  # seconds that are worth beginning a group for
-# What each group measures, as module.function, and the seconds that it may take: more than is expected, so their sum is more than there is.
+# What each group measures, as module.function, and the seconds that it may take: more
+# than is expected, so their sum is more than there is.
 GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
     "pixels": (("right.the_machine", "right.pixels"), 80),
     "labels": (("right.labels", "right.step"), 120),
@@ -66,13 +70,25 @@ def tests(bench: Bench) -> Iterator[Finding]:
     with open(log, "w") as out, suppress(subprocess.TimeoutExpired):
         subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=seconds)
     said = log.read_text()
-    ended = {word: re.findall(rf"^(tests/\S+) {word}", said, re.M) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
-    told = ", ".join(f"{len(names)} {word.lower()}" for word, names in ended.items() if names) or "nothing"
+    ended = {
+        word: re.findall(rf"^(tests/\S+) {word}", said, re.M)
+        for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
+    }
+    told = (
+        ", ".join(f"{len(names)} {word.lower()}" for word, names in ended.items() if names)
+        or "nothing"
+    )
     whole = bool(re.search(r" in \d+\.\d+s", said[-200:]))
     wrong = ended["FAILED"] + ended["ERROR"]
     detail = {"failed": wrong} if wrong else {}
     good = whole and bool(ended["PASSED"]) and not wrong
-    yield Finding("tests/test_gpu.py", told if whole else f"{told}, stopped after {seconds} s", "all pass", good, detail)
+    yield Finding(
+        "tests/test_gpu.py",
+        told if whole else f"{told}, stopped after {seconds} s",
+        "all pass",
+        good,
+        detail,
+    )
 
 
 def measure(name: str, bench: Bench) -> Iterator[Finding]:
@@ -89,16 +105,23 @@ def child(groups: list[str], into: Path, bench: Bench) -> None:
             for name in GROUPS[group][0]:
                 try:
                     for found in measure(name, bench):
-                        print(json.dumps({"group": group, **asdict(found)}, default=float), file=out, flush=True)
+                        print(
+                            json.dumps({"group": group, **asdict(found)}, default=float),
+                            file=out,
+                            flush=True,
+                        )
                 except Exception as error:
                     traceback.print_exc()
-                    said = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                    said = {
+                        "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    }
                     failed = Finding(f"{group} ({name})", "failed", "an end", False, said)
                     print(json.dumps({"group": group, **asdict(failed)}), file=out, flush=True)
 
 
 def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
-    """Run a child for at most so many seconds; return the findings that it wrote, and how it ended, empty if well."""
+    """Run a child for at most so many seconds; return the findings that it wrote, and
+    how it ended, empty if well."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         status = process.wait(limit)
@@ -114,21 +137,45 @@ def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
 
 
 def measured(given: argparse.Namespace, folder: Path) -> Iterator[dict]:
-    """Have every group measured, and yield the findings, also about groups that came to no end."""
+    """Have every group measured, and yield the findings, also about groups that came to
+    no end."""
     begun = time.monotonic()
-    groups = given.only or [group for group in GROUPS if given.device != "cpu" or group not in SLOW_ON_CPU]
-    # On a GPU a process each; on a CPU one for all: importing takes longer than measuring.
-    for number, several in enumerate([[group] for group in groups] if given.device == "cuda" else [groups]):
+    groups = given.only or [
+        group for group in GROUPS if given.device != "cpu" or group not in SLOW_ON_CPU
+    ]
+    # On a GPU a process each; on a CPU one for all: importing takes longer than
+    # measuring.
+    for number, several in enumerate(
+        [[group] for group in groups] if given.device == "cuda" else [groups]
+    ):
         left = given.seconds - (time.monotonic() - begun)
         into, place = folder / f"{number}.jsonl", folder / str(number)
         place.mkdir()
-        command = [sys.executable, __file__, f"--device={given.device}", "--child", str(into), f"--folder={place}", "--only", *several]
+        command = [
+            sys.executable,
+            __file__,
+            f"--device={given.device}",
+            "--child",
+            str(into),
+            f"--folder={place}",
+            "--only",
+            *several,
+        ]
         command += [f"--photographs={given.photographs}"] if given.photographs else []
         command += [f"--teacher={name}={file}" for name, file in given.teachers]
         limit = min(sum(GROUPS[group][1] for group in several), left)
         findings, ended = run(command, into, limit) if left > LEAST else ([], NO_TIME)
         if ended:
-            findings.append({"group": several[0], **asdict(Finding(", ".join(several), ended, "an end", False if left > LEAST else None))})
+            findings.append(
+                {
+                    "group": several[0],
+                    **asdict(
+                        Finding(
+                            ", ".join(several), ended, "an end", False if left > LEAST else None
+                        )
+                    ),
+                }
+            )
         yield from findings
 
 
@@ -137,7 +184,10 @@ def photographs(folder: Path | None) -> list[Path] | None:
         return None
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not found:
-        raise SystemExit(f"prove.py: --photographs {folder} holds no .jpg or .jpeg file; name another folder, or leave it out")
+        raise SystemExit(
+            f"prove.py: --photographs {folder} holds no .jpg or .jpeg file; name another folder, "
+            f"or leave it out"
+        )
     return found
 
 
@@ -151,31 +201,61 @@ def teacher(text: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}"
+    )
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="of JPEG files")
-    parser.add_argument("--teacher", dest="teachers", type=teacher, action="append", default=[], metavar="MODEL=FILE")
+    parser.add_argument(
+        "--teacher",
+        dest="teachers",
+        type=teacher,
+        action="append",
+        default=[],
+        metavar="MODEL=FILE",
+    )
     parser.add_argument("--out", type=Path, help="JSON; otherwise gpu-CARD.json here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU here; check nvidia-smi, or see with --device cpu that the measurements work")
+        parser.error(
+            "torch finds no GPU here; check nvidia-smi, or see with --device cpu that the "
+            "measurements work"
+        )
     files = photographs(given.photographs)
     if given.child:
-        return child(given.only, given.child, Bench(given.folder, torch.device(given.device), files, given.teachers))
+        return child(
+            given.only,
+            given.child,
+            Bench(given.folder, torch.device(given.device), files, given.teachers),
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no child is left
     begun, about, found = time.monotonic(), machine(), []
     card = about["gpu"] if given.device == "cuda" else "cpu"
-    print(f"{card}; {about['processor']}, {about['cores']} cores; torch {about['torch']}; {about['date']}\n\n{HEAD}", flush=True)
+    print(
+        f"{card}; {about['processor']}, {about['cores']} cores; torch {about['torch']}; "
+        f"{about['date']}\n\n{HEAD}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="gpu.") as folder:
         for finding in measured(given, Path(folder)):
-            print(Finding(**{key: value for key, value in finding.items() if key != "group"}).row(), flush=True)
+            print(
+                Finding(**{key: value for key, value in finding.items() if key != "group"}).row(),
+                flush=True,
+            )
             found.append(finding)
     wrong = [finding["what"] for finding in found if finding["holds"] is False]
     left_out = [finding["what"] for finding in found if finding["found"] == NO_TIME]
-    verdict = f"NOT as wanted: {'; '.join(wrong)}" if wrong else "everything that was measured is as wanted"
-    print(f"\n{time.monotonic() - begun:.0f} s; {verdict}" + (f"; no time was left for {', '.join(left_out)}" if left_out else ""))
+    verdict = (
+        f"NOT as wanted: {'; '.join(wrong)}"
+        if wrong
+        else "everything that was measured is as wanted"
+    )
+    print(
+        f"\n{time.monotonic() - begun:.0f} s; {verdict}"
+        + (f"; no time was left for {', '.join(left_out)}" if left_out else "")
+    )
     out = given.out or Path(f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}.json")
     out.write_text(json.dumps({"card": card, "machine": about, "findings": found}, indent=1) + "\n")
     print(f"wrote {out}")

@@ -1,4 +1,5 @@
-"""Train a student in the processes that torchrun starts: RECIPE DATA STORE OUT DEVICE. On one GPU all of them are on it, and speak by gloo."""
+"""Train a student in the processes that torchrun starts: RECIPE DATA STORE OUT DEVICE.
+On one GPU all of them are on it, and speak by gloo."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(0 if alone else int(os.environ["LOCAL_RANK"]))
     with (
-        mock.patch.object(torch.distributed, "init_process_group", lambda by, **how: real("gloo" if alone else by, **how)),
+        mock.patch.object(
+            torch.distributed,
+            "init_process_group",
+            lambda by, **how: real("gloo" if alone else by, **how),
+        ),
         distributed.joining(device) as several,
     ):
         train(config_file.load(recipe), data, out, store=store, device=device, processes=several)

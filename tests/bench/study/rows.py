@@ -1,4 +1,5 @@
-"""What the study compares: two experiments, the rows of each, and the steps that make them, which are command lines of this tool."""
+"""What the study compares: two experiments, the rows of each, and the steps that make
+them, which are command lines of this tool."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ COPIES = {
 class Step:
     """Command lines that are run once, one after the other.
 
-    recipe: what their configs say, with what the commands set; needs: steps that come before; makes: what is removed if it was begun and not finished, since half of it would be timed (a training goes on instead: its
-    metrics say its time); run: the folder of a training.
+    recipe: what their configs say, with what the commands set; needs: steps that come
+    before; makes: what is removed if it was begun and not finished, since half of it
+    would be timed (a training goes on instead: its metrics say its time); run: the
+    folder of a training.
     """
 
     name: str
@@ -40,7 +43,8 @@ class Step:
 
     @property
     def identity(self) -> str:
-        """Another one if the commands differ, what their configs set, or a step before. Defaults of the program and the images aren't in it."""
+        """Another one if the commands differ, what their configs set, or a step before.
+        Defaults of the program and the images aren't in it."""
         told = json.dumps([self.commands, self.recipe, [step.identity for step in self.needs]])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
@@ -62,8 +66,9 @@ def with_needs(steps: Iterable[Step]) -> list[Step]:
 
 @dataclass(frozen=True)
 class Row:
-    """A student, trained once a seed. sets: what it changes in the config. store: the labels it learns from, or None. start: the row whose students it starts from, or None
-    for the config's. against: the row it is compared with."""
+    """A student, trained once a seed. sets: what it changes in the config. store: the
+    labels it learns from, or None. start: the row whose students it starts from, or
+    None for the config's. against: the row it is compared with."""
 
     name: str
     sets: tuple[str, ...] = ()
@@ -84,8 +89,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """teachers: MODEL=CHECKPOINT. made: what each one's training sets; empty if the checkpoints are given. small_training: words
-    that make every training short."""
+    """teachers: MODEL=CHECKPOINT. made: what each one's training sets; empty if the
+    checkpoints are given. small_training: words that make every training short."""
 
     name: str
     student: str
@@ -112,21 +117,52 @@ class Experiment:
         for words in commands:
             if "--config" in words:
                 settings = [value for option, value in pairwise(words) if option == "--set"]
-                config = load(ROOT / words[words.index("--config") + 1], None, settings).model_dump(mode="json", exclude_unset=True)
-                told.append({key: config[key] for key in (("crops", "store") if words[0] == "generate-labels" else config)})
+                config = load(ROOT / words[words.index("--config") + 1], None, settings).model_dump(
+                    mode="json", exclude_unset=True
+                )
+                told.append(
+                    {
+                        key: config[key]
+                        for key in (("crops", "store") if words[0] == "generate-labels" else config)
+                    }
+                )
         return Step(f"{self.name}/{name}", commands, json.dumps(told), **more)
 
     def training(self, config: str, out: str, *words: str) -> tuple[str, ...]:
-        """Trains on the folder of training images alone, so that it doesn't validate; evaluation comes after it."""
-        where = ("--config", f"{FOLDER}/{config}.yaml", "--data", f"{self.folder}/data/train", "--out", out)
+        """Trains on the folder of training images alone, so that it doesn't validate;
+        evaluation comes after it."""
+        where = (
+            "--config",
+            f"{FOLDER}/{config}.yaml",
+            "--data",
+            f"{self.folder}/data/train",
+            "--out",
+            out,
+        )
         return ("train-student", *where, *words, *self.small_training)
 
     def labelling(self, path: str, *words: str) -> tuple[str, ...]:
-        where = ("--config", f"{FOLDER}/{self.name}.yaml", "--data", f"{self.folder}/data/train", "--store", path)
+        where = (
+            "--config",
+            f"{FOLDER}/{self.name}.yaml",
+            "--data",
+            f"{self.folder}/data/train",
+            "--store",
+            path,
+        )
         return ("generate-labels", *where, *self.class_map, *words)
 
     def evaluation(self, *words: str) -> tuple[str, ...]:
-        return ("eval", "--data", f"{self.folder}/data", "--batch-size", "100", *self.class_map, "--json", *words)
+        return (
+            "eval",
+            "--data",
+            f"{self.folder}/data",
+            "--batch-size",
+            "100",
+            *self.class_map,
+            "--json",
+            *words,
+        )
 
     def taught(self) -> tuple[Step, ...]:
         """The teachers' training."""
@@ -145,7 +181,8 @@ class Experiment:
         return self.step("teachers", self.evaluation(*words), needs=self.taught())
 
     def store(self, name: str) -> Step:
-        """Stage one. Each teacher labels alone, in float32, and the labels are averaged into stores of several codecs, so that no teacher runs twice."""
+        """Stage one. Each teacher labels alone, in float32, and the labels are averaged
+        into stores of several codecs, so that no teacher runs twice."""
         path = f"{self.folder}/{name}.zarr"
         made = {"makes": (path, f"{path}.claims")}
         if name in ("first", "second"):
@@ -160,13 +197,35 @@ class Experiment:
             source, kept, codec = COPIES[name]
             files = f"{self.folder}/{name}"
             made["makes"] += (files,)
-            export = ("export-labels", f"{self.folder}/{source}.zarr", "--out", files, "--labels", kept)
+            export = (
+                "export-labels",
+                f"{self.folder}/{source}.zarr",
+                "--out",
+                files,
+                "--labels",
+                kept,
+            )
             data = ("--data", f"{self.folder}/data/train", *self.class_map)
-            load = ("import-labels", files, *data, "--store", path, "--codec", codec, "--interpolation", "bilinear")
+            load = (
+                "import-labels",
+                files,
+                *data,
+                "--store",
+                path,
+                "--codec",
+                codec,
+                "--interpolation",
+                "bilinear",
+            )
             return self.step(name, export, load, needs=(self.store(source),), **made)
         parts = (self.store("first"), self.store("second"))
         codec = "pow8" if name == "both" else name
-        return self.step(name, ("merge", *(part.makes[0] for part in parts), "--out", path, "--codec", codec), needs=parts, **made)
+        return self.step(
+            name,
+            ("merge", *(part.makes[0] for part in parts), "--out", path, "--codec", codec),
+            needs=parts,
+            **made,
+        )
 
     def run(self, row: Row, seed: int) -> str:
         return f"{self.folder}/runs/{row.name.replace(' ', '-')}-{seed}"
@@ -186,9 +245,17 @@ class Experiment:
             needs.append(self.store(row.store))
         if row.online:
             words += ["--online", *teachers]
-        words += [word for setting in (f"train.seed={seed}", *row.sets) for word in ("--set", setting)]
+        words += [
+            word for setting in (f"train.seed={seed}", *row.sets) for word in ("--set", setting)
+        ]
         evaluation = self.evaluation("--model", f"{model}={run}/last.safetensors", *teachers)
-        return self.step(f"{row.name}/{seed}", self.training(self.name, run, *words), evaluation, needs=tuple(needs), run=run)
+        return self.step(
+            f"{row.name}/{seed}",
+            self.training(self.name, run, *words),
+            evaluation,
+            needs=tuple(needs),
+            run=run,
+        )
 
 
 HARD = ("train.labels=hard", "train.discriminator=null")
@@ -197,15 +264,33 @@ CIFAR10 = (
     Claim(
         "Do soft labels help? (1, 2)",
         (
-            Row("hard from scratch", (*HARD, "train.lr=0.05", "crops.seed=1"), store=None, start=None, against=None),
+            Row(
+                "hard from scratch",
+                (*HARD, "train.lr=0.05", "crops.seed=1"),
+                store=None,
+                start=None,
+                against=None,
+            ),
             Row("hard", HARD),
             Row("soft", against=None),
             Row("soft from scratch", ("train.lr=0.05",), start=None, against="hard from scratch"),
         ),
     ),
     Claim("Does the store cost accuracy? (3)", (Row("online", store=None, online=True),)),
-    Claim("Which codec? (4)", (Row("float16", store="float16"), Row("tail40", store="tail40"), Row("top-5", store="top5"))),
-    Claim("How many views? (5)", tuple(Row(f"{views} view{'s' * (views > 1)}", (f"train.views={views}",)) for views in (1, 4))),
+    Claim(
+        "Which codec? (4)",
+        (
+            Row("float16", store="float16"),
+            Row("tail40", store="tail40"),
+            Row("top-5", store="top5"),
+        ),
+    ),
+    Claim(
+        "How many views? (5)",
+        tuple(
+            Row(f"{views} view{'s' * (views > 1)}", (f"train.views={views}",)) for views in (1, 4)
+        ),
+    ),
     Claim(
         "The discriminator? (6)",
         (
@@ -213,8 +298,16 @@ CIFAR10 = (
             Row("discriminator reversed", ("train.discriminator.reversal=true",)),
         ),
     ),
-    Claim("The hard label mixed in? (7)", tuple(Row(f"hard label {weight}", (f"train.hard_weight={weight}",)) for weight in (0.1, 0.5))),
-    Claim("Is the ensemble needed? (8)", (Row("first teacher", store="first-alone"), Row("second teacher", store="second-alone"))),
+    Claim(
+        "The hard label mixed in? (7)",
+        tuple(
+            Row(f"hard label {weight}", (f"train.hard_weight={weight}",)) for weight in (0.1, 0.5)
+        ),
+    ),
+    Claim(
+        "Is the ensemble needed? (8)",
+        (Row("first teacher", store="first-alone"), Row("second teacher", store="second-alone")),
+    ),
     Claim(
         "CutMix? (9)",
         (
@@ -222,11 +315,19 @@ CIFAR10 = (
             Row("CutMix by area", ("train.cutmix={prob: 1.0, beta: 1.0}",)),
         ),
     ),
-    Claim("Several crops per decode? (10)", tuple(Row(f"{crops} crops", (f"train.crops_per_image={crops}",)) for crops in (2, 4))),
+    Claim(
+        "Several crops per decode? (10)",
+        tuple(Row(f"{crops} crops", (f"train.crops_per_image={crops}",)) for crops in (2, 4)),
+    ),
     Claim(
         "At other learning rates?",
         tuple(
-            Row(f"{labels} lr {lr}", (*(HARD if labels == "hard" else ()), f"train.lr={lr}"), against=labels, seeds=(2,))
+            Row(
+                f"{labels} lr {lr}",
+                (*(HARD if labels == "hard" else ()), f"train.lr={lr}"),
+                against=labels,
+                seeds=(2,),
+            )
             for lr in ("0.01", "0.1")
             for labels in ("hard", "soft")
         ),
@@ -257,14 +358,23 @@ EXPERIMENTS = (
     Experiment(
         "cifar10",
         "test_byobnet",
-        tuple(f"{model}=study/cifar10/teachers/{model}/last.safetensors" for model in ("test_resnet", "resnet10t")),
+        tuple(
+            f"{model}=study/cifar10/teachers/{model}/last.safetensors"
+            for model in ("test_resnet", "resnet10t")
+        ),
         CIFAR10,
-        made=(("crops.seed=2",), ("crops.seed=3", "train.image_size=32", "train.epochs=32")),  # other crops than those that are labelled
+        made=(
+            ("crops.seed=2",),
+            ("crops.seed=3", "train.image_size=32", "train.epochs=32"),
+        ),  # other crops than those that are labelled
     ),
     Experiment(
         "photographs",
         "tf_efficientnet_lite0=study/photographs/weights/tf_efficientnet_lite0.safetensors",
-        tuple(f"tf_efficientnet_lite{i}=study/photographs/weights/tf_efficientnet_lite{i}.safetensors" for i in (1, 2)),
+        tuple(
+            f"tf_efficientnet_lite{i}=study/photographs/weights/tf_efficientnet_lite{i}.safetensors"
+            for i in (1, 2)
+        ),
         PHOTOGRAPHS,
         class_map=("--class-map", "imagenet-1k"),
     ),

@@ -1,16 +1,25 @@
-"""Does it work? The paper's claims, and this project's, tried on CIFAR-10 and on photographs: every row of the README's table, over three seeds.
+"""Does it work? The paper's claims, and this project's, tried on CIFAR-10 and on
+photographs: every row of the README's table, over three seeds.
 
-    make study CIFAR10=cifar10.tar                                                  # all of CIFAR-10's rows: one to two hours on two cores
-    python tests/bench/study/study.py --cifar10 cifar10.tar --only online           # one row, with what it needs
-    python tests/bench/study/study.py --photographs imagenet_sample --weights DIR   # the rows with 1,000 classes
-    python tests/bench/study/study.py --show "hard label 0.5"                       # the command lines that a row is made with
-    python tests/bench/study/study.py                                               # the tables of the README, from results.json and again.json
+    make study CIFAR10=cifar10.tar
+    python tests/bench/study/study.py --cifar10 cifar10.tar --only online
+    python tests/bench/study/study.py --photographs imagenet_sample --weights DIR
+    python tests/bench/study/study.py --show "hard label 0.5"
+    python tests/bench/study/study.py
 
-Everything is made in study/ (2 GB), with a record of each step that is done; kill it as often as you like. A step counts as done if its commands, what its config
-says and all steps before it are the same. Each of --jobs processes has its own cores. results.json and again.json hold the records of the README's tables.
+In this order: all of CIFAR-10's rows, which take one to two hours on two cores; one
+row, with what it needs; the rows with 1,000 classes; the command lines that a row is
+made with; the tables, from results.json and again.json.
 
-cifar10: a folder, or a tar of one, with train/ and val/ of class folders of images, of which the first 1,000 a class are trained on. photographs: class folders
-named by WordNet id, of which two in five are for evaluation. weights: tf_efficientnet_lite0.safetensors, …lite1…, …lite2…, of ImageNet.
+Everything is made in study/ (2 GB), with a record of each step that is done; kill it as
+often as you like. A step counts as done if its commands, what its config says and all
+steps before it are the same. Each of --jobs processes has its own cores. results.json
+and again.json hold the records of the README's tables.
+
+cifar10: a folder, or a tar of one, with train/ and val/ of class folders of images, of
+which the first 1,000 a class are trained on. photographs: class folders named by
+WordNet id, of which two in five are for evaluation. weights:
+tf_efficientnet_lite0.safetensors, …lite1…, …lite2…, of ImageNet.
 """
 
 from __future__ import annotations
@@ -43,9 +52,13 @@ from tell import beside, draw, table
 
 ROOT = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results.json"
-AGAIN = Path(__file__).parent / "again.json"  # the whole of CIFAR-10 on another machine, whose teachers therefore are others
+AGAIN = (
+    Path(__file__).parent / "again.json"
+)  # the whole of CIFAR-10 on another machine, whose teachers therefore are others
 TRAINING = 1_000  # images of a class of CIFAR-10
-STEPS = 8  # that a process does, since what it has freed it keeps: evaluating photographs comes to 7 GB, and grows
+# that a process does, since what it has freed it keeps: evaluating photographs comes to
+# 7 GB, and grows
+STEPS = 8
 
 
 class Records:
@@ -71,41 +84,65 @@ class Records:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file.with_name(f".{self.file.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self.of = {name: record for name, record in self._read().items() if name not in set(removed)} | added
+            self.of = {
+                name: record for name, record in self._read().items() if name not in set(removed)
+            } | added
             scratch = self.file.with_name(f".{self.file.name}.partial")
             scratch.write_text(json.dumps(dict(sorted(self.of.items())), indent=1) + "\n")
             scratch.replace(self.file)
 
 
+def _told(error: BaseException) -> object:
+    """An error of a command is its message; of anything else the trace is wanted."""
+    return error if isinstance(error, RuntimeError) else "".join(traceback.format_exception(error))
+
+
 def perform(step: Step, work: Path) -> dict:
-    """Run a step's commands in this process; its record. Raises RuntimeError with the command's last line if one fails."""
+    """Run a step's commands in this process; its record. Raises RuntimeError with the
+    command's last line if one fails."""
     from machine import machine
 
     from cli import main
 
-    log, begun = work / "logs" / f"{step.name}.log", work / "begun" / f"{step.name}.txt"  # a step may be named like the rows below it
+    log, begun = (
+        work / "logs" / f"{step.name}.log",
+        work / "begun" / f"{step.name}.txt",
+    )  # a step may be named like the rows below it
     log.parent.mkdir(parents=True, exist_ok=True)
     begun.parent.mkdir(parents=True, exist_ok=True)
     for made in step.makes:
         shutil.rmtree(placed(made, work), ignore_errors=True)
-    if step.run and (not begun.exists() or begun.read_text() != step.identity):  # a training that was another one
+    if step.run and (
+        not begun.exists() or begun.read_text() != step.identity
+    ):  # a training that was another one
         shutil.rmtree(placed(step.run, work), ignore_errors=True)
     begun.write_text(step.identity)
-    record: dict = {"identity": step.identity, "commands": [shlex.join(("python", "cli.py", *words)) for words in step.commands]}
+    record: dict = {
+        "identity": step.identity,
+        "commands": [shlex.join(("python", "cli.py", *words)) for words in step.commands],
+    }
     began = time.monotonic()
     for words in step.commands:
         out = StringIO()
         with open(log, "a") as told, redirect_stdout(out), redirect_stderr(told):
-            status = main.main([placed(word, work) for word in words], prog_name="cli.py", standalone_mode=False)
+            status = main.main(
+                [placed(word, work) for word in words], prog_name="cli.py", standalone_mode=False
+            )
         if status:
-            raise RuntimeError(f"{words[0]} of {step.name} failed: {(log.read_text().splitlines() or ['silently'])[-1]}")
+            raise RuntimeError(
+                f"{words[0]} of {step.name} failed: "
+                f"{(log.read_text().splitlines() or ['silently'])[-1]}"
+            )
         if "--json" in words:
             record["figures"] = json.loads(out.getvalue())
             for model in record["figures"]["models"]:
                 del model["checkpoint"]  # a path of this machine
     record["machine"] = machine()
     if step.run:
-        passes = [json.loads(line) for line in Path(placed(step.run, work), "metrics.jsonl").read_text().splitlines()]
+        passes = [
+            json.loads(line)
+            for line in Path(placed(step.run, work), "metrics.jsonl").read_text().splitlines()
+        ]
         record["training"] = {
             "seconds": sum(one["seconds"] for one in passes),
             "images": sum(one["images"] for one in passes),
@@ -118,7 +155,11 @@ def perform(step: Step, work: Path) -> dict:
 
 def placed(word: str, work: Path) -> str:
     """A word of a command line, with the work folder where it is."""
-    return word.replace(f"{WORK}/", f"{work}/") if word.startswith(f"{WORK}/") or f"={WORK}/" in word else word
+    return (
+        word.replace(f"{WORK}/", f"{work}/")
+        if word.startswith(f"{WORK}/") or f"={WORK}/" in word
+        else word
+    )
 
 
 def begin(cores: multiprocessing.Queue) -> None:
@@ -130,7 +171,9 @@ def begin(cores: multiprocessing.Queue) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     mine = cores.get()
-    multiprocessing.util.Finalize(None, cores.put, (mine,), exitpriority=0)  # for the process that comes after it
+    multiprocessing.util.Finalize(
+        None, cores.put, (mine,), exitpriority=0
+    )  # for the process that comes after it
     os.sched_setaffinity(0, mine)
     os.chdir(ROOT)
     import torch
@@ -139,7 +182,8 @@ def begin(cores: multiprocessing.Queue) -> None:
 
 
 def run(steps: list[Step], work: Path, jobs: int, records: Records) -> int:
-    """Run the steps, each when those before it are done. Returns how many failed; a line says why."""
+    """Run the steps, each when those before it are done. Returns how many failed; a
+    line says why."""
     every = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
@@ -161,17 +205,26 @@ def run(steps: list[Step], work: Path, jobs: int, records: Records) -> int:
                     record = future.result()
                 except BrokenProcessPool:
                     sys.exit(
-                        f"error: a process ended while it did {step.name} or a step beside it; run the same command again, or with fewer --jobs"
+                        f"error: a process ended while it did {step.name} or a step beside it; run "
+                        f"the same command again, or with fewer --jobs"
                     )
                 except Exception as error:
                     failed += 1
-                    print(f"failed: {error if isinstance(error, RuntimeError) else ''.join(traceback.format_exception(error))}", flush=True)
+                    print(
+                        f"failed: {_told(error)}",
+                        flush=True,
+                    )
                     continue
                 records.change({step.name: record})
-                told = [f"{model['name']} {model['top1']:.2f} %" for model in record.get("figures", {}).get("models", ())]
+                told = [
+                    f"{model['name']} {model['top1']:.2f} %"
+                    for model in record.get("figures", {}).get("models", ())
+                ]
                 took = record["training"]["seconds"] if step.run else record["seconds"]
                 print(
-                    f"{time.strftime('%H:%M:%S')} {', '.join([f'{step.name}: {took:.0f} s', *told])}; {len(waiting) + len(running)} to go",
+                    f"{time.strftime('%H:%M:%S')} "
+                    f"{', '.join([f'{step.name}: {took:.0f} s', *told])}; "
+                    f"{len(waiting) + len(running)} to go",
                     flush=True,
                 )
     return failed
@@ -187,39 +240,72 @@ def weights_files(folder: Path) -> list[Path]:
 
 def amiss(given: argparse.Namespace) -> str | None:
     """What is wrong with the data that is given, or None."""
-    for option, place in (("--cifar10", given.cifar10), ("--photographs", given.photographs), ("--weights", given.weights)):
+    for option, place in (
+        ("--cifar10", given.cifar10),
+        ("--photographs", given.photographs),
+        ("--weights", given.weights),
+    ):
         if place and not place.exists():
             return f"{option}: there is no {place}"
     if given.cifar10 and given.cifar10.is_file() and not tarfile.is_tarfile(given.cifar10):
         return f"--cifar10: {given.cifar10} is neither a folder nor a tar of one"
-    if given.cifar10 and given.cifar10.is_dir() and not all(classes(given.cifar10 / split) for split in ("train", "val")):
-        return f"--cifar10: {given.cifar10} has no train/ and val/ with a folder of images for each class"
+    if (
+        given.cifar10
+        and given.cifar10.is_dir()
+        and not all(classes(given.cifar10 / split) for split in ("train", "val"))
+    ):
+        return (
+            f"--cifar10: {given.cifar10} has no train/ and val/ with a folder of images for "
+            f"each class"
+        )
     if bool(given.photographs) != bool(given.weights):
         return "--photographs and --weights go together: the rows with 1,000 classes need both"
     if given.photographs and not classes(given.photographs):
-        return f"--photographs: {given.photographs} has no class folders, which are named by WordNet id, like n01440764"
-    if given.weights and (lacks := [file.name for file in weights_files(given.weights) if not file.is_file()]):
+        return (
+            f"--photographs: {given.photographs} has no class folders, which are named by "
+            f"WordNet id, like n01440764"
+        )
+    if given.weights and (
+        lacks := [file.name for file in weights_files(given.weights) if not file.is_file()]
+    ):
         return f"--weights: {given.weights} has no {', '.join(lacks)}"
     return None
 
 
 def _plain(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """List the files and folders of a tar that stay in the folder they are unpacked in, and no links."""
-    return [m for m in tar if (m.isfile() or m.isdir()) and not m.name.startswith("/") and ".." not in Path(m.name).parts]
+    """List the files and folders of a tar that stay in the folder they are unpacked in,
+    and no links."""
+    return [
+        m
+        for m in tar
+        if (m.isfile() or m.isdir())
+        and not m.name.startswith("/")
+        and ".." not in Path(m.name).parts
+    ]
 
 
 def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
-    """Copy the images that the study uses, the first so many of each class, whole or not at all."""
+    """Copy the images that the study uses, the first so many of each class, whole or
+    not at all."""
     scratch, unpacked = place.with_name("data.partial"), place.with_name("unpacked")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(unpacked, ignore_errors=True)  # perhaps of another tar
     if source.is_file():
         with tarfile.open(source) as tar:
-            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"members": _plain(tar)}  # Python 3.11.4 brought it
+            safely = (
+                {"filter": "data"} if hasattr(tarfile, "data_filter") else {"members": _plain(tar)}
+            )  # Python 3.11.4 brought it
             tar.extractall(unpacked, **safely)
-        found = [path.parent for path in sorted(unpacked.glob("**/train")) if classes(path) and classes(path.with_name("val"))]
+        found = [
+            path.parent
+            for path in sorted(unpacked.glob("**/train"))
+            if classes(path) and classes(path.with_name("val"))
+        ]
         if not found:
-            sys.exit(f"error: --cifar10: {source} has no train/ and val/ with a folder of images for each class")
+            sys.exit(
+                f"error: --cifar10: {source} has no train/ and val/ with a folder of images for "
+                f"each class"
+            )
         source = found[0]
     for split in ("train", "val"):
         for folder in classes(source / split):
@@ -231,7 +317,8 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
 
 
 def lay_photographs(source: Path, weights: Path, place: Path, most: int | None) -> None:
-    """Copy the first so many classes, two in five of them to be evaluated on, and the models' weights."""
+    """Copy the first so many classes, two in five of them to be evaluated on, and the
+    models' weights."""
     scratch = place.with_name("data.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     for i, folder in enumerate(classes(source)[:most]):
@@ -249,15 +336,30 @@ def lay(experiment: Experiment, given: argparse.Namespace) -> None:
     if place.exists():
         return
     if experiment.name == "cifar10":
-        lay_cifar10(given.cifar10, place, {"train": 8, "val": 4} if given.small else {"train": TRAINING, "val": None})
+        lay_cifar10(
+            given.cifar10,
+            place,
+            {"train": 8, "val": 4} if given.small else {"train": TRAINING, "val": None},
+        )
     else:
         lay_photographs(given.photographs, given.weights, place, 20 if given.small else None)
 
 
 def chosen(words: list[str]) -> list[tuple[Experiment, Row]]:
-    """Rows with one of these names, and where none has it those with it in their name."""
-    rows = {f"{experiment.name}/{row.name}": (experiment, row) for experiment in EXPERIMENTS for row in experiment.rows}
-    names = {name for word in words for name in ([n for n in rows if word in (n, n.partition("/")[2])] or [n for n in rows if word in n])}
+    """Rows with one of these names, and where none has it those with it in their
+    name."""
+    rows = {
+        f"{experiment.name}/{row.name}": (experiment, row)
+        for experiment in EXPERIMENTS
+        for row in experiment.rows
+    }
+    names = {
+        name
+        for word in words
+        for name in (
+            [n for n in rows if word in (n, n.partition("/")[2])] or [n for n in rows if word in n]
+        )
+    }
     return [rows[name] for name in rows if name in names]
 
 
@@ -268,15 +370,34 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, help="folder: run the rows with 1,000 classes")
     parser.add_argument("--weights", type=Path, help="folder of the photographs' models")
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="ROW", help="a row's name, or a part of it, like online or photographs/tail"
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="ROW",
+        help="a row's name, or a part of it, like online or photographs/tail",
     )
-    parser.add_argument("--show", metavar="ROW", help="print the command lines of a row and of what it needs, and run nothing")
+    parser.add_argument(
+        "--show",
+        metavar="ROW",
+        help="print the command lines of a row and of what it needs, and run nothing",
+    )
     parser.add_argument("--again", action="store_true", help="though it is done")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="the first so many")
-    parser.add_argument("--jobs", type=int, default=processors, choices=range(1, processors + 1), help="processes, which share the cores")
-    parser.add_argument("--work", type=Path, help="folder in which everything is made  [default: study/]")
     parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="add what was recorded to a file of records, like results.json, and draw it"
+        "--jobs",
+        type=int,
+        default=processors,
+        choices=range(1, processors + 1),
+        help="processes, which share the cores",
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder in which everything is made  [default: study/]"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="add what was recorded to a file of records, like results.json, and draw it",
     )
     parser.add_argument(
         "--records",
@@ -285,26 +406,45 @@ def main() -> None:
         metavar="FILE",
         help="whose tables are printed if no data are given  [default: results.json]",
     )
-    parser.add_argument("--small", action="store_true", help="few images, four epochs: whether it works; the figures mean nothing")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="few images, four epochs: whether it works; the figures mean nothing",
+    )
     given = parser.parse_args()
     for words in [*given.only, *([given.show] if given.show else ())]:
         if not chosen([words]):
-            names = ", ".join(f"{experiment.name}/{row.name}" for experiment in EXPERIMENTS for row in experiment.rows)
+            names = ", ".join(
+                f"{experiment.name}/{row.name}"
+                for experiment in EXPERIMENTS
+                for row in experiment.rows
+            )
             parser.error(f"{words}: no row has that in its name; there are {names}")
     if not given.records.is_file():
         parser.error(f"--records: there is no file {given.records}")
     if wrong := amiss(given):
         parser.error(wrong)
     if given.small and not given.work:
-        parser.error("--small needs a --work of its own, so that its figures don't replace real ones")
+        parser.error(
+            "--small needs a --work of its own, so that its figures don't replace real ones"
+        )
     given.work = (given.work or ROOT / WORK).absolute()
     experiments = {e.name: small(e) if given.small else e for e in EXPERIMENTS}
     if given.show:
-        for step in with_needs(experiments[e.name].trained(row, 0) for e, row in chosen([given.show])):
-            print(f"# {step.name}", *(f"python cli.py {shlex.join(words)}" for words in step.commands), sep="\n")
+        for step in with_needs(
+            experiments[e.name].trained(row, 0) for e, row in chosen([given.show])
+        ):
+            print(
+                f"# {step.name}",
+                *(f"python cli.py {shlex.join(words)}" for words in step.commands),
+                sep="\n",
+            )
         return
     if not (given.cifar10 or given.photographs or given.keep):
-        print(*(table(experiment, Records(given.records).of) for experiment in experiments.values()), sep="\n")
+        print(
+            *(table(experiment, Records(given.records).of) for experiment in experiments.values()),
+            sep="\n",
+        )
         if given.records == RESULTS:
             print(beside(experiments["cifar10"], Records(RESULTS).of, Records(AGAIN).of))
         return
@@ -315,13 +455,23 @@ def main() -> None:
         if rows and (given.cifar10 if experiment.name == "cifar10" else given.photographs):
             lay(experiment, given)
             wanted += [(-1, experiment.teachers_alone())]
-            wanted += [(seed, experiment.trained(row, seed)) for row in rows for seed in row.seeds if seed < given.seeds]
+            wanted += [
+                (seed, experiment.trained(row, seed))
+                for row in rows
+                for seed in row.seeds
+                if seed < given.seeds
+            ]
     steps = [step for _, step in sorted(wanted, key=lambda one: one[0])]
     if given.again:
         records.change({}, [step.name for step in steps])
         for step in steps:
             (given.work / "begun" / f"{step.name}.txt").unlink(missing_ok=True)
-    failed = run([step for step in with_needs(steps) if not records.has(step)], given.work, given.jobs, records)
+    failed = run(
+        [step for step in with_needs(steps) if not records.has(step)],
+        given.work,
+        given.jobs,
+        records,
+    )
     shown = tuple(experiments.values())
     print(*(table(experiment, records.of) for experiment in shown), sep="\n")
     draw(shown, records.of, given.work / "results.png")
@@ -333,7 +483,16 @@ def main() -> None:
 
 
 def small(experiment: Experiment) -> Experiment:
-    training = ("--set", "train.epochs=4", "--set", "train.milestones=[2]", "--set", "train.batch_size=8", "--set", "train.image_size=32")
+    training = (
+        "--set",
+        "train.epochs=4",
+        "--set",
+        "train.milestones=[2]",
+        "--set",
+        "train.batch_size=8",
+        "--set",
+        "train.image_size=32",
+    )
     return replace(experiment, small_training=training)
 
 
