@@ -65,7 +65,7 @@ SLOW_ON_CPU = ("tests", "compiled")  # there the tests of a GPU skip, and compil
 
 def tests(bench: Bench) -> Iterator[Finding]:
     """Run the project's tests of a GPU."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/whole/test_gpu.py"]
     log, seconds = bench.folder / "tests.txt", GROUPS["tests"][1] - LEAST
     with open(log, "w") as out, suppress(subprocess.TimeoutExpired):
         subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=seconds)
@@ -83,7 +83,7 @@ def tests(bench: Bench) -> Iterator[Finding]:
     detail = {"failed": wrong} if wrong else {}
     good = whole and bool(ended["PASSED"]) and not wrong
     yield Finding(
-        "tests/test_gpu.py",
+        "tests/whole/test_gpu.py",
         told if whole else f"{told}, stopped after {seconds} s",
         "all pass",
         good,

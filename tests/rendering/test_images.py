@@ -1,0 +1,398 @@
+"""The manifest: every file of the class folders is seen, the bad ones are named with a
+reason, and later changes are noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from support.paths import ROOT
+from support.small import CLASSES
+from support.stages import scan
+
+from cache.format.manifest import UNUSABLE, USABLE, Images
+from pipeline.images import folders
+from pipeline.images.folders import DataError, DataFolder
+from pipeline.images.reader import Reader
+from pipeline.images.scan import unusable_summary
+from pipeline.sampling import epoch_order
+
+
+def encoded(photo: Image.Image, kind: str, **how: object) -> bytes:
+    out = io.BytesIO()
+    photo.save(out, kind, **how)
+    return out.getvalue()
+
+
+def good_files() -> dict[str, bytes]:
+    """One file of each kind that the renderer must read."""
+    photo = Image.fromarray(load_sample_images().images[0][200:290, 200:331])  # 90 × 131
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    return {
+        "colour.jpg": encoded(photo, "JPEG"),
+        "grey.jpg": encoded(photo.convert("L"), "JPEG"),
+        "cmyk.jpg": encoded(photo.convert("CMYK"), "JPEG"),
+        "progressive.jpg": encoded(photo, "JPEG", progressive=True),
+        "pixel.jpg": encoded(photo.crop((0, 0, 1, 1)), "JPEG"),
+        "turned.jpg": encoded(photo, "JPEG", exif=turned),
+        "alpha.png": encoded(photo.convert("RGBA"), "PNG"),
+        "palette.png": encoded(photo.quantize(16), "PNG"),
+        "name with spaces, é and 中.jpg": encoded(photo, "JPEG"),
+        "NO EXTENSION": encoded(photo, "JPEG"),
+        "photo.webp": encoded(photo, "WEBP"),
+        "photo.bmp": encoded(photo, "BMP"),
+    }
+
+
+def bad_files() -> dict[str, bytes]:
+    photo = Image.fromarray(load_sample_images().images[1][200:290, 200:331])
+    jpeg = encoded(photo, "JPEG")
+    return {
+        "empty.jpg": b"",
+        "notes.txt": b"no image at all\n",
+        "half.jpg": jpeg[: len(jpeg) // 2],
+        "nine tenths.jpg": jpeg[: len(jpeg) * 9 // 10],
+        "without its end.jpg": jpeg[:-2],
+        "header.jpg": jpeg[: jpeg.index(b"\xff\xda") + 14],
+        "animation.gif": encoded(photo, "GIF"),
+    }
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One class folder of good files and one of bad ones."""
+    data = tmp_path_factory.mktemp("zoo")
+    write(data / "good", good_files() | {".hidden.jpg": b"never looked at"})
+    write(data / "bad", bad_files())
+    (data / "bad" / "dangling.jpg").symlink_to("nowhere")
+    Path(os.fsdecode(os.fsencode(data / "bad") + b"/latin-\xe9.jpg")).write_bytes(
+        good_files()["colour.jpg"]
+    )
+    return data
+
+
+@pytest.fixture
+def data(photos: Path, tmp_path: Path) -> Path:
+    """A copy of the photographs that a test may change."""
+    return Path(shutil.copytree(photos / "train", tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def manifest(photos: Path) -> Images:
+    return scan(photos / "train", CLASSES, exif="ignore", threads=2, order_seed=0)
+
+
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_good_files_are_usable_with_the_dimensions_that_pillow_sees(zoo, exif):
+    found = scan(zoo, ["bad", "good"], exif=exif, threads=2)
+    good = found.take(np.flatnonzero(found.class_index == 1))
+    assert set(good.path) == {f"good/{name}" for name in good_files()}  # and no hidden file
+    for path, height, width, status, reason in zip(
+        good.path, good.height, good.width, good.status, good.reason, strict=True
+    ):
+        seen = Image.open(zoo / path).size
+        wanted = seen if path == "good/turned.jpg" and exif == "apply" else seen[::-1]
+        assert (height, width) == wanted and status == USABLE and reason == "", path
+
+
+def test_bad_files_are_recorded_with_a_reason(zoo):
+    found = scan(zoo, ["bad", "good"], exif="ignore", threads=2)
+    bad = found.take(np.flatnonzero(found.class_index == 0))
+    reasons = {
+        path.removeprefix("bad/"): reason for path, reason in zip(bad.path, bad.reason, strict=True)
+    }
+    assert set(reasons) == {*bad_files(), "dangling.jpg", "latin-\\xe9.jpg"}
+    assert (
+        all(reasons.values())
+        and (bad.status == UNUSABLE).all()
+        and not bad.height.any()
+        and not bad.width.any()
+    )
+    assert reasons["empty.jpg"] == "empty file"
+    assert reasons["notes.txt"] == "not an image"
+    assert "No such file" in reasons["dangling.jpg"]
+    assert "not UTF-8" in reasons["latin-\\xe9.jpg"]
+    assert "GIF" in reasons["animation.gif"]
+    assert all(
+        reasons[name].startswith("damaged")
+        for name in ("half.jpg", "nine tenths.jpg", "without its end.jpg", "header.jpg")
+    )
+    summary = unusable_summary(found)
+    assert sum(int(line.split()[0]) for line in summary) == len(bad) and not any(
+        "\n" in line for line in summary
+    )
+
+
+def test_sizes_and_digests_are_those_of_the_files(zoo, photos, manifest):
+    for folder, found in (
+        (photos / "train", manifest),
+        (zoo, scan(zoo, ["bad", "good"], exif="ignore", threads=1)),
+    ):
+        for path, size, digest in zip(found.path, found.bytes, found.digest, strict=True):
+            if (
+                folder / path
+            ).exists():  # not the dangling link, nor the name that the manifest can only describe
+                assert size == os.stat(folder / path).st_size
+                assert (
+                    size == 0
+                    or digest.tobytes() == hashlib.sha256((folder / path).read_bytes()).digest()
+                )
+
+
+MALFORMED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from pipeline.images.folders import DataFolder
+from pipeline.images.scan import scan
+from pipeline.render.settings import RenderSettings
+found = scan(DataFolder(Path({data!r}), ["a", "b"]), RenderSettings(threads=2), order_seed=0)
+rows = list(zip(found.path, found.status, found.reason))
+good = sorted(path for path, status, _ in rows if status == 0 and "good" in path)
+unnamed = [path for path, status, reason in rows if status != 0 and not reason]
+print(len(found), int((found.status != 0).sum()), len(good), len(unnamed))
+"""
+
+
+def test_hundreds_of_malformed_files_dont_stop_the_scan(tmp_path):
+    """In a process of its own: what they threaten is a segmentation fault inside
+    DALI."""
+    rng = np.random.default_rng(0)
+    kinds = {
+        name: content
+        for name, content in good_files().items()
+        if len(content) > 1000 or name == "photo.webp"
+    }
+    files = {}
+    for i in range(420):
+        name, content = list(kinds.items())[i % len(kinds)]
+        cut, where = int(rng.integers(1, len(content))), rng.integers(0, len(content), 20)
+        damaged = bytearray(content)
+        if i % 7 == 0:
+            del damaged[cut:]
+        elif i % 7 == 1:
+            del damaged[: cut // 8 + 1]
+        elif i % 7 == 2:
+            damaged[min(cut, 600) :] = rng.bytes(500)
+        elif i % 7 == 3:
+            damaged[:cut] = bytes(cut)
+        elif i % 7 == 4:
+            damaged[30 : 30 + cut] = b"\xff" * cut
+        elif i % 7 == 5:
+            damaged = bytearray(rng.bytes(cut))
+        else:
+            for place in where:
+                damaged[place] = rng.integers(256)
+        files[f"{i:03d} {name}"] = bytes(damaged)
+    good = good_files()["colour.jpg"]
+    for c, half in enumerate("ab"):
+        write(
+            tmp_path / half,
+            {name: content for i, (name, content) in enumerate(files.items()) if i % 2 == c},
+        )
+        write(tmp_path / half, {f"{i:03d} good.jpg": good for i in range(0, 400, 10)})
+    code = MALFORMED.format(root=str(ROOT), data=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    total, bad, usable, unnamed = map(int, done.stdout.split())
+    assert (total, usable, unnamed) == (500, 80, 0)
+    assert bad >= 300  # some changed bytes leave an image that can be decoded
+
+
+def test_row_order_is_a_function_of_seed_and_path(photos, manifest, data):
+    again = scan(data, CLASSES, exif="ignore", threads=1, order_seed=0)
+    assert np.array_equal(again.path, manifest.path)
+    (data / manifest.path[40]).unlink()
+    fewer = scan(data, CLASSES, exif="ignore", threads=2, order_seed=0)
+    assert list(fewer.path) == [path for path in manifest.path if path != manifest.path[40]]
+    other = epoch_order.row_order(1, manifest.path)
+    assert not np.array_equal(other, epoch_order.row_order(0, manifest.path))
+    assert set(manifest.path[other]) == set(manifest.path)
+
+
+def test_rows_are_class_mixed(manifest):
+    for third in np.split(manifest.class_index, 3):
+        assert np.bincount(third, minlength=3).min() >= 4  # of 30, where 10 are expected
+
+
+def test_the_manifest_digest_ignores_the_row_order_and_nothing_else(photos, data, manifest):
+    plain = scan(photos / "train", CLASSES, exif="ignore", threads=2)
+    assert not np.array_equal(plain.path, manifest.path)
+    assert plain.manifest_digest() == manifest.manifest_digest()
+    victim = data / manifest.path[7]
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    victim.write_bytes(content)
+    assert (
+        scan(data, CLASSES, exif="ignore", threads=2).manifest_digest()
+        != manifest.manifest_digest()
+    )
+
+
+def test_a_split_is_a_folder_of_class_folders(tmp_path):
+    write(tmp_path / "both" / "train" / "ant", {"1.jpg": b"x"})
+    write(tmp_path / "both" / "val" / "ant", {"1.jpg": b"x"})
+    assert folders.split_folder(tmp_path / "both", "val") == tmp_path / "both" / "val"
+    write(tmp_path / "plain" / "ant", {"1.jpg": b"x"})
+    write(tmp_path / "plain" / "train", {"locomotive.jpg": b"x"})  # a class, not a split
+    for split in ("train", "val"):
+        assert folders.split_folder(tmp_path / "plain", split) == tmp_path / "plain"
+    assert folders.class_names(tmp_path / "plain") == ["ant", "train"]
+
+
+def test_a_split_that_isnt_there_is_refused_in_one_line(tmp_path):
+    write(tmp_path / "train" / "ant", {"1.jpg": b"x"})
+    (tmp_path / "empty").mkdir()
+    for act, says in (
+        (
+            lambda: folders.split_folder(tmp_path, "val"),
+            "has train but no val; name another --split",
+        ),
+        (
+            lambda: folders.split_folder(tmp_path / "nowhere", "train"),
+            "there is no folder .*nowhere; --data must name",
+        ),
+        (lambda: folders.class_names(tmp_path / "empty"), "has no class folders"),
+        (
+            lambda: folders.list_files(DataFolder(tmp_path / "train", ["bee"])),
+            "class folder ant of .* is not among the 1 classes",
+        ),
+    ):
+        with pytest.raises(DataError, match=says) as refused:
+            act()
+        assert "\n" not in str(refused.value)
+
+
+def test_nested_folders_are_found_and_loops_of_links_end(tmp_path):
+    write(tmp_path / "ant" / "deep" / "deeper", {"1.jpg": b"x", ".hidden.jpg": b"x"})
+    write(tmp_path / "ant" / ".hidden", {"2.jpg": b"x"})
+    write(tmp_path / ".elsewhere" / "linked", {"3.jpg": b"x"})
+    write(tmp_path / "bee", {"4.jpg": b"x"})
+    (tmp_path / "ant" / "deep" / "loop").symlink_to(tmp_path / "ant")
+    (tmp_path / "ant" / "link").symlink_to(tmp_path / ".elsewhere")
+    paths, class_index, sizes, _ = folders.list_files(DataFolder(tmp_path, ["ant", "bee"]))
+    assert list(paths) == ["ant/deep/deeper/1.jpg", "ant/link/linked/3.jpg", "bee/4.jpg"]
+    assert list(class_index) == [0, 0, 1] and list(sizes) == [1, 1, 1]
+
+
+def test_a_link_to_itself_is_an_unusable_file(tmp_path):
+    write(tmp_path / "ant", good_files())
+    (tmp_path / "ant" / "self.jpg").symlink_to("self.jpg")
+    found = scan(tmp_path, ["ant"], exif="ignore", threads=1)
+    assert list(found.path[found.status != USABLE]) == ["ant/self.jpg"]
+
+
+def test_a_pipe_is_an_unusable_file(tmp_path):
+    write(tmp_path / "ant", good_files())
+    os.mkfifo(tmp_path / "ant" / "pipe.jpg")
+    found = scan(tmp_path, ["ant"], exif="ignore", threads=1)
+    assert list(found.reason[found.status != USABLE]) == ["not a regular file"]
+
+
+def test_a_class_folder_without_images_keeps_its_index(data):
+    (data / "aardvark").mkdir()
+    assert folders.class_names(data) == ["aardvark", "ant", "bee", "cat"]
+    found = scan(data, folders.class_names(data), exif="ignore", threads=2)
+    assert {
+        path.split("/")[0]: index for path, index in zip(found.path, found.class_index, strict=True)
+    } == {"ant": 1, "bee": 2, "cat": 3}
+
+
+def test_a_class_map_gives_the_class_indices(tmp_path):
+    write(tmp_path / "data" / "polar bear", {"1.jpg": b"x"})
+    write(tmp_path / "data" / "ant", {"1.jpg": b"x"})
+    listed = tmp_path / "map.txt"
+    listed.write_text("zebra\npolar bear\n\nant\n")
+    classes = folders.read_class_map(listed)
+    assert classes == ["zebra", "polar bear", "ant"]
+    paths, class_index, _, _ = folders.list_files(DataFolder(tmp_path / "data", classes))
+    assert dict(zip(paths, class_index, strict=True)) == {"polar bear/1.jpg": 1, "ant/1.jpg": 2}
+    write(tmp_path / "data" / "brown bear", {"1.jpg": b"x"})
+    with pytest.raises(DataError, match=r"class folder brown bear .* is not among the 3 classes"):
+        folders.list_files(DataFolder(tmp_path / "data", classes))
+
+
+@pytest.mark.parametrize("content", [b"ant\nbee\nant\n", b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_class_map_that_isnt_one_is_refused(tmp_path, content):
+    (tmp_path / "map.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"--class-map .*map\.txt"):
+        folders.read_class_map(tmp_path / "map.txt")
+    with pytest.raises(DataError, match="can't be read"):
+        folders.read_class_map(tmp_path / "nowhere.txt")
+
+
+def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
+    rows = np.array([5, 3, 50])
+    with Reader(data, manifest, 2) as read:
+        assert read(rows) == [(data / manifest.path[row]).read_bytes() for row in rows]
+        victim = data / manifest.path[3]
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+        with pytest.raises(DataError, match=f"{victim} has changed"):
+            read(rows)
+        victim.unlink()
+        with pytest.raises(DataError, match=f"{victim} can't be read any more .*No such file"):
+            read(rows)
+        assert len(read([5, 50])) == 2  # the others can still be had
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda d: shutil.copy(d / "ant" / "000.jpg", d / "ant" / "new.jpg"),
+            "1 of 90 images added, the first is ant/new.jpg",
+        ),
+        (
+            lambda d: [(d / "cat" / f"{i:03d}.jpg").unlink() for i in (4, 5)],
+            "2 of 90 images missing, the first is cat/004.jpg",
+        ),
+        (
+            lambda d: (d / "bee" / "007.jpg").rename(d / "bee" / "seven.jpg"),
+            "1 of 90 images missing, the first is bee/007.jpg",
+        ),
+        (
+            lambda d: (d / "bee" / "009.jpg").write_bytes(b"short"),
+            "1 of 90 images of another size or class, the first is bee/009.jpg",
+        ),
+    ],
+)
+def test_another_data_set_is_refused_with_count_and_first_path(data, manifest, change, says):
+    folders.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
+    change(data)
+    with pytest.raises(
+        DataError, match=f"is not the data set that labels.zarr was made from: {says}"
+    ):
+        folders.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
+
+
+def test_another_class_index_is_refused(data, manifest):
+    with pytest.raises(
+        DataError, match=r"60 of 90 images of another size or class, the first is ant/000\.jpg"
+    ):
+        folders.require_same_files(DataFolder(data, ("cat", "bee", "ant")), manifest, "labels.zarr")
+
+
+def test_the_same_files_are_the_same_files_with_a_name_that_isnt_utf8_among_them(zoo, tmp_path):
+    data = Path(shutil.copytree(zoo / "bad", tmp_path / "data" / "bad", symlinks=True)).parent
+    (data / "bad" / "latin-z.jpg").write_bytes(good_files()["colour.jpg"])
+    found = scan(data, ["bad"], exif="ignore", threads=1, order_seed=0)
+    folders.require_same_files(DataFolder(data, ["bad"]), found, "labels.zarr")

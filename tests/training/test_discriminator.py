@@ -1,0 +1,399 @@
+"""The discriminator can't tell labels from their teachers by their coding, tells apart
+what truly differs, and trains as its options say."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.paths import SOFT_LABELS
+from support.small import CPU, changed, toy_provenance
+from support.stages import make_replay, make_targets, stored_labels, train
+from support.stores import write
+
+from cache import LabelStore
+from cache.create import create
+from cache.format.codec import CODECS, Codec
+from cache.format.manifest import Images
+from cache.writer import StoreWriter
+from pipeline import config_file
+from pipeline.config import Config, ConfigError, ModelSpec
+from pipeline.models.weights import load, load_teachers
+from pipeline.training.batches import Batch
+from pipeline.training.losses import Discriminator, log_floored, reverse_gradient
+from pipeline.training.targets import Goal, Targets
+
+LEARNT, HELD_OUT = 4096, 1024  # rows
+NO_FLOOR = 2.0**-149  # the smallest float32
+FEW = Codec("few", "uint8", 0.5, 31, 0.35 * (0.5 / 31) ** 2)
+ALL = {**CODECS, "few": FEW}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def real_logits(low: float, high: float, seed: int = 0) -> torch.Tensor:
+    """float64 [rows, 1000]: log-probabilities of real teachers, of two pictures mixed
+    by a random share, times a random sharpness.
+
+    The rows to learn from and those held out are of different pictures. At sharpness 1
+    the least probability of all is 1.2e-6.
+    """
+    with np.load(SOFT_LABELS) as file:
+        logs = np.log(file["probabilities"].astype("float64"))
+    rng = np.random.default_rng(seed)
+    half, parts = len(logs) // 2, []
+    for first, n in ((0, LEARNT), (half, HELD_OUT)):
+        one, other = logs[first + rng.integers(half, size=(2, n))]
+        share, sharpness = rng.random((n, 1)), rng.uniform(low, high, (n, 1))
+        parts.append(sharpness * (share * one + (1 - share) * other))
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def made_up_logits(classes: int, low: float, high: float, seed: int = 0) -> torch.Tensor:
+    """float64 [rows, classes]: normal, of a random width per row."""
+    rng = np.random.default_rng(seed)
+    n = LEARNT + HELD_OUT
+    return torch.from_numpy(rng.normal(0, 1, (n, classes)) * rng.uniform(low, high, (n, 1)))
+
+
+def sharp_logits(classes: int, codec: Codec, seed: int = 0) -> torch.Tensor:
+    """Of which every codec codes a like share as zero, near half or more: the finer the
+    codec, the sharper."""
+    finer = np.log(codec.floor) / np.log(CODECS["pow8"].floor)
+    return (
+        real_logits(2 * finer, 6 * finer, seed)
+        if classes == 1000
+        else made_up_logits(classes, 5 * finer, 15 * finer, seed)
+    )
+
+
+@dataclass
+class Stored:
+    """Labels that a store gave back, and what the code that trains makes of them."""
+
+    logits: torch.Tensor  # float64 [n, classes], the teachers' own
+    goal: Goal
+    targets: Targets
+
+    def judged(self, floor: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides as the discriminator sees them: a student who has the teachers'
+        very logits but for an offset per row, and the labels."""
+        targets = copy(self.targets)
+        targets.floor = floor or targets.floor
+        offsets = 5 * torch.randn(
+            len(self.logits), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        return targets.judged((self.logits + offsets).float(), self.goal)
+
+
+def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
+    """Labels written to a store on the disk and read back."""
+    n, classes = logits.shape
+    words = {
+        "path": np.array([f"c/{i:05}.jpg" for i in range(n)], dtype=object),
+        "reason": np.full(n, "", dtype=object),
+    }
+    numbers = {
+        "bytes": "int64",
+        "height": "int32",
+        "width": "int32",
+        "class_index": "int32",
+        "status": "uint8",
+    }
+    manifest = Images(
+        **words,
+        digest=np.zeros((n, 32), "uint8"),
+        **{name: np.zeros(n, dtype) for name, dtype in numbers.items()},
+    )
+    manifest.height[:] = manifest.width[:] = 1
+    layout = {"chunk_rows": min(n, 512), "shard_rows": n}
+    attributes = {
+        "codec": codec.describe(),
+        "provenance": toy_provenance(codec, manifest, layout),
+        "class_names": [str(c) for c in range(classes)],
+    }
+    assert create(path, images=manifest, views=1, attributes=attributes)
+    codes = codec.encode(logits.softmax(dim=1).float().numpy())
+    write(
+        StoreWriter(path),
+        0,
+        0,
+        codes,
+        np.tile(np.array([0, 0, 1, 1], "int32"), (n, 1)),
+        np.zeros(n, bool),
+    )
+    store = LabelStore.open(path)
+    targets = make_targets(Config(train={"discriminator": {}}), stored_labels(store, 1))
+    codes = torch.from_numpy(store.codes(0, slice(None)))
+    return Stored(
+        logits,
+        targets(Batch(np.arange(n), {}, codes, torch.zeros(n, dtype=torch.int64), None, n)),
+        targets,
+    )
+
+
+def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
+    """Share of right answers on rows held out, the last HELD_OUT of either side, after
+    learning from the others: 0.5 is guessing."""
+    torch.manual_seed(seed)
+    seen = torch.cat([student[:-HELD_OUT], teachers[:-HELD_OUT]])
+    student, teachers = (
+        (side - seen.mean(dim=0)) / seen.std(dim=0) for side in (student, teachers)
+    )  # the first layer could do so itself
+    judge = Discriminator(student.shape[1])
+    optimizer = torch.optim.Adam(judge.parameters(), lr=0.003, fused=True)
+    for _ in range(500):
+        rows = torch.randint(len(student) - HELD_OUT, (64,))
+        loss, _ = judge(student[rows], teachers[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return judge(student[-HELD_OUT:], teachers[-HELD_OUT:])[1].mean().item()
+
+
+# ---- what the coding gives away
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(codec, classes) for codec in ALL for classes in (10, 1000)],
+    ids=lambda param: f"{param[0]}-{param[1]}",
+)
+def sharp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    codec, classes = ALL[request.param[0]], request.param[1]
+    return stored(tmp_path_factory.mktemp("sharp") / "s.zarr", codec, sharp_logits(classes, codec))
+
+
+def test_labels_from_a_store_are_not_told_from_the_teachers_own_outputs(sharp):
+    rightly = told(*sharp.judged())
+    assert rightly <= 0.55  # measured over five seeds: 0.50 to 0.514
+
+
+def test_without_the_floor_they_would_be(sharp):
+    rightly = told(*sharp.judged(NO_FLOOR))
+    assert rightly > 0.65  # measured: 0.75 to 0.93
+
+
+def test_below_the_floor_both_sides_look_exactly_alike(sharp):
+    student, teachers = sharp.judged()
+    below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
+    assert below.double().mean() > 0.4
+    different = student[below] != teachers[below]
+    if (
+        sharp.targets.decode.tail
+    ):  # few zeros whose mass was rounded up may share a little more than the floor
+        assert different.double().mean() < 0.01 and (student - teachers)[below].abs().max() < 0.5
+    else:
+        assert not different.any()
+
+
+def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
+    by_hand = {
+        "cbrt8": (0.5 / 255) ** 3,
+        "pow8": (0.5 / 255) ** 2.5,
+        "sqrt8": (0.5 / 255) ** 2,
+        "tail255": (0.75 / 255) ** 1.5,  # the edge of the dead zone
+        "tail80": (0.75 / 80) ** 1.5,
+        "tail40": (1.5 / 40) ** 1.5,
+        "float16": 2.0**-25,  # half the smallest float16
+        "float32": 2.0**-126,  # what smaller ones decode to
+        "few": (1.5 / 31) ** 2,
+    }
+    for name, codec in ALL.items():
+        assert stored(tmp_path / name, codec, torch.zeros(2, 3)).targets.floor == pytest.approx(
+            by_hand[name], rel=1e-9, abs=0
+        )
+    for levels, edge in ((63, 1.5), (64, 0.5)):
+        assert Codec("", "uint8", 0.4, levels, 0.0).floor == pytest.approx(
+            (edge / levels) ** 2.5, rel=1e-9, abs=0
+        )
+
+
+def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp_path):
+    labels = stored(
+        tmp_path / "s.zarr", FEW, real_logits(0.6, 1)
+    )  # near all classes have code 1, of 2.6e-4 to 2.3e-3
+    rightly, with_lower = told(*labels.judged()), told(*labels.judged((0.5 / 31) ** 2))
+    assert rightly <= 0.55 and with_lower > 0.6  # measured over five seeds: 0.50, and 0.70 or more
+
+
+# ---- what it is there for
+
+
+@pytest.mark.parametrize(("classes", "least"), [(10, 0.9), (2, 0.65)])
+def test_a_sharper_student_is_told_from_the_teachers(classes, least):
+    logits = made_up_logits(classes, 1, 2)
+    rightly = told(
+        *(
+            log_floored((factor * logits).softmax(dim=1).float(), CODECS["pow8"].floor)
+            for factor in (3, 1)
+        )
+    )
+    assert rightly > least  # measured over five seeds: 0.94 or more, and 0.72 or more
+
+
+# ---- reversal
+
+
+def test_reversal_turns_the_students_gradient_and_nothing_else():
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    turned = reverse_gradient(x)
+    (turned * torch.tensor([3.0, 4.0])).sum().backward()
+    assert turned.tolist() == [1, -2] and x.grad.tolist() == [-3, -4]
+    plain, reversing = Discriminator(10), Discriminator(10, reversal=True)
+    reversing.load_state_dict(plain.state_dict())
+    found = []
+    for judge in (plain, reversing):
+        student, teachers = (
+            torch.randn(8, 10, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+            for seed in (1, 2)
+        )
+        loss, right = judge(student, teachers)
+        loss.backward()
+        found.append(
+            (loss, right, teachers.grad, *(p.grad for p in judge.parameters()), student.grad)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*(parts[:-1] for parts in found), strict=True))
+    assert torch.equal(found[1][-1], -found[0][-1]) and found[0][-1].abs().min() > 0
+
+
+def test_a_student_helps_the_discriminator_and_with_reversal_deceives_it():
+    logits = made_up_logits(10, 1, 1)[:256].float()
+    teachers = log_floored(logits.softmax(dim=1), 1e-6)
+    losses = {}
+    for name, rate, reversal in (
+        ("helping", 0.01, False),
+        ("frozen", 0.0, False),
+        ("deceiving", 0.01, True),
+    ):
+        torch.manual_seed(0)
+        student, judge = (
+            (2 * torch.randn(256, 10)).requires_grad_(),
+            Discriminator(10, reversal=reversal),
+        )
+        optimizer = torch.optim.Adam(
+            [{"params": [student], "lr": rate}, {"params": judge.parameters(), "lr": 0.001}]
+        )
+        for _ in range(300):
+            loss, _ = judge(log_floored(student.softmax(dim=1), 1e-6), teachers)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[name] = loss.item()
+    assert losses["helping"] < losses["frozen"] / 4  # measured over five seeds: a 25th or less
+    assert losses["frozen"] < losses["deceiving"] - 0.3  # measured: 0.51 or more
+
+
+# ---- in training
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "last.safetensors")
+
+
+def test_the_student_is_another_without_with_and_with_a_reversed_discriminator(
+    photos, recipe, store_path, tmp_path
+):
+    judges = {"without": None, "with": {"lr": 0.01}, "reversed": {"lr": 0.01, "reversal": True}}
+    for name, judge in judges.items():
+        one = changed(recipe, train={"epochs": 1, "discriminator": judge})
+        metrics = train(one, photos, tmp_path / name, store=store_path, device=CPU)
+        assert ("discriminator_loss" in metrics) == (name != "without")
+    heads = [weights(tmp_path / name)["head.weight"] for name in judges]
+    assert len({head.numpy().tobytes() for head in heads}) == 3
+
+
+def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, tmp_path):
+    still = changed(
+        recipe, train={"epochs": 1, "lr": 1e-12, "seed": 2, "discriminator": {"lr": 1e-12}}
+    )
+    metrics = train(still, photos, tmp_path / "run", store=store_path, device=CPU)
+    store = LabelStore.open(store_path)
+    student = load(still.student, classes=3, image_size=32, seed=2)
+    torch.manual_seed(2)
+    judge = Discriminator(3)
+    loss, on_student, on_teachers = 0.0, 0, 0
+    replay = make_replay(
+        stored_labels(store, 2),
+        photos / "train",
+        sizes=[32],
+        batch_size=16,
+        seed=2,
+        rendering=still.render,
+    )
+    with replay.epoch(0) as batches, torch.no_grad():
+        for batch in batches:
+            p = torch.from_numpy(store.probabilities(0, batch.rows))
+            ours = judge.layers(
+                log_floored(student(batch.pixels[32]).softmax(dim=1), (0.5 / 255) ** 2.5)
+            )[:, 0]
+            theirs = judge.layers(log_floored(p, (0.5 / 255) ** 2.5))[:, 0]
+            loss -= (torch.log(1 - ours.sigmoid()) + torch.log(theirs.sigmoid())).sum().item() / 2
+            on_student += int((ours < 0).sum())
+            on_teachers += int((theirs > 0).sum())
+    assert metrics["discriminator_loss"] == pytest.approx(loss / 90, rel=1e-5)
+    parts = metrics["discriminator_accuracy_student"], metrics["discriminator_accuracy_teachers"]
+    assert parts == pytest.approx(
+        (100 * on_student / 90, 100 * on_teachers / 90), abs=1.2
+    )  # a row on the edge may go either way
+    assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(
+        sum(parts) / 2
+    )
+
+
+def test_mean_logits_are_refused_without_live_teachers():
+    document = {"train": {"discriminator": {"input": "mean_logits"}}}
+    with pytest.raises(
+        ConfigError,
+        match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, "
+        "or train --online",
+    ):
+        config_file.validate(document, "test")
+    document["train"]["online"] = True
+    assert config_file.validate(document, "test").train.discriminator.input == "mean_logits"
+
+
+def test_online_the_discriminator_trains_on_either_input(photos, recipe, tmp_path):
+    for given in ("log_mean", "mean_logits"):
+        live = changed(
+            recipe,
+            train={"epochs": 1, "online": True, "discriminator": {"lr": 0.01, "input": given}},
+        )
+        metrics = train(live, photos, tmp_path / given, device=CPU)
+        assert (
+            0 < metrics["discriminator_loss"] < np.inf
+            and 0 <= metrics["discriminator_accuracy"] <= 100
+        )
+    one, other = (weights(tmp_path / given) for given in ("log_mean", "mean_logits"))
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_the_teachers_mean_logits_are_those_by_hand(recipe, store_path):
+    live = changed(recipe, train={"online": True, "discriminator": {"input": "mean_logits"}})
+    teachers = load_teachers([ModelSpec.model_validate(spec) for spec in live.teachers], CPU)
+    targets = make_targets(live, stored_labels(LabelStore.open(store_path), 1), teachers)
+    random = torch.Generator().manual_seed(0)
+    pixels = {
+        size: torch.randint(0, 256, (20, size, size, 3), dtype=torch.uint8, generator=random)
+        for size in (32, 48, 64)
+    }
+    goal = targets(Batch(np.arange(20), pixels, None, torch.zeros(20, dtype=torch.int64), None, 20))
+    with torch.no_grad():
+        by_hand = sum(
+            t.module(
+                (pixels[size].permute(0, 3, 1, 2) / 255 - torch.tensor(t.mean)[:, None, None])
+                / torch.tensor(t.std)[:, None, None]
+            )
+            for t, size in zip(teachers, (64, 48), strict=True)
+        )
+    torch.testing.assert_close(goal.mean_logits, by_hand / 2, rtol=1e-4, atol=1e-4)
+    logits = torch.randn(20, 3, generator=random)
+    seen = targets.judged(logits, goal)
+    assert torch.equal(seen[0], logits) and torch.equal(seen[1], goal.mean_logits)

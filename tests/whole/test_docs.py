@@ -1,0 +1,306 @@
+"""What the README and the helps say to type can be typed: every command line of theirs
+is run, in a folder that has what it names.
+
+Big models are stood in for by tiny ones, weights of the hub by random ones, and the
+recipes' numbers by small ones; the command lines are untouched, but for torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from support.command import run
+from support.paths import ROOT
+from support.small import write_photos
+
+from cli import main
+from pipeline.exchange import fkd_format
+from pipeline.labelling import plan
+from pipeline.models import names
+from pipeline.models import weights as weights_module
+
+WORDNET = ("n01440764", "n01443537", "n01484850")
+COMMANDS = tuple(main.commands)
+
+
+def lines_of(text: str) -> list[str]:
+    """Command lines of the program in a text, continued lines joined."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    return [
+        line.split("  #")[0].strip()
+        for line in joined.splitlines()
+        if re.match(r"\s+(python|torchrun [^`]*?) ?cli\.py ", line)
+    ]
+
+
+def sections() -> dict[str, list[str]]:
+    """Command lines of the README by heading, and of the helps by command."""
+    found: dict[str, list[str]] = {}
+    for part in re.split(r"^#+ ", (ROOT / "README.md").read_text(), flags=re.M)[1:]:
+        if lines := lines_of(part):
+            found[f"README: {part.splitlines()[0]}"] = lines
+    for name, command in main.commands.items():
+        found[f"{name} --help"] = lines_of((command.help or "").replace("\b", ""))
+    return found
+
+
+SECTIONS = sections()
+
+
+def test_every_command_has_help_with_an_example_and_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in COMMANDS:
+        assert SECTIONS[f"{name} --help"] and all(
+            f"cli.py {name}" in line for line in SECTIONS[f"{name} --help"]
+        )
+        assert f"`{name}`" in readme
+    assert sum(map(len, SECTIONS.values())) > 40
+
+
+def test_every_option_in_the_readme_exists():
+    known = {
+        option
+        for command in main.commands.values()
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    for lines in SECTIONS.values():
+        for line in lines:
+            words = shlex.split(line.partition("cli.py ")[2])
+            own = {
+                option for parameter in main.commands[words[0]].params for option in parameter.opts
+            }
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= own, line
+    named = set(re.findall(r"`(--[a-z][a-z_-]+)", (ROOT / "README.md").read_text()))
+    assert named - known <= {
+        "--softlabel_path",
+        "--reference_path",
+        "--nproc-per-node",
+        "--help",
+    }  # of FKD, of torchrun, of all
+
+
+class World:
+    """A folder in which commands are typed; what a section makes itself is made anew,
+    other things are there from sections before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def make(self, name: str) -> None:
+        """What a command names and no other command makes."""
+        place = self.folder / name
+        if place.exists() or name not in PREPARED:
+            return
+        PREPARED[name](self, place)
+
+    def type(self, section: str) -> None:
+        made: set[tuple] = set()
+        for line in SECTIONS[section]:
+            line = line.replace("$SLURM_ARRAY_TASK_ID/16", "0/1")  # all shares in one
+            words = shlex.split(line.partition("cli.py ")[2])
+            if words == ["demo"]:  # short_demo has run it, with models of its own
+                continue
+            for word in words:
+                self.make(word.partition("=")[2] or word)
+            for option, value in pairwise(words):
+                makes = option == "--out" or (
+                    option == "--store"
+                    and words[0] in ("generate-labels", "import-labels")
+                    and "--plan" not in words
+                )
+                if (
+                    makes
+                    and (
+                        what := (
+                            value,
+                            words[words.index("--data") + 1] if "--data" in words else None,
+                        )
+                    )
+                    not in made
+                ):
+                    made.add(what)
+                    shutil.rmtree(self.folder / value, ignore_errors=True)
+            status, _, err = run(*words)
+            assert status == 0, f"{line}\n{err}"
+
+
+def half(keep: int) -> Callable[[World, Path], None]:
+    """A store of which another cluster has the other half."""
+
+    def make(world: World, place: Path) -> None:
+        shutil.copytree(world.folder / "labels.zarr", place)
+        shutil.rmtree(place / "records" / "c" / str(1 - keep))
+
+    return make
+
+
+def by_one(teacher: str) -> Callable[[World, Path], None]:
+    def make(world: World, place: Path) -> None:
+        status, _, err = run(
+            "generate-labels",
+            "--config",
+            "configs/meal_v2_resnet50.yaml",
+            "--data",
+            "imagenet",
+            "--store",
+            place,
+            "--teacher",
+            teacher,
+        )
+        assert status == 0, err
+
+    return make
+
+
+def weights(model: str, classes: int, prefix: str = "") -> Callable[[World, Path], None]:
+    def make(world: World, place: Path) -> None:
+        tensors = {
+            prefix + name: tensor
+            for name, tensor in weights_module._create(model, pretrained=False, num_classes=classes)
+            .state_dict()
+            .items()
+        }
+        if place.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(tensors, place)
+        else:
+            torch.save({"state_dict": tensors}, place)
+
+    return make
+
+
+def label_files(world: World, place: Path) -> None:
+    for image in sorted((world.folder / "imagenet" / "train").glob("*/*")):
+        file = place / fkd_format.place_of(f"{image.parent.name}/{image.name}", "train")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        crops, p = (
+            torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2).numpy(),
+            torch.rand(2, 1000).softmax(dim=1).numpy(),
+        )
+        with open(file, "wb") as f:
+            fkd_format.write(
+                f, crops, torch.zeros(2, dtype=torch.bool).numpy(), fkd_format.sparse(p, 5)
+            )
+
+
+PREPARED: dict[str, Callable[[World, Path], None]] = {
+    "here.zarr": half(0),
+    "there.zarr": half(1),
+    "senet.zarr": by_one("senet154"),
+    "resnet.zarr": by_one("resnet152_v1s"),
+    "lite1.safetensors": weights("tf_efficientnet_lite1", 3),
+    "lite2.safetensors": weights("tf_efficientnet_lite2", 3),
+    "MEALV2_MobileNet_V3_Small_0.75_224.pth": weights("tf_mobilenetv3_small_075", 1000, "module."),
+    "MEALV2_ResNet50_380.pth": weights("resnet50", 1000, "module."),
+    "MEALV2_ResNet50_224.pth": weights("resnet50", 1000, "module."),
+    "FKD_soft_label_500_crops_marginal_smoothing_k_5": label_files,
+}
+
+
+@pytest.fixture(scope="module")
+def worlds(
+    short_demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[World]]:
+    """Two folders with images and recipes, for ImageNet and for an own data set, and
+    tiny models under the names of big ones."""
+    folder = tmp_path_factory.mktemp("world")
+    write_photos(folder / "data" / "train", 4)
+    write_photos(folder / "data" / "val", 2, seed=1)
+    (folder / "photos").symlink_to("data")
+    (folder / "demo").symlink_to(short_demo[0])
+    for split in ("train", "val"):
+        for name in names.imagenet_classes():
+            (folder / "imagenet" / split / name).mkdir(parents=True)
+        for own, name in zip(("ant", "bee", "cat"), WORDNET, strict=True):
+            for file in sorted((folder / "data" / split / own).iterdir()):
+                shutil.copy(
+                    file,
+                    folder / "imagenet" / split / name / f"{name}_{10026 + int(file.stem)}.JPEG",
+                )
+    (folder / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*.yaml"):
+        (folder / "configs" / path.name).write_text(
+            yaml.safe_dump(smaller(yaml.safe_load(path.read_text())))
+        )
+
+    create = weights_module._create
+    tiny = {"fc": "test_resnet", "classifier": "test_efficientnet"}
+
+    def small(name: str, *, pretrained: bool, **options: int) -> torch.nn.Module:
+        torch.manual_seed(zlib.crc32(name.encode()))
+        head = (
+            timm.get_pretrained_cfg(name).to_dict() if timm.is_model(name.partition(".")[0]) else {}
+        ).get("classifier", "fc")
+        return create(
+            name if name.startswith("test_") or ":" in name else tiny.get(head, "test_resnet"),
+            pretrained=False,
+            **options,
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_module, "_create", small)
+        patch.setattr(plan, "SECONDS", 0.01)
+        yield [
+            World(folder),
+            World(Path(shutil.copytree(folder, folder.with_name("own"), symlinks=True))),
+        ]
+
+
+def smaller(document: dict) -> dict:
+    """A recipe that takes seconds."""
+    for teacher in document.get("teachers", ()):
+        if "checkpoint" not in teacher:
+            teacher["image_size"] = 32
+    document.setdefault("crops", {})["views"] = 2
+    document.setdefault("store", {}).update(batch_size=8, shard_rows=8)
+    document.setdefault("train", {}).update(epochs=2, milestones=[], batch_size=6, image_size=32)
+    if "warmup_epochs" in document["train"]:
+        document["train"]["warmup_epochs"] = 1
+    return document
+
+
+@pytest.mark.parametrize("section", [name for name, lines in SECTIONS.items() if lines])
+def test_what_is_written_can_be_typed(section, worlds, monkeypatch):
+    world = worlds["Your own" in section or "A run" in section]
+    monkeypatch.chdir(world.folder)
+    world.type(section)
+
+
+def test_the_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = set(re.findall(r"(?:`|^    )make (\w+)", (ROOT / "README.md").read_text(), flags=re.M))
+    assert {"setup", "demo", "bench", "test"} <= named <= targets
+
+
+def test_a_help_is_quick():
+    """No command's help loads a library that takes seconds."""
+    code = (
+        "import sys; from click.testing import CliRunner; from cli import main; "
+        "CliRunner().invoke(main, ['train-student', '--help']); "
+    )
+    code += (
+        "print([name for name in ('torch', 'timm', 'nvidia.dali', 'matplotlib', 'tensorboard') "
+        "if name in sys.modules])"
+    )
+    assert (
+        os.popen(
+            f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+        )
+        .read()
+        .strip()
+        == "[]"
+    )
