@@ -1,16 +1,21 @@
 # make setup   the virtual environment .venv alone
-# make demo    the whole story on handwritten digits, no network needed after the installation
-# make bench   how near both stages come to what their bare arithmetic allows; some fifteen minutes
-# make gpu     on a machine with a GPU: is what it does right, and how fast is it? nine minutes at most; GPU="--device cpu" to see that it works
-# make study CIFAR10=FOLDER   the paper's claims, tried on CIFAR-10; one to two hours on two cores
-# make test    the tests        make lint    the linters        make format    lay the code out as the linters want it
-# Each sets up .venv by itself: a minute or two and some 6 GB, since torch and DALI come with their CUDA libraries.
+# make demo    the whole story on handwritten digits; no network after the installation
+# make bench   how near both stages come to their bare arithmetic; some fifteen minutes
+# make gpu     is what a GPU does right, and how fast is it? nine minutes at most;
+#              GPU="--device cpu" to see on a CPU that it works
+# make study CIFAR10=FOLDER   the paper's claims on CIFAR-10; one to two hours on two cores
+# make test    the tests, on all cores
+# make check   the quick tests, while writing
+# make lint    the linters and the types
+# make format  lay the code out as the linters want it
+# Each sets up .venv by itself: a minute or two and some 6 GB, since torch and DALI come
+# with their CUDA libraries.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RUFF := $(BIN)/ruff
 
-.PHONY: setup demo bench gpu study test lint format
+.PHONY: setup demo bench gpu study test check lint format
 setup: .venv/installed
 demo: .venv/installed
 	$(BIN)/python cli.py demo
@@ -25,11 +30,17 @@ study: .venv/installed
 	$(BIN)/python tests/bench/study/study.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS) --weights $(WEIGHTS))
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
+
+check: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone and not slow"
 
 lint: .venv/installed
 	$(RUFF) check .
 	$(RUFF) format --check .
+	$(BIN)/mypy --strict --no-warn-return-any --strict-optional cache
+	$(BIN)/mypy cache pipeline cli.py
 
 format: .venv/installed
 	$(RUFF) check --fix .

@@ -1,4 +1,4 @@
-"""The command line. Commands only translate: what they do is in pipeline/ and
+"""Define the command line. Commands only translate: the work is done in pipeline/ and
 cache/."""
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import click
 
 
 class Group(click.Group):
-    """Commands in the order of the work, the nearest name for an unknown one, and one
-    line for what a user can mend."""
+    """A group that lists commands in the order of the work, suggests the nearest name
+    for an unknown command, and prints an error that a user can fix as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of the work."""
         return list(self.commands)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find a command; for an unknown name, fail with the name of the nearest
+        command."""
         if self.get_command(ctx, args[0]) is None and (
             close := difflib.get_close_matches(args[0], self.commands, 1)
         ):
@@ -30,6 +33,8 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; print an error that a user can fix as one line, and exit with
+        status 1."""
         from cache.errors import MealError, printable
         from cache.system.signals import on_signals
 
@@ -37,7 +42,7 @@ class Group(click.Group):
             with on_signals():
                 return super().invoke(ctx)
         except MealError as error:
-            if str(error):  # otherwise it is another process's, which tells it
+            if str(error):  # without a message: another process tells the error
                 click.echo(f"error: {error}", err=True)
         except KeyboardInterrupt as stop:
             from pipeline.runtime.progress import say
@@ -77,6 +82,8 @@ def main() -> None:
 
 
 def options(*several: Callable) -> Callable:
+    """Return a decorator that adds click options to a command, in this order."""
+
     def apply(command: Callable) -> Callable:
         for option in reversed(several):
             command = option(command)
@@ -90,36 +97,36 @@ config_option = click.option(
     "--config",
     required=True,
     type=folder,
-    help="Recipe: a YAML file, or the name of one of the project's (meal_v2_resnet50).",
+    help="Recipe: a YAML file, or the name of a recipe of the project (meal_v2_resnet50).",
 )
 set_option = click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a value of the config: train.lr=0.005.",
+    help="Override a value of the config, for example train.lr=0.005.",
 )
 data_option = click.option(
     "--data",
     required=True,
     type=folder,
-    help="Folder of class folders, or of train/ and val/ that hold them.",
+    help="Folder with a folder per class, or with train/ and val/ that hold such folders.",
 )
 device_option = click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where models run.  [default: cuda if there is one]",
+    help="Device that the models run on.  [default: cuda if there is one]",
 )
 class_map_option = click.option(
     "--class-map",
     metavar="imagenet-1k|FILE",
-    help="Class folders in the order of the models' outputs, where the folders are a subset: "
-    "ImageNet's, or a file with a name a line.",
+    help="Names of all classes in the order of the models' outputs, where the data has folders for "
+    "some of the classes only: imagenet-1k, or a file with one name per line.",
 )
 profile_option = click.option(
     "--profile",
     is_flag=True,
-    help="Say at the end where the time went, and what would make it faster.",
+    help="Print at the end where the time went, and what would make the command faster.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
@@ -127,9 +134,12 @@ json_option = click.option(
 
 
 class TeacherType(click.ParamType):
+    """Reads MODEL or MODEL=CHECKPOINT from the command line."""
+
     name = "MODEL[=CHECKPOINT]"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return ``model`` and ``checkpoint`` (or None) as a dict."""
         if not isinstance(value, str):
             return value
         model, equals, checkpoint = value.partition("=")
@@ -150,37 +160,47 @@ MODEL = TeacherType()
 @options(
     config_option,
     click.option(
-        "--data", type=folder, help="Folder of class folders, or of train/ and val/ that hold them."
+        "--data",
+        type=folder,
+        help="Folder with a folder per class, or with train/ and val/ that hold such folders.",
     ),
-    click.option("--store", type=folder, help="Label store: made, finished or extended."),
+    click.option("--store", type=folder, help="Label store to create, finish or extend."),
     click.option(
         "--plan",
         is_flag=True,
-        help="Make nothing: tell crops, hours and bytes, from a short timing. Needs neither --data "
-        "nor --store.",
+        help="Label nothing: predict crops, hours and bytes from a short timing. Needs neither "
+        "--data nor --store.",
     ),
     click.option(
         "--teacher",
         "teachers",
         multiple=True,
         type=MODEL,
-        help="Replaces the config's teachers; give it several times.",
+        help="Teacher, in place of the config's teachers; repeat for several.",
     ),
-    click.option("--views", type=int, help="Crops per image; more than the store has extends it."),
+    click.option(
+        "--views",
+        type=int,
+        help="Crops per image; a larger number than the store's extends the store.",
+    ),
     click.option("--split", default="train", show_default=True, help="Folder of --data to label."),
     class_map_option,
     device_option,
     click.option(
-        "--batch-size", type=int, help="Crops per forward pass of a teacher; belongs to the store."
+        "--batch-size",
+        type=int,
+        help="Crops per forward pass of a teacher; can't change for an existing store.",
     ),
     click.option(
-        "--worker", metavar="I/N", help="Do the I-th of N shares, I from 0. Combines with torchrun."
+        "--worker",
+        metavar="I/N",
+        help="Label the I-th of N shares of the store, I from 0. Combines with torchrun.",
     ),
     click.option(
         "--first-view",
         type=click.IntRange(0),
         default=0,
-        help="Label the views from this one on; for stores that are joined by merge.",
+        help="First view to label, counted from 0; for stores that merge joins later.",
     ),
     click.option(
         "--strict", is_flag=True, help="Stop at an unusable file instead of leaving it out."
@@ -188,7 +208,7 @@ MODEL = TeacherType()
     click.option(
         "--no-check",
         is_flag=True,
-        help="Believe finished shards, instead of reading this worker's share of them again first.",
+        help="Trust finished shards: skip re-reading this worker's share at the start.",
     ),
     profile_option,
     set_option,
@@ -211,11 +231,12 @@ def generate_labels(
     profile,
     settings,
 ):
-    """Label every crop of every image once, with the mean softmax of the teachers, into
-    a Zarr store.
+    """Label every crop of every image once, and write the mean softmax of the teachers
+    to a Zarr store.
 
-    Run again, it finishes what is missing and touches nothing that is done. With more
-    --views it extends the store. --plan tells beforehand what it will take.
+    Run the same command again to label what is missing; finished labels stay as they
+    are. A larger --views extends the store. --plan predicts time and disk space
+    beforehand.
 
     \b
     Example:
@@ -263,28 +284,32 @@ def generate_labels(
     config_option,
     data_option,
     click.option(
-        "--store", type=folder, help="Label store; needed unless --online, or train.labels is hard."
+        "--store",
+        type=folder,
+        help="Label store; needed unless --online is given or train.labels is hard.",
     ),
     click.option(
         "--online",
         is_flag=True,
-        help="No store: the config's teachers label every batch, as in the paper.",
+        help="Train without a store: the config's teachers label every batch, as in the paper.",
     ),
     click.option(
         "--teacher",
         "teachers",
         multiple=True,
         type=MODEL,
-        help="Replaces the config's teachers, with --online.",
+        help="With --online: teacher, in place of the config's teachers; repeat for several.",
     ),
-    click.option("--out", required=True, type=folder, help="Run directory: made, or gone on with."),
-    click.option("--student", type=MODEL, help="Replaces the config's student."),
-    click.option("--epochs", type=int, help="Epochs in all; epoch e replays view e mod views."),
+    click.option("--out", required=True, type=folder, help="Run directory to create or resume."),
+    click.option("--student", type=MODEL, help="Student, in place of the config's student."),
+    click.option(
+        "--epochs", type=int, help="Total number of epochs; epoch e replays view e mod views."
+    ),
     click.option("--batch-size", type=int, help="Images per step."),
     click.option(
         "--val-data",
         type=folder,
-        help="Validate on this folder; otherwise on DATA/val if there is one.",
+        help="Folder to validate on; otherwise DATA/val, if there is one.",
     ),
     click.option(
         "--allow-renderer-difference",
@@ -313,13 +338,14 @@ def train_student(
     profile,
     settings,
 ):
-    """Train a student on exactly the crops of a label store, against its soft labels.
+    """Train a student on exactly the crops of a label store, towards its soft labels.
 
     The run directory holds metrics.jsonl, config.yaml, last.safetensors and
-    best.safetensors. Run again, it goes on after the last finished epoch. With --set
-    train.labels=hard the same loop trains on the class folders: the baseline, and how
-    own teachers are made (no --store needed). With --online it is MEAL V2 as published:
-    the reference for what a store gives, at several times the cost.
+    best.safetensors. Run the same command again to resume after the last finished
+    epoch. With --set train.labels=hard the same loop trains on the class folders: for
+    the baseline, and for teachers of your own (no --store needed). With --online the
+    command trains as MEAL V2 was published, at several times the cost: the reference
+    for training from a store.
 
     \b
     Example:
@@ -371,21 +397,24 @@ def train_student(
         multiple=True,
         required=True,
         type=MODEL,
-        help="Give it several times for the ensemble's figures too.",
+        help="Model to evaluate; repeat for several models and their ensemble.",
     ),
     click.option(
         "--teacher",
         "teachers",
         multiple=True,
         type=MODEL,
-        help="Compare each model with the mean softmax of these: KL, and agreement.",
+        help="Teacher to compare each model with (KL and agreement); repeat to compare with the mean "
+        "softmax of several.",
     ),
     click.option(
         "--split", default="val", show_default=True, help="Folder of --data to evaluate on."
     ),
     class_map_option,
     click.option(
-        "--image-size", type=click.IntRange(8), help="Pixels; otherwise each model's own."
+        "--image-size",
+        type=click.IntRange(8),
+        help="Input size in pixels for every model; otherwise each model's own.",
     ),
     click.option(
         "--mean",
@@ -393,18 +422,24 @@ def train_student(
         type=float,
         help="RGB mean in 0 … 1 for every model; otherwise each model's own.",
     ),
-    click.option("--std", nargs=3, type=float, help="Likewise."),
+    click.option(
+        "--std",
+        nargs=3,
+        type=float,
+        help="RGB standard deviation, on the scale of --mean, for every model; otherwise each "
+        "model's own.",
+    ),
     click.option(
         "--interpolation",
         type=click.Choice(["bilinear", "bicubic"]),
-        help="Of the resize, for every model; otherwise each model's own.",
+        help="Interpolation of the resize for every model; otherwise each model's own.",
     ),
     click.option(
         "--exif",
         type=click.Choice(["ignore", "apply"]),
         default="ignore",
         show_default=True,
-        help="Turn photographs by their EXIF.",
+        help="Ignore the EXIF orientation of photographs, or apply it.",
     ),
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True),
     device_option,
@@ -425,8 +460,11 @@ def evaluate_models(
     device,
     as_json,
 ):
-    """Single-crop accuracy: the shorter side resized to size·256/224, then the central
-    square.
+    """Evaluate models on single crops: top-1 and top-5 of each model and of the
+    ensemble.
+
+    Each image's shorter side is resized to size·256/224, and the central square is
+    shown to the models.
 
     \b
     Example:
@@ -453,19 +491,19 @@ def evaluate_models(
     click.echo(_json(result)) if as_json else evaluation_table(result)
 
 
-@main.command(short_help="What a label store is, who made it, and how complete it is.")
+@main.command(short_help="Show what a label store holds, who made it, and how complete it is.")
 @options(
     click.argument("store", type=folder),
     click.option(
         "--report",
         type=folder,
-        help="Write a page of HTML about the store: distributions, agreement, confusions, "
+        help="HTML page to write about the store: distributions, agreement, confusions, "
         "photographs.",
     ),
     click.option(
         "--data",
         type=folder,
-        help="With --report: show photographs of this folder, the one that was labelled.",
+        help="With --report: folder of the labelled images, for photographs on the page.",
     ),
     click.option(
         "--split", default="train", show_default=True, help="Folder of --data that was labelled."
@@ -475,17 +513,17 @@ def evaluate_models(
         type=click.IntRange(1),
         default=200_000,
         show_default=True,
-        help="With --report: look at so many.",
+        help="With --report: number of labels to read.",
     ),
     click.option(
         "--no-check",
         is_flag=True,
-        help="With --report: compare only shards that are looked at with their digests.",
+        help="With --report: verify the digests of the shards that the report reads, not of all.",
     ),
     click.option(
         "--image",
-        help="Show one image: its views with their crops and labels. A path as in the store, or "
-        "its end.",
+        help="Image whose views, crops and labels are shown: its path as in the store, or the end "
+        "of its path.",
     ),
     json_option,
 )
@@ -536,25 +574,28 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         page(facts)
 
 
-@main.command("verify", short_help="Whether a label store is, to the last bit, what was written.")
+@main.command(
+    "verify", short_help="Prove that a label store is, to the last bit, what was written."
+)
 @options(
     click.argument("store", type=folder),
     click.option(
         "--data",
         type=folder,
-        help="Compare every image, or those of the sample, with the manifest, byte for byte.",
+        help="Folder of the labelled images: compare every image, or with --sample the sample's "
+        "images, with the manifest, byte for byte.",
     ),
     click.option(
         "--sample",
         type=click.IntRange(1),
-        help="With --data: render so many random crops again and run the teachers on them.",
+        help="With --data: number of random crops to render and label again with the teachers.",
     ),
     click.option(
         "--teacher",
         "teachers",
         multiple=True,
         type=MODEL,
-        help="The store's teachers in its order, where their weights are files of yours.",
+        help="Teachers of the store, in the store's order, if their weights are files of yours.",
     ),
     click.option(
         "--split", default="train", show_default=True, help="Folder of --data that was labelled."
@@ -564,24 +605,25 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Of the choice of --sample.",
+        help="Seed of the choice of crops for --sample.",
     ),
     click.option(
         "--threads",
         type=click.IntRange(1),
-        help="That read the store, some 200 MB each.  [default: one a core, at most 8]",
+        help="Threads that read the store, some 200 MB each.  [default: one a core, at most 8]",
     ),
     device_option,
     json_option,
 )
 def verify_store(store, data, sample, teachers, split, seed, threads, device, as_json):
-    """Read a label store whole: every digest, every label's sum, every crop inside its
-    image, nothing missing, nothing foreign.
+    """Read a whole label store and prove it: every digest, every label's sum, every
+    crop inside its image, nothing missing, nothing foreign.
 
-    With --data the images are compared too, or, with --sample, that many labels are
-    made again, which must be stored as those are. Status 0: sound and complete. Status
-    1: something is damaged, foreign, missing or can't be read; run generate-labels
-    again, which makes what is damaged or missing anew.
+    With --data every image is compared with the manifest too. With --sample only the
+    images of that many random crops are compared, and the crops are labelled again: the
+    new labels must agree with the stored labels. Exit status 0: the store is sound and
+    complete. Exit status 1: something is damaged, foreign, missing or can't be read.
+    Run generate-labels again to make damaged or missing shards anew.
 
     \b
     Example:
@@ -610,9 +652,7 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
         raise SystemExit(1)
 
 
-@main.command(
-    "compare", short_help="Training runs beside each other: figures, settings that differ, curves."
-)
+@main.command("compare", short_help="Compare training runs: figures, settings that differ, curves.")
 @options(
     click.argument("runs", type=folder, nargs=-1, required=True),
     click.option(
@@ -625,11 +665,11 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
     json_option,
 )
 def compare_runs(runs, figure, as_json):
-    """Compare run directories of train-student: what each reached, which settings
-    differ, and their curves in one picture.
+    """Compare run directories of train-student: the figures that each run reached, the
+    settings that differ, and the curves in one picture.
 
-    Runs may still be training, and may have any number of epochs. With --json the whole
-    metrics are told too.
+    Runs may still be training, and may have any number of epochs. With --json all
+    metrics are printed too.
 
     \b
     Example:
@@ -646,7 +686,7 @@ def compare_runs(runs, figure, as_json):
 
 
 @main.command(
-    "export", short_help="A trained student for others: for timm and the hub, and for ONNX Runtime."
+    "export", short_help="Export a trained student: for timm and the hub, and for ONNX Runtime."
 )
 @options(
     click.argument("run", type=folder),
@@ -654,14 +694,14 @@ def compare_runs(runs, figure, as_json):
         "--out",
         required=True,
         type=folder,
-        help="Folder to make: config.json, model.safetensors, model.onnx and README.md.",
+        help="Folder to create: config.json, model.safetensors, model.onnx and README.md.",
     ),
     click.option(
         "--weights",
         type=click.Choice(["best", "last"]),
         default="best",
         show_default=True,
-        help="Of the epoch with the highest validation top-1, or of the last one.",
+        help="Weights of the epoch with the highest validation top-1, or of the last epoch.",
     ),
     click.option(
         "--no-onnx",
@@ -671,18 +711,18 @@ def compare_runs(runs, figure, as_json):
     click.option(
         "--store",
         type=folder,
-        help="The label store of the run, from which the card tells more of the teachers.",
+        help="Label store of the run; the model card then tells more about the teachers.",
     ),
     json_option,
 )
 def export_run(run, out, weights, no_onnx, store, as_json):
-    """Make a folder of a trained student that needs nothing of this tool: for timm, as
-    its hub has it, for ONNX Runtime, and with a model card.
+    """Export a trained student to a folder that works without this tool: for timm, in
+    the layout of timm's hub; for ONNX Runtime; and with a model card.
 
-    timm.create_model("local-dir:OUT", pretrained=True) is the student, bit for bit;
-    model.onnx is compared with it on random inputs, and refused if its softmax is off
-    by more than 1e-4 in total variation. The card says how the student was made, and
-    what the run measured of it. RUN stays as it is.
+    timm.create_model("local-dir:OUT", pretrained=True) gives the student, bit for bit.
+    model.onnx is compared with the student on random inputs, and refused if its softmax
+    is off by more than 1e-4 in total variation. The model card says how the student was
+    made, and what the run measured of it. RUN stays as it is.
 
     \b
     Example:
@@ -695,22 +735,22 @@ def export_run(run, out, weights, no_onnx, store, as_json):
     click.echo(_json(result) if as_json else "\n".join(summary(result)))
 
 
-@main.command("merge", short_help="Several label stores of the same crops as one.")
+@main.command("merge", short_help="Merge several label stores of the same crops into one.")
 @options(
     click.argument("stores", type=folder, nargs=-1, required=True),
-    click.option("--out", required=True, type=folder, help="Label store: made, or gone on with."),
-    click.option("--codec", help="Of averaged labels.  [default: the first store's]"),
+    click.option("--out", required=True, type=folder, help="Label store to create or go on with."),
+    click.option("--codec", help="Codec of averaged labels.  [default: the first store's]"),
 )
 def merge_stores(stores, out, codec):
-    """Join stores of one recipe that were filled apart, or average stores of different
-    teachers.
+    """Join stores of one recipe that were filled separately, or average stores of
+    different teachers.
 
-    Joined are shards and views: of two clusters without a common disk, one labels with
-    --worker 0/2, the other with --worker 1/2; or one --views 90, and the other --views
-    180 --first-view 90. Averaged are labels of the same crops by different teachers,
-    each teacher counting once: for teachers that don't fit on a GPU together, or are
-    added later. Refused when the crops differ. Run again, it goes on where it was
-    stopped.
+    Joining combines shards and views. Of two clusters without a common disk, one labels
+    with --worker 0/2 and the other with --worker 1/2; or one with --views 90 and the
+    other with --views 180 --first-view 90. Averaging combines labels of the same crops
+    by different teachers, each teacher counting once: for teachers that don't fit on a
+    GPU together, or are added later. Stores of different crops are refused. Run the
+    same command again to go on where it was stopped.
 
     \b
     Example:
@@ -734,7 +774,9 @@ def merge_stores(stores, out, codec):
     )
 
 
-@main.command("import-labels", short_help="Labels that others published, as a store: no stage one.")
+@main.command(
+    "import-labels", short_help="Import published labels into a store, in place of stage one."
+)
 @options(
     click.argument("directory", type=folder),
     click.option(
@@ -743,35 +785,35 @@ def merge_stores(stores, out, codec):
         default="fkd",
         show_default=True,
         metavar="fkd",
-        help="Of the label files.",
+        help="Format of the label files.",
     ),
     data_option,
-    click.option("--store", required=True, type=folder, help="Label store: made, or finished."),
+    click.option("--store", required=True, type=folder, help="Label store to create or finish."),
     click.option(
         "--teacher",
         "teachers",
         multiple=True,
         metavar="NAME",
-        help="Who made the labels, as far as you know; give it several times.",
+        help="Teacher that made the labels, if you know it; repeat for several.",
     ),
     click.option(
         "--image-size",
         type=click.IntRange(8, 4096),
-        help="What the teachers saw, in pixels, if you know it.",
+        help="Input size of the teachers in pixels, if you know it.",
     ),
     click.option(
         "--interpolation",
         type=click.Choice(["bilinear", "bicubic"]),
         default="bicubic",
         show_default=True,
-        help="Of the crops that were labelled: FKD's generator has bicubic.",
+        help="Interpolation of the crops that were labelled; FKD's generator has bicubic.",
     ),
     click.option(
         "--views",
         type=click.IntRange(1),
-        help="The first so many crops of each image.  [default: all]",
+        help="Number of crops to take of each image, from the first on.  [default: all]",
     ),
-    click.option("--codec", default="pow8", show_default=True, help="How the store keeps labels."),
+    click.option("--codec", default="pow8", show_default=True, help="Codec of the stored labels."),
     click.option(
         "--split", default="train", show_default=True, help="Folder of --data that was labelled."
     ),
@@ -790,14 +832,15 @@ def import_labels(
     split,
     class_map,
 ):
-    """Make a label store of the label files in DIRECTORY, one an image, and of the
-    images that were labelled.
+    """Make a label store from the label files in DIRECTORY, one file per image, and
+    from the images that were labelled.
 
-    FKD (arXiv 2112.01528) publishes such files, its generator makes them, and MEAL V2's
-    authors use them for "Fast MEAL V2". Crops, flips and labels are taken as they are;
-    what no file says (weights, normalisation, how crops were drawn) is recorded as
-    unknown. Images without a label file are left out. Files are read as tensors only:
-    nothing in them is executed. Run again, it goes on where it was stopped.
+    FKD (arXiv 2112.01528) publishes such files, FKD's generator makes them, and MEAL
+    V2's authors use them for "Fast MEAL V2". Crops, flips and labels are taken as they
+    are. Facts that no file tells (weights, normalisation, how crops were drawn) are
+    recorded as unknown. Images without a label file are left out. Files are read as
+    tensors only: nothing in them is executed. Run the same command again to go on where
+    it was stopped.
 
     \b
     Example:
@@ -829,38 +872,40 @@ def import_labels(
     )
 
 
-@main.command("export-labels", short_help="A store's labels as files for FKD's training code.")
+@main.command(
+    "export-labels", short_help="Export a store's labels as files for FKD's training code."
+)
 @options(
     click.argument("store", type=folder),
     click.option(
-        "--out", required=True, type=folder, help="Folder of label files: made, or gone on with."
+        "--out", required=True, type=folder, help="Folder of label files to create or go on with."
     ),
     click.option(
         "--labels",
         type=click.Choice(["full", "top5", "top10"]),
         default="top5",
         show_default=True,
-        help="Classes that are kept.",
+        help="Classes kept in each label.",
     ),
     click.option(
         "--views",
         type=click.IntRange(1),
-        help="The first so many crops of each image.  [default: all]",
+        help="Number of crops to take of each image, from the first on.  [default: all]",
     ),
     click.option(
         "--split",
         default="train",
         show_default=True,
-        help="Folder of the images in the data set, which is in the files' paths.",
+        help="Folder of the images in the data set, as the label files' paths name it.",
     ),
 )
 def export_labels(store, out, labels, views, split):
     """Write a label file for each image, OUT/SPLIT/CLASS/NAME.tar, as FKD
-    (github.com/szq0214/FKD) reads them.
+    (github.com/szq0214/FKD) reads it.
 
-    top5 and top10 are its marginal_smoothing_k5 and _k10: the likeliest classes, and
-    what is left even over the others. Crops become shares of the image's height and
-    width.
+    top5 and top10 are FKD's marginal_smoothing_k5 and _k10: the likeliest classes, and
+    the remaining probability spread evenly over the others. Crops become fractions of
+    the image's height and width.
 
     \b
     Example:
@@ -871,7 +916,7 @@ def export_labels(store, out, labels, views, split):
     export_labels(store, out, labels=labels, views=views, split=split)
 
 
-@main.command(short_help="The whole story on handwritten digits, in minutes, without a network.")
+@main.command(short_help="Run both stages on handwritten digits, in minutes, without a network.")
 @options(
     click.option(
         "--out",
@@ -885,8 +930,8 @@ def export_labels(store, out, labels, views, split):
     set_option,
 )
 def demo(out, device, as_json, settings):
-    """Train two teachers, label a store with them, train a student from it and the same
-    student without it, and compare.
+    """Train two teachers, label a store with them, train a student from the store's
+    soft labels and the same student from hard labels, and compare.
 
     \b
     Example:
@@ -902,7 +947,7 @@ def demo(out, device, as_json, settings):
 
 
 def _json(result: dict) -> str:
-    """Standard JSON: a figure that isn't finite becomes null."""
+    """Return standard JSON; a figure that isn't finite becomes null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -972,7 +1017,8 @@ def _device(name: str | None) -> Any:
 
 
 def _share(recipe: Any, text: str | None, first_view: int) -> Any:
-    """I/N of the command line times torchrun's rank and world size."""
+    """Return this process's share: I/N of the command line, combined with torchrun's
+    rank and world size."""
     from pipeline.labelling.shares import Share
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -10,6 +10,7 @@ import socket
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -30,7 +31,7 @@ from cache.system.durable import make_folder, sync_folder, sync_tree
 FORGOTTEN = 86_400.0  # seconds after which an unfinished store of another machine is nobody's
 
 
-def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
+def create(path: Path, *, images: Images, views: int, attributes: dict[str, Any]) -> bool:
     """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so
     that a store is there whole or not at all.
 
@@ -39,13 +40,11 @@ def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
     """
     make_folder(path.parent)
     host = socket.gethostname()
-    for left in path.parent.glob(
-        f".{glob.escape(path.name)}.*.creating"
-    ):  # by a process that was killed
+    # by a process that was killed
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
         *_, process, _ = left.name.split(".")
-        if not left.name.startswith(
-            f".{path.name}.{host}."
-        ):  # of another machine: it takes an hour at most
+        # of another machine: it takes an hour at most
+        if not left.name.startswith(f".{path.name}.{host}."):
             gone = time.time() - left.stat().st_mtime > FORGOTTEN
         else:  # in a container every run may have the same number
             gone = process.isdecimal() and (int(process) == os.getpid() or not alive(int(process)))
@@ -65,7 +64,7 @@ def create(path: Path, *, images: Images, views: int, attributes: dict) -> bool:
     return True
 
 
-def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
+def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any]) -> None:
     """Write an empty store."""
     n, classes = len(images), len(attributes["class_names"])
     chunk_rows, shard_rows = (
@@ -74,7 +73,7 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
     shards = -(-n // shard_rows)
     chain = [ZstdCodec(level=3), Crc32cCodec()]
     packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]
-    always = {"write_empty_chunks": True}
+    always: Any = {"write_empty_chunks": True}
     kept = shard_arrays(attributes)[1:]
     mixed = "mix_box" in kept
     group = zarr.create_group(
@@ -86,7 +85,8 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict) -> None:
             "views": views,
             "how_to_read": how_to_read(attributes["codec"], mixed),
             "record_fields": [
-                [name, RECORD[name].base.str, list(RECORD[name].shape)] for name in RECORD.names
+                [name, RECORD[name].base.str, list(RECORD[name].shape)]
+                for name in RECORD.names or ()
             ],
             "row_order": images.order,
             **attributes,

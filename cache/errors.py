@@ -47,13 +47,8 @@ class UnreadableStore(StoreError):
     that answers: no reason to call it damaged."""
 
 
-LASTING = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)  # what no waiting mends
+# what no waiting mends
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def momentary(error: BaseException) -> bool:

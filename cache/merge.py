@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,8 @@ from cache.format.crops import Content
 from cache.format.manifest import USABLE
 from cache.reader import LabelStore
 
-ALIKE = (
-    "crops",
-    "renderer",
-    "data",
-)  # sections of the provenance that say which crops of which images, as which pixels
+# sections of the provenance that say which crops of which images, as which pixels
+ALIKE = ("crops", "renderer", "data")
 
 
 def merge(
@@ -112,7 +110,7 @@ def merge(
     return LabelStore.open(out)
 
 
-def _recipe(provenance: dict) -> bytes:
+def _recipe(provenance: dict[str, Any]) -> bytes:
     """What stores that can be joined have in common: all of the provenance, but for a
     teacher's tag, which weights say better."""
     teachers = [
@@ -162,12 +160,12 @@ def _require_alike(first: LabelStore, other: LabelStore) -> None:
         )
 
 
-def _known_by(teacher: dict) -> str:
+def _known_by(teacher: dict[str, Any]) -> str:
     """The digest of its weights, or, of labels that others made, of their files."""
     return teacher["weights"] or teacher["files"]
 
 
-def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
+def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict[str, Any]:
     """Attributes of the averaged store."""
     seen: dict[str, LabelStore] = {}
     for store in stores:
@@ -220,7 +218,7 @@ def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict:
     }
 
 
-def _make(out: Path, like: LabelStore, attributes: dict, views: int) -> None:
+def _make(out: Path, like: LabelStore, attributes: dict[str, Any], views: int) -> None:
     create(out, images=like.images, views=views, attributes=repair.described(attributes))
 
 
@@ -264,9 +262,8 @@ def _mean(
     for first in range(0, len(usable), made.chunk_rows):
         part = slice(first, first + made.chunk_rows)
         here = np.arange(rows.start, rows.stop)[part][usable[part]]
-        total = sum(
-            np.float32(n / sum(weights)) * store.codec.decode(store.codes(view, here))
-            for n, store in zip(weights, stores, strict=True)
-        )
+        total = np.zeros((len(here), made.classes), np.float32)
+        for n, store in zip(weights, stores, strict=True):
+            total += np.float32(n / sum(weights)) * store.codec.decode(store.codes(view, here))
         codes[part][usable[part]] = made.codec.encode(total)
     return Content(codes, crops[0]), None

@@ -8,10 +8,12 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -20,19 +22,15 @@ from cache import errors
 from cache.errors import DamagedStore, StoreError, UnreadableStore
 from cache.format import codec as codecs
 from cache.format import schema, validate
+from cache.format.codec_bounds import max_error
 from cache.format.crops import BoxesAndFlips, Content, Crops, Mixes
 from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
 
-UNREADABLE = (
-    KeyError,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    OverflowError,
-    OSError,
-)  # a checksum, a file cut short, none at all
+# a checksum, a file cut short, none at all
+Rows = np.ndarray | slice | Sequence[int]
+UNREADABLE = (KeyError, ValueError, RuntimeError, TypeError, OverflowError, OSError)
 _short_of_memory = threading.Lock()
 
 
@@ -40,25 +38,23 @@ class LabelStore:
     """An open label store. Everything is read lazily; reading labels of a shard without
     a completion record raises StoreError."""
 
-    def __init__(self, path: Path, attributes: dict) -> None:
+    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
         self.attributes = attributes
-        self.provenance: dict = self.attributes["provenance"]
+        self.provenance: dict[str, Any] = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
         self.class_names: list[str] = self.attributes["class_names"]
         self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what says what a crop is
-        self.shard_arrays = schema.shard_arrays(
-            attributes
-        )  # names of all that has a file per shard, but for its record
+        # names of all that has a file per shard, but for its record
+        self.shard_arrays = schema.shard_arrays(attributes)
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
         self.group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
-        self._arrays: dict[str, zarr.Array] = {}
+        self._arrays: dict[str, zarr.Array[Any]] = {}
         self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
         shape = self.array("labels").shape
-        self.views: int = attributes.get(
-            "views", self.array("records").shape[0]
-        )  # the second: before there was a seal
+        # the second: before there was a seal
+        self.views: int = attributes.get("views", self.array("records").shape[0])
         self.shards: int = self.array("records").shape[1]
         self.classes: int = shape[2]
         for name in (*self.shard_arrays, "records"):
@@ -120,9 +116,8 @@ class LabelStore:
         )
         if sealed:
             require_seal(path, {"zarr.json": whole})
-        documents = read_metadata(path, schema.shard_arrays(attributes)[1:]) | {
-            "zarr.json": whole
-        }  # one that may have grown since
+        # one that may have grown since
+        documents = read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}
         if sealed:
             require_seal(path, documents)
         try:
@@ -141,7 +136,7 @@ class LabelStore:
                 f"store"
             ) from None
 
-    def array(self, name: str) -> zarr.Array:
+    def array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             self._arrays[name] = schema.array(self.group, name)
         return self._arrays[name]
@@ -167,7 +162,7 @@ class LabelStore:
         """What no stored label exceeds: (KL in nats, total variation) from the mean
         softmax of the teachers. An average of stores has lost what each of them had
         lost, too, for which there is no bound of KL (None)."""
-        kl, _ = self.codec.max_error(self.classes)
+        kl, _ = max_error(self.codec, self.classes)
         return (None if "merged" in self.provenance else kl), _lost(self.provenance, self.classes)
 
     @cached_property
@@ -186,10 +181,8 @@ class LabelStore:
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
             raise errors.damaged(self.path, "images/", "the manifest has another digest")
-        if self.attributes.get("row_order") not in (
-            None,
-            images.order,
-        ):  # stores had none before 0.3
+        # stores had none before 0.3
+        if self.attributes.get("row_order") not in (None, images.order):
             raise errors.damaged(self.path, "images/", "the rows are in another order")
         for path in images.path:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
@@ -413,7 +406,7 @@ class LabelStore:
             return content, f"codes that codec {self.codec.name} doesn't have"
         return content, None
 
-    def codes(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
+    def codes(self, view: int, rows: Rows) -> np.ndarray:
         """Stored codes of the rows, in their order, as ``codec.decode`` takes them: [n,
         classes], and with a codec that keeps the tail's mass that in one more column.
         Whole inner chunks are read: ask for neighbours together."""
@@ -424,7 +417,7 @@ class LabelStore:
             else codes
         )
 
-    def probabilities(self, view: int, rows: np.ndarray | slice) -> np.ndarray:
+    def probabilities(self, view: int, rows: Rows) -> np.ndarray:
         """float32 [n, classes]: decoded labels, every value above zero, rows summing to
         one. StoreError for a row that has no label."""
         rows = self._as_rows(rows)
@@ -437,12 +430,12 @@ class LabelStore:
             )
         return self.codec.decode(self.codes(view, rows))
 
-    def crops(self, view: int, rows: np.ndarray | slice) -> BoxesAndFlips:
+    def crops(self, view: int, rows: Rows) -> BoxesAndFlips:
         """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool
         [n] mirrored left-right after the crop)."""
         return BoxesAndFlips(self._rows("boxes", view, rows), self._rows("flips", view, rows))
 
-    def whole_crops(self, view: int, rows: np.ndarray | slice) -> Crops:
+    def whole_crops(self, view: int, rows: Rows) -> Crops:
         """Read ``crops`` and, with CutMix, ``mixes``."""
         return Crops(*(self._rows(name, view, rows) for name in self.crop_arrays))
 
@@ -451,7 +444,7 @@ class LabelStore:
         """Whether the teachers saw CutMix pictures, and ``mixes`` says which."""
         return "mix_box" in self.crop_arrays
 
-    def mixes(self, view: int, rows: np.ndarray | slice) -> Mixes:
+    def mixes(self, view: int, rows: Rows) -> Mixes:
         """What was pasted into the crops (CutMix): int32 [n] rows of the partners, -1
         for none, and float32 [n, 4] top, left, bottom, right as fractions of the
         output. The partner's crop is the one of the same view; the rectangle's pixels
@@ -481,7 +474,7 @@ class LabelStore:
             self.path, name, "c", str(view), str(shard), *["0"] * (self.array(name).ndim - 2)
         )
 
-    def _as_rows(self, rows: np.ndarray | slice) -> np.ndarray:
+    def _as_rows(self, rows: Rows) -> np.ndarray:
         n = self.array("labels").shape[1]
         if isinstance(rows, slice):
             return np.arange(*rows.indices(n))
@@ -498,7 +491,7 @@ class LabelStore:
             )
         return rows
 
-    def _rows(self, name: str, view: int, rows: np.ndarray | slice) -> np.ndarray:
+    def _rows(self, name: str, view: int, rows: Rows) -> np.ndarray:
         """Rows of one view, read as runs of neighbouring chunks."""
         rows = self._as_rows(rows)
         self.require_finished(view, np.unique(rows // self.shard_rows))
@@ -517,29 +510,28 @@ class LabelStore:
             out[inside] = block[rows[inside] - first]
         return out
 
-    def _take(self, name: str, selection: tuple | slice, what: str) -> np.ndarray:
+    def _take(self, name: str, selection: tuple[Any, ...] | slice, what: str) -> np.ndarray:
         """A part of an array. Raises UnreadableStore for what passes, and one of
         ``UNREADABLE`` for what is wrong with a file."""
         try:
-            return self.array(name)[selection]
+            return np.asarray(self.array(name)[selection])
         except OSError as error:
             if errors.momentary(error):
                 raise errors.unreadable(self.path, what, error) from None
             raise
-        except (
-            MemoryError
-        ) as error:  # for want of memory, or because a file says that it holds a terabyte
+        except MemoryError as error:
+            # for want of memory, or because a file says that it holds a terabyte
             with _short_of_memory:
                 for _ in range(3):
                     if _room(4 * _most(self.array(name))):
                         with suppress(MemoryError):
-                            return self.array(name)[selection]
+                            return np.asarray(self.array(name)[selection])
                         time.sleep(0.2)  # other threads may have taken the room
                     else:
                         raise errors.unreadable(self.path, what, error) from None
             raise ValueError("it asks for more memory than it can hold") from None
 
-    def _read(self, name: str, selection: tuple | slice) -> np.ndarray:
+    def _read(self, name: str, selection: tuple[Any, ...] | slice) -> np.ndarray:
         try:
             return self._take(name, selection, name)
         except UNREADABLE as error:  # no such array, checksum, truncated shard
@@ -549,7 +541,7 @@ class LabelStore:
             ) from None
 
 
-def _most(array: zarr.Array) -> int:
+def _most(array: zarr.Array[Any]) -> int:
     """Bytes that a file of an array holds, decoded; a text of the manifest has 4 KiB at
     most."""
     size = 4096 if array.dtype.kind in "OUT" else array.dtype.itemsize
@@ -564,13 +556,13 @@ def _room(size: int) -> bool:
         return False
 
 
-def _lost(provenance: dict, classes: int) -> float:
+def _lost(provenance: dict[str, Any], classes: int) -> float:
     """Stated total variation of a store's labels, with that of the stores that were
     averaged into it."""
     parts = provenance.get("merged", [])
     teachers = sum(part["teachers"] for part in parts)
     before = sum(part["teachers"] / teachers * _lost(part, classes) for part in parts)
-    return codecs.from_description(provenance["codec"]).max_error(classes)[1] + before
+    return max_error(codecs.from_description(provenance["codec"]), classes)[1] + before
 
 
 def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray:

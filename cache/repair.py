@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from cache import errors
 from cache.errors import BusyStore, DamagedStore, StoreError
@@ -39,7 +38,7 @@ def scratch(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder_of(path), ignore_errors=True)
 
 
-def described(attributes: dict) -> dict:
+def described(attributes: dict[str, Any]) -> dict[str, Any]:
     """What an empty store is made with, of a store's attributes."""
     return {
         key: attributes[key]
@@ -76,7 +75,9 @@ def opened(
 
 
 def remake(
-    path: Path, make: Callable[[Path, dict | None, int], object], say: Callable[[str], None]
+    path: Path,
+    make: Callable[[Path, dict[str, Any] | None, int], object],
+    say: Callable[[str], None],
 ) -> None:
     """Make the description of a damaged store anew: an empty store lends its files.
 
@@ -99,7 +100,7 @@ def remake(
                 shutil.rmtree(fresh, ignore_errors=True)
 
 
-def attributes_of(path: Path) -> tuple[dict | None, bool]:
+def attributes_of(path: Path) -> tuple[dict[str, Any] | None, bool]:
     """(the attributes of a damaged store, if they are what was written, or may be;
     whether they surely are)."""
     whole = _document(path / "zarr.json")
@@ -115,7 +116,7 @@ def views_of(path: Path) -> int:
     """Number of views that a damaged store has records of, or says that it has where
     its attributes are what was written."""
     attributes, surely = attributes_of(path)
-    said = attributes.get("views", 1) if surely else 1
+    said = attributes.get("views", 1) if attributes and surely else 1
     with suppress(OSError):
         return max(
             said,
@@ -160,28 +161,46 @@ def mend(path: Path, fresh: Path) -> list[str]:
 
 
 def _require_same_labels(path: Path, made: LabelStore) -> None:
-    """Raises StoreError unless a shard of ``path``, seen through the description
-    ``made``, has the digest in its record; or there is none."""
-    links = [
-        (made.path / name / "c", path / name / "c") for name in (*made.shard_arrays, "records")
-    ]
-    for link, target in links:
-        if target.is_dir():
-            link.symlink_to(target.resolve())
+    """Refuse a description of other labels. ``made``: the new, empty store.
+
+    Copies one shard after the other from ``path`` into ``made``, until one has the
+    digest in its completion record. Raises StoreError if shards are there and none of
+    them has.
+    """
+    wrong = 0
+    for record in sorted(path.glob("records/c/*/*/0")):
+        view, shard = (int(part) if part.isdecimal() else -1 for part in record.parts[-3:-1])
+        if 0 <= view < made.views and 0 <= shard < made.shards:
+            with _copied(path, made, view, shard):
+                if made.is_finished(view, shard):
+                    if not made.fault(view, shard):
+                        return
+                    wrong += 1
+    if wrong:
+        raise StoreError(
+            f"the labels in {path} were made from other images, teachers or another recipe than "
+            "this command's, and the store is damaged; run the command that made it, or restore "
+            "it from a copy"
+        )
+
+
+@contextmanager
+def _copied(path: Path, made: LabelStore, view: int, shard: int) -> Iterator[None]:
+    """Have the files of a shard of ``path`` in the store ``made`` too."""
+    files = [made.file(name, view, shard) for name in (*made.shard_arrays, "records")]
     try:
-        places = [(int(view), int(shard)) for view, shard in np.argwhere(made.finished())]
-        if places and all(made.fault(*place) for place in places):
-            raise StoreError(
-                f"the labels in {path} were made from other images, teachers or another recipe "
-                f"than this command's, and the store is damaged; run the "
-                "command that made it, or restore it from a copy"
-            )
+        for file in files:
+            there = path / file.relative_to(made.path)
+            if there.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(there, file)
+        yield
     finally:
-        for link, _ in links:
-            link.unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
-def _document(file: Path) -> dict | None:
+def _document(file: Path) -> dict[str, Any] | None:
     with suppress(FileNotFoundError, ValueError):
         try:
             document = read_document(file)
@@ -194,7 +213,7 @@ def _document(file: Path) -> dict | None:
     return None
 
 
-def _sealed(whole: dict) -> bool:
+def _sealed(whole: dict[str, Any]) -> bool:
     """Whether a store's own zarr.json is what was sealed."""
     seal = whole.get("attributes", {}).get("seal")
     return (
@@ -202,5 +221,5 @@ def _sealed(whole: dict) -> bool:
     )
 
 
-def _views(document: dict) -> int:
+def _views(document: dict[str, Any]) -> int:
     return next(iter(document.get("shape") or [0]))

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cache.errors import DamagedStore, UnreadableStore
 from cache.format import codec as codecs
+from cache.format.codec_bounds import plausible
 from cache.format.manifest import USABLE, Images
 from cache.format.schema import RECORD_MAGIC
 from cache.reader import LabelStore
 
-STATISTICS = (
-    1e-6  # relative: what a record's entropy may be off from one computed on another machine
-)
+# relative: what a record's entropy may be off from one computed on another machine
+STATISTICS = 1e-6
 
 
 @dataclass
@@ -55,9 +56,8 @@ class Verdict:
     missing: list[Finding] = field(default_factory=list)
     unread: list[Finding] = field(default_factory=list)  # what could not be read for the moment
     foreign: list[str] = field(default_factory=list)  # files that are no part of a store
-    left: list[str] = field(
-        default_factory=list
-    )  # unfinished files of a process that was killed, or is writing now
+    # unfinished files of a process that was killed, or is writing now
+    left: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
@@ -70,7 +70,7 @@ class Verdict:
         """Every shard was looked at, and none is missing."""
         return self.shards > 0 and not self.missing
 
-    def document(self) -> dict:
+    def document(self) -> dict[str, Any]:
         return {"sound": self.sound, "complete": self.complete, **asdict(self)}
 
 
@@ -121,25 +121,19 @@ def verify(
             )
         except UnreadableStore as error:
             kind, fault = verdict.unread, str(error)
-        return fault and _at(store, view, shard, fault), kind, labelled
+        return _at(store, view, shard, fault) if fault else None, kind, labelled
 
+    places = [(int(view), int(shard)) for view, shard in np.ndindex(finished.shape)]
     with ThreadPoolExecutor(threads) as pool:
-        for place, (finding, kind, labelled) in zip(
-            np.ndindex(finished.shape), pool.map(look, np.ndindex(finished.shape)), strict=True
-        ):
+        for place, (finding, kind, labelled) in zip(places, pool.map(look, places), strict=True):
+            view, shard = place
             if finding is not None:
                 kind.append(finding)
             elif not finished[place]:
-                lost = store.file("labels", *place).exists()
-                verdict.missing.append(
-                    _at(
-                        store,
-                        *place,
-                        "without a completion record, so what is there doesn't count"
-                        if lost
-                        else "not labelled yet",
-                    )
-                )
+                lost = store.file("labels", view, shard).exists()
+                what = "without a completion record, so what is there doesn't count"
+                what = what if lost else "not labelled yet"
+                verdict.missing.append(_at(store, view, shard, what))
             verdict.checked += bool(finished[place]) and kind is not verdict.unread
             verdict.labelled += labelled
             progress(1)
@@ -169,18 +163,17 @@ def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
 def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[str | None, int]:
     """(what is wrong with a finished shard or None, its labelled rows)."""
     content, fault = store.content(view, shard)
-    if fault:
+    if fault or content is None:
         return fault, 0
     rows = store.shard_slice(shard)
     here = images.take(np.arange(rows.start, rows.stop))
     usable = here.status == USABLE
     codes = content.codes
     labelled, entropy, agreeing = 0, 0.0, 0
-    for first in range(
-        0, len(codes), store.chunk_rows
-    ):  # by chunks: a decoded shard takes gigabytes
+    # by chunks: a decoded shard takes gigabytes
+    for first in range(0, len(codes), store.chunk_rows):
         part = slice(first, first + store.chunk_rows)
-        given = codes[part].any(axis=1)
+        given = np.asarray(codes[part].any(axis=1))
         if not np.array_equal(given, usable[part]):
             row = int(np.argmax(given != usable[part]))
             return (
@@ -188,9 +181,9 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
                 f"{'has a label and no usable image' if given[row] else 'has no label'}",
                 0,
             )
-        plausible = store.codec.plausible(codes[part][given])
-        if not plausible.all():
-            row = np.flatnonzero(given)[np.argmin(plausible)]
+        sound = plausible(store.codec, codes[part][given])
+        if not sound.all():
+            row = np.flatnonzero(given)[np.argmin(sound)]
             return f"the label of row {rows.start + first + row} does not sum to one", 0
         probabilities = store.codec.decode(codes[part][given])
         labelled += int(given.sum())
@@ -215,7 +208,8 @@ def _others(store: LabelStore) -> tuple[list[str], list[str]]:
         *store.manifest_files(),
     }
     fixed |= {f"images/{column.name}/zarr.json" for column in fields(Images)}
-    foreign, left = [], []
+    foreign: list[str] = []
+    left: list[str] = []
     for folder, folders, files in os.walk(store.path):
         for file in files + [
             name for name in folders if os.path.islink(os.path.join(folder, name))

@@ -167,9 +167,8 @@ class StoreWriter:
         content = [
             np.ascontiguousarray(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)
         ]
-        self._clear(
-            "records", view, shard
-        )  # first: a record of what was there must not vouch for what is being written
+        # first: a record of what was there must not vouch for what is being written
+        self._clear("records", view, shard)
         for name, block in zip(names, content, strict=True):
             self._clear(name, view, shard)
             schema.array(self.group, name)[view, rows] = block
@@ -177,9 +176,8 @@ class StoreWriter:
         record = np.zeros(1, RECORD)
         record["magic"], record["view"], record["shard"] = RECORD_MAGIC, view, shard
         record["labelled"] = usable.sum()
-        for first in range(
-            0, len(codes), self.store.chunk_rows
-        ):  # by chunks: a decoded shard takes gigabytes
+        # by chunks: a decoded shard takes gigabytes
+        for first in range(0, len(codes), self.store.chunk_rows):
             part = slice(first, first + self.store.chunk_rows)
             probabilities = self.store.codec.decode(codes[part][usable[part]])
             record["entropy"] += codecs.entropy(probabilities).sum()

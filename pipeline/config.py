@@ -1,5 +1,8 @@
-"""The recipe: one YAML file, typed and validated at load. Every field says its unit and
-meaning; an unknown key gets the nearest known one."""
+"""Define the sections of a recipe: one YAML file, typed and validated when loaded.
+
+The description of a field says its meaning and unit. The error for an unknown key names
+the nearest known key.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,25 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
 def nearest(word: str, known: Any) -> str:
+    """Return the end of an error message: the nearest known word, or all known
+    words."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 class ConfigError(MealError):
-    """A config, or an override of one, that asks for something that doesn't exist or
-    makes no sense."""
+    """A config, or an override, with an unknown key, an impossible value, or values
+    that contradict each other."""
 
 
 class Section(BaseModel):
+    """Base of all sections: strictly typed, immutable, without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):
-    """A timm model and where its weights come from."""
+    """A timm model and the source of its weights."""
 
     model: str = Field(
         description="timm name, with its tag where timm has several weights: resnet50.ram_in1k"
@@ -52,7 +59,9 @@ class ModelSpec(Section):
     mean: Colour | None = Field(
         None, description="normalisation of RGB in 0 … 1; otherwise the model's own"
     )
-    std: Colour | None = Field(None, description="likewise")
+    std: Colour | None = Field(
+        None, description="standard deviation of RGB in 0 … 1; otherwise the model's own"
+    )
 
     @field_validator("mean")
     @classmethod
@@ -83,8 +92,8 @@ class CutMix(Section):
 
 
 class CropPolicy(Section):
-    """RandomResizedCrop, flip and perhaps CutMix: what the teachers and the student
-    see."""
+    """The distribution of the crops that teachers and student see: RandomResizedCrop,
+    flip and, if it is set, CutMix."""
 
     views: int = Field(1, ge=1, le=100_000, description="random crops per image")
     scale: Pair = Field((0.08, 1.0), description="least and greatest share of the image's area")
@@ -99,7 +108,8 @@ class CropPolicy(Section):
         description="turn photographs as their EXIF orientation says (phones), or not (ImageNet)",
     )
     cutmix: CutMix | None = Field(
-        None, description="the teachers label mixed pictures, as online CutMix has them; null: none"
+        None,
+        description="the teachers label the mixed crops, as in online training; null: no CutMix",
     )
 
     @field_validator("scale", "ratio")
@@ -118,8 +128,8 @@ class CropPolicy(Section):
 
 
 class Store(Section):
-    """How labels are made and kept. All of it belongs to a store: other values need
-    another store."""
+    """Settings by which labels are computed and stored. A store keeps them: other
+    values need another store."""
 
     codec: str = Field(
         DEFAULT,
@@ -140,8 +150,8 @@ class Store(Section):
     shard_rows: int | None = Field(
         None,
         ge=1,
-        description="images per shard, the unit that is done or not; otherwise near 32 MiB of "
-        "labels",
+        description="images per shard, which is finished as a whole or not at all; otherwise near "
+        "32 MiB of labels",
     )
     views_per_decode: int = Field(
         4,
@@ -159,11 +169,13 @@ class Store(Section):
 
 
 class Render(Section):
+    """Settings of decoding and resizing."""
+
     backend: Literal["cpu", "gpu", "gpu-hardware"] = Field(
         "cpu",
         description="where images are decoded and resized: cpu, gpu (CUDA), or gpu-hardware (the "
-        "GPU's JPEG decoder for baseline JPEGs: an experiment, not yet seen on a card). A store "
-        "is replayed on the one it was made on",
+        "GPU's JPEG decoder for baseline JPEGs: an experiment, not yet seen on a card). Crops of "
+        "a store are rendered on the backend that the store was made on",
     )
     threads: int | None = Field(
         None,
@@ -173,8 +185,8 @@ class Render(Section):
     max_megapixels: float = Field(
         179.0,
         gt=0,
-        description="an image of more is left out: each takes 3 bytes a pixel in every decoder "
-        "thread, and may be a decompression bomb",
+        description="a larger image is left out: it may be a decompression bomb, and takes 3 bytes "
+        "a pixel in every decoder thread",
     )
 
 
@@ -194,18 +206,20 @@ class Discriminator(Section):
     )
     input: Literal["log_mean", "mean_logits"] = Field(
         "log_mean",
-        description="what it sees: clamped log-probabilities; or, as in the authors' code, logits "
-        "and the mean of the teachers' (online only)",
+        description="input of the discriminator. log_mean: clamped log-probabilities; mean_logits, "
+        "as in the authors' code: the student's logits, and the mean of the teachers' logits "
+        "(online only)",
     )
 
 
 class Train(Section):
-    """The student's loop. The defaults are MEAL V2's (arXiv 2009.08453, Sec. 4)."""
+    """Settings of the student's training. The defaults are MEAL V2's (arXiv 2009.08453,
+    Sec. 4)."""
 
     labels: Literal["soft", "hard"] = Field(
         "soft",
-        description="the store's soft labels, or the class folders (the baseline, and own "
-        "teachers)",
+        description="soft: the labels of the store, or of live teachers; hard: the class folders "
+        "(for a baseline, or to train own teachers)",
     )
     online: bool = Field(
         False,
@@ -252,8 +266,8 @@ class Train(Section):
     views: int | None = Field(
         None,
         ge=1,
-        description="use the first so many views; otherwise all of the store, or a fresh one in "
-        "every epoch without a store. Epoch e replays view e mod views",
+        description="number of views, from the first on; otherwise all views of the store or, "
+        "without a store, a fresh view in every epoch. Epoch e replays view e mod views",
     )
     label_temperature: float = Field(
         1.0,
@@ -275,8 +289,8 @@ class Train(Section):
     )
     cutmix: CutMix | None = Field(
         None,
-        description="mix crops of a batch, and their labels by area: the cheap way, with an "
-        "ordinary store (crops.cutmix: the faithful one)",
+        description="mix the crops of a batch, and average their labels by area: cheap, with an "
+        "ordinary store (crops.cutmix is faithful: the teachers label the mixed crops)",
     )
     discriminator: Discriminator | None = Field(
         None, description="with soft labels only; null: none"
@@ -336,6 +350,8 @@ class Train(Section):
 
 
 class Config(Section):
+    """A whole recipe: teachers, crops, store, rendering, student and training."""
+
     teachers: Annotated[tuple[ModelSpec, ...], Strict(False)] = ()
     crops: CropPolicy = CropPolicy()
     store: Store = Store()
@@ -358,4 +374,5 @@ class Config(Section):
         return self
 
     def to_yaml(self) -> str:
+        """Return the config as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,5 +1,4 @@
-"""Read a recipe from YAML, apply overrides, and turn what pydantic refuses into one
-line."""
+"""Read a recipe from YAML, apply overrides, and turn a pydantic error into one line."""
 
 from __future__ import annotations
 
@@ -27,7 +26,8 @@ from pipeline.config import (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; here it is a number, as people mean it."""
+    """Reads YAML, with 1e-3 as a number. YAML 1.1 reads 1e-3 as a string, which nobody
+    means."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -44,8 +44,12 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs"
 
 
 def found(path: Path) -> Path:
-    """Return the file of a recipe that is named without a folder or an ending, if the
-    project has it and no file of this name is here."""
+    """Resolve the bare name of one of the project's recipes (no folder, no ending) to
+    its file.
+
+    Returns ``path`` itself if it is no bare name, if a file of this name exists here,
+    or if the project has no such recipe.
+    """
     recipe = RECIPES / f"{path.name}.yaml"
     return recipe if path.name == str(path) and not path.exists() and recipe.is_file() else path
 
@@ -53,12 +57,12 @@ def found(path: Path) -> Path:
 def load(
     path: str | Path, overrides: dict[str, Any] | None = None, settings: list[str] | None = None
 ) -> Config:
-    """Read a YAML file, put ``overrides`` (dotted key → value) and then ``settings``
-    ("dotted.key=YAML value") in, and validate.
+    """Read a YAML file, apply overrides, and validate the result.
 
-    The recipes of the project are also found by their name alone: ``meal_v2_resnet50``.
-    Raises ConfigError with one line that names the field, its value and what it must
-    be.
+    path: a file, or the bare name of a recipe of the project (``meal_v2_resnet50``).
+    overrides: dotted key → value, applied first. settings: "dotted.key=YAML value",
+    applied after the overrides. Raises ConfigError with one line that names the field,
+    its value and the allowed values.
     """
     path = found(Path(path))
     try:
@@ -93,12 +97,15 @@ def load(
 
 
 def validate(document: dict, source: str, section: type[Section] | None = None) -> Any:
-    """The document as a Config, or as another section. Raises ConfigError."""
+    """Return the document as a Config, or as another section.
+
+    source: the name of the document in the error. Raises ConfigError.
+    """
     try:
         return (section or Config).model_validate(document)
     except ValidationError as error:
         problems = [
-            _one_line(p)
+            _one_line(dict(p))
             for p in sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
         ]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -106,8 +113,8 @@ def validate(document: dict, source: str, section: type[Section] | None = None) 
 
 
 def flat(document: object, prefix: str = "") -> dict[str, object]:
-    """Sections as dotted keys, and lists of sections too (teachers.0.model), as --set
-    takes them."""
+    """Flatten nested sections to dotted keys, as --set takes them; lists of sections
+    too (teachers.0.model)."""
     if (
         isinstance(document, list)
         and document
@@ -192,8 +199,8 @@ def _show(value: Any) -> str:
 
 
 def _fields(location: tuple) -> list[str]:
-    """Names of the keys that a section may hold."""
-    sections = {
+    """Return the names of the keys that a section may hold."""
+    sections: dict[str, type[Section]] = {
         "teachers": ModelSpec,
         "student": ModelSpec,
         "crops": CropPolicy,

@@ -1,5 +1,5 @@
-"""The whole story on real images that ship with scikit-learn: teachers, labels, a
-student from them, and the same student without them."""
+"""Run both stages on real images that ship with scikit-learn: teachers, labels, a
+student trained from soft labels, and the same student trained from hard labels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,15 @@ from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import duration, results, say
 from pipeline.training.train import train
 
-TRAINING_IMAGES = 1297  # the first ones; the other 500 are for validation
+TRAINING_IMAGES = 1297  # the first images; the other 500 are for validation
 
 
 def write_digits(folder: Path) -> None:
-    """The 1,797 handwritten digits as 8 × 8 PNG files: folder/train and folder/val with
-    a folder per digit. Whole or not at all."""
+    """Write the 1,797 handwritten digits as 8 × 8 PNG files.
+
+    folder/train and folder/val hold a folder per digit. The folder is written whole or
+    not at all; a folder that exists is left as it is.
+    """
     if folder.exists():
         return
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -48,8 +52,8 @@ def write_digits(folder: Path) -> None:
 
 
 def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False) -> dict:
-    """Run it all in ``out``, print the closing table unless ``quiet``, and return its
-    figures. What ``out`` holds already is not done again."""
+    """Run the demo in ``out``, print its closing table unless ``quiet``, and return the
+    table's figures. A step whose result ``out`` holds already is not run again."""
     started = time.monotonic()
     data, store = out / "digits", out / "labels.zarr"
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,7 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     found = scan(val, RenderSettings())
     ensemble = [load(spec).to(device) for spec in teachers]
     students = [load(spec).to(device) for spec in (soft, hard)]
-    shown = {"looking": Looking(batch_size=256), "execution": Execution(device)}
+    shown: dict[str, Any] = {"looking": Looking(batch_size=256), "execution": Execution(device)}
     taught = evaluate(ensemble, val, found, **shown)
     learned = evaluate(students, val, found, teachers=ensemble, **shown)
     facts = store_facts(store)

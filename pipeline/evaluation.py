@@ -1,5 +1,5 @@
-"""Exact single-crop top-1 and top-5 of models and of their ensemble, and how close a
-model is to a teacher ensemble."""
+"""Evaluate models: exact single-crop top-1 and top-5 of each model and of their
+ensemble, and each model's distance from a teacher ensemble."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.runtime.threads import ahead
 
 @dataclass
 class Figures:
-    """Counts of one model, or of the ensemble, over all images."""
+    """Hits and losses of one model, or of the ensemble, summed over images."""
 
     name: str
     images: int = 0
@@ -36,26 +36,29 @@ class Figures:
     top5_hits: int = 0
     loss: float = 0.0  # sum of the cross-entropy against the class folders, nats
     teacher_kl: float = 0.0  # sum of KL(teachers‖model), nats
-    teacher_hits: int = 0  # images where model and teachers put the same class first
+    teacher_hits: int = 0  # images for which model and teachers have the same top-1 class
 
     def add(
         self, probabilities: torch.Tensor, target: torch.Tensor, teachers: torch.Tensor | None
     ) -> None:
-        """float [n, classes] probabilities, int64 [n] class indices, float [n, classes]
-        mean softmax of the teachers."""
+        """Add a batch to the sums.
+
+        probabilities: float [n, classes]. target: int64 [n], class indices. teachers:
+        float [n, classes], the mean of the teachers' softmax; None if there are none.
+        """
         best = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
         hit = best == target[:, None]
         self.images += len(target)
         self.top1_hits += int(hit[:, 0].sum())
         self.top5_hits += int(hit.sum())
-        log = probabilities.log().clamp_min(-100)  # a probability that float32 rounds to zero
+        log = probabilities.log().clamp_min(-100)  # float32 may round a probability to zero
         self.loss -= float(log.gather(1, target[:, None]).sum())
         if teachers is not None:
             self.teacher_kl += float((torch.xlogy(teachers, teachers) - teachers * log).sum())
             self.teacher_hits += int((best[:, 0] == teachers.argmax(dim=1)).sum())
 
     def add_up(self, processes: Processes) -> None:
-        """Over what all processes counted."""
+        """Replace this process's sums by the sums over all processes."""
         names = [field.name for field in fields(self) if field.name != "name"]
         counts = processes.sum(
             torch.tensor([getattr(self, name) for name in names], dtype=torch.float64)
@@ -64,7 +67,10 @@ class Figures:
             setattr(self, name, type(getattr(self, name))(count))
 
     def report(self, compared: bool) -> dict:
-        """Percentages and means, as --json prints them."""
+        """Return percentages and means per image, as --json prints them.
+
+        compared: include the comparison with the teachers.
+        """
         n = max(1, self.images)
         figures = {
             "name": self.name,
@@ -82,8 +88,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Looking:
-    """How models are evaluated. settings: of the renderer, whose interpolation is each
-    model's own. precision: of the forward passes. what: shown beside the progress."""
+    """Settings of an evaluation.
+
+    settings: of the renderer, except that each model has its own interpolation.
+    batch_size: images per forward pass. precision: of the forward passes. what: text
+    beside the progress.
+    """
 
     settings: RenderSettings = field(default_factory=RenderSettings)
     batch_size: int = 64
@@ -100,14 +110,15 @@ def evaluate(
     looking: Looking = Looking(),
     execution: Execution | None = None,
 ) -> dict:
-    """Count the hits of each model, of their ensemble if there are several, and of the
-    teachers if there are any.
+    """Evaluate each model, their ensemble if there are several, and the teachers if
+    there are any.
 
-    images: a manifest of ``data``; its usable images count, each once. Each model sees
-    the central square at its own input size, in its own interpolation and
-    normalisation. Models must be on the device and in evaluation mode. execution: each
-    of its processes takes a part of the images, and all get the figures of all. Returns
-    a dict of numbers and names.
+    models, teachers: on the device and in evaluation mode. Each sees the central square
+    at its own input size, with its own interpolation and normalisation. images: the
+    manifest of ``data``; each usable image counts once. execution: each of its
+    processes evaluates a part of the images, and all processes get the figures of all
+    images. Returns a dict of numbers and names. Raises MealError if a model has another
+    number of classes than ``data``.
     """
     execution = execution or Execution()
     processes, batch_size, precision = execution.processes, looking.batch_size, looking.precision
@@ -187,8 +198,10 @@ def evaluate_checkpoints(
     looking: Looking = Looking(),
     execution: Execution | None = None,
 ) -> dict:
-    """Load models, look which images a folder holds, and evaluate (``evaluate``).
-    interpolation: of the resize, for every model; None: each model's own."""
+    """Load models, scan a folder for its images, and evaluate (``evaluate``).
+
+    interpolation: of the resize, for every model; None: each model's own.
+    """
     execution = execution or Execution()
     pupils, references = (
         [load(spec).to(execution.device) for spec in specs] for specs in (models, teachers)
@@ -203,7 +216,7 @@ def evaluate_checkpoints(
 
 @dataclass
 class Validation:
-    """Images to validate on. images: the manifest of ``data``."""
+    """The images that a student is validated on. images: the manifest of ``data``."""
 
     data: DataFolder
     images: Images

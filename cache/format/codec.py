@@ -19,7 +19,8 @@ more column.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,12 @@ class Codec:
         values = (np.arange(int(self.levels) + 1) / self.levels) ** (1 / self.exponent)
         values[0] = self.zero
         return values.astype(np.float32)
+
+    @property
+    def values(self) -> np.ndarray:
+        """The table of a codec that has one."""
+        assert self.table is not None, "a float codec has no table"
+        return self.table
 
     def encode(self, probabilities: np.ndarray) -> np.ndarray:
         """float32 [n, classes], rows summing to one → codes [n, ``columns``] of
@@ -133,7 +140,7 @@ class Codec:
         summing to one."""
         if self.tail:
             zero = codes[:, :-1] == 0
-            p = self.table[codes[:, :-1]]
+            p = self.values[codes[:, :-1]]
             zeros = zero.sum(axis=1)
             mass = np.where(zeros > 0, (codes[:, -1] / np.float32(self.tail)) ** 2, 0).astype(
                 np.float32
@@ -147,40 +154,6 @@ class Codec:
             np.maximum(p, np.float32(self.zero), out=p)
         return p / p.sum(axis=1, keepdims=True, dtype=np.float32)
 
-    def distance(self, p: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """float [n, classes], rows summing to one, and codes [n, ``columns``] → float64
-        [n]: the least total variation between p and a row that is coded so, 0 … 1. Zero
-        where these are the codes of p; a code beside p's own costs only what p is away
-        from its cell.
-
-        Total variation is the sum of what one row has more than the other, over all
-        classes, and so at least what p has above the cells' upper edges, what it lacks
-        to their lower ones, and what the classes coded as zero have together beyond the
-        cell of t.
-        """
-        p, tail = p.astype(np.float64), codes[:, -1] if self.tail else None
-        codes = codes[:, :-1] if self.tail else codes
-        if self.dtype == "float32":
-            low, high = codes * (1 - 2.0**-24), codes * (1 + 2.0**-24)
-        else:
-            lows, highs, _ = self._cells()
-            at = codes.view(np.uint16).clip(0, len(lows) - 1) if self.is_float else codes
-            low, high = lows[at], highs[at]
-        if self.tail:
-            low[(codes > 0).sum(axis=1) == 1] = (
-                0  # a largest class in the dead zone is coded nevertheless
-            )
-        apart = np.maximum(np.maximum(p - high, 0).sum(axis=1), np.maximum(low - p, 0).sum(axis=1))
-        if self.tail:
-            zero = codes == 0
-            mass, t = np.where(zero, p, 0).sum(axis=1), tail.astype(np.float64)
-            least = np.where(t <= 1, 0, ((t - 0.5) / self.tail) ** 2)
-            most = np.where(t >= self.tail - 1, 1, ((t + 0.5) / self.tail) ** 2)
-            apart = np.maximum(
-                apart, np.where(zero.any(axis=1), np.maximum(mass - most, least - mass), 0)
-            )
-        return apart
-
     def possible(self, codes: np.ndarray) -> bool:
         """Whether all of codes [n, ``columns``] are codes of this codec: none is beyond
         its levels, and no float is none."""
@@ -191,51 +164,7 @@ class Codec:
             not self.tail or codes[:, -1].max(initial=0) < self.tail
         )
 
-    def plausible(self, codes: np.ndarray) -> np.ndarray:
-        """bool [n]: whether codes [n, classes] can be those of probabilities that sum
-        to one (``sum_range``)."""
-        if self.tail:
-            low, high = self.sum_range(codes.shape[1] - 1)
-            mass = np.where((codes[:, :-1] == 0).any(axis=1), (codes[:, -1] / self.tail) ** 2, 0)
-            sums = self.table[codes[:, :-1]].sum(axis=1, dtype=np.float64) + mass
-            return (sums >= low) & (sums <= high) & (codes[:, -1] < self.tail)
-        low, high = self.sum_range(codes.shape[1])
-        p = codes.astype(np.float64) if self.table is None else self.table[codes]
-        sums = np.maximum(p, self.zero).sum(axis=1, dtype=np.float64)
-        return (sums >= low) & (sums <= high) & np.isfinite(sums)
-
-    @lru_cache(maxsize=64)  # noqa: B019 - as max_error
-    def sum_range(self, classes: int) -> tuple[float, float]:
-        """Least and greatest sum of the decoded values, before renormalisation, of any
-        row that sums to one.
-
-        By Lagrange duality, d being what the cell [low, high] decodes to: Σd ≤ λ +
-        classes · max (d − λ·low) and Σd ≥ λ + classes · min (d − λ·high) for any λ ≥ 0,
-        over all cells. Both are widened by what a row's sum may miss one by
-        (``SUM_TOLERANCE``). With a tail the sum is that of the coded classes and of T:
-        a class in the tail adds what it has, T itself misses by its rounding, and the
-        largest class may be below its code.
-        """
-        low, high, decoded = self._cells()
-        miss = 2 * SUM_TOLERANCE
-        if self.tail:
-            low, high, decoded = low[1:], high[1:], decoded[1:]
-            miss += 2 / self.tail + decoded[0]
-            multipliers = np.linspace(0, 2, 801)[:, None]
-            # Σ(d − p) over the coded classes, each of which has low or more, so that
-            # none may be coded too.
-            gain = np.maximum(0, np.max(decoded - low - multipliers * low, axis=1))
-            loss = np.maximum(0, np.max(high - decoded - multipliers * low, axis=1))
-            most, least = ((multipliers[:, 0] + classes * part).min() for part in (gain, loss))
-            return 1 - float(least) - miss, 1 + float(most) + miss
-        multipliers = np.concatenate(
-            [np.linspace(0, 4, 401), 1 + np.geomspace(1e-6, 1, 100), 1 - np.geomspace(1e-6, 1, 100)]
-        )[:, None]
-        most = (multipliers[:, 0] + classes * np.max(decoded - multipliers * low, axis=1)).min()
-        least = (multipliers[:, 0] + classes * np.min(decoded - multipliers * high, axis=1)).max()
-        return float(least) - miss, float(most) + miss
-
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """What the store's attributes say of the codec: enough to decode without this
         project."""
         if self.is_float:
@@ -265,131 +194,6 @@ class Codec:
             ),
         }
 
-    @lru_cache(maxsize=64)  # noqa: B019 - codecs are few, frozen and live as long as the process
-    def max_error(self, classes: int) -> tuple[float, float]:
-        """The stated error for rows of so many classes: (KL(p‖p̂) in nats, total
-        variation), which no row exceeds.
-
-        With d the decoded values before renormalisation and S their sum, KL = Σ
-        p·log(p/d) + log S, and log S ≤ log s + S/s − 1 for any s > 0. That is a sum
-        over classes, so Lagrange duality bounds it over all rows with Σp = 1: KL ≤ log
-        s − 1 + λ + classes · max_p (p·log(p/d) + d/s − λp), for any s and λ. The
-        maximum over p is reached at the edges of the rounding cells, where the term is
-        convex. Total variation follows by Pinsker: TV ≤ √(KL/2).
-        """
-        if self.tail:
-            return self._max_error_with_tail(classes)
-        low, high, decoded = self._cells()
-        edges = np.concatenate([low, high])
-        d = np.concatenate([decoded, decoded])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            gain = np.where(edges > 0, edges * np.log(edges / d), 0.0)
-        best = np.inf
-        span = float(np.max(np.abs(high - decoded) / np.maximum(decoded, 1e-300)))
-        for s in np.linspace(1 - min(0.5, span), 1 + min(0.5, span), 41):
-
-            def bound(multiplier: float, s: float = s) -> float:
-                return (
-                    np.log(s) - 1 + multiplier + classes * np.max(gain + d / s - multiplier * edges)
-                )
-
-            left, right = (
-                0.0,
-                4.0,
-            )  # the bound is convex in the multiplier: narrow it down by thirds
-            for _ in range(60):
-                third = (right - left) / 3
-                if bound(left + third) < bound(right - third):
-                    right -= third
-                else:
-                    left += third
-            best = min(best, bound((left + right) / 2))
-        kl = max(float(best), 0.0) + 1e-6  # 1e-6: the rounding of float32 arithmetic itself
-        return kl, float(np.sqrt(kl / 2))
-
-    def _max_error_with_tail(self, classes: int) -> tuple[float, float]:
-        """Let A be the coded classes, Z the others with the sum T, T̂ what is decoded
-        for T, S the sum of d over A, and e the edge of the dead zone. Then
-
-            KL = kl(T‖T̂) + [Σ_A p·log(p/d) + (1−T)·log(S/(1−T))]
-                 + [Σ_Z p·log p − T·log T + T·log |Z|],
-
-        kl being that of two coins. The second term is bounded as in ``max_error``, with
-        (1−T)·log(S/(1−T)) ≤ (1−T)(log s − 1) + S/s; the third is at most T·log(C·e/T),
-        since p ≤ e in Z. The whole is maximised over T in the cells of t. (If the
-        largest class is below e, A is that class alone, and the second term zero.)
-        """
-        low, high, decoded = (column[1:] for column in self._cells())
-        edge = low[0]
-        p, d = np.concatenate([low, high]), np.concatenate([decoded, decoded])
-        gain = p * np.log(p / d)
-        t = np.arange(1, self.tail)
-        estimate = (t / self.tail) ** 2
-        first, last = ((t - 0.5) / self.tail) ** 2, ((t + 0.5) / self.tail) ** 2
-        first[0], last[-1] = 0.0, 1.0
-        limit = min(
-            1 - 1 / classes, (classes - 1) * edge
-        )  # the largest class is never in Z, and no other there above e
-        estimate, first, last = (
-            column[first < limit] for column in (estimate, first, np.minimum(last, limit))
-        )
-        # T in pieces of its cells. In a piece the first term is at most the larger of
-        # its cell's ends, being convex; the second is linear in T; and the third,
-        # T·log(K/T), rises up to K/e and falls from there.
-        left = first[:, None] + (last - first)[:, None] * np.linspace(0, 1, 33)[None, :-1]
-        right = left + ((last - first) / 32)[:, None]
-        top = classes * edge / np.e
-
-        def coin(T: np.ndarray) -> np.ndarray:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return np.where(T > 0, T * np.log(T / estimate), 0) + np.where(
-                    T < 1, (1 - T) * np.log((1 - T) / (1 - estimate)), 0
-                )
-
-        worst = np.maximum(coin(first), coin(last))
-        at = np.maximum(np.clip(top, left, right), np.finfo(float).tiny)
-        shared = np.maximum(0, at * np.log(classes * edge / at))
-        best = np.full(len(first), np.inf)
-        span = float(np.max(np.maximum(high / decoded, decoded / low))) - 1
-        for s in np.linspace(1 - min(0.5, span), 1 + min(0.5, span), 41):
-            slack = gain + d / s
-            for multiplier in np.linspace(-1, 2, 121):
-                most = classes * max(0.0, float(np.max(slack - multiplier * p)))
-                coded = (
-                    np.maximum(
-                        (1 - left) * (np.log(s) - 1 + multiplier),
-                        (1 - right) * (np.log(s) - 1 + multiplier),
-                    )
-                    + most
-                )
-                best = np.minimum(best, (np.maximum(coded, 0) + shared).max(axis=1))
-        kl = float((worst + best).max()) + 1e-6
-        return kl, float(
-            min(np.sqrt(kl / 2), np.sqrt(1 - np.exp(-kl)))
-        )  # Pinsker; Bretagnolle and Huber where KL is large
-
-    def _cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """float64 [cells] each: lowest and highest probability that a code stands for,
-        and what it decodes to."""
-        if (
-            self.dtype == "float32"
-        ):  # 2^30 codes; their relative error is 2^-24 everywhere above the smallest
-            edges = np.concatenate([[0.0], np.geomspace(self.zero, 1.0, 4096)])
-            return edges * (1 - 2.0**-24), edges * (1 + 2.0**-24), np.maximum(edges, self.zero)
-        if self.dtype == "float16":
-            codes = (
-                np.arange(0, 0x3C01, dtype=np.uint16).view(np.float16).astype(np.float64)
-            )  # 0 … 1.0
-            middle = (codes[1:] + codes[:-1]) / 2
-        else:
-            steps = np.arange(int(self.levels) + 1)
-            codes = (steps / self.levels) ** (1 / self.exponent)
-            middle = ((steps[1:] - 0.5) / self.levels) ** (1 / self.exponent)
-            middle[0] = (self.dead_zone / self.levels) ** (1 / self.exponent)
-        decoded = codes.copy()
-        decoded[0] = self.zero
-        return np.concatenate([[0.0], middle]), np.concatenate([middle, [1.0]]), decoded
-
 
 def _power(name: str, exponent: float) -> Codec:
     return Codec(name, "uint8", exponent, 255, 0.35 * (0.5 / 255) ** (1 / exponent))
@@ -417,7 +221,7 @@ CODECS = {
 DEFAULT = "pow8"
 
 
-def from_description(description: dict) -> Codec:
+def from_description(description: dict[str, Any]) -> Codec:
     """The codec that a store's attributes describe, by its parameters and not by its
     name. Raises StoreError if incomplete."""
     try:
@@ -453,6 +257,5 @@ def divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def entropy(p: np.ndarray) -> np.ndarray:
     """float [n, classes] → float64 [n]: −Σ p·log p, in nats."""
-    return 0.0 - np.sum(
-        p * np.log(np.maximum(p, np.finfo(np.float32).tiny)), axis=1, dtype=np.float64
-    )
+    logarithm = np.log(np.maximum(p, np.finfo(np.float32).tiny))
+    return np.asarray(0.0 - np.sum(p * logarithm, axis=1, dtype=np.float64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,46 +45,33 @@ class Crops:
 
     @classmethod
     def stack(cls, views: Sequence[Crops]) -> Crops:
-        """Join crops of one view each: [n] → [views, n]. Of one view no copy is
-        made."""
+        """Join crops of one view each: [n] → [views, n]; one view isn't copied."""
         if len(views) == 1:
-            return cls(
-                *(None if column is None else column[None] for column in views[0]._columns())
-            )
-        return cls(
-            *(
-                None if per_view[0] is None else np.stack(per_view)
-                for per_view in zip(*(one._columns() for one in views), strict=True)
-            )
-        )
+            return views[0]._each(lambda column: column[None])
+        return cls._together(np.stack, views)
 
     @classmethod
     def join(cls, parts: Sequence[Crops]) -> Crops:
         """Put the rows of some crops behind those of others."""
         axis = parts[0].flips.ndim - 1
-        columns = zip(*(one._columns() for one in parts), strict=True)
-        return cls(
-            *(
-                None if column[0] is None else np.concatenate(column, axis=axis)
-                for column in columns
-            )
-        )
+        return cls._together(lambda columns: np.concatenate(columns, axis=axis), parts)
 
     def __len__(self) -> int:
         return self.flips.shape[-1]
 
     def take(self, rows: np.ndarray | slice) -> Crops:
         """Return the crops at these places of the axis of rows."""
-        at = (slice(None), rows) if self.flips.ndim == 2 else rows
-        return Crops(*(None if column is None else column[at] for column in self._columns()))
+        several = self.flips.ndim == 2
+        return self._each(lambda column: column[:, rows] if several else column[rows])
 
     def view(self, view: int) -> Crops:
         """Return one view of several: [views, n] → [n]."""
-        return Crops(*(None if column is None else column[view] for column in self._columns()))
+        return self._each(lambda column: column[view])
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """Return the arrays in the order of ``schema.crop_arrays``."""
-        return tuple(column for column in self._columns() if column is not None)
+        columns = (self.boxes, self.flips, self.partner, self.rectangle)
+        return tuple(column for column in columns if column is not None)
 
     def fault(self, rows: slice, images: Images) -> str | None:
         """Say what is wrong with the crops [n] of these rows of a manifest; None if
@@ -99,7 +86,7 @@ class Crops:
                 f"the crop {self.boxes[row].tolist()} of row {place} is not inside its image of "
                 f"{image}"
             )
-        if self.partner is not None:
+        if self.partner is not None and self.rectangle is not None:
             partner, (low, first, high, last) = self.partner, self.rectangle.T
             good = (
                 (partner < len(images))
@@ -124,8 +111,14 @@ class Crops:
             map(np.array_equal, self.arrays(), other.arrays())
         )
 
-    def _columns(self) -> tuple[np.ndarray | None, ...]:
-        return self.boxes, self.flips, self.partner, self.rectangle
+    def _each(self, function: Callable[[np.ndarray], np.ndarray]) -> Crops:
+        return Crops(*map(function, self.arrays()))
+
+    @classmethod
+    def _together(
+        cls, function: Callable[[Sequence[np.ndarray]], np.ndarray], several: Sequence[Crops]
+    ) -> Crops:
+        return cls(*map(function, zip(*(one.arrays() for one in several), strict=True)))
 
 
 class Content(NamedTuple):

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import zarr
@@ -61,14 +62,10 @@ RECORD = np.dtype(
         ("view", "<u4"),
         ("shard", "<u4"),
         ("labelled", "<u4"),  # rows of the shard that hold a label; the others are unusable images
-        (
-            "agreeing",
-            "<u4",
-        ),  # of those, rows whose largest probability is that of the image's class folder
-        (
-            "entropy",
-            "<f8",
-        ),  # sum over the labelled rows of the entropy of the decoded label, in nats
+        # of those, rows whose largest probability is that of the image's class folder
+        ("agreeing", "<u4"),
+        # sum over the labelled rows of the entropy of the decoded label, in nats
+        ("entropy", "<f8"),
         ("stored_bytes", "<u8"),  # size of the shard's file of labels
         ("digest", "u1", (32,)),  # sha256, see shard_digest
     ]
@@ -83,14 +80,14 @@ SHARDS_OF_A_SMALL_SET = 16
 LOOKS = 16  # looks for a file at a time: on a network's file system each may take a millisecond
 
 
-def canonical_digest(document: dict) -> bytes:
+def canonical_digest(document: dict[str, Any]) -> bytes:
     """sha256 of a JSON document, whatever the order of its keys."""
     return hashlib.sha256(
         json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
     ).digest()
 
 
-def crop_arrays(provenance: dict) -> tuple[str, ...]:
+def crop_arrays(provenance: dict[str, Any]) -> tuple[str, ...]:
     """Names of the arrays that say what a crop of a store of this provenance is, in the
     order of CROP_ARRAYS."""
     crops = provenance.get("crops") if isinstance(provenance, dict) else None
@@ -101,13 +98,13 @@ def crop_arrays(provenance: dict) -> tuple[str, ...]:
     )
 
 
-def shard_arrays(attributes: dict) -> tuple[str, ...]:
+def shard_arrays(attributes: dict[str, Any]) -> tuple[str, ...]:
     """Names of all arrays that have a file per shard, but for its record, in a store of
     these attributes."""
     codec = attributes.get("codec")
     return (
         "labels",
-        *crop_arrays(attributes.get("provenance")),
+        *crop_arrays(attributes.get("provenance", {})),
         *(["tail"] if isinstance(codec, dict) and codec.get("tail") else []),
     )
 
@@ -117,7 +114,7 @@ def architecture(name: str) -> str:
     return name.partition(".")[0] if ":" not in name else name
 
 
-def format_version(provenance: dict) -> int:
+def format_version(provenance: dict[str, Any]) -> int:
     """Return the format version of a store of this provenance: the lowest version whose
     readers know everything that the provenance names."""
     on_gpu = (
@@ -171,13 +168,16 @@ def shard_rows_for(images: int, classes: int, itemsize: int) -> tuple[int, int]:
     return min(chunk, shard), shard
 
 
-def array(group: zarr.Group, name: str) -> zarr.Array:
+def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """An array of the store with ``write_empty_chunks`` on, which Zarr doesn't keep:
     without it a chunk of zeros is not written at all."""
-    return group[name].with_config({"write_empty_chunks": True})
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise TypeError(f"{name} is a group")
+    return found.with_config({"write_empty_chunks": True})
 
 
-def how_to_read(codec: dict, mixed: bool) -> str:
+def how_to_read(codec: dict[str, Any], mixed: bool) -> str:
     return (
         MIXING
         * mixed

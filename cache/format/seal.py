@@ -8,6 +8,7 @@ import os
 import stat
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from cache import errors
 from cache.errors import damaged, momentary, unreadable
@@ -18,7 +19,7 @@ from cache.system.durable import replace_file
 LARGEST_DOCUMENT, DEEPEST_DOCUMENT = 1 << 26, 50  # bytes and levels of a zarr.json
 
 
-def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
+def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Every zarr.json of a store as a document, by its path in the store; ``kept``:
     ``shard_arrays`` without labels. Raises DamagedStore."""
     names = (
@@ -32,7 +33,7 @@ def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
     documents = {}
     for file in (f"{name}/zarr.json".lstrip("/") for name in names):
         try:
-            documents[file] = read_document(path / file)
+            document = read_document(path / file)
         except (OSError, ValueError) as error:
             if momentary(error):
                 raise unreadable(path, file, error) from None
@@ -43,12 +44,13 @@ def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict]:
                 if isinstance(error, FileNotFoundError)
                 else f"it can't be read: {error}",
             ) from None
-        if not isinstance(documents[file], dict):
+        if not isinstance(document, dict):
             raise damaged(path, file, "it holds no description of an array or group")
+        documents[file] = document
     return documents
 
 
-def read_document(file: Path) -> object:
+def read_document(file: Path) -> Any:
     """A zarr.json. Raises ValueError if it is no JSON, no file, too large, or nested
     deeper than any that is written here; OSError if it can't be read."""
     about = os.stat(file)
@@ -71,7 +73,7 @@ def read_document(file: Path) -> object:
     return document
 
 
-def seals(documents: dict[str, dict]) -> dict[str, str]:
+def seals(documents: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Hex sha256 of each zarr.json as a document, without what may change: the length
     of the view axis, the seal itself, and consolidated metadata, which a user may add
     for other tools and which is not read here."""
@@ -92,7 +94,7 @@ def seals(documents: dict[str, dict]) -> dict[str, str]:
     return digests
 
 
-def write_seal(path: Path, documents: dict[str, dict]) -> None:
+def write_seal(path: Path, documents: dict[str, dict[str, Any]]) -> None:
     """Put the seal of these documents into the store's own zarr.json, and that file on
     the disk, without consolidated metadata, which may be older."""
     whole = documents["zarr.json"]
@@ -101,7 +103,7 @@ def write_seal(path: Path, documents: dict[str, dict]) -> None:
     replace_file(path / "zarr.json", json.dumps(whole, indent=2).encode())
 
 
-def require_seal(path: Path, documents: dict[str, dict]) -> None:
+def require_seal(path: Path, documents: dict[str, dict[str, Any]]) -> None:
     """Raises DamagedStore unless these zarr.json, the store's own among them, are what
     was written."""
     seal = documents["zarr.json"]["attributes"].get("seal")
@@ -112,9 +114,14 @@ def require_seal(path: Path, documents: dict[str, dict]) -> None:
             )
 
 
-def only_its_version_is_wrong(attributes: dict, whole: dict) -> bool:
-    """Whether it is a store of this version, in whose version number something
-    flipped."""
+def only_its_version_is_wrong(attributes: dict[str, Any], whole: dict[str, Any]) -> bool:
+    """Find out that nothing but the version number of a store has changed.
+
+    With one of this program's versions in its place the seal is right, so a bit of the
+    number has flipped. Any other reading would be a guess: a store of a newer version
+    may be sealed in another way, and must never be taken for a damaged one and
+    "repaired".
+    """
     seal = attributes.get("seal")
     mended = (
         {**whole, "attributes": {**attributes, "format_version": v}}

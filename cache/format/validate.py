@@ -1,9 +1,12 @@
-"""Whether what a store says of itself makes sense, before anything is done with its
-numbers.
+"""Refuse a store whose description no store could have, before its numbers are used.
 
-Seals and digests show that a store is what its maker wrote. They don't show that its
-maker's program was right, or meant well: a store of a stranger can be sealed and still
+Seals and digests show that a store is what its maker wrote. They don't show that the
+maker's program was right, or meant well: a stranger's store can be sealed and still
 speak of 10⁹ views, of chunks of gigabytes, or of crops outside their image.
+
+A description is held against a shape, which looks like the description: a dict of keys
+(one that may be missing ends in "?"), a list of one shape for each of its items, or a
+rule for a value. It isn't a pydantic model, since cache/ needs numpy and zarr only.
 """
 
 from __future__ import annotations
@@ -29,14 +32,10 @@ COLUMNS = {
     "status": "uint8",
     "reason": "string",
 }
-CODECS = (
-    "sharding_indexed",
-    "bytes",
-    "zstd",
-    "crc32c",
-    "vlen-utf8",
-)  # of Zarr; none runs anything that a store brings along
+# of Zarr; none runs anything that a store brings along
+CODECS = ("sharding_indexed", "bytes", "zstd", "crc32c", "vlen-utf8")
 Rule = Callable[[Any], bool]
+Shape = Rule | dict[str, Any] | list[Any]
 
 
 def whole(least: int, most: int) -> Rule:
@@ -49,15 +48,14 @@ def number(least: float, most: float) -> Rule:
     )
 
 
-def one_of(*values: str) -> Rule:
+def one_of(*values: object) -> Rule:
     return lambda value: value in values
 
 
 def several(n: int | None, rule: Rule) -> Rule:
+    """Make the rule of a list of ``n`` values; None: of any number."""
     return lambda value: (
-        isinstance(value, list)
-        and len(value) in (n, len(value) if n is None else n)
-        and all(map(rule, value))
+        isinstance(value, list) and n in (None, len(value)) and all(map(rule, value))
     )
 
 
@@ -69,134 +67,122 @@ def sha256(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64
 
 
-def section(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value)
-
-
-def or_unknown(rule: Rule) -> Rule:
-    return lambda value: value is None or rule(value)
+def true_or_false(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def rising(rule: Rule) -> Rule:
     return lambda value: several(2, rule)(value) and value[0] <= value[1]
 
 
-CODEC: dict[str, Rule] = {
+def texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(text, value.values()))
+
+
+def class_names(value: Any) -> bool:
+    return several(None, text)(value) and 0 < len(set(value)) == len(value) <= MOST_CLASSES
+
+
+def digests(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(key.isdecimal() and sha256(digest) for key, digest in value.items())
+    )
+
+
+def never(value: Any) -> bool:
+    return False
+
+
+def or_unknown(rule: Rule) -> Rule:
+    return lambda value: value is None or rule(value)
+
+
+CODEC: dict[str, Shape] = {
     "name": text,
     "dtype": one_of("uint8", "uint16", "float16", "float32"),
     "levels": number(1, 2.0**126),
     "exponent": number(1e-3, 1),
     "zero": lambda value: number(0, 1)(value) and value < 1,
-}
-CODEC_IF_THERE: dict[str, Rule] = {
-    "tail": whole(2, 255),
-    "dead_zone": number(0, 1000),
-    "compression": whole(-(1 << 17), 22),
+    "tail?": whole(2, 255),
+    "dead_zone?": number(0, 1000),
+    "compression?": whole(-(1 << 17), 22),
 }
 COMPUTE: dict[str, Rule] = {
     "batch_size": whole(1, 65_536),
     "precision": one_of("float32", "tf32", "bfloat16", "float16"),
     "device": one_of("cpu", "cuda"),
 }
-COMPUTE_IF_THERE: dict[str, Rule] = {"compile": one_of(True)}
-
-
-def within(place: str, rules: dict[str, Rule]) -> dict[str, Rule]:
-    return {f"{place}.{key}": rule for key, rule in rules.items()}
-
-
-def imported(value: Any) -> bool:
-    return section(value) and all(text(value.get(key)) for key in ("format", "labels"))
-
-
-def parts(value: Any) -> bool:
-    """The stores that were averaged into one, each of which may be an average."""
-    compute = {key: or_unknown(rule) for key, rule in COMPUTE.items()}
-    rules = {
-        "identity": sha256,
-        "teachers": whole(1, 10_000),
-        **within("codec", CODEC),
-        **within("compute", compute),
-    }
-    may = {
-        **within("codec", CODEC_IF_THERE),
-        **within("compute", COMPUTE_IF_THERE),
-        "merged": parts,
-        "imported": imported,
-        "gpu": text,
-    }
-    return (
-        several(None, section)(value)
-        and bool(value)
-        and all(first_broken(part, rules, may) is None for part in value)
-    )
-
-
-# What is asked of each attribute; * stands for each of a list.
-RULES: dict[str, Rule] = {
-    "class_names": lambda value: (
-        several(None, text)(value) and 0 < len(set(value)) == len(value) <= MOST_CLASSES
-    ),
-    "codec": section,
-    **within("codec", CODEC),
-    **{
-        f"provenance{name}": section
-        for name in ("", ".crops", ".renderer", ".codec", ".compute", ".data", ".layout")
-    },
-    "provenance.layout.chunk_rows": whole(1, MOST_IMAGES),
-    "provenance.layout.shard_rows": whole(1, MOST_IMAGES),
-    "provenance.data.manifest": sha256,
-    **within("provenance.compute", COMPUTE),
-    "provenance.renderer.backend": one_of("cpu", "gpu", "gpu-hardware"),
-    "provenance.crops.scale": rising(number(1e-9, 1)),
-    "provenance.crops.ratio": rising(number(1e-9, 1e9)),
-    "provenance.crops.flip": number(0, 1),
-    "provenance.crops.seed": whole(0, 2**64 - 1),
-    "provenance.crops.interpolation": one_of("bilinear", "bicubic"),
-    "provenance.crops.exif": one_of("ignore", "apply"),
-    "provenance.teachers": lambda value: several(None, section)(value) and bool(value),
-    "provenance.teachers.*.model": text,
-    "provenance.teachers.*.weights": sha256,
-    "provenance.teachers.*.image_size": whole(8, 4096),
-    "provenance.teachers.*.mean": several(3, number(0, 1)),
-    "provenance.teachers.*.std": several(3, number(1e-6, 1e3)),
+UNKNOWN_COMPUTE = {key: or_unknown(rule) for key, rule in COMPUTE.items()}
+IMPORTED: dict[str, Shape] = {"format": text, "labels": text}
+# A store that was averaged into another, which may be an average itself.
+PART: dict[str, Shape] = {
+    "identity": sha256,
+    "teachers": whole(1, 10_000),
+    "codec": CODEC,
+    "compute": UNKNOWN_COMPUTE | {"compile?": one_of(True)},
+    "imported?": IMPORTED,
+    "gpu?": text,
 }
-# What need not be known of labels that others made.
-UNKNOWN = (
-    *within("provenance.compute", COMPUTE),
-    *(f"provenance.crops.{key}" for key in ("scale", "ratio", "flip")),
-    *(f"provenance.teachers.*.{key}" for key in ("weights", "image_size", "mean", "std")),
-)
-IF_THERE: dict[str, Rule] = {
-    "provenance.imported": imported,
-    "provenance.teachers.*.files": sha256,
-    "views": whole(1, MOST_VIEWS),
-    **within("codec", CODEC_IF_THERE),
-    **within("provenance.compute", COMPUTE_IF_THERE),
-    "row_order": sha256,
-    "provenance.crops.cutmix": lambda value: (
-        section(value)
-        and number(1e-9, 1)(value.get("prob"))
-        and number(1e-9, 100)(value.get("beta"))
-    ),
-    "provenance.crops.views": lambda value: (
-        False
-    ),  # that isn't a part of the recipe, since it grows
-    "provenance.merged": parts,
-    "made_with": lambda value: isinstance(value, dict) and all(map(text, value.values())),
-    "fingerprint": lambda value: (
-        section(value) and {"rows", "boxes", "flips", "digests"} <= set(value)
-    ),
-    "fingerprint.rows": several(None, whole(0, MOST_IMAGES)),
-    "fingerprint.boxes": several(None, several(4, whole(0, MOST_IMAGES))),
-    "fingerprint.flips": several(None, lambda value: isinstance(value, bool)),
-    "fingerprint.digests": lambda value: (
-        section(value) and all(key.isdecimal() and sha256(digest) for key, digest in value.items())
-    ),
-}
+PART["merged?"] = [PART]
 
 
-def require_sense(path: object, attributes: dict, documents: dict[str, dict]) -> None:
+def shape_of_attributes(imported: bool) -> dict[str, Shape]:
+    """Return what is asked of a store's attributes; of ``imported`` labels less need be
+    known."""
+    known = or_unknown if imported else (lambda rule: rule)
+    provenance: dict[str, Shape] = {
+        "crops": {
+            "scale": known(rising(number(1e-9, 1))),
+            "ratio": known(rising(number(1e-9, 1e9))),
+            "flip": known(number(0, 1)),
+            "seed": whole(0, 2**64 - 1),
+            "interpolation": one_of("bilinear", "bicubic"),
+            "exif": one_of("ignore", "apply"),
+            "cutmix?": {"prob": number(1e-9, 1), "beta": number(1e-9, 100)},
+            "views?": never,  # The number of views grows: it is no part of the recipe.
+        },
+        "renderer": {"backend": one_of("cpu", "gpu", "gpu-hardware")},
+        "codec": CODEC,
+        "compute": {
+            **(UNKNOWN_COMPUTE if imported else COMPUTE),
+            "compile?": one_of(True),
+        },
+        "data": {"manifest": sha256},
+        "layout": {"chunk_rows": whole(1, MOST_IMAGES), "shard_rows": whole(1, MOST_IMAGES)},
+        "teachers": [
+            {
+                "model": text,
+                "weights": known(sha256),
+                "image_size": known(whole(8, 4096)),
+                "mean": known(several(3, number(0, 1))),
+                "std": known(several(3, number(1e-6, 1e3))),
+                "files?": sha256,
+            }
+        ],
+        "imported?": IMPORTED,
+        "merged?": [PART],
+    }
+    return {
+        "class_names": class_names,
+        "codec": CODEC,
+        "provenance": provenance,
+        "views?": whole(1, MOST_VIEWS),
+        "row_order?": sha256,
+        "made_with?": texts,
+        "fingerprint?": {
+            "rows": several(None, whole(0, MOST_IMAGES)),
+            "boxes": several(None, several(4, whole(0, MOST_IMAGES))),
+            "flips": several(None, true_or_false),
+            "digests": digests,
+        },
+    }
+
+
+def require_sense(
+    path: object, attributes: dict[str, Any], documents: dict[str, dict[str, Any]]
+) -> None:
     """Raises StoreError for the first attribute, or description of an array
     (``read_metadata``), that no store could have."""
 
@@ -220,7 +206,8 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
         raise nonsense("provenance.layout", layout)
     for name, wanted in _arrays(attributes, documents).items():
         found = documents[f"{name}/zarr.json"]
-        shape, want = found.get("shape"), wanted["shape"]
+        shape: Any = found.get("shape")
+        want = wanted["shape"]
         if (
             not several(len(want), whole(0, MOST_IMAGES))(shape)
             or shape[1:] != want[1:]
@@ -238,18 +225,14 @@ def require_sense(path: object, attributes: dict, documents: dict[str, dict]) ->
             raise nonsense(f"codecs of {name}", found.get("codecs"))
 
 
-def broken_attribute(attributes: dict) -> tuple[str, object] | None:
-    """The first attribute of a store that no store could have, and its value."""
-    provenance = attributes.get("provenance")
-    if not isinstance(provenance, dict) or "imported" not in provenance:
-        return first_broken(attributes, RULES, IF_THERE)
-    broken = first_broken(
-        attributes,
-        {key: or_unknown(rule) if key in UNKNOWN else rule for key, rule in RULES.items()},
-        IF_THERE,
-    )
-    if broken:
+def broken_attribute(attributes: dict[str, Any]) -> tuple[str, object] | None:
+    """Find the first attribute that no store could have, and its value."""
+    provenance: Any = attributes.get("provenance")
+    imported = isinstance(provenance, dict) and "imported" in provenance
+    if broken := first_broken(attributes, shape_of_attributes(imported)):
         return broken
+    if not imported:
+        return None
     drawn = [provenance["crops"].get(key) for key in ("scale", "ratio", "flip")]
     if not text(provenance["crops"].get("policy")) or len({value is None for value in drawn}) > 1:
         return "provenance.crops", provenance["crops"]
@@ -261,24 +244,35 @@ def broken_attribute(attributes: dict) -> tuple[str, object] | None:
     return ("provenance.teachers", nameless) if nameless else None
 
 
-def first_broken(
-    document: dict, rules: dict[str, Rule], if_there: dict[str, Rule]
-) -> tuple[str, object] | None:
-    """The first key whose rule its value breaks, and that value; None if all is
-    well."""
-    for key, rule in (*rules.items(), *if_there.items()):
-        for value in _values(document, key.split(".")):
-            if value is _ABSENT and key in if_there:
-                continue
-            if value is _ABSENT or not rule(value):
-                return key, None if value is _ABSENT else value
-    return None
+def first_broken(value: Any, shape: Shape, place: str = "") -> tuple[str, object] | None:
+    """Find the first place in a document where it hasn't this shape, and the value
+    there; None if all is well. A section or a list of sections must not be empty."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict) or not value:
+            return place, value
+        for key, inner in shape.items():
+            name = key.removesuffix("?")
+            where = f"{place}.{name}".lstrip(".")
+            if name in value:
+                if broken := first_broken(value[name], inner, where):
+                    return broken
+            elif name == key:
+                return where, None
+        return None
+    if isinstance(shape, list):
+        if not isinstance(value, list) or not value:
+            return place, value
+        found = (first_broken(item, shape[0], f"{place}.*") for item in value)
+        return next((broken for broken in found if broken), None)
+    return None if shape(value) else (place, value)
 
 
-def _arrays(attributes: dict, documents: dict[str, dict]) -> dict[str, dict]:
+def _arrays(
+    attributes: dict[str, Any], documents: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Shape, chunks and data type of every array, as they follow from the attributes
     and the number of images."""
-    shape = documents["images/path/zarr.json"].get("shape")
+    shape: Any = documents["images/path/zarr.json"].get("shape")
     n = shape[0] if several(1, whole(1, MOST_IMAGES))(shape) else 0
     layout, classes, views = (
         attributes["provenance"]["layout"],
@@ -310,7 +304,7 @@ def _known(codecs: object) -> bool:
         if not isinstance(codec, dict) or codec.get("name") not in CODECS:
             return False
         if codec["name"] == "sharding_indexed":
-            inner = codec.get("configuration")
+            inner: Any = codec.get("configuration")
             if (
                 not isinstance(inner, dict)
                 or not _known(inner.get("codecs"))
@@ -323,22 +317,3 @@ def _known(codecs: object) -> bool:
             ):
                 return False
     return True
-
-
-_ABSENT = object()
-
-
-def _values(place: object, keys: list[str]) -> list[object]:
-    """What is at a key: one value, as many as the list has for a *, or none where what
-    it would be in is not there."""
-    if not keys:
-        return [place]
-    if keys[0] == "*":
-        return (
-            [value for item in place for value in _values(item, keys[1:])]
-            if isinstance(place, list)
-            else []
-        )
-    if not isinstance(place, dict):
-        return [_ABSENT]
-    return _values(place[keys[0]], keys[1:]) if keys[0] in place else [_ABSENT]

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from cache.system.durable import make_folder
 from cache.system.signals import finishing
@@ -45,7 +46,7 @@ def claims_of(path: Path) -> Path:
 class Claims(set[str]):
     """The names of the claims that ``claim`` holds."""
 
-    def __init__(self, folder: Path, me: dict) -> None:
+    def __init__(self, folder: Path, me: dict[str, Any]) -> None:
         super().__init__()
         self.folder, self.me = folder, me
 
@@ -75,14 +76,13 @@ def claim(folder: Path, *names: str) -> Iterator[Claims]:
             stop.set()
             if heart.ident is not None:
                 heart.join()
-            for name in (
-                names
-            ):  # all: a full disk, or a signal, may have come between taking one and knowing it
+            # all: a full disk, or a signal, may have come between taking one and
+            # knowing it
+            for name in names:
                 with suppress(OSError):
                     if _owner(folder / name) == me:
-                        (folder / name).unlink(
-                            missing_ok=True
-                        )  # unless it was taken over, while this process was asleep
+                        # unless it was taken over, while this process was asleep
+                        (folder / name).unlink(missing_ok=True)
             _living.discard(me["claim"])  # so that one which could not be let go of is dead
             with suppress(OSError):  # not empty: others still hold claims
                 folder.rmdir()
@@ -121,7 +121,7 @@ def _make(folder: Path) -> None:
     make_folder(folder)
 
 
-def _take(path: Path, me: dict) -> bool:
+def _take(path: Path, me: dict[str, Any]) -> bool:
     for _ in range(TRIES):
         # Written elsewhere and then linked to its name, which fails if the name is
         # taken: a claim is there with its owner, or not at all.
@@ -132,15 +132,15 @@ def _take(path: Path, me: dict) -> bool:
             os.link(fresh, path)
             return True
         except FileExistsError:
-            if (
-                not path.exists()
-            ):  # it was let go of, or the folder was removed, being empty, while this made it
+            # it was let go of, or the folder was removed, being empty, while this made
+            # it
+            if not path.exists():
                 continue
             if not _dead(path):
                 return False
-            heir = path.with_name(
-                f"{path.name}.heir"
-            )  # itself a claim: only its holder removes a dead one, and looks once more before
+            # itself a claim: only its holder removes a dead one, and looks once more
+            # before
+            heir = path.with_name(f"{path.name}.heir")
             if not _take(heir, me):
                 return False
             try:
@@ -200,12 +200,12 @@ def _dead(path: Path) -> bool:
     return age > STALE
 
 
-def _me() -> dict:
+def _me() -> dict[str, Any]:
     return {**_place(), "process": os.getpid(), "started": _started(os.getpid())}
 
 
 @cache
-def _place() -> dict:
+def _place() -> dict[str, Any]:
     """Where a process number means something."""
     boot = namespace = None
     with suppress(OSError):
@@ -215,7 +215,7 @@ def _place() -> dict:
     return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
 
 
-def _owner(path: Path) -> dict | None:
+def _owner(path: Path) -> dict[str, Any] | None:
     """Who holds a claim; None if there is none, or it says nothing that can be read.
     Raises OSError if the disk doesn't answer."""
     try:
@@ -243,9 +243,8 @@ def _started(process: int) -> str | None:
             state = f.read().rpartition(")")[2].split()
     except OSError:  # it is gone, or another user's, which the system may hide
         return _signalled(process)
-    return (
-        None if state[0] in "ZX" else state[19]
-    )  # killed but not collected by its parent: it does nothing any more
+    # killed but not collected by its parent: it does nothing any more
+    return None if state[0] in "ZX" else state[19]
 
 
 def _signalled(process: int) -> str | None:

@@ -1,1 +1,1 @@
-"""Labels and students from and for other programs."""
+"""Exchange labels and students with other programs."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,14 @@ from pipeline.runtime.progress import Progress, say
 def export_labels(
     path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train"
 ) -> int:
-    """Write a store's labels as FKD's training code reads them (``--softlabel_path
-    OUT``), a file an image; or go on with what is there. labels: full, top5 or top10.
-    views: the first so many; otherwise all. Returns how many files there are. Raises
-    StoreError where FKD can't say what the store says."""
+    """Write a store's labels as FKD's training code reads them
+    (``--softlabel_path OUT``), one file per image.
+
+    Files that ``out`` holds already are kept. labels: full, top5 or top10. views: the
+    number of views, from the first on; None: all. split: the images' folder in the
+    label files' paths. Returns the number of files. Raises StoreError for a store that
+    FKD's files can't express.
+    """
     require_a_name(split)
     store = LabelStore.open(path)
     if store.provenance["crops"]["exif"] == "apply":
@@ -99,7 +104,8 @@ def export_labels(
                     ],
                     axis=1,
                 )
-                with closing(pool.map(save, left, boxes, flips, rows)) as saved:
+                results: Any = pool.map(save, left, boxes, flips, rows)
+                with closing(results) as saved:
                     for _ in saved:
                         check()
             progress.advance(len(part))
@@ -111,7 +117,7 @@ def export_labels(
 
 
 def _parts(store: LabelStore, most: int) -> Iterator[np.ndarray]:
-    """Usable rows, in runs of the store's chunks."""
+    """Yield the usable rows in runs of at most a chunk and at most ``most`` rows."""
     step = max(1, min(most, store.chunk_rows))
     for start in range(0, len(store.images), step):
         rows = np.arange(start, min(start + step, len(store.images)))
@@ -121,8 +127,8 @@ def _parts(store: LabelStore, most: int) -> Iterator[np.ndarray]:
 
 
 def _require_same_export(out: Path, about: dict) -> None:
-    """Note in ``out`` what is exported there. Raises StoreError if something else is
-    there."""
+    """Note in ``out`` which export it holds. Raises StoreError if ``out`` holds
+    anything else."""
     note = out / "exported-from.json"
     if note.exists():
         try:

@@ -1,5 +1,5 @@
-"""A trained student for others: a folder as timm's hub has them, its network for ONNX
-Runtime, and a card that says how it was made."""
+"""Export a trained student: a folder in the layout of timm's hub, the network for ONNX
+Runtime, and a card that says how the student was made."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pipeline.runs.folder import RunFolder
 def export(
     run: Path, out: Path, *, weights: str = "best", onnx: bool = True, store: Path | None = None
 ) -> dict:
-    """Make the folder ``out`` of a checkpoint of ``run``: config.json,
-    model.safetensors, README.md and model.onnx; whole, or not at all.
+    """Make the folder ``out`` from a checkpoint of ``run``, whole or not at all.
 
-    weights: "best" or "last". onnx: whether to make model.onnx. store: the one that the
-    run was trained from, which tells more of its teachers. Returns what was made and
-    what was measured of it. Raises MealError if the run, the store or the place won't
-    do, if timm makes another model of the folder, or if ONNX Runtime's softmax is off
-    by more than ``TOLERANCE``.
+    The folder holds config.json, model.safetensors, README.md and model.onnx. weights:
+    "best" or "last". onnx: whether to make model.onnx. store: the store that the run
+    was trained from; the model card then tells more about the teachers. Returns the
+    files and the figures of the export. Raises MealError if the run, the store or the
+    place is unsuitable, if timm makes another model from the folder, or if ONNX
+    Runtime's softmax is off by more than ``TOLERANCE``.
     """
     if onnx:
         require_onnx()
@@ -53,9 +53,8 @@ def export(
                 f"{trained.file} was written anew while it was read, since its run goes on; run "
                 f"this command again"
             )
-        model.module.to(
-            memory_format=torch.contiguous_format
-        )  # as timm makes it, and as the exporter to ONNX wants it
+        # timm makes models in this memory format, and the exporter to ONNX needs it.
+        model.module.to(memory_format=torch.contiguous_format)
         with whole_folder(target) as scratch:
             save_for_timm(model, scratch, trained.class_names, trained.origin)
             measured = write_onnx(model, scratch / ONNX) if onnx else None
@@ -85,7 +84,7 @@ def export(
 
 
 def summary(result: dict) -> list[str]:
-    """Lines for people of what ``export`` returns."""
+    """Return the result of ``export`` as lines to print."""
     top = "" if result["val_top1"] is None else f", top-1 {result['val_top1']:.2f} %"
     files, onnx = result["files"], result["onnx"]
     lines = [

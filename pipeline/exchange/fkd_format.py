@@ -1,9 +1,11 @@
-"""FKD's label files (Shen and Xing, arXiv 2112.01528; github.com/szq0214/FKD): one a
-photograph, with crops, flips and labels of all its views.
+"""Read and write FKD's label files (Shen and Xing, arXiv 2112.01528;
+github.com/szq0214/FKD).
 
-A file is torch.save of [coords, flips, labels]: coords float [n, 4], top, left, height
-and width of each crop as shares of the image's height and width; flips bool [n]; labels
-by kind, with the mean softmax p of n crops:
+There is a file for each photograph, with crops, flips and labels of all its views. The
+file is torch.save of [coords, flips, labels]. coords are float [n, 4]: top, left,
+height and width of each crop, as fractions of the image's height and width. flips are
+bool [n]. The form of the labels depends on their kind. With p the mean softmax of each
+crop:
 
     full                     float [n, classes]   p
     marginal_smoothing_kK    float [n, 2, K]      the K likeliest classes and their
@@ -12,8 +14,8 @@ by kind, with the mean softmax p of n crops:
     smoothing                float [n, 2]         the same with one class
     hard                     int [n]              the likeliest class alone
 
-Tensors in the files of other people may be numpy's arrays, since FKD's own generator
-saves such.
+In other people's files the tensors may be numpy arrays, since FKD's own generator saves
+numpy arrays.
 """
 
 from __future__ import annotations
@@ -24,56 +26,65 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from cache.errors import MealError
 
-SUM = 5e-3  # that a label's sum may be above 1: half precision adds up to so much
-KINDS = {"full": 0, "top5": 5, "top10": 10}  # what is written: all classes, or so many
+SUM = 5e-3  # excess of a label's sum above 1 that the rounding of half precision explains
+KINDS = {"full": 0, "top5": 5, "top10": 10}  # classes kept in a written label; 0: all
 
 
 class LabelFileError(MealError):
-    """A label file of others that is damaged, or not what it should be."""
+    """A foreign label file, or set of label files, that is damaged or not as it should
+    be."""
 
 
 @dataclass
 class LabelFile:
-    """What a file says of the n crops of an image."""
+    """The contents of a label file: n crops of an image, with their labels."""
 
-    coords: np.ndarray  # float [n, 4], shares of height, width, height, width
+    coords: np.ndarray  # float [n, 4], fractions of height, width, height, width
     flips: np.ndarray  # bool [n]
-    labels: np.ndarray  # by kind
+    labels: np.ndarray  # shape and dtype depend on the kind
     kind: str
 
 
 def place_of(image: str, split: str) -> str:
-    """Where FKD's training looks for the labels of an image CLASS/…/NAME: the last
-    three parts of SPLIT/CLASS/…/NAME, up to the first dot."""
+    """Return where FKD's training code looks for the labels of an image CLASS/…/NAME.
+
+    The path is the last three parts of SPLIT/CLASS/…/NAME up to the first dot, followed
+    by .tar.
+    """
     return "/".join([split, *image.split("/")][-3:]).split(".")[0] + ".tar"
 
 
 def generated(image: str, split: str) -> str:
-    """Where FKD's generator puts them: the same, but where a folder has a dot in its
-    name, or is nested."""
+    """Return where FKD's generator puts the labels of an image.
+
+    The path differs from ``place_of`` where a folder has a dot in its name, or is
+    nested.
+    """
     folder, _, name = image.rpartition("/")
     return f"{split}/{folder}/{name.split('.')[0]}.tar"
 
 
 class _Numpy:
-    """Stands for what pickled arrays ask for of numpy, so that none of numpy's own code
-    sees what a stranger wrote."""
+    """Stands in for the numpy objects that a pickled array asks for, so that none of
+    numpy's own code reads untrusted data."""
 
     def __init__(self, *said: object) -> None:
-        self.said, self.state = said, ()
+        self.said = said
+        self.state: Any = ()
 
     def __setstate__(self, state: tuple) -> None:
         self.state = state
 
     def array(self) -> np.ndarray:
-        """The array that was pickled. Raises ValueError, or whatever its state can't be
-        used for."""
+        """Return the array that was pickled. Raises ValueError or any other error for a
+        state that can't be used."""
         _, shape, kind, columns_first, raw = self.state
         code, order = kind.said[0], kind.state[1]
         if not re.fullmatch(r"[fiub][1248]", code) or order not in "<|=" or columns_first:
@@ -88,8 +99,8 @@ def _reconstruct(*said: object) -> _Numpy:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Within it, ``read`` reads numpy's arrays too. Of everything else that a pickle
-    may ask for nothing is done."""
+    """Let ``read`` read numpy arrays too, within this context. No other object that a
+    pickle asks for is made."""
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     known = [(_reconstruct, f"{module}._reconstruct") for module in modules]
     with torch.serialization.safe_globals(
@@ -99,13 +110,13 @@ def reading() -> Iterator[None]:
 
 
 def read(path: Path, classes: int) -> LabelFile:
-    """Read a label file; tensors only: nothing in it is executed. Raises
-    LabelFileError."""
+    """Read a label file. Only tensors are read, and nothing in the file is executed.
+    Raises LabelFileError."""
     try:
         size = path.stat().st_size
         _require_uncompressed(path, size)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
+    except Exception as error:  # zip, unpickling and I/O errors mean the same to a user
         said = " ".join(str(error).split())
         why = (
             "it is damaged, or holds more than tensors, which may be a program"
@@ -118,7 +129,7 @@ def read(path: Path, classes: int) -> LabelFile:
     if not isinstance(content, (list, tuple)) or len(content) != 3:
         raise _foreign(path, "it doesn't hold coords, flips and labels")
     try:
-        for one in content:  # a tensor of a few bytes may say that it repeats them for ever
+        for one in content:  # a tensor of a few bytes may claim to repeat them for ever
             if isinstance(one, torch.Tensor) and one.numel() * one.element_size() > size:
                 raise ValueError(
                     f"a tensor of {one.numel():,} elements in a file of {size:,} bytes"
@@ -126,7 +137,7 @@ def read(path: Path, classes: int) -> LabelFile:
         coords, flips, labels = (
             one.array() if isinstance(one, _Numpy) else one.numpy() for one in content
         )
-    except Exception as error:  # whatever a stranger's arrays can't be made into
+    except Exception as error:  # untrusted arrays fail in many ways
         raise _foreign(
             path, f"it holds other things than tensors: {' '.join(str(error).split())[:80]}"
         ) from None
@@ -152,8 +163,8 @@ def read(path: Path, classes: int) -> LabelFile:
 
 
 def _require_uncompressed(path: Path, size: int) -> None:
-    """Raises ValueError for a zip file, as torch writes them, that holds more than its
-    own size: a bomb."""
+    """Raise ValueError for a zip file that holds more than its own size, which torch
+    never writes: a zip bomb."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as packed:
             if (
@@ -170,7 +181,7 @@ def _foreign(path: Path, why: str) -> LabelFileError:
 
 
 def kind_of(labels: np.ndarray, classes: int) -> str | None:
-    """Which kind of label an array is; None if it is none."""
+    """Return the kind of label that an array holds; None if it holds no kind."""
     shape = labels.shape[1:]
     if (
         labels.dtype.kind == "f"
@@ -178,7 +189,7 @@ def kind_of(labels: np.ndarray, classes: int) -> str | None:
         and classes == 2
         and (labels[:, 0] == np.rint(labels[:, 0])).all()
     ):
-        return None  # class and probability of the likeliest, or probabilities of two classes?
+        return None  # either the likeliest class and its probability, or two probabilities
     if labels.dtype.kind == "f" and shape == (classes,):
         return "full"
     if labels.dtype.kind == "f" and len(shape) == 2 and shape[0] == 2 and 1 <= shape[1] <= classes:
@@ -189,8 +200,11 @@ def kind_of(labels: np.ndarray, classes: int) -> str | None:
 
 
 def dense(labels: np.ndarray, kind: str, classes: int) -> np.ndarray:
-    """Labels of a kind → float32 [n, classes], rows summing to one. Raises ValueError,
-    saying what, where they are no probabilities of these classes."""
+    """Expand labels of a kind to float32 [n, classes], rows summing to one.
+
+    Raises ValueError, with the reason, for labels that are no probabilities of these
+    classes.
+    """
     if kind == "full":
         return _scaled(labels.astype(np.float32))
     n = len(labels)
@@ -230,25 +244,27 @@ def _scaled(p: np.ndarray) -> np.ndarray:
 
 
 def boxes_of(coords: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Shares of an image's height and width [n, 4] → int32 [n, 4] pixels: top, left,
-    height, width. Raises ValueError where they are no whole pixels, so that the crops
-    were those of another size of this image."""
+    """Convert fractions of an image's height and width, [n, 4], to pixels.
+
+    Returns int32 [n, 4] top, left, height, width. Raises ValueError for fractions that
+    are no whole pixels inside the image: the crops were then made on another size of
+    this image.
+    """
     scale = np.array([height, width, height, width], np.float64)
     if not np.isfinite(coords).all():
         raise ValueError("a crop without numbers")
     exact = coords.astype(np.float64) * scale
     boxes = np.rint(exact)
-    # Half the distance of neighbouring numbers below 1, times the pixels, is what
-    # rounding may have moved an edge.
+    # Rounding a fraction may have moved an edge by half the distance of neighbouring
+    # numbers below 1, times the pixels.
     apart = np.abs(exact - boxes) > scale * float(np.finfo(coords.dtype).epsneg) / 2 + 1e-6
     outside = (
         (boxes < 0).any(axis=1)
         | (boxes[:, 2:] < 1).any(axis=1)
         | (boxes[:, :2] + boxes[:, 2:] > scale[:2]).any(axis=1)
     )
-    if (
-        coords.dtype == np.float16
-    ):  # an edge may have moved by a pixel where an image has more than a thousand
+    if coords.dtype == np.float16:
+        # An edge may have moved by a pixel where a side is above a thousand pixels.
         within = boxes.copy()
         within[:, 2:] = np.clip(boxes[:, 2:], 1, scale[:2])
         within[:, :2] = np.clip(boxes[:, :2], 0, scale[:2] - within[:, 2:])
@@ -264,37 +280,45 @@ def boxes_of(coords: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def coords_of(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """int [n, 4] pixels → float32 [n, 4] shares, as ``boxes_of`` reads them."""
+    """Convert boxes int [n, 4] in pixels to float32 [n, 4] fractions, which
+    ``boxes_of`` reads."""
     return (boxes / np.array([height, width, height, width], np.float64)).astype(np.float32)
 
 
 def sparse(p: np.ndarray, kept: int) -> np.ndarray:
-    """float32 [n, classes] → the labels of a file: all of them for 0, otherwise float32
-    [n, 2, kept] the likeliest classes, the first first."""
+    """Return probabilities float32 [n, classes] in the form that a label file holds.
+
+    kept: the number of classes to keep. Returns float32 [n, 2, kept], the likeliest
+    classes and their probabilities, the likeliest first. With 0, returns the
+    probabilities as they are.
+    """
     if kept == 0:
         return p
-    index = np.argpartition(-p, kept - 1, axis=1)[
-        :, :kept
-    ]  # a tenth of the time of sorting them all
+    # Partitioning takes a tenth of the time of sorting all classes.
+    index = np.argpartition(-p, kept - 1, axis=1)[:, :kept]
     order = np.argsort(-np.take_along_axis(p, index, axis=1), axis=1, kind="stable")
     index = np.take_along_axis(index, order, axis=1)
     return np.stack([index.astype(np.float32), np.take_along_axis(p, index, axis=1)], axis=1)
 
 
-def write(file: object, coords: np.ndarray, flips: np.ndarray, labels: np.ndarray) -> None:
-    """Save one image's crops as FKD's code reads them, as tensors, which today's
-    torch.load reads without being told to trust a pickle."""
+def write(file: IO[bytes], coords: np.ndarray, flips: np.ndarray, labels: np.ndarray) -> None:
+    """Save one image's crops as FKD's code reads them. Tensors are saved, since today's
+    torch.load reads tensors without being told to trust a pickle."""
     torch.save([torch.from_numpy(coords), torch.from_numpy(flips), torch.from_numpy(labels)], file)
 
 
-# What torchvision's ImageFolder, and so FKD's code, takes for images.
+# Endings of files that torchvision's ImageFolder, and so FKD's code, takes for images.
 LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "val", "test", "validation"}
 
 
 def named(paths: np.ndarray, split: str, place: Callable[[str, str], str]) -> dict[str, str]:
-    """Label file → its image, of those files that FKD's code takes for images. Raises
-    LabelFileError where two would have the same."""
+    """Map each label file to its image, for the images that FKD's code takes for
+    images.
+
+    place: ``place_of`` or ``generated``. Raises LabelFileError if two images have the
+    same label file.
+    """
     taken: dict[str, str] = {}
     for image in paths.tolist():
         if not image.lower().endswith(LISTED):
@@ -310,6 +334,7 @@ def named(paths: np.ndarray, split: str, place: Callable[[str, str], str]) -> di
 
 
 def require_a_name(split: str) -> None:
+    """Raise LabelFileError unless ``split`` is the name of a folder, not a path."""
     if not split or "/" in split or split in (".", ".."):
         raise LabelFileError(
             f"--split is {split!r}; it must be the name of a folder of --data, like train"

@@ -1,5 +1,4 @@
-"""Labels from others and to others: published FKD label sets become a store, so that
-stage one can be skipped, and a store becomes an FKD label set."""
+"""Import published FKD label sets into a store, so that stage one can be skipped."""
 
 from __future__ import annotations
 
@@ -36,10 +35,10 @@ from pipeline.render.settings import RenderSettings
 from pipeline.runtime import threads
 from pipeline.runtime.progress import Progress, say
 
-SEED = 0  # of the row order
+SEED = 0  # seed of the row order
 AT_ONCE = 1 << 30  # bytes of labels that are held at once
-SIZE = 224  # pixels at which the fingerprint is rendered where the teachers' size isn't known
-TELLING = 64  # label files by whose bytes a label set is known, beside all names and sizes
+SIZE = 224  # pixels of the fingerprint's crops if the teachers' size isn't known
+TELLING = 64  # label files whose bytes identify a label set, beside all names and sizes
 
 
 REFUSED = {
@@ -53,10 +52,11 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Known:
-    """What a user knows of labels that others made, which no label file says.
+    """The facts about published labels that a user knows and no label file holds.
 
-    teachers: names of who made them. image_size: what the teachers saw, in pixels.
-    interpolation: of the crops that were labelled; FKD's generator has bicubic.
+    teachers: names of the models that made the labels. image_size: the teachers' input
+    size, in pixels. interpolation: interpolation of the labelled crops; FKD's generator
+    has bicubic.
     """
 
     teachers: Sequence[str] = ()
@@ -74,15 +74,16 @@ def import_labels(
     views: int | None = None,
     codec: str = "pow8",
 ) -> LabelStore:
-    """Make a store of a folder of FKD's label files (fkd_format.py), or finish or mend
-    the one that is there; several may do so at once.
+    """Make a store from a folder of FKD's label files (fkd_format.py), or finish,
+    extend or mend the store that is there. Several processes may do so at once.
 
-    directory: holds CLASS/NAME.tar, or one or two folders above that
-    (IMAGENET/TRAIN/CLASS). data: the images that were labelled. Images without a label
+    directory: the folder that holds CLASS/NAME.tar, or a folder one or two levels above
+    (IMAGENET/TRAIN/CLASS). data: the images that were labelled; images without a label
     file are unusable. split: the images' folder in the label files' paths. views: the
-    first so many crops, otherwise all; more than the store has extend it. Raises
-    MealError for what the user can mend: a damaged file, crops that are no whole pixels
-    of these images, labels of another kind or number than the first file's.
+    number of crops of each image, from the first on; None: all. More views than the
+    store has extend the store. Raises MealError for every error that the user can fix:
+    a damaged file, crops that are no whole pixels of these images, labels of another
+    kind or number than the first file's.
     """
     require_a_name(split)
     path = path.absolute()
@@ -112,7 +113,7 @@ def import_labels(
 
 
 class _Source:
-    """A folder of label files, and which of them belong to the images."""
+    """The label files of a folder that belong to the images."""
 
     def __init__(self, directory: Path, split: str, data: DataFolder, views: int | None) -> None:
         classes = len(data.class_names)
@@ -121,7 +122,8 @@ class _Source:
         self.root, self.below = _root_of(directory, split, list(self.places))
         if self.root != directory:
             say(f"label files are looked for in {self.root}")
-        self.split, self.files = split, {}
+        self.split = split
+        self.files: dict[str, str] = {}
         self.sizes = {image: self._find(image) for image in self.places.values()}
         there = [image for image in sorted(self.files) if self.sizes[image] >= 0]
         if not there:
@@ -147,8 +149,8 @@ class _Source:
         self.digest = digest.hexdigest()
 
     def show(self, views: int) -> None:
-        """Take so many crops of each image. Raises LabelFileError if there aren't as
-        many."""
+        """Use the first ``views`` crops of each image. Raises LabelFileError if there
+        are fewer crops."""
         if views > min(self.crops, MOST_VIEWS):
             raise LabelFileError(
                 f"{views} views are wanted, and the label files have {self.crops} crops; lower "
@@ -157,8 +159,12 @@ class _Source:
         self.views = views
 
     def _find(self, image: str) -> int:
-        """Bytes of an image's label file, where the generator puts it or where training
-        looks for it; -1 if there is none."""
+        """Find an image's label file, and return its size in bytes; -1 if there is
+        none.
+
+        The file is where FKD's generator puts it, or where FKD's training code looks
+        for it.
+        """
         for place in dict.fromkeys(
             (fkd_format.generated(image, self.split), fkd_format.place_of(image, self.split))
         ):
@@ -168,11 +174,12 @@ class _Source:
         return -1
 
     def file(self, image: str) -> Path:
+        """Return the path of an image's label file."""
         return self.root / self.files[image]
 
     def read(self, image: str) -> LabelFile:
-        """The first ``views`` crops of an image. Raises LabelFileError if they are of
-        another kind or fewer than the first file's."""
+        """Read the first ``views`` crops of an image. Raises LabelFileError for fewer
+        crops, or for labels of another kind than the first file's."""
         path = self.file(image)
         found = fkd_format.read(path, self.classes)
         if found.kind != self.kind or len(found.coords) < self.views:
@@ -190,9 +197,12 @@ class _Source:
 
 
 def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, int]:
-    """The folder below which the label files are, which is ``directory`` or one in it;
-    and 1 if it is the split's folder itself, otherwise 0. That of another split isn't:
-    its images may have the same names."""
+    """Find the folder that holds the label files: ``directory``, or a folder in it.
+
+    Returns the folder, and 1 if the folder is the split's own, otherwise 0. A folder
+    named after another split is never taken for the split's own, since the images of
+    both may have the same names.
+    """
     if not directory.is_dir():
         raise LabelFileError(
             f"there is no folder {directory}; name the one that holds the label files"
@@ -217,7 +227,7 @@ def _size(file: Path) -> int:
 
 
 def _about(source: _Source, known: Known, codec: dict) -> dict:
-    """Provenance as far as known; what isn't is null."""
+    """Assemble the provenance of imported labels. Unknown values are null."""
     one = {
         "weights": None,
         "files": source.digest,
@@ -244,7 +254,8 @@ def _about(source: _Source, known: Known, codec: dict) -> dict:
 
 
 def _create(path: Path, data: DataFolder, source: _Source, about: dict, views: int) -> None:
-    """Make an empty store, from a look at every image."""
+    """Scan every image, and create an empty store in which images without a label file
+    are unusable."""
     found = scan(data, RenderSettings.of_provenance(about), order_seed=SEED)
     unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (
         found.status == USABLE
@@ -285,8 +296,8 @@ def _create(path: Path, data: DataFolder, source: _Source, about: dict, views: i
 def _image(
     source: _Source, manifest: Images, row: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes, flips and labels, as they are stored in its file, of an image of the
-    manifest."""
+    """Read the label file of an image of the manifest. Returns boxes, flips, and labels
+    as the file stores them."""
     image = str(manifest.path[row])
     found = source.read(image)
     try:
@@ -304,9 +315,11 @@ def _image(
 
 
 def _fill(writer: StoreWriter, source: _Source) -> None:
-    """Write whatever is missing or damaged, a shard's images read once for as many
-    views as memory has room for; what another import is at is waited for, and done here
-    if that one dies."""
+    """Write every missing or damaged shard.
+
+    The label files of a shard are read once for as many views as memory has room for. A
+    shard that another import holds is waited for, and written here if that import dies.
+    """
     store = writer.store
     usable = store.images.status == USABLE
     total, waited = int(usable.sum()) * store.views, False
@@ -340,7 +353,7 @@ def _fill(writer: StoreWriter, source: _Source) -> None:
 
 
 def _group(source: _Source, store: LabelStore, good: np.ndarray) -> int:
-    """How many views of a shard's images are held at once."""
+    """Return how many views of a shard's images are held in memory at once."""
     if len(good) == 0:
         return store.views
     one = source.read(str(store.images.path[good[0]]))
@@ -356,6 +369,7 @@ def _write(
     good: np.ndarray,
     pool: ThreadPoolExecutor,
 ) -> None:
+    """Write some views of a shard."""
     store = writer.store
     here = store.shard_slice(shard)
     n, at = here.stop - here.start, good - here.start
@@ -380,10 +394,12 @@ def _write(
 
 
 def _dense(labels: np.ndarray, source: _Source, store: LabelStore, rows: np.ndarray) -> np.ndarray:
+    """Expand labels to probabilities. Raises LabelFileError with the name of the file
+    whose labels are no probabilities."""
     try:
         return fkd_format.dense(labels, source.kind, store.classes)
     except ValueError:
-        for label, row in zip(labels, rows, strict=True):  # whose is it?
+        for label, row in zip(labels, rows, strict=True):  # find the file
             try:
                 fkd_format.dense(label[None], source.kind, store.classes)
             except ValueError as error:

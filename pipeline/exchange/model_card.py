@@ -1,10 +1,11 @@
-"""The model card of an exported student."""
+"""Write the model card of an exported student."""
 
 from __future__ import annotations
 
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -21,8 +22,8 @@ from pipeline.runtime.progress import duration
 def card(
     title: str, trained: Trained, model: Model, store: LabelStore | None, onnx: dict | None
 ) -> str:
-    """The model card, Markdown with a head in YAML: only what the run, the store and
-    this export tell."""
+    """Return the model card, Markdown with a head in YAML. The card says only what the
+    run, the store and this export tell."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.exchange", ""),
         undefined=jinja2.StrictUndefined,
@@ -41,10 +42,11 @@ def card(
         *(["onnx"] if onnx else []),
     ]
     head = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": tags}
+    timm_model: Any = model.module
     return environment.get_template("model_card.md").render(
         head=yaml.safe_dump(head, sort_keys=False),
         title=printable(title),
-        architecture=model.module.pretrained_cfg["architecture"],
+        architecture=timm_model.pretrained_cfg["architecture"],
         trained=trained,
         facts=trained.facts,
         figures=trained.figures,
@@ -62,7 +64,7 @@ def card(
 
 
 def _code(value: object) -> str:
-    """Anything as code of Markdown, in a table too: names come from folders and from
-    other people's stores."""
+    """Format a value as Markdown code, in a table too. Names come from folders and from
+    other people's stores, and may hold any character."""
     text = printable(value if isinstance(value, str) else json.dumps(value))
     return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"

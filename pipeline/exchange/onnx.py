@@ -1,4 +1,4 @@
-"""Translate a student to ONNX, and compare its outputs with torch's."""
+"""Translate a student to ONNX, and compare its outputs with PyTorch's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipeline.models.model import Model
 from pipeline.models.timm_export import attention_by_steps
 
 ONNX = "model.onnx"
-BATCHES = (1, 3)  # images of the batches on which ONNX Runtime is compared with PyTorch
-TOLERANCE = 1e-4  # total variation of their softmax
-# bytes of weights above which they lie beside the ONNX file, whose format ends at 2 GiB
+BATCHES = (1, 3)  # images in the batches that compare ONNX Runtime with PyTorch
+TOLERANCE = 1e-4  # largest total variation between the softmax of both
+# Weights of more bytes are stored beside the ONNX file, whose format ends at 2 GiB.
 INSIDE = 2_000_000_000
 
 
 def require_onnx() -> None:
-    """Raises ExportError if a package is missing that model.onnx needs."""
+    """Raise ExportError if a package is missing that model.onnx needs."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
@@ -37,12 +37,13 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: Model, file: Path) -> dict:
-    """The model as ONNX: ``image`` float32 [batch, 3, size, size], normalised, →
-    ``logits`` float32 [batch, classes].
+    """Write the model as ONNX, and compare its outputs with PyTorch's.
 
-    Returns the largest differences of ONNX Runtime's outputs from PyTorch's
-    (``logits``; ``total_variation`` of the softmax), on how many ``images``, and what
-    ``translate`` does. Raises ExportError if the network can't be translated, or if the
+    The network takes ``image``, float32 [batch, 3, size, size], normalised, and gives
+    ``logits``, float32 [batch, classes]. Returns the largest differences of ONNX
+    Runtime's outputs from PyTorch's (``logits``; ``total_variation`` of the softmax),
+    on how many ``images``, the version of the ``runtime``, and the result of
+    ``translate``. Raises ExportError if the network can't be translated, or if the
     total variation exceeds ``TOLERANCE``.
     """
     generator = torch.Generator().manual_seed(0)
@@ -62,18 +63,18 @@ def write_onnx(model: Model, file: Path) -> dict:
     try:
         made = translate(model, file)
         theirs = torch.cat(run_onnx(file, inputs))
-    except Exception as error:  # exporter, checker and runtime raise whatever they like
-        while (
-            error.__cause__ or error.__context__
-        ):  # the exporter's own message only says where to report it
-            error = error.__cause__ or error.__context__
+    except Exception as error:  # exporter, checker and runtime raise errors of any type
+        # Tell the cause: the exporter's own message only says where to report an error.
+        cause: BaseException = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
         raise ExportError(
-            f"{model.name} can't be made into ONNX ({shorten(str(error), 160, placeholder=' …')}); "
+            f"{model.name} can't be made into ONNX ({shorten(str(cause), 160, placeholder=' …')}); "
             f"pass --no-onnx"
         ) from None
     logits = float((ours - theirs).abs().max())
     variation = float((ours.softmax(dim=1) - theirs.softmax(dim=1)).abs().sum(dim=1).max()) / 2
-    if not variation <= TOLERANCE:  # nor what isn't a number
+    if not variation <= TOLERANCE:  # true for NaN too
         raise ExportError(
             f"ONNX Runtime's softmax of {model.name} is off by {variation:.2g} in total "
             f"variation, more than {TOLERANCE:g}; pass --no-onnx, or use another onnxruntime than "
@@ -89,9 +90,12 @@ def write_onnx(model: Model, file: Path) -> dict:
 
 
 def translate(model: Model, file: Path) -> dict:
-    """Write the model as ONNX, with its weights inside, or in ``file``.data where they
-    are above ``INSIDE`` bytes. Returns ``opset``, and whether it has
-    ``weights_outside``."""
+    """Write the model as ONNX.
+
+    The weights are inside ``file``, or in ``file``.data if they are above ``INSIDE``
+    bytes. Returns ``opset``, and ``weights_outside``: whether the weights are in
+    ``file``.data.
+    """
     outside = sum(tensor.nbytes for tensor in model.module.state_dict().values()) > INSIDE
     with _quiet(), attention_by_steps(model):
         program = torch.onnx.export(
@@ -109,7 +113,7 @@ def translate(model: Model, file: Path) -> dict:
 
 
 def run_onnx(file: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The logits of each batch, from ONNX Runtime on the CPU."""
+    """Return the logits of each batch from ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -119,8 +123,8 @@ def run_onnx(file: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _forget_origin(program: torch.onnx.ONNXProgram) -> None:
-    """The exporter notes for each operation and tensor where in the source it comes
-    from, with paths of this machine."""
+    """Remove the exporter's notes on the source of each operation and tensor. The notes
+    hold paths of this machine."""
     for graph in program.model.graphs():
         graph.metadata_props.clear()
         graph.doc_string = None
@@ -135,7 +139,7 @@ def _forget_origin(program: torch.onnx.ONNXProgram) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings and log lines of the exporter, which are for its own
+    """Silence the exporter's warnings and log lines, which are for its own
     developers."""
     loggers = [
         logging.getLogger(name)

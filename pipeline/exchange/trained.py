@@ -1,4 +1,4 @@
-"""A checkpoint of a run, and what the run tells of it."""
+"""Read a checkpoint of a run, with the facts that the run tells about it."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from pipeline.runs.metrics import images_of
 
 
 class ExportError(RunError):
-    """A run that can't be exported, or not to this place."""
+    """A run that can't be exported, or a place that it can't be exported to."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint of a run, and what the run tells of it."""
+    """A checkpoint of a run, with the facts that the run tells about it."""
 
     file: Path
     facts: dict  # the checkpoint's header
     config: Config
     passes: list[dict]  # metrics.jsonl
-    figures: dict  # of those, the pass that the checkpoint is of
-    validated: int | None  # images of the validation, if the run tells
-    class_names: list[str] | None  # of the outputs, in order
-    # timm names, without paths; empty if there were none, or if neither checkpoint nor
-    # store tells
+    figures: dict  # metrics of the pass that the checkpoint is from
+    validated: int | None  # number of validation images, if the run tells
+    class_names: list[str] | None  # in the order of the outputs
+    # timm names, without paths; empty if there were no teachers, or if neither the
+    # checkpoint nor the store names them
     teachers: list[str]
-    # The crop policy, as a store has it. None if the run had a store that wasn't given:
-    # of imported crops config.yaml has defaults.
+    # The crop policy as a store has it. None if the run had a store that isn't given:
+    # for imported crops config.yaml has mere defaults.
     drawn: dict | None
-    imported: dict | None  # what labels of others were imported from
+    imported: dict | None  # provenance of imported labels; None for labels made here
 
     @property
     def origin(self) -> dict:
-        """Where the weights come from, for config.json."""
+        """Return where the weights come from, for config.json."""
         kept = {key: self.facts.get(key) for key in ("labels", "source", "epoch", "val_top1")}
         return {
             "model": public(self.facts["model"]),
@@ -51,22 +51,27 @@ class Trained:
 
     @property
     def epochs(self) -> int:
-        """Done so far."""
+        """Return the number of epochs done so far."""
         return self.passes[-1]["epoch"] + 1
 
     @property
-    def images(self) -> int:
-        """Crops that the student saw in all of them."""
-        return sum(images_of(one) for one in self.passes)
+    def images(self) -> float:
+        """Return how many crops the student saw in all epochs so far."""
+        return sum(map(images_of, self.passes))
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of training so far, without validation."""
         return sum(one["seconds"] for one in self.passes)
 
 
 def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Trained:
-    """What a run directory holds. Raises ExportError, in one line, if that isn't all
-    that a card needs, or doesn't belong together."""
+    """Read a checkpoint, "best" or "last", and the folder of its run.
+
+    Raises ExportError, in one line, if the folder lacks a fact that a model card needs,
+    or if its files don't belong together. Raises StoreError if the run was not trained
+    from ``store``.
+    """
     folder = RunFolder(run)
     file = folder.checkpoint(weights)
     config, passes, facts = folder.config(), folder.metrics(), folder.header(weights)
@@ -87,9 +92,8 @@ def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Traine
             f"{store.path} (identity {store.identity.hex()[:12]}…) isn't what {run} was trained "
             f"from ({facts['source'][:12]}…); pass that store, or leave --store out"
         )
-    names = facts.get("class_names") or (
-        store.class_names if store else None
-    )  # checkpoints before 0.5 had none
+    # Checkpoints before version 0.5 have no class names.
+    names = facts.get("class_names") or (store.class_names if store else None)
     if names is not None and len(names) != facts["classes"]:
         raise ExportError(
             f"{file} has {facts['classes']} classes and names {len(names)}; restore it from a copy"
@@ -120,14 +124,14 @@ def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Traine
 
 
 def _validated(run: Path, figures: dict) -> int | None:
-    """How many images were validated on, as the run's last start found them; None if
-    none were, or if the figures can't be of so many."""
+    """Return the number of validation images that the run's last start found. Returns
+    None without validation, or if top-1 can't be a share of so many images."""
     if "val_top1" not in figures:
         return None
     try:
         with np.load(run / SCANS[1], allow_pickle=False) as kept:
             images = len(kept["bytes"])
-    except Exception:  # there is none, as before 0.4, or a damaged one, which can raise anything
+    except Exception:  # a missing file, as before 0.4, or a damaged one
         return None
     hits = images * figures["val_top1"] / 100
     return images if images and abs(hits - round(hits)) < 1e-6 else None

@@ -15,28 +15,27 @@ from cache.errors import MealError
 from cache.format.manifest import USABLE, Images, printable_paths
 from pipeline.runtime.progress import Progress
 
-# threads that list folders where that is mostly waiting; elsewhere they would only wait
-# for each other
+# Threads that list folders on another machine's disk, where listing is mostly waiting.
+# On a local disk they would only wait for each other.
 LOOKERS = 16
-FAR, TELLING = (
-    20e-6,
-    500,
-)  # seconds a file, from which on it is: the disk is another machine's; and how many files tell
+# A disk counts as another machine's if listing takes more than FAR seconds a file,
+# measured over the first TELLING files.
+FAR, TELLING = 20e-6, 500
 
 
 class DataError(MealError):
-    """A data set that isn't there, isn't laid out as expected, or isn't the one that a
-    store was made from."""
+    """A data set that is missing, isn't laid out as expected, or isn't the data set
+    that a store was made from."""
 
 
 @dataclass(frozen=True)
 class DataFolder:
-    """The class folders of one split, and what their classes are called.
+    """The class folders of one split, and the names of their classes.
 
-    path: the folder that holds them. class_names: in the order of the models' outputs,
-    so that a name's place is its class index. mapped: whether a class map gave the
-    names; otherwise they are the folders', sorted. root: the folder that the user
-    named, which may hold several splits.
+    path: the folder that holds the class folders. class_names: in the order of the
+    models' outputs, so that a name's place is its class index. mapped: True if a class
+    map gave the names; otherwise they are the folders' names, sorted. root: the folder
+    that the user named, which may hold several splits.
     """
 
     path: Path
@@ -48,15 +47,15 @@ class DataFolder:
     def find(
         cls, data: str | Path, split: str, class_map: Sequence[str] | None = None
     ) -> DataFolder:
-        """Find the class folders of a split: those of DATA/SPLIT, or of DATA if it
-        isn't divided into splits. Raises DataError."""
+        """Find the class folders of a split, in DATA/SPLIT, or in DATA if it isn't
+        divided into splits. Raises DataError."""
         path = split_folder(data, split)
         return cls(path, class_map or class_names(path), class_map is not None, Path(data))
 
 
 def split_folder(data: str | Path, split: str) -> Path:
-    """The folder that holds the class folders: DATA/SPLIT if there is one, or DATA
-    itself if it isn't divided into splits."""
+    """Return the folder that holds the class folders: DATA/SPLIT if there is one, or
+    DATA itself if it isn't divided into splits. Raises DataError."""
     data = Path(data)
     if not split or "/" in split or split in (".", ".."):
         raise DataError(
@@ -79,21 +78,22 @@ def split_folder(data: str | Path, split: str) -> Path:
 
 
 def is_split(data: str | Path, name: str) -> bool:
-    """Whether DATA/NAME is a split, which holds class folders, and not a class that
-    happens to be called train, which holds pictures."""
+    """Tell whether DATA/NAME is a split, which holds class folders. A class that
+    happens to be called train holds images instead."""
     folder = Path(data, name)
     return folder.is_dir() and any(_is_folder(entry) for entry in os.scandir(folder))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
-        return entry.is_dir()  # costs no look at the disk where there is no symbolic link
+        return entry.is_dir()  # needs no disk access, except for a symbolic link
     except OSError:  # a link to itself
         return False
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of the class folders, sorted; their places are the class indices."""
+    """Return the names of the class folders, sorted; a name's place is its class index.
+    Raises DataError."""
     names = sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -108,8 +108,8 @@ def class_names(folder: Path) -> list[str]:
 
 
 def read_class_map(path: str | Path) -> list[str]:
-    """A class map: a text file with one class folder's name a line, whose line number
-    from 0 is its class index."""
+    """Read a class map: a text file with the name of one class folder a line. A name's
+    line number, from 0, is its class index. Raises DataError."""
     try:
         names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -123,10 +123,12 @@ def read_class_map(path: str | Path) -> list[str]:
 
 
 def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Every file below the class folders, hidden ones left out: str [n] paths relative
-    to the folder, sorted; int32 [n] class index; int64 [n] size in bytes; int64 [n]
-    when it was changed last, ns since 1970. A class folder of no known class is an
-    error."""
+    """List all files below the class folders, except hidden files.
+
+    Returns str [n] paths relative to the folder, sorted; int32 [n] class indices; int64
+    [n] sizes in bytes; int64 [n] times of the last change, in ns since 1970. Raises
+    DataError for a class folder of no known class.
+    """
     folder, classes = data.path, data.class_names
     index = {name: i for i, name in enumerate(classes)}
     names = class_names(folder)
@@ -139,7 +141,8 @@ def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
             )
 
     def look(name: str) -> list[tuple[str, int, int, int]]:
-        return [(path, index[name], *about) for path, *about in _walk(folder / name, name)]
+        files = _walk(folder / name, name)
+        return [(path, index[name], size, changed) for path, size, changed in files]
 
     found: list[tuple[str, int, int, int]] = []
     left = iter(names)
@@ -173,8 +176,8 @@ def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
-    """(path, size, time of change) of every file below; a folder that is reached
-    through a link to one above it is left out."""
+    """Yield (path, size, time of change) of every file below a folder. A link to a
+    folder above itself is left out."""
     waiting: list[tuple[str, str, frozenset]] = [(str(folder), relative, frozenset())]
     while waiting:
         place, name, above = waiting.pop()
@@ -198,13 +201,13 @@ def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
 
 
 def require_same_files(data: DataFolder, images: Images, made: str) -> None:
-    """Raises DataError unless the folder holds exactly the files of the manifest, with
-    the same sizes (contents are compared when read)."""
+    """Raise DataError unless the folder holds exactly the files of the manifest, with
+    the same sizes and classes. Contents are compared when files are read. made: the
+    store's name in the message."""
     paths, class_index, sizes, _ = list_files(data)
     paths = np.array([printable_paths(p) for p in paths], object)
-    here = np.argsort(
-        paths, kind="stable"
-    )  # a name that isn't UTF-8 sorts elsewhere when it is printed
+    # Sorted again, since a name that isn't UTF-8 sorts elsewhere in its printable form.
+    here = np.argsort(paths, kind="stable")
     paths, class_index, sizes = paths[here], class_index[here], sizes[here]
     order = images.by_path
     if np.array_equal(paths, images.path[order]):

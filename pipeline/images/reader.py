@@ -1,5 +1,4 @@
-"""Read the image files of a manifest ahead, and name the file that a renderer
-refuses."""
+"""Read the image files of a manifest, and name the file that a renderer refuses."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ _REPAIR = "put the image back as it was, or begin anew, with another store or --
 
 
 class Reader:
-    """Reads images of a manifest, several at a time, and refuses any that is not, byte
-    for byte, what the manifest saw."""
+    """Reads images of a manifest, several at a time. Raises DataError for a file whose
+    bytes aren't the bytes that the manifest recorded."""
 
     def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
         self.folder, self.images = folder, images
@@ -54,7 +53,8 @@ class Reader:
 
 @contextmanager
 def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
-    """Say which file it was when rendering a batch of these rows fails."""
+    """Turn a RenderError for a batch of these rows into a DataError that names the
+    file."""
     try:
         yield
     except RenderError as error:

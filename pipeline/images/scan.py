@@ -1,5 +1,5 @@
-"""From a folder of class folders to a manifest: which files there are, which of them
-are images, and what exactly is in them."""
+"""Scan class folders into a manifest: list the files, decode them, and record their
+contents, or the reason why they are unusable."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def scan(
     order_seed: int | None = None,
     before: Scanned | None = None,
 ) -> Images:
-    """Read and decode every file whole, and note size, digest, dimensions, and why a
-    file is unusable.
+    """Read and decode every file whole, and return the manifest: size, digest,
+    dimensions, and the reason if a file is unusable.
 
-    settings: as the renderer will decode. An image above its ``max_megapixels`` is
-    never decoded: what the image says of its size decides, since a file of some
-    kilobytes can hold a picture of gigabytes. order_seed: rows in a random order that
-    depends on the seed and the paths (so that a run of rows is a fair sample of the
-    classes); None: sorted by path. before: what an earlier scan found, which holds for
-    files that haven't changed since; it notes what this one finds.
+    settings: of the renderer. An image above its ``max_megapixels`` is never decoded:
+    the size in the image's header decides, since a file of some kilobytes can hold a
+    picture of gigabytes. order_seed: put the rows in a random order that depends on the
+    seed and the paths, so that a run of rows is a fair sample of the classes; None:
+    sort the rows by path. before: results of an earlier scan, which are used for files
+    that haven't changed since; the new results are noted there.
     """
     paths, class_index, sizes, changed = list_files(data)
     n = len(paths)
@@ -61,9 +61,9 @@ def scan(
     height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
     reason = np.full(n, "", dtype=object)
     if before:
-        known, found = before.recall(settings.exif, paths, sizes, changed)
+        known, kept = before.recall(settings.exif, paths, sizes, changed)
         columns = {"bytes": sizes, "digest": digest, "height": height, "width": width}
-        for name, values in found.items():
+        for name, values in kept.items():
             columns[name][known] = values
     unknown = np.flatnonzero(
         (height == 0) | (height.astype(np.int64) * width > settings.max_megapixels * 1e6)
@@ -93,9 +93,8 @@ def scan(
                 for _ in pool.map(examine, unknown[start : start + SCAN_WINDOW]):
                     progress.advance(1)
         finally:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # when it is stopped, thousands are still waiting
+            # If the scan is stopped, thousands of files are still waiting.
+            pool.shutdown(wait=False, cancel_futures=True)
     status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
     found = Images(
         np.array([printable_paths(p) for p in paths], object),
@@ -113,15 +112,14 @@ def scan(
 
 
 class Look:
-    """Looks at one file after the other, in one thread: bytes (None if they can't be
-    read), height and width in pixels (None if it can't be used), and the reason, empty
-    if there is none."""
+    """Examines one file after the other, in one thread. A call returns the file's bytes
+    (None if they can't be read), its height and width in pixels (None if the file is
+    unusable), and the reason, empty if the file is usable."""
 
     def __init__(self, folder: Path, settings: RenderSettings) -> None:
         self.folder, self.max_megapixels = folder, settings.max_megapixels
-        settings = replace(
-            settings, backend="cpu"
-        )  # a GPU may refuse images that it is not asked for
+        # Always on the CPU, which decides what is usable: a GPU may refuse more images.
+        settings = replace(settings, backend="cpu")
         self.header, self.whole = Header(settings), WholeDecode(settings)
 
     def __call__(self, path: str) -> tuple[bytes | None, tuple[int, int] | None, str]:
@@ -136,7 +134,7 @@ class Look:
 
 
 def _read_any(folder: Path, path: str) -> bytes | str:
-    """The file's bytes, or the reason why they can't be used."""
+    """Return the file's bytes, or the reason why they can't be used."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -158,7 +156,7 @@ def _too_large(height: int, width: int, limit: float) -> str:
 
 
 def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
-    """A reason for people, for bytes that the renderer failed to decode."""
+    """Return a readable reason why the renderer failed to decode these bytes."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -169,19 +167,21 @@ def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
                 image.load()
     except Image.UnidentifiedImageError:
         return "not an image"
-    except Image.DecompressionBombError as error:  # Pillow's own limit, before it tells the size
+    except (
+        Image.DecompressionBombError
+    ) as error:  # Pillow's own limit, before Pillow tells the size
         pixels = re.search(r"\((\d+) pixels\)", str(error))
         return _too_large(1, int(pixels[1]), max_megapixels) if pixels else f"too large: {error}"
     except Exception as error:
-        # a damaged file can raise anything in Pillow's plugins; the file is unusable in
-        # any case
+        # A damaged file can raise any error in Pillow's plugins. The file is unusable
+        # in any case.
         return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
     return f"DALI can't decode this {kind} file"
 
 
 def empty_classes(images: Images, data: DataFolder) -> list[str]:
-    """A line if classes have no usable image, which may be meant (a subset) or a folder
-    forgotten."""
+    """Return one line if classes have no usable image, otherwise none. The data may be
+    a subset on purpose, or a folder may be missing."""
     seen = set(images.class_index[images.usable].tolist())
     empty = [name for i, name in enumerate(data.class_names) if i not in seen]
     return (
@@ -195,7 +195,7 @@ def empty_classes(images: Images, data: DataFolder) -> list[str]:
 
 
 def unusable_summary(images: Images) -> list[str]:
-    """One line per kind of unusable file: count, reason, first example."""
+    """Return one line per kind of unusable file: count, reason, first example."""
     lines = []
     bad = images.status != USABLE
     kinds: dict[str, list[str]] = {}
@@ -217,7 +217,7 @@ def scan_and_say(
     order_seed: int | None = None,
     before: Scanned | None = None,
 ) -> Images:
-    """Scan (``scan``), and say which files can't be used, and which classes have no
+    """Scan (``scan``), and print the unusable files and the classes without a usable
     image."""
     found = scan(data, settings, order_seed=order_seed, before=before)
     for line in [*unusable_summary(found), *empty_classes(found, data)]:

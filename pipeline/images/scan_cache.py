@@ -1,9 +1,10 @@
-"""What a scan of a data folder found, kept in a file, so that the next one needn't
-decode again what hasn't changed since."""
+"""Keep the results of a scan in a file, so that the next scan decodes only files that
+have changed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,25 +16,27 @@ COLUMNS = ("bytes", "digest", "height", "width")  # of Images
 
 
 class Scanned:
-    """The usable images of the last scan, by path, size and time of change. A file of
-    these that was changed all the same is refused when it is trained on, since its
-    digest is another. What is missing, damaged or of another decoder is as good as
-    nothing known.
+    """The usable images of the last scan, known by path, size and time of change.
 
-    Only ``keep`` writes, so that a command which is refused after its scan leaves
+    If a file has changed but kept its size and time, training refuses it later by its
+    digest. A file of results that is missing, damaged or of another decoder counts as
+    empty. Only ``keep`` writes, so that a command that is refused after its scan leaves
     nothing behind.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._new: dict[str, np.ndarray] = {}
+        self._new: dict[str, Any] = {}
 
     def recall(
         self, exif: str, paths: np.ndarray, sizes: np.ndarray, changed: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """int64 [known], which of these files are known; and, if any are, their
-        ``COLUMNS``, each [known, …]. paths: str [n]. sizes: int64 [n], bytes. changed:
-        int64 [n], ns."""
+        """Return int64 [known], the places of the known files, and their ``COLUMNS``,
+        each [known, …]; no columns if nothing is kept.
+
+        exif: as in RenderSettings. paths: str [n]. sizes: int64 [n], bytes. changed:
+        int64 [n], time of the last change, ns since 1970.
+        """
         kept = self._read(exif)
         if kept is None:
             return np.zeros(0, np.int64), {}
@@ -47,8 +50,8 @@ class Scanned:
         return rows, {name: kept[name][there[rows]] for name in COLUMNS}
 
     def note(self, exif: str, images: Images, changed: np.ndarray) -> None:
-        """Remember a scan's result; changed: int64 [images], when each file was changed
-        last, ns since 1970."""
+        """Remember a scan's result until ``keep``. changed: int64 [images], time of
+        each file's last change, ns since 1970."""
         usable = images.take(images.usable)
         text = "\0".join(usable.path.tolist()).encode()
         self._new = {name: getattr(usable, name) for name in COLUMNS}
@@ -59,12 +62,12 @@ class Scanned:
         }
 
     def keep(self) -> None:
-        """Write what was noted, if anything was."""
+        """Write the noted result, if there is one."""
         if self._new:
             durable.write(self.file, self._save)
 
     def _save(self, scratch: Path) -> None:
-        with open(scratch, "wb") as file:  # given a name, numpy would add .npz to it
+        with open(scratch, "wb") as file:  # an open file, since numpy adds .npz to a name
             np.savez(file, **self._new)
 
     def _read(self, exif: str) -> dict | None:
@@ -72,7 +75,7 @@ class Scanned:
             with np.load(self.file, allow_pickle=False) as file:
                 kept = {name: file[name] for name in (*COLUMNS, "changed", "path", "decoder")}
             kept["path"] = kept["path"].tobytes().decode().split("\0")
-        except Exception:  # there is none, or a damaged one, which can raise anything
+        except Exception:  # no file, or a damaged file, which can raise anything
             return None
         same = (
             str(kept.pop("decoder")) == _decoder(exif)

@@ -12,6 +12,7 @@ import torch
 from cache import LabelStore
 from cache.errors import DamagedStore, MealError, StoreError
 from cache.format.codec import divergence
+from cache.format.codec_bounds import distance, max_error
 from cache.verify import verify
 from pipeline.config import ModelSpec
 from pipeline.images.folders import DataFolder, require_same_files
@@ -157,7 +158,7 @@ def relabel(
             here = slice(start, start + len(part))
             kl[here], tv[here] = divergence(p, store.codec.decode(codes))
             equal[here] = (store.codec.encode(p) == codes).mean(axis=1)
-            unexplained[here] = store.codec.distance(p, codes)
+            unexplained[here] = distance(store.codec, p, codes)
             progress.advance(len(part))
     most_kl, most_tv = store.max_error
     allowed = (
@@ -165,7 +166,7 @@ def relabel(
             store.provenance, store.attributes.get("made_with", {}), device, compute["precision"]
         )
         + most_tv
-        - store.codec.max_error(store.classes)[1]
+        - max_error(store.codec, store.classes)[1]
     )
     worst = np.lexsort((-tv, -unexplained))[:WORST]
     return {

@@ -1,1 +1,2 @@
-"""Stage one: teachers label crops into a store."""
+"""Label every crop once with the teachers, and keep the soft labels in a store (stage
+one)."""

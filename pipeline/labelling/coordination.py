@@ -1,4 +1,5 @@
-"""Agree with the other workers of a store who creates, extends or repairs it."""
+"""Coordinate the workers of a store: one creates, extends or repairs the store while
+the others wait."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from cache.system.signals import finishing
 from cache.writer import StoreWriter
 from pipeline.runtime.progress import duration, say
 
-PATIENCE = 600.0  # seconds that a worker waits for worker 0 to show up
+PATIENCE = 600.0  # seconds that a worker waits for worker 0 to begin
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which store it was that could not be written: a failed write has no file's
-    name."""
+    """Name the store in the error of a failed write.
+
+    A failed write raises an OSError without a file name. Such an OSError becomes a
+    StoreError that names the store; every other error passes unchanged.
+    """
     try:
         yield
     except OSError as error:
@@ -33,8 +37,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def opened(path: Path) -> tuple[StoreWriter | None, str | None]:
-    """The store, or what is wrong with its description, which says nothing of its
-    labels."""
+    """Open the store, or return the fault of its description (zarr.json files,
+    manifest).
+
+    Returns (writer, None) or (None, fault). A fault of the description says nothing
+    about the labels.
+    """
     try:
         writer = StoreWriter(path)
         _ = writer.store.images
@@ -44,7 +52,11 @@ def opened(path: Path) -> tuple[StoreWriter | None, str | None]:
 
 
 def grown(writer: StoreWriter, views: int, leads: bool) -> StoreWriter:
-    """The store with ``views`` views at least, and every array of that length."""
+    """Extend the store to at least ``views`` views, and return its writer.
+
+    The worker that leads extends the store, and lengthens arrays that an interrupted
+    extension left too short. The other workers wait for the leading worker.
+    """
 
     def grown(writer: StoreWriter) -> bool:
         return views <= writer.store.views and not (leads and writer.uneven)
@@ -56,7 +68,7 @@ def grown(writer: StoreWriter, views: int, leads: bool) -> StoreWriter:
                 say(f"extending {path} from {writer.store.views} to {views} views")
             with suppress(BusyStore), finishing():
                 writer.grow(views)
-        if not grown(writer):  # another process does it, or is to do it
+        if not grown(writer):  # another process extends the store, or still has to
             wait(path, "grow", lambda: grown(StoreWriter(path)), leads)
             writer = StoreWriter(path)
     return writer
@@ -70,9 +82,11 @@ def once(
     leads: bool,
     *besides: str,
 ) -> None:
-    """Have one process do something that only one can do: this one, if it leads and
-    nobody else is at it, or at what it must not meet (``besides``); otherwise wait for
-    it."""
+    """Run ``do`` in one process only, and return when ``done()`` is true.
+
+    A process runs ``do`` if it leads and can claim the step ``what`` together with the
+    steps ``besides``, which must not run at the same time. Every other process waits.
+    """
     while not done():
         if leads:
             with claim(claims_of(path), what, *besides) as mine:
@@ -83,9 +97,12 @@ def once(
 
 
 def wait(path: Path, what: str, done: Callable[[], bool], leads: bool, *besides: str) -> None:
-    """Wait until another process has done what only one does, while it is alive. One
-    that leads goes on when it is not, to do it itself; others give worker 0 some time
-    to start."""
+    """Wait until another process has done the step ``what``.
+
+    A leading process stops waiting when no living process holds a claim on the step or
+    on ``besides``; the caller then does the step. Other processes give worker 0
+    ``PATIENCE`` seconds to begin. Raises StoreError if no process has begun by then.
+    """
     patience = time.monotonic() + PATIENCE
     say(f"waiting for {'another process' if leads else 'worker 0'} to {what} {path}")
     while not done():

@@ -1,5 +1,5 @@
-"""What a recipe costs, before anything is run: floating-point operations, GPU hours and
-the size of the store."""
+"""Estimate the cost of a recipe before anything runs: floating-point operations, GPU
+hours and the size of the store."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from pipeline.config import Config, ModelSpec
 from pipeline.models.weights import forward_flops
 
 IMAGENET_IMAGES = 1_281_167
-GPU_FLOPS = 100e12  # per second, assumed: a third of what an A100 is rated at in bf16 (312e12)
-BYTES_PER_CROP = (
-    500  # of the default codec at 1,000 classes; 413 to 584 were measured for its neighbours
-)
-# likewise: labels of mixed pictures have a higher entropy, and partner and rectangle
-# are 20 bytes
+GPU_FLOPS = 100e12  # per second, assumed: a third of an A100's bf16 rating (312e12)
+# Assumed for the default codec at 1,000 classes, between the measured 413 and 584 bytes
+# of the neighbouring codecs.
+BYTES_PER_CROP = 500
+# The same with CutMix: labels of mixed crops have a higher entropy, and partner and
+# rectangle take 20 bytes.
 BYTES_PER_MIXED_CROP = 580
 
 
 @lru_cache(maxsize=64)
 def flops(model: str, image_size: int | None) -> tuple[float, int]:
-    """(operations of one forward pass of one image, input size in pixels); a
-    multiplication and an addition are two."""
+    """Return (operations of one forward pass of one image, input size in pixels). A
+    multiplication and an addition count as two operations."""
     return forward_flops(ModelSpec(model=model, image_size=image_size, pretrained=False))
 
 
 def estimate(config: Config, images: int = IMAGENET_IMAGES) -> dict:
-    """Cost of both stages, and of training online instead.
+    """Estimate the cost of both stages, and of online training for comparison.
 
-    A teacher's crop costs one forward pass; a student's training step three (forward,
-    and twice that backward). Each view of the store is labelled once; training shows
-    epochs × images crops. Hours are of one GPU at GPU_FLOPS, of arithmetic alone.
+    A labelled crop costs one forward pass of each teacher. A training step costs three
+    forward passes of the student per crop: one forward, and a backward pass worth two.
+    Labelling makes each view of each image once; training shows epochs × images crops.
+    Hours are hours of one GPU at ``GPU_FLOPS``, for the arithmetic alone.
     """
     teachers = sum(flops(t.model, t.image_size)[0] for t in config.teachers)
     student = 3 * flops(config.student.model, config.train.image_size)[0]
@@ -49,7 +50,7 @@ def estimate(config: Config, images: int = IMAGENET_IMAGES) -> dict:
 
 
 def sentence(cost: dict) -> str:
-    """The estimate in words, as the heads of the recipes have it."""
+    """Return the estimate as a sentence, as the head of each recipe file quotes it."""
     return (
         f"{cost['teacher_gflop_per_crop']:.3g} GFLOP of teachers per crop, "
         f"{cost['student_gflop_per_crop']:.3g} of student training; "

@@ -1,4 +1,4 @@
-"""Create a store for stage one, or make the description of a damaged store anew."""
+"""Create a store for stage one, or rebuild the description of a damaged store."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from pipeline.sampling.crop_sampler import CropSampler
 
 
 def repair_store(work: Labelling, path: Path) -> None:
-    """Make the description of a damaged store anew. Its attributes are the old ones if
-    these are whole, otherwise this command's."""
+    """Rebuild the description of a damaged store.
+
+    The store keeps its attributes if they are whole. Otherwise the attributes come from
+    this command.
+    """
 
     def make(fresh: Path, kept: dict | None, views: int) -> None:
         create_store(work, fresh, kept=kept, views=views)
@@ -38,11 +41,13 @@ def repair_store(work: Labelling, path: Path) -> None:
 def create_store(
     work: Labelling, path: Path, *, strict: bool = False, kept: dict | None = None, views: int = 1
 ) -> None:
-    """Create an empty store, from a look at every image.
+    """Scan every image, and create an empty store.
 
-    strict: an unusable file is an error. kept: attributes that the store is to have, if
-    the images are those that the attributes speak of; of the command then counts only
-    where the images are. views: the least number of them.
+    strict: an unusable file is an error. kept: attributes of a damaged store, to be
+    reused for the new store. The images must be those that the attributes describe; the
+    command then decides only where the images are. views: the least number of views.
+    Raises DataError for unusable images, and StoreError for images that ``kept`` does
+    not describe.
     """
     config, data, settings = work.config, work.data, RenderSettings.of_config(work.config)
     seed, views = config.crops.seed, max(views, config.crops.views)
@@ -80,8 +85,8 @@ def create_store(
 
 
 def _require_usable(data: DataFolder, found: Images, strict: bool) -> None:
-    """Say which files are unusable. Raises DataError if none is usable, and with
-    ``strict`` if one isn't."""
+    """Print which files are unusable. Raises DataError if no file is usable, and with
+    ``strict`` if any file is unusable."""
     bad = unusable_summary(found)
     for line in bad:
         say(line)
@@ -95,7 +100,7 @@ def _require_usable(data: DataFolder, found: Images, strict: bool) -> None:
 
 
 def _describe(work: Labelling, found: Images) -> dict:
-    """Assemble the attributes of a store of these images that this command makes."""
+    """Assemble the attributes of a new store of these images."""
     config, teachers = work.config, work.teachers
     layout = description.layout_of(config, len(found), len(work.data.class_names))
     _, shard_rows = layout

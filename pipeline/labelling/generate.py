@@ -1,5 +1,5 @@
-"""Stage one: the label store, made, mended, extended, and filled with what is missing
-of it (stream.py)."""
+"""Run stage one: create, repair or extend a label store, and label its missing shards
+(stream.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.runtime.profiling import LABELLING, advice_on_labelling, report
 from pipeline.runtime.progress import Progress, duration, say
 from pipeline.runtime.threads import threads_for
 
-CHECK_THREADS = 4  # each holds a shard, some 32 MiB of codes
+CHECK_THREADS = 4  # each holds the codes of one shard, some 32 MiB
 
 
 def generate(
@@ -44,12 +44,12 @@ def generate(
     strict: bool = False,
     check: bool = True,
 ) -> LabelStore:
-    """Make a label store, or finish or extend the one that is there.
+    """Create a label store, or finish, extend or repair the store that is there.
 
-    share: what this process does of the work; None: all of it. strict: an unusable file
-    is an error. check: read the finished shards of this share again, and make anew what
-    isn't what was written; False: believe them. Raises MealError for whatever the user
-    can mend.
+    share: this process's share of the work; None: all of it. strict: an unusable file
+    is an error. check: verify the finished shards of this share first, and label
+    damaged shards again; False: trust finished shards. Returns the store, open for
+    reading. Raises MealError for every error that the user can fix.
     """
     share = share or Share(views_per_decode=config.store.views_per_decode)
     if share.first_view >= config.crops.views:
@@ -76,14 +76,16 @@ def generate(
             lambda: create_store(work, path, strict=strict),
             share.leads,
         )
-        if repair.folder_of(path).exists():  # left by a process that was killed, or in use now
+        # A killed process leaves the scratch folder of its repair. A folder in use is
+        # protected by the claim.
+        if repair.folder_of(path).exists():
             with claim(claims_of(path), "create") as mine:
                 if mine:
                     shutil.rmtree(repair.folder_of(path), ignore_errors=True)
         writer, damage = opened(path)
         if damage:
             say(damage)
-            # Nobody may extend meanwhile what is being put right.
+            # No process may extend the store while it is repaired.
             once(
                 path,
                 "create",
@@ -101,8 +103,11 @@ def generate(
 
 
 def _require_same(work: Labelling, store: LabelStore) -> None:
-    """Refuse to go on with a store that was made otherwise, and say what of the command
-    doesn't count. Raises StoreError or DataError."""
+    """Require that the store was made by the same recipe from the same images.
+
+    Prints a change of GPU, and options of the command that have no effect on the store.
+    Raises StoreError or DataError.
+    """
     config, path = work.config, store.path
     if "imported" in store.provenance:
         raise StoreError(
@@ -127,9 +132,13 @@ def _require_same(work: Labelling, store: LabelStore) -> None:
 def _discard_damaged(
     writer: StoreWriter, share: Share, threads: int | None
 ) -> list[tuple[int, int]]:
-    """Read what is finished of this share, and take the records of shards away that
-    aren't what was written: they will be made anew. Returns (view, shard) of those that
-    another process holds."""
+    """Verify the finished shards of this share, and remove the records of damaged
+    shards.
+
+    A shard without a record counts as unfinished, so it is labelled again. Returns
+    (view, shard) of each damaged shard whose record was not removed, because another
+    process holds the shard.
+    """
     store, doubtful = writer.store, []
     places = share.places(store.finished())
     with (
@@ -155,9 +164,12 @@ def _discard_damaged(
 def _fill(
     work: Labelling, writer: StoreWriter, share: Share, doubtful: list[tuple[int, int]]
 ) -> None:
-    """Label whatever this share is missing. What others are at is waited for, and done
-    here if they drop it or die. doubtful: damaged shards that others held when they
-    were looked at."""
+    """Label every unfinished shard of this share.
+
+    A shard that another process holds is waited for, and labelled here if that process
+    drops the shard or dies. doubtful: (view, shard) of damaged shards that other
+    processes held when they were verified.
+    """
     store, clock = writer.store, work.execution.clock
     size = [
         int((store.images.status[store.shard_slice(shard)] == USABLE).sum())
@@ -213,7 +225,7 @@ def _fill(
 
 
 def _say_what_is_left(writer: StoreWriter, share: Share) -> None:
-    """Say how complete the store is, and tidy a complete one up."""
+    """Print how complete the store is, and tidy up a complete store."""
     store = writer.store
     done, of = store.progress()
     if done == of:

@@ -1,4 +1,4 @@
-"""What labels are made from."""
+"""Hold the inputs of labelling."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.runtime.execution import Execution
 
 @dataclass(frozen=True)
 class Labelling:
-    """A recipe, the images that are labelled, the teachers that label them, and where
-    they run."""
+    """The inputs of labelling: a recipe, the images to label, the teachers, and the
+    execution (device, processes, clock)."""
 
     config: Config
     data: DataFolder
@@ -24,5 +24,5 @@ class Labelling:
 
     @property
     def device(self) -> torch.device:
-        """The teachers' device."""
+        """Return the device of the teachers."""
         return self.execution.device

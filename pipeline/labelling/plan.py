@@ -1,5 +1,5 @@
-"""What filling a store will take, from a short timing on this machine:
-``generate-labels --plan``. Nothing is written."""
+"""Predict the cost of filling a store from a short timing on this machine
+(``generate-labels --plan``). Nothing is written."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.progress import say
 from pipeline.sampling import philox, random_crop
 
-IMAGES = 64  # that are read, rendered and labelled for the timing
-SECONDS = 2.0  # that a timing takes at least
-# crops of a forward pass that is timed on a CPU, unless whole batches take no longer
-# than LONG
+IMAGES = 64  # images that are read, rendered and labelled for the timing
+SECONDS = 2.0  # least duration of a timing
+# Crops of the forward pass that is timed on a CPU. A whole batch is timed instead if it
+# takes at most LONG seconds.
 SLOW = 8
-LONG = 2.0  # seconds
-CLASSES = 1000  # of the labels whose sizes are known
-BOX = 12  # bytes of box and flip of a crop, compressed, measured
-# Bytes of such labels by codec (README, "The label store": measured with two real
-# teachers; the default's as cost.py has it).
+LONG = 2.0
+CLASSES = 1000  # classes of the labels in KNOWN
+BOX = 12  # measured bytes of a crop's box and flip, compressed
+# Bytes per label by codec, measured with two real teachers (README, "The label store").
+# The default codec's figure follows from cost.py.
 KNOWN = {
     "float32": 3590,
     "float16": 1738,
@@ -57,11 +57,14 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What filling a store will take: counts, rates per second, hours of this machine
-    and of a GPU of ``GPU_FLOPS``, bytes on disk."""
+    """The predicted cost of filling a store.
+
+    Rates are in crops per second. ``hours`` are hours of this machine, ``gpu_hours``
+    hours of a GPU of ``GPU_FLOPS``. Bytes are bytes on disk.
+    """
 
     images: int
-    counted: bool  # in a folder; otherwise as many as ImageNet has
+    counted: bool  # whether the images of --data were counted; otherwise ImageNet's number
     views: int
     crops: int
     finished: float  # share of the crops that the store holds already, 0 … 1
@@ -95,15 +98,16 @@ def make_plan(
     device: torch.device,
     share: Share | None = None,
 ) -> Plan:
-    """Time teachers and loader shortly, and work out crops, hours and bytes of the
-    store that ``config`` asks for.
+    """Time teachers and loader briefly, and predict crops, hours and bytes of the store
+    that ``config`` asks for.
 
-    data: its images are counted, and some read, rendered and labelled; None: as many as
-    ImageNet has, and the teachers alone are timed, on noise. path: what is finished
-    there already is not counted again, and what its disk has room for is told. share:
-    its number of workers divides the hours, and its first view is the first that
-    counts. Teachers whose weights can't be fetched are timed with random ones. Raises
-    MealError for what ``generate-labels`` would refuse too.
+    data: its images are counted, and some of them are read, rendered and labelled.
+    None: ImageNet's number of images is assumed, and the teachers alone are timed, on
+    noise. path: the store. Its finished shards are not counted again, and the free
+    space on its disk is reported. share: its number of workers divides the hours, and
+    views before its first view don't count. Teachers whose weights can't be fetched are
+    timed with random weights. Raises MealError for whatever ``generate-labels`` would
+    refuse.
     """
     share = share or Share()
     require_precision(config.store.precision, device, "store.precision")
@@ -124,8 +128,8 @@ def make_plan(
             for t in teachers
         }
     p, forward = _labelled(config, teachers, pixels, device)
-    # On a device of its own the teachers don't wait for the loader unless it is slower;
-    # on a CPU they share the cores.
+    # On a GPU teachers and loader work at the same time, so the slower one sets the
+    # pace. On a CPU they share the cores, so their times add up.
     per_crop = max(forward, rendering or 0) if device.type == "cuda" else forward + (rendering or 0)
     measured = _bytes_per_crop(config, p, boxes) if real and boxes is not None else None
     size = measured or _bytes_known(config, classes)
@@ -173,7 +177,8 @@ def make_plan(
 
 
 def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
-    """The teachers, and whether their weights are their own."""
+    """Load the teachers. Returns the teachers, and whether they have their real weights
+    (otherwise random ones)."""
     try:
         return load_teachers(config.teachers, device), True
     except ModelError as error:
@@ -190,8 +195,11 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
 def _rendered(
     config: Config, folder: Path, paths: np.ndarray, sizes: set[int]
 ) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
-    """Crops of some images, all over the folder, by size; their boxes [n, 4]; and the
-    seconds that reading and rendering a crop took."""
+    """Render crops of some images, spread over the whole folder.
+
+    Returns the crops by output size, their boxes [n, 4], and the seconds that reading
+    and rendering took per crop.
+    """
     chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
     look = Look(folder, RenderSettings.of_config(config))
     with dali.quiet_decoders():
@@ -226,15 +234,18 @@ def _rendered(
 def _labelled(
     config: Config, teachers: Sequence[Model], pixels: dict[int, torch.Tensor], device: torch.device
 ) -> tuple[np.ndarray, float]:
-    """Labels of crops, as many as the codec's size is judged by, and the seconds that
-    the teachers took for a crop."""
+    """Label crops, and time the teachers.
+
+    Returns the labels of at most ``IMAGES`` crops, from which the bytes per crop are
+    measured, and the teachers' seconds per crop.
+    """
     pixels = {size: p.to(device) for size, p in pixels.items()}
     batch, most = config.store.batch_size, len(next(iter(pixels.values())))
     if config.store.compile:
         teachers = [teacher.compiled_teacher(config.store.precision) for teacher in teachers]
-    only_batches = (
-        device.type == "cuda" or config.store.compile
-    )  # whose size is that of the work: others have other kernels
+    # A GPU or a compiled model runs other kernels for other batch sizes, so only the
+    # real batch size is timed.
+    only_batches = device.type == "cuda" or config.store.compile
 
     def forward(crops: dict[int, torch.Tensor], batch_size: int) -> torch.Tensor:
         p = ensemble(teachers, crops, config.store.precision, batch_size=batch_size)[0]
@@ -249,9 +260,8 @@ def _labelled(
 
     with fixed_shapes():
         per_crop = timed(batch if only_batches else min(batch, most, SLOW))
-        if (
-            not only_batches and per_crop * batch <= LONG
-        ):  # small models are slower in small batches
+        # Small models are slower in small batches.
+        if not only_batches and per_crop * batch <= LONG:
             per_crop = timed(min(batch, most))
         few = {size: p[:IMAGES] for size, p in pixels.items()}
         return forward(
@@ -260,7 +270,7 @@ def _labelled(
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds of one call, the mean of as many as SECONDS allow."""
+    """Return the mean seconds per call, over as many calls as take ``SECONDS``."""
     begun, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - begun < SECONDS:
         work()
@@ -269,8 +279,8 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray) -> float:
-    """Of label, box and flip as they are compressed; with CutMix also partner and
-    rectangle, which hardly can be."""
+    """Measure the compressed bytes per crop of label, box and flip. CutMix adds partner
+    and rectangle, which hardly compress."""
     codec = CODECS[config.store.codec]
     boxes = np.ascontiguousarray(boxes[: len(p)], np.int32)
     label = len(Zstd(level=codec.compression).encode(np.ascontiguousarray(codec.encode(p))))
@@ -282,7 +292,8 @@ def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray) -> float:
 
 
 def _bytes_known(config: Config, classes: int) -> float:
-    """Of a crop, from labels of real teachers for 1,000 classes."""
+    """Estimate the bytes per crop from labels that real teachers gave for 1,000
+    classes."""
     label = (
         KNOWN[config.store.codec]
         * classes
@@ -295,8 +306,11 @@ def _bytes_known(config: Config, classes: int) -> float:
 def _finished(
     path: Path, config: Config, teachers: list[Model], device: torch.device, first_view: int
 ) -> float:
-    """Share of what is to be labelled that is finished in a store; none of one that
-    this command would refuse, as far as that is known (without teachers it isn't)."""
+    """Return the share of the wanted shards that a store has finished, 0 … 1.
+
+    A store that this command would refuse counts as 0. Without ``teachers`` the recipe
+    can't be compared, and is taken to be the same.
+    """
     try:
         store = LabelStore.open(path)
         if store.made_by != "generate-labels":
@@ -311,7 +325,7 @@ def _finished(
 
 
 def _free(path: Path | None) -> int | None:
-    """Bytes that are free where the store is to be."""
+    """Return the free bytes on the disk of the store; None without ``path``."""
     place = (
         next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None)
         if path is not None

@@ -1,4 +1,4 @@
-"""Print what filling a store will take."""
+"""Print the predicted cost of filling a store."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import numpy as np
 
 @dataclass
 class Unit:
-    """Work that is done or not: some views of one shard."""
+    """A unit of work: some views of one shard, which share the decoding of the shard's
+    images."""
 
     views: list[int]
     shard: int
@@ -18,13 +19,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Share:
-    """A worker's share of a store's shards: every n-th unit of work, from the worker's
-    own number on.
+    """A worker's share of a store: every n-th unit of work, from the worker's own
+    number on.
 
-    worker: from 0. workers: how many there are. first_view: earlier views are left as
-    they are. views_per_decode: views of a shard that make a unit, since they share the
-    decoding of its images. Whose share a unit is depends on its place alone, not on
-    what is done already.
+    worker: the worker's number, from 0. workers: the number of workers, n. first_view:
+    earlier views are left as they are. views_per_decode: the number of views in a unit.
+    The share that a unit belongs to depends on the unit's place alone, not on which
+    shards are finished.
     """
 
     worker: int = 0
@@ -34,13 +35,16 @@ class Share:
 
     @property
     def leads(self) -> bool:
-        """Whether this worker does what only one can do: create, extend and repair the
-        store."""
+        """Return whether this worker creates, extends and repairs the store, which only
+        one worker may do."""
         return self.worker == 0
 
     def units(self, finished: np.ndarray) -> list[Unit]:
-        """Return the share's units of unfinished shards. finished: bool [views,
-        shards]. Early views come first, so that they become trainable first."""
+        """Return this share's units, each with its unfinished views only.
+
+        finished: bool [views, shards]. Units of early views come first, so that
+        students can train on early views first.
+        """
         units: dict[tuple[int, int], Unit] = {}
         for view, shard in self.places(~finished):
             units.setdefault((view // self.views_per_decode, shard), Unit([], shard)).views.append(
@@ -49,8 +53,8 @@ class Share:
         return list(units.values())
 
     def places(self, wanted: np.ndarray) -> list[tuple[int, int]]:
-        """Return (view, shard) of the share's places of ``wanted``, bool [views,
-        shards], in the order of the work."""
+        """Return (view, shard) of the places in this share where ``wanted``, bool
+        [views, shards], is true. The order is the order of the work."""
         views, shards = wanted.shape
         blocks = itertools.product(range(0, views, self.views_per_decode), range(shards))
         return [

@@ -1,6 +1,8 @@
-"""Stage one's work as one stream: crops are rendered ahead of the teachers, labels
-coded and written behind them, and units of work follow each other without a gap, so
-that the teachers wait for nothing but a loader that is slower than they are.
+"""Label units of work in one stream.
+
+Threads render crops ahead of the teachers, and encode and write labels behind them.
+Units follow each other without a gap, so the teachers wait only for a loader that is
+slower than they are.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from cache import LabelStore
 from cache.errors import BusyStore
 from cache.format.crops import BoxesAndFlips, Crops
 from cache.format.manifest import USABLE
@@ -35,30 +38,30 @@ from pipeline.sampling.cutmix import GROUP
 
 T = TypeVar("T")
 AHEAD = 2  # batches that are rendered before the teachers want them
-BEHIND = 4  # forward passes whose labels wait to be coded
-# at once: one that is rendered, one that is labelled, one that is written; what is
-# claimed no other worker can do
+BEHIND = 4  # forward passes whose labels wait to be encoded
+# Units in progress: one is rendered, one is labelled, one is written. Other workers
+# can't label a claimed unit, so no more units are claimed.
 UNITS = 3
 
 
 @dataclass(eq=False)
 class Job:
-    """A unit whose claims this process holds."""
+    """A unit of work whose shards this process has claimed."""
 
     unit: Unit
-    rows: np.ndarray  # int64 [n], of the shard
+    rows: np.ndarray  # int64 [n], the rows of the shard
     usable: np.ndarray  # bool [n]
     crops: Crops  # [views, n]
     codes: np.ndarray  # [views, n, codec.columns]
     claims: ExitStack
-    left: int  # labels that are still to come, blank ones included
-    unwritten: int  # views
+    left: int  # labels still to encode, the blank labels of unusable images included
+    unwritten: int  # views still to write
     writing: threading.Lock = field(default_factory=threading.Lock)
-    dropped: bool = False  # nothing of it may be written any more
+    dropped: bool = False  # if true, nothing more may be written
 
     def rendered_at(self, cut: slice) -> BoxesAndFlips:
-        """Boxes int [views, n, 4] and flips bool [views, n]; of an unusable image a
-        pixel."""
+        """Return boxes int [views, n, 4] and flips bool [views, n] of the rows at
+        ``cut``. The box of an unusable image is a single pixel."""
         crops = self.crops.take(cut)
         return BoxesAndFlips(
             np.where(self.usable[cut][None, :, None], crops.boxes, np.array([0, 0, 1, 1])),
@@ -68,21 +71,24 @@ class Job:
 
 @dataclass
 class Piece:
-    """What one forward pass found: of the crops of one view of some rows."""
+    """The result of one forward pass: the labels of some rows in one view."""
 
     job: Job
-    view: int  # its place among the unit's
+    view: int  # the view's place among the unit's views
     cut: slice  # the rows' place in the shard
     pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
-    # float32 [n, classes], the mean of the teachers' softmax; bool [n], whether their
-    # logits are finite
+    # float32 [n, classes], the mean of the teachers' softmax; and bool [n], whether the
+    # teachers' logits are finite
     found: Returning
 
 
 class Labeller:
-    """Labels units with the teachers. Batches are cut by place in the shard (with
-    CutMix, in the group of rows that are mixed with each other), one view a batch, an
-    unusable image keeping its place."""
+    """Labels units of work with the teachers.
+
+    A batch holds one view of consecutive rows of a shard. Batches begin at multiples of
+    the batch size, counted in the shard, or with CutMix in the group of rows that are
+    mixed with each other. An unusable image keeps its place in the batch.
+    """
 
     def __init__(self, work: Labelling, writer: StoreWriter, read: Reader) -> None:
         self.config, self.writer, self.store, self.read = work.config, writer, writer.store, read
@@ -99,11 +105,11 @@ class Labeller:
         self.leaving = threading.Event()
 
     def __call__(self, units: Iterable[Unit], progress: Progress) -> int:
-        """Label what nobody else holds. Returns how many of the units were labelled
-        here, at least in part."""
+        """Label the units that no other process holds. Returns how many units were
+        labelled here, at least in part."""
         mixed, batch_size = self.store.mixed, self.config.store.batch_size
-        # A group is mixed in one go and rendered in many batches: let that wait which
-        # hides the next group's rendering.
+        # A CutMix group is pasted at once but rendered in many batches. Queue a whole
+        # group, so that rendering the next group overlaps with labelling this group.
         depth = max(AHEAD, GROUP // batch_size) if mixed else AHEAD
         done = 0
         share_the_interpreter()
@@ -111,7 +117,7 @@ class Labeller:
         self.room = threading.Semaphore(UNITS)
         try:
             with (
-                fixed_shapes(),  # ensemble fills batches up
+                fixed_shapes(),  # ensemble pads every batch to one size
                 behind(
                     self._or_leave(self._write), self.config.store.views_per_decode
                 ) as self.write,
@@ -140,8 +146,8 @@ class Labeller:
         finally:
             for job in list(self.open):
                 job.dropped = True
-                # Who asks twice to stop doesn't wait for a write, and its claims end
-                # with this process.
+                # After a second signal to stop, a write may still be running. Its
+                # claims are left to end with this process.
                 if job.writing.acquire(blocking=False):
                     job.writing.release()
                     job.claims.close()
@@ -149,8 +155,11 @@ class Labeller:
         return done
 
     def _or_leave(self, deal_with: Callable[[T], None]) -> Callable[[T], None]:
-        """The same, but where it fails the renderer ends, which may be waiting for room
-        that there will never be."""
+        """Wrap a handler so that its failure stops the renderer too.
+
+        The renderer may be waiting for a unit to end (``UNITS``), which can't happen
+        after a failure.
+        """
 
         def deal(item: T) -> None:
             try:
@@ -163,13 +172,14 @@ class Labeller:
 
     @contextmanager
     def _telling_the_renderer(self) -> Iterator[None]:
-        """That nobody wants its crops any more."""
+        """Stop the renderer at the end of the context."""
         try:
             yield
         finally:
             self.leaving.set()
 
     def _tell_what_is_dropped(self) -> None:
+        """Print which views and shards are dropped by a stop."""
         done, of = self.store.progress()
         places = [(view, job.unit.shard) for job in self.open for view in job.unit.views]
         dropped = [place for place in places if not self.store.is_finished(*place)]
@@ -187,8 +197,8 @@ class Labeller:
     def _batches(
         self, units: Iterable[Unit]
     ) -> Iterator[tuple[Job, slice, list[dict[int, torch.Tensor]]]]:
-        """Rendered crops of those units that can be claimed; all views of some rows
-        together, which share a decode."""
+        """Render the crops of the units that can be claimed. Yields all views of some
+        rows together, since the views share one decode."""
         with self.send.beside():
             for unit in units:
                 while not self.room.acquire(timeout=0.1) and not self.leaving.is_set():
@@ -209,8 +219,8 @@ class Labeller:
     def _sent(
         self, rendered: Iterable[tuple[Job, slice, list]]
     ) -> Iterator[tuple[Job, slice, Sent[list]]]:
-        """On the device there is room for a few batches, and not for all that is
-        rendered ahead with CutMix."""
+        """Send rendered crops to the device shortly before the teachers want them. The
+        device has room for a few batches, but not for a whole CutMix group."""
         with self.send.beside():
             for job, cut, views in rendered:
                 with self.clock.part("send"):
@@ -228,7 +238,7 @@ class Labeller:
         codes = np.zeros(
             (len(views), len(rows), store.codec.columns(store.classes)), dtype=store.codec.dtype
         )
-        with claims:  # let go of, should drawing the crops fail
+        with claims:  # released if drawing the crops fails
             crops = Crops.stack([self.sampler.whole_crops(view, rows) for view in views])
             claims = claims.pop_all()
         usable = store.images.status[rows] == USABLE
@@ -262,7 +272,8 @@ class Labeller:
             yield cut, views
 
     def _mixed(self, job: Job) -> Iterator[tuple[slice, list[dict[int, torch.Tensor]]]]:
-        """Groups of rows are rendered whole, since partners are anywhere in them."""
+        """Render each CutMix group of rows whole, then paste and yield its batches. A
+        partner can be anywhere in the group."""
         for first in range(0, len(job.rows), GROUP):
             part = range(first, min(first + GROUP, len(job.rows)))
             group: list[dict[int, torch.Tensor]] = [{} for _ in job.unit.views]
@@ -293,18 +304,18 @@ class Labeller:
                 views,
                 self.config.store.batch_size,
                 RenderSettings.of_config(self.config),
-                pinned=self.send.device.type == "cuda"
-                and not self.store.mixed,  # mixed pictures are new tensors
+                # Pasting makes new tensors, so pinned tensors would be of no use.
+                pinned=self.send.device.type == "cuda" and not self.store.mixed,
             )
         return self.renderers[views]
 
     # ---- in threads, behind the teachers
 
     def _code(self, piece: Piece) -> None:
-        """Code the labels of a piece; with the last one of a unit, have the unit
-        written."""
+        """Encode the labels of a piece. The last piece of a unit queues the unit for
+        writing."""
         job, good = piece.job, piece.job.usable[piece.cut]
-        p, finite = (tensor.numpy() for tensor in piece.found.arrived())  # which waits for a GPU
+        p, finite = (tensor.numpy() for tensor in piece.found.arrived())  # waits for the GPU
         if not finite[good].all():
             self._blame(piece, good)
         with self.clock.part("code"):
@@ -315,7 +326,7 @@ class Labeller:
                 self.write((job, view))
 
     def _write(self, place: tuple[Job, int]) -> None:
-        """Write a view of a unit; with the last one let go of its claims."""
+        """Write one view of a unit. The last view releases the unit's claims."""
         job, view = place
         with job.writing:
             if job.dropped:
@@ -325,7 +336,7 @@ class Labeller:
                     self.writer.write(
                         job.unit.views[view], job.unit.shard, job.codes[view], job.crops.view(view)
                     )
-            except BusyStore as taken:  # its owner now does it, or did
+            except BusyStore as taken:  # another process has taken the shard over
                 say(str(taken))
         job.unwritten -= 1
         if not job.unwritten:
@@ -334,6 +345,8 @@ class Labeller:
             self.room.release()
 
     def _blame(self, piece: Piece, good: np.ndarray) -> None:
+        """Raise ModelError with the teacher and the image that gave an output that is
+        not finite."""
         paths = self.store.images.path[piece.job.rows[piece.cut]]
         for teacher in self.teachers:
             with torch.inference_mode():
@@ -349,8 +362,8 @@ class Labeller:
                 )
 
 
-def place_of(store: object, views: list[int], shard: int) -> str:
-    """Views of a shard, as a user is told of them."""
+def place_of(store: LabelStore, views: list[int], shard: int) -> str:
+    """Return some views of a shard in words, for messages: "view 3, rows 0 to 99"."""
     rows = store.shard_slice(shard)
     return (
         f"view{'s' * (len(views) > 1)} {', '.join(map(str, views))}, rows {rows.start} to "

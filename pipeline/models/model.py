@@ -1,4 +1,5 @@
-"""A model with its input size and normalisation, and the mean softmax of several."""
+"""Run a timm model with its own input size and normalisation, and average the softmax
+of several models."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -18,13 +20,13 @@ METADATA = "meal_v2"  # key of a checkpoint's description in a safetensors heade
 
 
 class ModelError(MealError):
-    """A model that timm doesn't know, or weights that can't be had or don't fit."""
+    """A model that timm doesn't know, or weights that can't be loaded or don't fit."""
 
 
 @dataclass
 class Model:
-    """A timm model with what it expects of its input. Calling it takes uint8 pixels and
-    gives logits."""
+    """A timm model, and the input that it expects. A call maps uint8 pixels to
+    logits."""
 
     module: nn.Module
     name: str  # timm name with its tag
@@ -33,45 +35,45 @@ class Model:
     mean: tuple[float, float, float]  # of RGB in 0 … 1
     std: tuple[float, float, float]
     interpolation: str  # of evaluation's resize
-    notes: list[str] = field(
-        default_factory=list
-    )  # what a user should be told of how it was loaded
+    notes: list[str] = field(default_factory=list)  # for the user, on how it was loaded
 
     def to(self, device: torch.device) -> Model:
+        """Move the model to a device, and return it."""
         self.module.to(device)
         return self
 
     def introduction(self, role: str) -> list[str]:
-        """Lines that tell a user what was loaded."""
+        """Return lines that tell a user which model was loaded, and how. role:
+        "teacher" or "student"."""
         return [f"{role} {self.name}, {self.image_size} px, {self.classes} classes", *self.notes]
 
-    def compiled(self, **options: bool) -> Model:
-        """The same model, its weights too, that torch.compile makes faster: at the
-        first call of each batch size, for a minute. Outputs are the same to
-        rounding."""
-        return replace(
-            self, module=torch.compile(self.module, dynamic=False, options=options or None)
-        )
+    def compiled(self, **options: Any) -> Model:
+        """Return the same model, with the same weights, that torch.compile makes
+        faster. The first call of each batch size compiles it, for a minute. Outputs are
+        the same to rounding."""
+        compiled: Any = torch.compile(self.module, dynamic=False, options=options or None)
+        return replace(self, module=compiled)
 
     def compiled_teacher(self, precision: str) -> Model:
         """Compile a model whose weights don't change any more.
 
-        Freezing folds BatchNorm into the convolutions. In half precision that would be
-        done with rounded weights, which multiplies the outputs' error
-        (github.com/pytorch/pytorch/pull/145623 saw fourfold in float16 and eightfold in
-        bfloat16), so there it is left out.
+        Freezing folds BatchNorm into the convolutions. In half precision it would fold
+        rounded weights, which multiplies the error of the outputs
+        (github.com/pytorch/pytorch/pull/145623 measured a factor of four in float16 and
+        of eight in bfloat16). So in half precision the model is compiled without
+        freezing.
         """
         return self.compiled(freezing=True) if precision not in HALF else self.compiled()
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, height, width, 3] → float32 [n, 3, height, width], (x / 255 − mean)
-        / std, on the pixels' device."""
+        """Normalise pixels, on their device: uint8 [n, height, width, 3] → float32 [n,
+        3, height, width], (x / 255 − mean) / std."""
         mean, std = (_constant(c, pixels.device) for c in (self.mean, self.std))
         return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
     def __call__(self, pixels: torch.Tensor, precision: str = "float32") -> torch.Tensor:
-        """uint8 [n, height, width, 3] on the model's device → float32 logits [n,
-        classes]; ``precision`` of the forward pass."""
+        """Compute logits: uint8 [n, height, width, 3] on the model's device → float32
+        [n, classes]. precision: of the forward pass."""
         x = self.normalise(pixels)
         half = HALF.get(precision)
         with (
@@ -81,13 +83,12 @@ class Model:
             return self.module(x).float()
 
     def digest(self) -> str:
-        """Hex sha256 over the sorted tensors (name, dtype, shape, bytes): known by the
-        weights, whatever file they came in."""
+        """Return the hex sha256 over the sorted tensors (name, dtype, shape, bytes). It
+        depends on the weights alone, not on the file that held them."""
         h = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
-            if name.endswith(
-                "num_batches_tracked"
-            ):  # counts training steps; no output depends on it
+            # num_batches_tracked counts training steps; no output depends on it.
+            if name.endswith("num_batches_tracked"):
                 continue
             h.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             h.update(
@@ -96,7 +97,7 @@ class Model:
         return h.hexdigest()
 
     def describe(self) -> dict:
-        """The model as provenance."""
+        """Return the description of the model that a store's provenance keeps."""
         return {
             "model": self.name,
             "weights": self.digest(),
@@ -110,23 +111,23 @@ class Model:
 
 @cache
 def _constant(of_rgb: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """float32 [1, 3, 1, 1]; made once, since a GPU is waited for when it is given
-    something."""
-    with torch.inference_mode(
-        False
-    ):  # a teacher may ask for it first, and a student that trains next
+    """Return three RGB values as float32 [1, 3, 1, 1] on a device. The result is
+    cached, since every copy to a GPU waits for the GPU."""
+    # No inference tensor, since a student in training may use the constant after a
+    # teacher.
+    with torch.inference_mode(False):
         return torch.tensor(of_rgb, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def sync_batchnorm(model: Model) -> None:
-    """Let the model's BatchNorm layers take mean and variance over the images of all
-    processes; on GPUs."""
+    """Replace the model's BatchNorm layers by layers that take mean and variance over
+    the images of all processes. The new layers need GPUs."""
     model.module = timm.layers.convert_sync_batchnorm(model.module)
 
 
 def mean_softmax(logits_tbc: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Eq. 1 of MEAL V2: per teacher logits [batch, classes] → float32 [batch, classes],
-    the mean of the teachers' softmax."""
+    """Return the mean of the teachers' softmax, float32 [batch, classes] (Eq. 1 of MEAL
+    V2). logits_tbc: logits [batch, classes] of each teacher."""
     return torch.stack([logits.float().softmax(dim=1) for logits in logits_tbc]).mean(dim=0)
 
 
@@ -138,12 +139,13 @@ def ensemble(
     *,
     batch_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each teacher sees the crop at its own size, in its own normalisation.
+    """Run all teachers on crops, each at its own input size and with its own
+    normalisation.
 
-    pixels: uint8 [n, size, size, 3] by size. batch_size: of a forward pass; otherwise
-    all at once. A smaller rest is filled up with its last row, since the size of a
-    batch decides the last bits of its outputs. Returns the mean of the teachers'
-    softmax (Eq. 1) and of their logits, float32 [n, classes] each.
+    pixels: input size → uint8 [n, size, size, 3]. batch_size: crops per forward pass;
+    None: all crops at once. A smaller last batch is filled up with its last row, since
+    the size of a batch decides the last bits of its outputs. Returns the mean of the
+    teachers' softmax (Eq. 1) and the mean of their logits, float32 [n, classes] each.
     """
     n = len(next(iter(pixels.values())))
     batch_size = batch_size or n

@@ -1,4 +1,5 @@
-"""Names of models: those of the paper, of timm, and of ImageNet's classes."""
+"""Translate names: the paper's models to timm's, and WordNet ids to readable
+classes."""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ from pipeline.models.model import ModelError
 
 
 def public(name: str) -> str:
-    """A model's name without a path of this machine: of local-dir:FOLDER the folder's
-    own name."""
+    """Return a model's name without a path of this machine: local-dir:/path/to/FOLDER →
+    local-dir:FOLDER."""
     source, colon, place = name.partition(":")
     return f"{source}:{Path(place).name}" if colon and source == "local-dir" else name
 
 
-# Names of models in the paper, in its authors' code and in the timm of 2020 that it
-# used (0.2.1), and today's timm names of the same weights. Some of them mean other
-# weights in today's timm: its resnet50 is a1_in1k, and its tf_efficientnet_b4 the Noisy
-# Student, which would make the paper's pair of EfficientNets one model twice. Its
-# efficientnet_b4 had no weights then, so the paper's can only be tf_efficientnet_b4;
-# timm's of today is reached by its tag.
+# Names of models in the paper, in its authors' code and in the timm of 2020 that the
+# code used (0.2.1) → today's timm names of the same weights. Some of the old names mean
+# other weights in today's timm: resnet50 is a1_in1k, and tf_efficientnet_b4 is the
+# Noisy Student, which would make the paper's pair of EfficientNets one model twice. In
+# 2020 efficientnet_b4 had no weights, so the paper's is tf_efficientnet_b4.
+# Today's weights of efficientnet_b4 are reached by their tag.
 ALIASES = {
     "senet154": "senet154.gluon_in1k",
     "gluon_senet154": "senet154.gluon_in1k",
@@ -44,10 +45,11 @@ ALIASES = {
     "tf_mobilenetv3_large_100": "tf_mobilenetv3_large_100.in1k",
     "tf_efficientnet_b0": "tf_efficientnet_b0.aa_in1k",
     "efficientnet_b0": "efficientnet_b0.ra_in1k",
-    # timm makes 32x8d of these two without a word
+    # timm builds 32x8d for these two names, without a warning.
     "ig_resnext101_32x16d": "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",
     "ig_resnext101_32x32d": "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
 }
+# Models that timm no longer has → the nearest model that it has.
 GONE = dict.fromkeys(
     ("resnext101_32x48d", "ig_resnext101_32x48d", "resnext101_32x48d_wsl"),
     "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
@@ -55,17 +57,18 @@ GONE = dict.fromkeys(
 
 
 def imagenet_classes() -> list[str]:
-    """WordNet ids of the 1,000 classes of ImageNet, in the order of the models' outputs
-    (the list that timm ships)."""
+    """Return the WordNet ids of ImageNet's 1,000 classes, in the order of the models'
+    outputs (the list that timm ships)."""
     return ImageNetInfo("imagenet-1k").label_names()
 
 
 def class_titles(names: Sequence[str]) -> list[str]:
-    """What people call these classes: of WordNet ids their first word (n01440764 →
-    tench), with the id where two have the same; of others the name itself."""
+    """Return readable names of classes. A WordNet id becomes its first word (n01440764
+    → tench), followed by the id if two classes have the same word. Any other name stays
+    as it is."""
     if not any(re.fullmatch(r"n\d{8}", name) for name in names):
         return list(names)
-    told = {}
+    told: dict[str, str] = {}
     for subset in ("imagenet-22k", "imagenet-1k"):
         info = ImageNetInfo(subset)
         told |= dict(zip(info.label_names(), info.label_descriptions(), strict=True))
@@ -78,11 +81,12 @@ def class_titles(names: Sequence[str]) -> list[str]:
 
 
 def resolve(name: str, *, hub: bool = True) -> str:
-    """A timm name with the tag of its weights: ``resnet50`` → ``resnet50.ram_in1k``
-    (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's choice).
+    """Return a timm name with the tag of its weights: ``resnet50`` →
+    ``resnet50.ram_in1k`` (ALIASES), ``resnet34`` → ``resnet34.a1_in1k`` (timm's
+    choice).
 
-    hub: whether timm's weights are meant; where they aren't, a name without a tag names
-    the architecture alone, and stays without. Raises ModelError with the nearest name
+    hub: True if timm's own weights are meant. If not, a name without a tag means the
+    architecture alone, and stays without a tag. Raises ModelError with the nearest name
     if timm has no such model.
     """
     if ":" in name:  # hf-hub:… and local-dir:…, which timm resolves itself

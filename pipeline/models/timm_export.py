@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -19,26 +20,29 @@ from pipeline.models.model import METADATA, Model, ModelError
 def save_for_timm(
     model: Model, folder: Path, class_names: Sequence[str] | None, facts: dict
 ) -> None:
-    """Write config.json and model.safetensors as timm's hub has them:
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` makes the model of them,
+    """Write config.json and model.safetensors in the format of timm's hub.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then builds the model,
     with its own normalisation and this project's evaluation (shorter side size·256/224,
     central crop).
 
-    The model is on the CPU, in evaluation mode, and its tensors lie as timm makes them
-    (contiguous, not channels last). class_names: of its outputs in order, if they are
-    known. facts: what config.json is to say besides, under METADATA. Raises ModelError
-    unless timm makes the same model of it, its logits equal bit for bit.
+    model: on the CPU, in evaluation mode, with its tensors in timm's memory layout
+    (contiguous, not channels last). class_names: of the outputs, in order, if they are
+    known. facts: further content of config.json, under METADATA. Raises ModelError
+    unless timm builds the same model, with logits that are equal bit for bit.
     """
-    described = copy.copy(model.module)
+    described: Any = copy.copy(model.module)
+    # The other keys describe timm's weights, not the architecture.
     architectural = (
         "architecture",
         "fixed_input_size",
         "min_input_size",
         "first_conv",
         "classifier",
-    )  # all else is of timm's weights
+    )
+    known: Any = model.module.pretrained_cfg
     described.pretrained_cfg = {
-        key: value for key, value in model.module.pretrained_cfg.items() if key in architectural
+        key: value for key, value in known.items() if key in architectural
     } | {
         "num_classes": model.classes,
         "input_size": (3, model.image_size, model.image_size),
@@ -54,8 +58,7 @@ def save_for_timm(
     save_config_for_hf(
         described, str(folder / "config.json"), model_config={**named, METADATA: facts}
     )
-    # Tensors that are shared, as in coat, are written twice: timm asks for each by its
-    # name.
+    # Shared tensors, as in coat, are written twice: timm reads each tensor by its name.
     tensors = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in model.module.state_dict().items()
@@ -73,7 +76,7 @@ def save_for_timm(
             x = model.normalise(noise)
             theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
             why = "" if torch.equal(theirs(x), model.module(x)) else "its outputs differ"
-    except Exception as error:  # timm raises whatever it likes
+    except Exception as error:  # timm raises errors of many types
         why = shorten(str(error), 160, placeholder=" …")
     if why:
         raise ModelError(
@@ -84,10 +87,12 @@ def save_for_timm(
 
 @contextmanager
 def attention_by_steps(model: Model) -> Iterator[None]:
-    """Meanwhile timm's attention layers multiply, take the softmax and multiply again,
-    instead of calling torch's fused function, some uses of which can't be translated to
-    ONNX."""
-    fused = [part for part in model.module.modules() if getattr(part, "fused_attn", False)]
+    """Let timm's attention layers multiply, take the softmax and multiply again,
+    instead of calling torch's fused function. Some uses of the fused function can't be
+    translated to ONNX."""
+    fused: list[Any] = [
+        part for part in model.module.modules() if getattr(part, "fused_attn", False)
+    ]
     try:
         for part in fused:
             part.fused_attn = False

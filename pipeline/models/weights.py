@@ -1,5 +1,5 @@
-"""timm models as teachers and students: names, weights, own normalisation, and the
-ensemble's mean softmax. Only this module knows timm."""
+"""Load timm models as teachers and students, with their weights, input size and
+normalisation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -28,9 +29,10 @@ def load(
 ) -> Model:
     """Build a model with its weights, on the CPU, in evaluation mode.
 
-    classes: give it this many (a head of another size is replaced by a new one, and
-    that is noted); None: as many as its weights have. image_size: input size in pixels,
-    before the spec's and the model's own. seed: of random weights and of a new head.
+    classes: number of classes. A head of another size is replaced by a new head, and
+    the model's notes say so. None: as many as the weights have. image_size: input size
+    in pixels, which takes precedence over the spec's and the model's own. seed: of
+    random weights and of a new head. Raises ModelError.
     """
     hub = spec.checkpoint is None and spec.pretrained
     name = resolve(spec.model, hub=hub)
@@ -41,9 +43,8 @@ def load(
             f"{architecture(written['model'])}={spec.checkpoint}"
         )
     if written and "." not in spec.model:
-        name = written[
-            "model"
-        ]  # with the tag that the weights started from, not timm's tag of today
+        # Keep the tag that the weights started from: timm's default tag may be another.
+        name = written["model"]
     config = _config(name)
     size = image_size or spec.image_size or written.get("image_size") or config["input_size"][-1]
     options = _size_option(config, size)
@@ -74,20 +75,19 @@ def load(
     try:
         with torch.inference_mode():
             module(torch.zeros(1, 3, size, size))
-    except Exception as error:  # patch sizes, windows and poolings object in many ways
+    except Exception as error:  # patch sizes, windows and poolings fail in many ways
         raise ModelError(
             f"{name} can't take {size} px ({shorten(str(error), 160, placeholder=' …')}); choose "
             f"another image_size"
         ) from None
     return Model(
-        module.to(
-            memory_format=torch.channels_last
-        ),  # as the renderer's pixels lie; convolutions are faster so
+        # Channels last, like the renderer's pixels: convolutions are faster.
+        module.to(memory_format=torch.channels_last),
         name,
         classes if classes is not None else found,
         size,
-        tuple(spec.mean or written.get("mean") or config["mean"]),
-        tuple(spec.std or written.get("std") or config["std"]),
+        _colour(spec.mean or written.get("mean") or config["mean"]),
+        _colour(spec.std or written.get("std") or config["std"]),
         written.get("interpolation")
         or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
         notes,
@@ -95,8 +95,8 @@ def load(
 
 
 def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:
-    """Teachers of one class count and of different weights, on the device. Raises
-    ModelError otherwise."""
+    """Load teachers onto the device. Raises ModelError unless each has weights, all
+    have the same number of classes, and no two have the same weights."""
     if not specs:
         raise ModelError(
             "there is no teacher; name some under teachers: in the config, or with --teacher "
@@ -130,8 +130,9 @@ def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Mode
 
 
 def forward_flops(spec: ModelSpec) -> tuple[float, int]:
-    """(floating-point operations of one image's forward pass, input size in pixels),
-    counted by torch on a model without memory; no weights are needed."""
+    """Return (floating-point operations of one image's forward pass, input size in
+    pixels). Torch counts the operations on a model without memory (meta device), so no
+    weights are needed."""
     name = resolve(spec.model)
     config = _config(name)
     size = spec.image_size or config["input_size"][-1]
@@ -140,6 +141,11 @@ def forward_flops(spec: ModelSpec) -> tuple[float, int]:
             torch.zeros(1, 3, size, size)
         )
     return float(counter.get_total_flops()), size
+
+
+def _colour(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _config(name: str) -> dict:
@@ -155,7 +161,8 @@ def _config(name: str) -> dict:
 
 
 def _size_option(config: dict, size: int) -> dict[str, int]:
-    """What timm must be told to build a model for another input size than its own."""
+    """Return timm's option for another input size than the model's own, if it needs an
+    option."""
     return (
         {"img_size": size}
         if size != config["input_size"][-1] and config.get("fixed_input_size")
@@ -163,14 +170,14 @@ def _size_option(config: dict, size: int) -> dict[str, int]:
     )
 
 
-def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
-    for noisy in ("timm", "huggingface_hub"):  # a line per retry; the error below says it once
+def _create(name: str, *, pretrained: bool, **options: Any) -> Any:
+    for noisy in ("timm", "huggingface_hub"):  # they log every retry; the error below says it once
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
-        # timm, huggingface_hub and the network raise whatever they like; the user's
-        # repair is the same
+        # timm, huggingface_hub and the network raise errors of many types; the user's
+        # repair is the same.
         text = shorten(str(error), 160, placeholder=" …")
         if pretrained:
             raise ModelError(
@@ -183,8 +190,8 @@ def _create(name: str, *, pretrained: bool, **options: int) -> nn.Module:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(state dict, what this tool wrote of the model or {}). Tensors only: nothing in
-    the file is executed."""
+    """Return (state dict, this tool's description of the model or {}). Only tensors are
+    read: nothing in the file is executed."""
     if not path.is_file():
         raise ModelError(f"there is no checkpoint {path}; check the path after MODEL=")
     if not os.access(path, os.R_OK):
@@ -198,9 +205,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise ValueError("it holds something else than named tensors")
         return weights, written
-    except (
-        Exception
-    ) as error:  # a damaged or foreign file fails in many ways inside safetensors and torch
+    except Exception as error:
+        # A damaged or foreign file fails in many ways inside safetensors and torch.
         raise ModelError(
             f"{path} holds no weights that can be read "
             f"({shorten(str(error), 160, placeholder=' …')}); pass a .safetensors, .pth or .pt file"
@@ -220,8 +226,8 @@ def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int
 
 
 def _repair(weights: dict[str, torch.Tensor], path: str | None) -> str:
-    """What to do with weights that don't fit: name their model, if it is one of the
-    paper's."""
+    """Return the repair for weights that don't fit: name their model, if it is one of
+    the paper's."""
     fitting = []
     for candidate in dict.fromkeys(architecture(name) for name in ALIASES.values()):
         with torch.device("meta"):

@@ -1,1 +1,1 @@
-"""What a store was made from, and whether a command or a machine is still the same."""
+"""Record what a store was made from, and refuse a command or a machine that differs."""

@@ -1,4 +1,4 @@
-"""Describe what labels depend on, as a store's attributes keep it: recipe, layout,
+"""Describe in a store's attributes all that its labels depend on: recipe, layout,
 versions, GPU."""
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipeline.sampling.random_crop import TRIES
 
 
 def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.device) -> dict:
-    """What the labels depend on besides the images: the part of the provenance that a
-    command line decides."""
+    """Return the part of the provenance that a command line decides: all that labels
+    depend on, except the images."""
     policy = config.crops.model_dump(mode="json", exclude={"views"})
     if config.crops.cutmix is None:
-        del policy["cutmix"]  # as stores had it before there was CutMix
+        del policy["cutmix"]  # as in stores that are older than CutMix
     compute = {
         "batch_size": config.store.batch_size,
         "precision": config.store.precision,
@@ -53,15 +53,15 @@ def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.de
 
 
 def layout_of(config: Config, images: int, classes: int) -> tuple[int, int]:
-    """(rows of an inner chunk, rows of a shard) of a store of so many images."""
+    """Return (rows of an inner chunk, rows of a shard) of a store with ``images``
+    images."""
     chunk_rows, shard_rows = shard_rows_for(
         images, classes, np.dtype(CODECS[config.store.codec].dtype).itemsize
     )
     if config.store.shard_rows:
         shard_rows = config.store.shard_rows
-        chunk_rows = min(
-            chunk_rows, shard_rows & -shard_rows
-        )  # the largest power of two that divides it
+        # shard_rows & -shard_rows: the largest power of two that divides shard_rows.
+        chunk_rows = min(chunk_rows, shard_rows & -shard_rows)
     return chunk_rows, shard_rows
 
 
@@ -76,9 +76,10 @@ def describe_store(
 ) -> dict:
     """Assemble the attributes of a new store.
 
-    found: the manifest. origin: the provenance, as far as it doesn't follow from the
-    images. layout: rows of a chunk and of a shard. first: crops of
-    ``fingerprint_rows``. sizes: of the teachers, in pixels. threads: that render.
+    found: the manifest. origin: the part of the provenance that doesn't follow from the
+    images. layout: rows of a chunk and of a shard. first: the crops of
+    ``fingerprint_rows``. sizes: input sizes of the teachers, in pixels. threads: number
+    of threads that read and render.
     """
     chunk_rows, shard_rows = layout
     provenance = origin | {
@@ -107,8 +108,9 @@ def describe_store(
 
 
 def made_with(*, gpu: bool = False) -> dict[str, str]:
-    """Return the versions of what makes a store, and with ``gpu`` also the GPU
-    (``gpu_facts``). Fingerprints and digests decide whether they matter."""
+    """Return the versions of the software that makes a store and, with ``gpu``, also
+    the GPU (``gpu_facts``). Fingerprints and digests decide whether another version
+    matters."""
     versions = {"python": platform.python_version(), "dali": dali_version}
     for name in ("torch", "timm", "numpy", "scipy", "zarr"):
         versions[name] = version(name)
@@ -130,8 +132,8 @@ def gpu_facts() -> dict[str, str]:
 
 
 def policy_of(store: LabelStore) -> CropPolicy:
-    """The crop policy that a store was made with, as far as it is known, and its number
-    of views."""
+    """Return the crop policy that a store was made with, as far as it is known, and the
+    store's number of views."""
     kept = {
         key: value
         for key, value in store.provenance["crops"].items()

@@ -1,5 +1,5 @@
-"""Digests of rendered crops, by which a machine knows whether it renders what the
-teachers saw."""
+"""Digest rendered crops, so that a machine can tell whether it renders the teachers'
+pixels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipeline.render.dali import CropRenderer, RenderError
 from pipeline.render.settings import RenderSettings
 
 FINGERPRINT_CROPS = 64
-OTHER_BATCHES = 3  # in which the fingerprint's crops are rendered once more
+OTHER_BATCHES = 3  # number of batches in which the crops are rendered once more
 
 
 def fingerprint(
     blobs: Sequence[bytes], crops: Crops, sizes: Iterable[int], settings: RenderSettings
 ) -> dict[str, str]:
-    """Return digests of rendered crops by output size, by which a later run knows
-    whether it renders the same pixels.
+    """Return digests of rendered crops, output size → hex sha256. A later run renders
+    the same crops and compares the digests.
 
-    blobs: n encoded images. crops: [n], of these images. The crops are rendered in two
-    ways: all in one batch, and in another order in several smaller ones. Raises
-    RenderError if a crop's pixels depend on that.
+    blobs: n encoded images. crops: [n], of these images. sizes: output sizes in pixels.
+    The crops are rendered twice: all in one batch, and in another order in several
+    smaller batches. Raises RenderError if a crop's pixels depend on its batch.
     """
     n, sizes = len(crops), sorted(sizes)
     rendered = (
@@ -60,4 +60,6 @@ def fingerprint(
 
 
 def fingerprint_rows(images: Images) -> np.ndarray:
+    """Return the rows whose crops make the fingerprint: the first usable images, at
+    most FINGERPRINT_CROPS."""
     return np.flatnonzero(images.status == USABLE)[:FINGERPRINT_CROPS]

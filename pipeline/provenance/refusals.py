@@ -1,5 +1,4 @@
-"""Refuse a command, or a machine, that would go on with a store in another way than it
-was made."""
+"""Refuse to continue a store if the command or the machine differs from the store's."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from pipeline.render.dali import GPU_BACKENDS
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import rounding
 
-# of versions up to 0.6, on a GPU
+# The decoder of versions up to 0.6, on a GPU.
 OLD_DECODER = "DALI's own choice of decoder, which made an image's pixels depend on its batch"
 _REPAIRS = {
     "teachers": "pass the same teachers and checkpoints, in the same order",
@@ -36,7 +35,7 @@ _REPAIRS = {
 
 
 def require_class_count(data: DataFolder, teachers: list[Model]) -> None:
-    """Raises DataError unless the teachers have an output for each class."""
+    """Raise DataError unless the teachers have one output for each class."""
     if len(data.class_names) != teachers[0].classes:
         raise DataError(
             f"{data.path} has {len(data.class_names)} classes, the teachers have "
@@ -46,8 +45,8 @@ def require_class_count(data: DataFolder, teachers: list[Model]) -> None:
 
 
 def changed_gpu(store: LabelStore, device: torch.device) -> str | None:
-    """Say that labels are now made on another GPU than the store was begun on; None if
-    the GPU is the same, or a CPU makes labels."""
+    """Return a message if labels are now made on another GPU than the store was begun
+    on; None if the GPU is the same, or if labels are made on a CPU."""
     made, compute = store.attributes.get("made_with", {}), store.provenance["compute"]
     if device.type != "cuda" or made.get("gpu") == torch.cuda.get_device_name():
         return None
@@ -66,15 +65,15 @@ def changed_gpu(store: LabelStore, device: torch.device) -> str | None:
 def require_same_recipe(
     store: LabelStore, config: Config, teachers: list[Model], device: torch.device
 ) -> None:
-    """Raises StoreError with the first thing in which this command differs from the one
-    that made the store."""
+    """Raise StoreError if this command differs from the command that made the store.
+    The message names the first difference."""
     now = recipe(config, CODECS[config.store.codec], teachers, device)
     for theirs, ours in zip(store.provenance["teachers"], now["teachers"], strict=False):
         if theirs["weights"] == ours["weights"] and architecture(theirs["model"]) == architecture(
             ours["model"]
         ):
-            # a tag that was not named, or named otherwise, is no difference where the
-            # weights are the same
+            # If the weights are the same, a missing tag or another tag is no
+            # difference.
             ours["model"] = theirs["model"]
     for section, wanted in now.items():
         difference = first_difference(section, store.provenance[section], wanted)
@@ -95,7 +94,8 @@ def require_same_recipe(
 
 
 def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> None:
-    """Raises StoreError unless the class map, if one is given, is the store's."""
+    """Raise StoreError if a class map is given and isn't the store's. repair: the end
+    of the message, which says what to do."""
     classes = data.class_names
     if not data.mapped or classes == store.class_names:
         return
@@ -114,8 +114,8 @@ def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> No
 
 
 def require_same_pixels(store: LabelStore, folder: Path, threads: int | None = None) -> None:
-    """Render the fingerprint's crops again. Raises StoreError if any pixel differs from
-    what the teachers saw."""
+    """Render the fingerprint's crops again. Raise StoreError if any pixel differs from
+    the pixels that the teachers saw."""
     kept = store.attributes.get("fingerprint")
     if kept is None:
         raise StoreError(

@@ -1,1 +1,1 @@
-"""Pixels: the one renderer, which decodes images and cuts crops."""
+"""Render crops: decode images, cut and resize crops, and paste them for CutMix."""

@@ -1,21 +1,21 @@
-"""The one renderer: image bytes + crops → uint8 pixels. Teachers, student and
-evaluation all see what this makes. Only this module knows DALI.
+"""Render crops: encoded images and crops → uint8 pixels. Teachers, student and
+evaluation all see the pixels of this renderer. Only this module uses DALI.
 
 A crop is cut out of the decoded image and then resized (``fn.resize`` with a region
-gives other pixels). Where one crop of an image is wanted, only its region is decoded;
-on the CPU that equals the whole decode bit for bit. Pixels don't depend on the batch or
-on threads.
+gives other pixels). On the CPU, where only one crop of an image is needed, only the
+crop's region is decoded; its pixels equal the whole decode's bit for bit. Pixels depend
+neither on the batch nor on the number of threads.
 
 A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. By
 default DALI gives the largest 65 % of a batch to the hardware, so that an image's
-pixels would depend on the others in its batch. Here the file alone decides
-(``backend``):
+pixels would depend on the other images in its batch. Here the backend and the file
+alone decide:
 
 - ``gpu``: CUDA decodes everything.
-- ``gpu-hardware``: the hardware decodes every baseline JPEG, CUDA everything else, each
-  in a DALI pipeline of its own. An experiment, until it was seen right on a card: a
-  file that the hardware fails on has its whole batch decoded by CUDA (nvImageCodec 0.8,
-  extensions/nvjpeg/hw_decoder.cpp), without a word.
+- ``gpu-hardware``: the hardware decodes every baseline JPEG, and CUDA everything else,
+  each in a DALI pipeline of its own. This backend is an experiment until it has been
+  proved on a card: if the hardware fails on a file, CUDA decodes the file's whole batch
+  without a warning (nvImageCodec 0.8, extensions/nvjpeg/hw_decoder.cpp).
 """
 
 from __future__ import annotations
@@ -38,17 +38,15 @@ from pipeline.render.hardware_jpeg import hardware_engines, is_baseline_jpeg
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.threads import threads_for
 
-STEPS = (
-    "slice, resize with anti-aliasing, flip"  # what a stored label's pixels went through, in order
-)
-
-
+# The steps from a decoded image to a crop, in order, as a store records them.
+STEPS = "slice, resize with anti-aliasing, flip"
 dali_version: str = dali.__version__
-# A black pixel (PPM): what is rendered in the place of an unusable image, so that the
-# others keep their place in the batch.
+# A black pixel (PPM). It is rendered in place of an unusable image, so that the other
+# images keep their places in the batch.
 BLANK = b"P6 1 1 255\n\0\0\0"
 GPU_BACKENDS = ("gpu", "gpu-hardware")
-# What of each backend decides about pixels beside its name, as a store records it.
+# Settings of each backend that change pixels, as a store records them beside the
+# backend's name.
 DECODERS = {
     "gpu": {"decoder": "CUDA (hw_decoder_load 0.0)"},
     "gpu-hardware": {
@@ -60,9 +58,12 @@ _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 
 
 class RenderError(MealError):
-    """An image that decoded when the manifest was made and doesn't now. ``place``:
-    which of the batch, if that could be found out. ``on_gpu``: whether it is the GPU's
-    decoder alone that refuses it."""
+    """A failure to render, mostly of an image that decoded when the manifest was made
+    and doesn't now.
+
+    place: the image's place in the batch, if it could be found out. on_gpu: True if the
+    GPU's decoder alone refuses the image.
+    """
 
     def __init__(self, message: str, place: int | None = None, on_gpu: bool = False) -> None:
         super().__init__(message)
@@ -70,11 +71,12 @@ class RenderError(MealError):
 
 
 class _Graph:
-    """DALI pipelines fed with encoded images, rebuilt when an undecodable image has
-    killed them. Only ``gpu-hardware`` has two pipelines: one for the hardware decoder.
+    """Runs DALI pipelines on encoded images, and rebuilds them after an undecodable
+    image has killed them.
 
-    pinned: results of a renderer on the CPU lie in pinned memory, from where a GPU
-    copies them without another copy.
+    Only ``gpu-hardware`` has two pipelines: one for the hardware decoder, one for CUDA.
+    pinned: a renderer on the CPU puts its results into pinned memory, from where they
+    go to a GPU without another copy.
     """
 
     def __init__(self, batch_size: int, settings: RenderSettings, *, pinned: bool = False) -> None:
@@ -97,26 +99,28 @@ class _Graph:
                 f"and H100 are, and {torch.cuda.get_device_name()} has none; "
                 "use render.backend: gpu"
             )
-        self.device = (
-            torch.cuda.current_device() if self.gpu else None
-        )  # of this thread: the thread that renders has another one
-        self.pipes: dict[bool, dali.Pipeline] = {}  # by whether the hardware decodes
-        # the last outputs of a pipeline on a GPU, and the event after which they have
-        # been copied
+        # Taken here, since torch's current device may differ in the thread that
+        # renders.
+        self.device = torch.cuda.current_device() if self.gpu else None
+        self.pipes: dict[bool, dali.Pipeline] = {}  # the key is True for the hardware decoder
+        # The last outputs of each pipeline on a GPU, and the event after which the
+        # outputs have been copied.
         self.lent: dict[bool, tuple] = {}
 
     def define(
         self, encoded: dali.data_node.DataNode, decode: Callable
     ) -> list[dali.data_node.DataNode]:
-        """Return the pipeline's outputs for encoded images. ``decode``: encoded →
-        decoded whole."""
+        """Return the pipeline's outputs for encoded images. decode: encoded images →
+        whole decoded images."""
         raise NotImplementedError
 
     def run(
         self, blobs: Sequence[bytes], *, hardware: bool = False, **arguments: np.ndarray
     ) -> Sequence:
         """Feed encoded images and named arrays [len(blobs), …], and return DALI's
-        outputs: on a GPU in the order of torch's current stream."""
+        outputs. On a GPU they are made in the order of torch's current stream.
+        hardware: use the pipeline of the hardware decoder. Raises RenderError, or
+        OutOfMemoryError on a GPU."""
         if hardware not in self.pipes:
             self.pipes[hardware] = self._built(hardware)
         pipe = self.pipes[hardware]
@@ -148,7 +152,7 @@ class _Graph:
                 if len(rows := np.flatnonzero(baseline == hardware)):
                     self._fill_rows(targets, rows, blobs, arguments, hardware)
             return
-        outputs = self.run(blobs, **arguments)
+        outputs = self.run(blobs, hardware=False, **arguments)
         for target, output in zip(targets, outputs, strict=True):
             if self.gpu:
                 target.copy_(torch.from_dlpack(output.as_tensor()))
@@ -164,18 +168,17 @@ class _Graph:
         arguments: dict[str, np.ndarray],
         hardware: bool,
     ) -> None:
-        """Render the images at ``rows``, int64 [n], all of them by one decoder, into
-        these rows of ``targets``."""
+        """Render the images at ``rows``, int64 [n], by one decoder into the same rows
+        of ``targets``."""
         filled = rows
         if hardware:
-            # How many images of a batch the hardware takes is fixed by its first batch:
+            # The first batch fixes how many images of a batch the hardware takes, so
             # all batches are filled up to the same size, with the smallest image.
             smallest = min(rows, key=lambda row: len(blobs[row]))
             filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
-            # The hardware decoder writes without waiting for what the GPU was told
-            # before (seen on an H100 by others: torchcodec's pull request 1634), so it
-            # may only be told when all that reads the memory of the batch before is
-            # done.
+            # The hardware decoder writes without waiting for earlier work on the GPU
+            # (seen on an H100 by others: torchcodec's pull request 1634). So it may
+            # start only when the memory of the batch before has been read.
             for _, copied in self.lent.values():
                 copied.synchronize()
         try:
@@ -194,18 +197,19 @@ class _Graph:
         self._keep(hardware, outputs)
 
     def _keep(self, hardware: bool, outputs: Sequence) -> None:
-        """Hold on to outputs of a GPU until they have been copied, since DALI may use
-        their memory again once nobody holds them."""
+        """Hold a GPU's outputs until they have been copied, since DALI may use their
+        memory again once the outputs are released."""
         if not self.gpu:
             return
         if hardware in self.lent:
             self.lent[hardware][1].synchronize()
-        copied = torch.cuda.Event(blocking=True)  # who waits for it leaves the core to the decoders
+        # A blocking event: a thread that waits for it leaves its core to the decoders.
+        copied = torch.cuda.Event(blocking=True)
         copied.record()
         self.lent[hardware] = outputs, copied
 
     def __del__(self) -> None:
-        with suppress(Exception):  # at the interpreter's end there may be no GPU to ask
+        with suppress(Exception):  # at the interpreter's end the GPU may be gone
             for _, copied in self.lent.values():
                 copied.synchronize()
 
@@ -219,23 +223,19 @@ class _Graph:
                     device=self.device if self.gpu else "cpu",
                     pin_memory=self.pinned,
                 )
-            return torch.from_numpy(
-                np.empty(shape, np.uint8)
-            )  # numpy asks for huge pages, torch doesn't
+            # Allocated by numpy, which asks for huge pages; torch doesn't.
+            return torch.from_numpy(np.empty(shape, np.uint8))
         except torch.OutOfMemoryError:  # of a GPU
             raise
-        except (
-            RuntimeError,
-            MemoryError,
-            ValueError,
-        ):  # a stranger's store may ask for more than there is
+        except (RuntimeError, MemoryError, ValueError):
+            # A stranger's store may ask for more memory than there is.
             raise RenderError(
                 f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory"
             ) from None
 
     def _built(self, hardware: bool) -> dali.Pipeline:
-        # DALI's default executor returns what a GPU makes without waiting for it, and
-        # its outputs may be kept; on the CPU it has no advantage here.
+        # On a GPU DALI's default executor returns outputs without waiting for them, and
+        # lets them be kept. On the CPU it has no advantage here.
         executor = {} if self.gpu else {"exec_async": False, "exec_pipelined": False}
         pipe = dali.Pipeline(
             batch_size=self.batch_size,
@@ -267,8 +267,9 @@ class _Graph:
         )
 
     def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
-        """Find the image that can't be decoded alone, on the CPU or on the renderer's
-        own backend: its place, and whether only a GPU refuses it."""
+        """Find the image that can't be decoded, by decoding each image alone, on the
+        CPU and on the renderer's own backend. Returns the image's place, None if it
+        isn't found, and True if only a GPU refuses the image."""
         for backend in dict.fromkeys(("cpu", self.backend)):
             look = WholeDecode(RenderSettings(backend=backend))
             for place, blob in enumerate(blobs):
@@ -278,8 +279,8 @@ class _Graph:
 
 
 class CropRenderer(_Graph):
-    """Stored crops of images, at one or several output sizes, from one decode per
-    image."""
+    """Renders crops of images at one or several output sizes, from one decode per
+    image. sizes: in pixels. views: crops of each image."""
 
     def __init__(
         self,
@@ -330,13 +331,13 @@ class CropRenderer(_Graph):
         return outputs
 
     def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
-        """blobs: n encoded images; boxes int [views, n, 4] top, left, height, width in
-        pixels; flips bool [views, n].
+        """Render the crops of n images.
 
-        Returns per view a dict: output size → uint8 [n, size, size, 3], on the
-        renderer's device.
+        blobs: n encoded images. boxes: int [views, n, 4] top, left, height, width in
+        pixels. flips: bool [views, n]. Returns per view a dict: output size → uint8 [n,
+        size, size, 3], on the renderer's device.
         """
-        arguments = {}
+        arguments: dict[str, np.ndarray] = {}
         for view in range(self.views):
             box = boxes[view].astype(np.int32)
             arguments |= {
@@ -352,7 +353,7 @@ class CropRenderer(_Graph):
 
 
 class Rendered(list[dict[int, torch.Tensor]]):
-    """Crops per view: output size → uint8 [n, size, size, 3].
+    """Rendered crops, a list over views: output size → uint8 [n, size, size, 3].
 
     all_views: the same memory, output size → uint8 [views, n, size, size, 3].
     """
@@ -366,9 +367,12 @@ class Rendered(list[dict[int, torch.Tensor]]):
 
 
 class CentreRenderer(_Graph):
-    """Evaluation's view: the shorter side resized to size · 256 / 224 (rounded down, as
-    timm does), then the central square (He et al., arXiv 1512.03385, as in the
-    paper)."""
+    """Renders evaluation's view: resizes the shorter side to size · 256 / 224 (rounded
+    down, as timm does), then cuts the central square (He et al., arXiv 1512.03385, as
+    in the paper).
+
+    looks: (output size in pixels, interpolation) of each model.
+    """
 
     def __init__(
         self,
@@ -398,9 +402,9 @@ class CentreRenderer(_Graph):
     def __call__(
         self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray
     ) -> dict[tuple[int, str], torch.Tensor]:
-        """n encoded images and their decoded heights and widths [n] → (size,
-        interpolation) → uint8 [n, size, size, 3]."""
-        arguments = {}
+        """Render n encoded images with decoded heights and widths [n] in pixels: (size,
+        interpolation) → uint8 [n, size, size, 3], on the renderer's device."""
+        arguments: dict[str, np.ndarray] = {}
         for i, (size, _) in enumerate(self.looks):
             short = size * 256 // 224
             shorter = np.minimum(height, width)
@@ -419,10 +423,13 @@ class CentreRenderer(_Graph):
 
 
 class _OneImage(_Graph):
-    """Looks at one image. One a pipeline, and a pipeline a thread: destroying a
-    pipeline in which one image of several has failed crashes DALI 2.4 (a segmentation
-    fault within a few dozen failures, measured), while its other images are still being
-    decoded."""
+    """Examines one image at a time. There is one image per pipeline, and one pipeline
+    per thread.
+
+    If one of several images in a pipeline fails, destroying the pipeline while its
+    other images are still being decoded crashes DALI 2.4 (a segmentation fault within a
+    few dozen failures, measured).
+    """
 
     def __init__(self, settings: RenderSettings) -> None:
         super().__init__(1, replace(settings, threads=1))
@@ -432,7 +439,7 @@ class _OneImage(_Graph):
 
 
 class Header(_OneImage):
-    """What the decoder will take an image's size to be, from its header alone."""
+    """Reads from an image's header alone the size that the decoder will give it."""
 
     def define(
         self, encoded: dali.data_node.DataNode, decode: Callable
@@ -440,17 +447,18 @@ class Header(_OneImage):
         return [fn.peek_image_shape(encoded, adjust_orientation=self.settings.exif == "apply")]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
-        """(height, width) in pixels; None if DALI knows no such image."""
+        """Return (height, width) in pixels; None if DALI can't read such an image."""
         try:
             (shape,) = self.run([blob])
         except RenderError:
             return None
-        return tuple(int(length) for length in np.array(shape.at(0))[:2])
+        height, width = (int(length) for length in np.array(shape.at(0))[:2])
+        return height, width
 
 
 class WholeDecode(_OneImage):
-    """Decodes an image whole, for what that tells: height and width, or that the bytes
-    are no image."""
+    """Decodes an image whole, to learn its height and width, or that it can't be
+    decoded."""
 
     def define(
         self, encoded: dali.data_node.DataNode, decode: Callable
@@ -458,7 +466,8 @@ class WholeDecode(_OneImage):
         return [decode(encoded)]
 
     def __call__(self, blob: bytes) -> tuple[int, int] | None:
-        """(height, width) of the decoded image; None if it can't be decoded whole."""
+        """Return (height, width) of the decoded image in pixels; None if it can't be
+        decoded whole."""
         try:
             (image,) = self.run([blob], hardware=self.divides and is_baseline_jpeg(blob))
         except RenderError:
@@ -475,17 +484,17 @@ def _reason(error: RuntimeError) -> str:
 
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """Silence what the decoders' C libraries print of broken images (no setting does):
-    the manifest says it better.
+    """Silence the messages of the decoders' C libraries about broken images, since the
+    manifest gives better reasons. The libraries have no setting for silence.
 
-    They write to file descriptor 2; Python's own stderr moves to a copy of it
-    meanwhile, and goes on being seen.
+    The libraries write to file descriptor 2. Python's own stderr moves to a copy of the
+    descriptor meanwhile, and stays visible.
     """
     original, copy, nowhere = sys.stderr, os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         ours = original.fileno() == 2
     except (io.UnsupportedOperation, AttributeError, ValueError):
-        ours = False  # somebody captures Python's stderr already
+        ours = False  # Python's stderr is captured already
     if ours:
         sys.stderr = os.fdopen(
             os.dup(2), "w", buffering=1, encoding=original.encoding, errors=original.errors

@@ -1,5 +1,5 @@
-"""The JPEG decoders in hardware that some GPUs have: how many there are, and which
-files they are for."""
+"""Find out about hardware JPEG decoders, which some GPUs have: how many there are, and
+which files they decode."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NVJPEG_BACKEND_HARDWARE = 3  # nvjpeg.h
 
 def is_baseline_jpeg(blob: bytes) -> bool:
     """Tell whether an encoded image is a baseline JPEG of one or three components with
-    8 bits each, which hardware decoders are made for.
+    8 bits each, as hardware decoders need it.
 
-    Reads the marker segments up to the frame header (ITU-T T.81, Annex B): SOF0 is
-    baseline; any other frame, as a progressive one, is not.
+    The marker segments are read up to the frame header (ITU-T T.81, Annex B): SOF0 is
+    baseline, and any other frame, such as a progressive frame, is not.
     """
     place = 2
     while blob[:2] == b"\xff\xd8" and place + 10 <= len(blob) and blob[place] == 0xFF:

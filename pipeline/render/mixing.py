@@ -1,6 +1,8 @@
-"""Paste rectangles of rendered crops into others (CutMix)."""
+"""Paste rectangles of rendered crops into other crops (CutMix)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +13,19 @@ from pipeline.sampling.cutmix import pixel_box
 def paste(
     pixels: torch.Tensor, others: torch.Tensor, place: np.ndarray, box: np.ndarray
 ) -> torch.Tensor:
-    """Crops uint8 [n, size, size, 3], unmixed crops to paste from [m, size, size, 3],
-    the place of each one's partner among those, int64 [n], and rectangles float32 [n,
-    4] → the mixed pictures, a new tensor. (A copy a picture is ten times quicker than a
-    mask over the batch.)"""
+    """Paste a rectangle of a partner's crop into each crop, and return the mixed crops
+    as a new tensor.
+
+    pixels: uint8 [n, size, size, 3]. others: unmixed crops to paste from, uint8 [m,
+    size, size, 3]. place: int64 [n], the place of each crop's partner in ``others``.
+    box: float32 [n, 4], rectangles as fractions (``cutmix.boxes``). One copy per crop
+    is ten times faster than a mask over the batch.
+    """
     mixed = pixels.clone()
-    # In memory numpy copies: torch would wake its threads for each of these small
+    # On the CPU numpy copies: torch would wake its threads for each of these small
     # rectangles, which costs as much as decoding.
+    onto: Any
+    source: Any
     onto, source = (mixed, others) if mixed.is_cuda else (mixed.numpy(), others.numpy())
     for i, (other, (top, left, bottom, right)) in enumerate(
         zip(place.tolist(), pixel_box(box, pixels.shape[1]).tolist(), strict=True)
@@ -30,6 +38,9 @@ def paste(
 def paste_all(
     pixels: dict[int, torch.Tensor], here: slice, place: np.ndarray, rectangle: np.ndarray
 ) -> dict[int, torch.Tensor]:
-    """Mix the crops at ``here`` of each output size (``paste``). place, rectangle: of
-    these crops."""
+    """Mix the crops at ``here``, for each output size (``paste``).
+
+    pixels: output size → uint8 [m, size, size, 3], the crops and their partners. place,
+    rectangle: of the crops at ``here``.
+    """
     return {size: paste(p[here], p, place, rectangle) for size, p in pixels.items()}

@@ -1,5 +1,5 @@
-"""Everything beside a crop's box and flip that decides on its pixels, and what
-rendering may take of the machine."""
+"""Collect the settings of the renderer: all that decides a crop's pixels beside its box
+and flip, and the resources that rendering may use."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from cache import LabelStore
 from pipeline.config import Config, CropPolicy, Render
 
-MAX_MEGAPIXELS = 179.0  # what Pillow, too, takes for a decompression bomb; 0.5 GB decoded
+MAX_MEGAPIXELS = 179.0  # Pillow's limit for a decompression bomb, too; 0.5 GB decoded
 
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How images are decoded and resized.
+    """Settings of decoding and resizing.
 
-    interpolation: "bilinear" or "bicubic". exif: "ignore" or "apply", whether
-    photographs are turned by their EXIF. backend: "cpu", "gpu" or "gpu-hardware".
-    threads: that read and decode; None: one a core. max_megapixels: a larger image is
-    unusable.
+    interpolation: "bilinear" or "bicubic". exif: "apply" turns photographs by their
+    EXIF orientation, "ignore" doesn't. backend: "cpu", "gpu" or "gpu-hardware".
+    threads: number of threads that read and decode; None: one per core
+    (``threads_for``). max_megapixels: a larger image is unusable.
     """
 
     interpolation: str = "bilinear"
@@ -41,8 +41,8 @@ class RenderSettings:
 
     @classmethod
     def of_provenance(cls, provenance: dict, threads: int | None = None) -> RenderSettings:
-        """Take the settings that the crops of a store of this provenance were rendered
-        with."""
+        """Take the settings that a store's crops were rendered with, from its
+        provenance."""
         crops = provenance["crops"]
         return cls(
             crops["interpolation"], crops["exif"], provenance["renderer"]["backend"], threads

@@ -1,1 +1,2 @@
-"""A run's folder: its checkpoints, metrics, curves, and comparing several."""
+"""Read and write a run's folder: its checkpoints, metrics and curves; and compare
+runs."""

@@ -1,5 +1,5 @@
-"""Files of a run, written so that a kill at any moment leaves the old one or the new
-one, never half of one."""
+"""Write a run's files so that a kill at any moment leaves the old file or the new file,
+never half a file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pipeline.models.model import METADATA, Model
 
 
 def save_model(path: Path, model: Model, facts: dict) -> None:
-    """A student as safetensors under timm's own tensor names; the header says how to
-    use it, and ``facts`` of how it came about.
+    """Save a student as safetensors under timm's own tensor names.
 
-    ``timm.create_model(MODEL, num_classes=…, checkpoint_path=PATH)`` loads it; so does
-    MODEL=PATH everywhere in this tool. One key in the header: safetensors writes
-    several in a random order, and equal weights should make equal files.
+    The header says how to use the student, and by ``facts`` how the student was
+    trained. ``timm.create_model(MODEL, num_classes=…, checkpoint_path=PATH)`` loads the
+    file; so does MODEL=PATH everywhere in this tool. The header has one key, since
+    safetensors writes several keys in a random order, and equal weights should make
+    equal files.
     """
     described = {
         "model": model.name,
@@ -41,5 +42,5 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Everything that a run needs to go on: tensors, numbers and strings only."""
+    """Save everything that a run needs to resume: tensors, numbers and strings only."""
     write(path, lambda scratch: torch.save(state, scratch))

@@ -1,5 +1,5 @@
-"""Training runs beside each other: what each reached, how their settings differ, and
-their curves in one picture."""
+"""Compare training runs: the figures that each run reached, the settings that differ,
+and the curves in one picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -24,21 +24,19 @@ from pipeline.runs.folder import RunError, RunFolder
 from pipeline.runs.metrics import CURVES, best_of, images_of, labels_of, points
 from pipeline.runtime.progress import duration, results
 
-STYLES = ("-", "--", "-.", ":")  # with seven colours, 28 runs look different each
-KINDS = ("png", "pdf", "svg")  # of a picture
-LEGEND_CHARACTERS, LEGEND_INCHES = (
-    48,
-    0.19,
-)  # of a run's name in the picture, and of a line of names
+STYLES = ("-", "--", "-.", ":")  # with seven colours, 28 runs differ from each other
+KINDS = ("png", "pdf", "svg")  # file endings of a picture
+# Longest name of a run in the picture, and height of a line of names.
+LEGEND_CHARACTERS, LEGEND_INCHES = 48, 0.19
 
 
 def compare(runs: Sequence[Path]) -> dict:
-    """What the run directories say: ``runs``, a dict each in the order given, and
-    ``differences``, dotted config key → {run's name: value}.
+    """Compare run directories.
 
-    top1, top5 and agreement are in per cent, losses and KL in nats, seconds those of
-    training without validation; None stands for what a run has no figure of. Raises
-    RunError.
+    Returns ``runs``, a dict per run in the order given, and ``differences``, dotted
+    config key → {run's name: value}. top1, top5 and agreement are in per cent, losses
+    and KL in nats; seconds are those of training without validation. None stands for a
+    figure that a run doesn't have. Raises RunError.
     """
     folders = [Path(os.path.abspath(run)) for run in runs]
     if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
@@ -58,7 +56,7 @@ def compare(runs: Sequence[Path]) -> dict:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The shortest end of each path that is no other's."""
+    """Return the shortest end of each path that no other path has."""
 
     def ends(folder: Path, parts: int) -> tuple[str, ...]:
         return folder.parts[-parts:]
@@ -98,7 +96,8 @@ def _facts(config: Config, metrics: list[dict]) -> dict:
 
 
 def _differences(names: list[str], configs: list[Config]) -> dict[str, dict[str, object]]:
-    """A section that is null in some runs has null values there."""
+    """Return the settings that differ: dotted config key → {run's name: value}. The
+    values of a section that is null in a run are None for this run."""
     settings = [flat(config.model_dump(mode="json")) for config in configs]
     keys = dict.fromkeys(key for one in settings for key in one)  # in the order of the config
     values = {key: [one.get(key) for one in settings] for key in keys}
@@ -110,8 +109,11 @@ def _differences(names: list[str], configs: list[Config]) -> dict[str, dict[str,
 
 
 def draw(result: dict, file: Path) -> None:
-    """The runs' curves, a panel for each figure that any run has, with each run's best
-    top-1 marked. file: its ending says PNG, PDF or SVG. Raises RunError."""
+    """Draw the runs' curves, with a panel for each figure that any run has.
+
+    Each run's best top-1 is marked. file: a PNG, PDF or SVG, by its ending. Raises
+    RunError for another ending.
+    """
     from matplotlib.lines import Line2D
 
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -128,15 +130,14 @@ def draw(result: dict, file: Path) -> None:
         if not curve.beside and any(points(run["metrics"], curve.key)[0] for run in runs)
     ]
     names = [_legend(run) for run in runs]
-    across = max(
-        1, min(len(runs), grid(len(shown))[1] * 55 // (8 + max(map(len, names))))
-    )  # a panel is some 55 characters wide
+    # A panel is some 55 characters wide.
+    across = max(1, min(len(runs), grid(len(shown))[1] * 55 // (8 + max(map(len, names)))))
     title = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     figure, places = small_multiples(
         len(shown), title, LEGEND_INCHES * math.ceil(len(runs) / across)
     )
     span = min(run["metrics"][0]["epoch"] for run in runs) + 1, max(run["epochs"] for run in runs)
-    looks = [
+    looks: list[dict[str, Any]] = [
         {"color": colour, "linestyle": style}
         for _, colour, style in zip(runs, cycle(COLOURS), cycle(STYLES))
     ]
@@ -168,22 +169,22 @@ def draw(result: dict, file: Path) -> None:
     for text in legend.get_texts():
         text.set_parse_math(False)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # a name may have characters that the font lacks
+        # A name may have characters that the font lacks.
+        warnings.simplefilter("ignore", UserWarning)
         durable.write(file.absolute(), lambda scratch: figure.savefig(scratch, format=kind))
 
 
 def _legend(run: dict) -> str:
-    """A blank comes first, since matplotlib leaves out names that begin with an
-    underscore."""
+    """Return a run's name for the legend. A blank comes first, since matplotlib leaves
+    out names that begin with an underscore."""
     name = printable(run["name"])
     short = name if len(name) <= LEGEND_CHARACTERS else f"…{name[1 - LEGEND_CHARACTERS :]}"
     return f" {short}" + (f" (best {run['best_top1']:.2f})" if run["best_top1"] is not None else "")
 
 
 def comparison_page(result: dict) -> None:
-    """A column a run: the figures that any run has, then the settings that differ."""
+    """Print the figures that any run has, then the settings that differ, with a column
+    for each run."""
     runs, console = result["runs"], results()
     figures = _table("", runs, "right")
     for name, told in (
@@ -227,5 +228,5 @@ def _numbers(runs: list[dict], key: str, form: str) -> list[str]:
 
 
 def _value(value: object) -> str:
-    """As a config says it."""
+    """Return a value as a config writes it."""
     return value if isinstance(value, str) else json.dumps(value)

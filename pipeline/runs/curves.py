@@ -1,5 +1,5 @@
-"""The curves of a training run, as TensorBoard events and as one picture: what its
-metrics say, over the epochs that are done."""
+"""Draw the metrics of a training run over the finished epochs, as TensorBoard events
+and as one picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache.system import durable
 from pipeline.config import Config
@@ -21,55 +21,50 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-EVENTS = "events.out.tfevents."  # what TensorBoard knows its files by
+EVENTS = "events.out.tfevents."  # start of the names by which TensorBoard finds its files
 PICTURE = "curves.png"
-SHARE = 20  # a drawing may cost one part in so many of the time since the one before
-FIRST = 0.5  # seconds that a process's first drawing is taken to cost
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito's, told apart by everyone
+SHARE = 20  # a drawing may take 1/SHARE of the time since the drawing before
+FIRST = 0.5  # seconds that a process's first drawing is assumed to take
+# Okabe and Ito's palette, which colour-blind readers can tell apart too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PANEL_INCHES, DPI = (3.4, 2.9), 100
-INK = "#666666"  # of what is beside the curves
-FAR = {
-    "lr": 5,
-    "nats": 30,
-}  # key or unit: how many times its least the greatest value must be for an axis of powers
+INK = "#666666"  # colour of notes and axis labels
+# Key or unit of a curve → least ratio of the greatest value to the smallest at which
+# the axis becomes logarithmic.
+FAR = {"lr": 5, "nats": 30}
 
 
 class Curves:
-    """The curves of the run in ``out``, which one process writes.
+    """Writes the curves of the run in ``out``. One process alone may write them.
 
-    Events and picture are made of the run's metrics alone, after its state is saved. A
-    process's first ``show`` removes the events of earlier ones and writes the whole
-    history into a new file, so that after a kill, a restart or an update too the events
-    are what metrics.jsonl says. The picture is drawn anew after a pass if the last
-    drawing took no more than a twentieth of the time since then, so that epochs of a
-    second don't each wait for one, and always after the run's last pass. A drawing
-    takes some 0.3 s, and 0.5 s of imports come before the first.
+    Events and picture are made from the run's metrics alone, after the run's state is
+    saved. The first ``show`` of a process removes the events of earlier processes and
+    writes the whole history into a new file. So the events agree with metrics.jsonl
+    after a kill, a restart or an update too.
+
+    The picture is drawn again after a pass if the last drawing took at most a twentieth
+    of the time since then, so that epochs of a second don't each wait for a drawing.
+    The picture is always drawn after the run's last pass. A drawing takes some 0.3 s,
+    and 0.5 s of imports come before the first drawing.
     """
 
     def __init__(self, out: Path, config: Config) -> None:
         self.out, self.config = out, config
         self.events: Path | None = None
         self.written = 0  # passes in the events
-        self.drawn, self.cost = (
-            time.monotonic(),
-            FIRST,
-        )  # when the last drawing ended, and its seconds
+        # When the last drawing ended, and the seconds that it took.
+        self.drawn, self.cost = time.monotonic(), FIRST
 
     def show(self, metrics: Sequence[dict]) -> None:
-        """metrics: of all passes so far, the newest last, one at least. No training
-        ends for want of a picture: what fails is said, and begun anew after the next
-        pass."""
+        """Bring events and picture up to date with the metrics of all passes so far,
+        the newest last, one pass at least.
+
+        A failure is printed as a warning and doesn't end the training. The events are
+        then begun anew after the next pass.
+        """
         try:
             self._show(metrics)
-        except Exception as error:  # a library that is broken here, a font, a disk
+        except Exception as error:  # a broken library, a missing font, a full disk
             self.events, self.written = None, 0
             say(
                 f"warning: the curves in {self.out} could not be brought up to date "
@@ -88,12 +83,12 @@ class Curves:
             self.cost = self.drawn - begun
 
     def _begin(self) -> None:
-        """A new file instead of the old ones; a TensorBoard that has read those forgets
-        their points.
+        """Begin a new event file, and remove the old files. A TensorBoard that has read
+        the old files forgets their points.
 
-        The newest of the old ones stays, empty, until the next start: TensorBoard
-        without its data server goes on to the next file only while the one that it was
-        at exists.
+        The newest old file stays, empty, until the next start: TensorBoard without its
+        data server moves on to the next file only while the file that it was reading
+        exists.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -117,14 +112,16 @@ class Curves:
         for file in before[:-1]:
             file.unlink()
         for file in before[-1:]:
-            durable.write(
-                file, lambda scratch: scratch.touch()
-            )  # not emptied in place: it may be a link to another run's
+            # Replaced, not emptied in place: the file may be a link to another run's.
+            durable.write(file, lambda scratch: scratch.touch())
 
     def _append(self, metrics: Sequence[dict]) -> None:
-        """An event a pass. When those of earlier processes ended isn't known: they are
-        placed as if there had been no pause, so that TensorBoard's relative time is
-        training time."""
+        """Append an event for each pass.
+
+        The metrics don't say when the passes of earlier processes ended. Their events
+        are placed as if there had been no pause, so that TensorBoard's relative time is
+        training time.
+        """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -144,8 +141,8 @@ class Curves:
         self.written += len(metrics)
 
     def _record(self, events: Iterable) -> None:
-        """Not with torch's SummaryWriter: that one keeps a thread, and loads TensorFlow
-        where that is installed."""
+        """Append events to the file. torch's SummaryWriter is not used, since it would
+        keep a thread, and load TensorFlow where TensorFlow is installed."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         with open(self.events, "ab") as file:
@@ -159,8 +156,8 @@ class Curves:
 
 
 def picture(metrics: Sequence[dict], config: Config) -> Figure:
-    """A panel for each curve that the run has, with its last value, and the best top-1
-    marked."""
+    """Draw a panel for each curve that the run has, with the curve's last value. The
+    best top-1 is marked."""
     shown = [curve for curve in CURVES if not curve.beside and points(metrics, curve.key)[0]]
     model = config.student.model if config.student else ""
     title = (
@@ -198,14 +195,17 @@ def picture(metrics: Sequence[dict], config: Config) -> Figure:
 
 
 def grid(count: int) -> tuple[int, int]:
-    """Rows and columns for so many panels, one at least."""
+    """Return rows and columns for ``count`` panels, one panel at least."""
     rows = 1 if count <= 3 else 2
     return rows, math.ceil(count / rows)
 
 
 def small_multiples(count: int, title: str, head: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` panels. head: inches to be left free below the title.
-    Margins are fixed, since matplotlib's layouts double the time."""
+    """Return a figure with ``count`` panels, and the panels.
+
+    head: inches to leave free below the title. Margins are fixed, since matplotlib's
+    layouts double the time.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -234,8 +234,9 @@ def small_multiples(count: int, title: str, head: float = 0.0) -> tuple[Figure, 
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 
-def line(axes: Axes, epochs: list[int], values: list[float], **style: object) -> None:
-    """A curve; with few points they are to be seen, and a single one anyway."""
+def line(axes: Axes, epochs: list[int], values: list[float], **style: Any) -> None:
+    """Draw a curve. With 40 points or fewer the points are marked, so that a single
+    point can be seen too."""
     axes.plot(
         epochs,
         values,
@@ -247,13 +248,15 @@ def line(axes: Axes, epochs: list[int], values: list[float], **style: object) ->
 
 
 def furnish(axes: Axes, curve: Curve, span: tuple[int, int], note: str = "") -> None:
-    """Title and note above; whole epochs of the span below; powers where the values
-    fall far; no shares outside of 0 … 100 %."""
+    """Add title, note, axis labels and ticks to a panel.
+
+    The x axis shows ``span`` in whole epochs. The y axis is logarithmic where the
+    values fall far (``FAR``). Percentages stay within 0 … 100 %.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.set_title(
-        curve.name, loc="left", fontsize=10, y=1.0
-    )  # with y given matplotlib needn't look for room
+    # With y given, matplotlib needn't look for room.
+    axes.set_title(curve.name, loc="left", fontsize=10, y=1.0)
     axes.set_title(note, loc="right", fontsize=8, color=INK, y=1.0)
     axes.set_xlabel("epochs done", fontsize=8, color=INK)
     axes.set_ylabel(curve.unit, fontsize=8, color=INK)

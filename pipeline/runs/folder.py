@@ -1,5 +1,5 @@
-"""A run's folder, as everything that reads one reads it: config, metrics, checkpoints,
-state."""
+"""Read a run's folder: config, metrics, checkpoints and state. All readers of run
+folders use this module."""
 
 from __future__ import annotations
 
@@ -20,39 +20,30 @@ from pipeline.models.model import METADATA
 from pipeline.runs.metrics import FIGURES
 
 CONFIG, METRICS, STATE = "config.yaml", "metrics.jsonl", "state.pt"
-SCANS = (
-    "training-images.npz",
-    "validation-images.npz",
-)  # what was found in the two folders of images
-SAID = (
-    "model",
-    "classes",
-    "image_size",
-    "labels",
-    "source",
-    "epoch",
-)  # what train-student writes into the header of every checkpoint
+SCANS = ("training-images.npz", "validation-images.npz")  # scans of the image folders
+# Facts that train-student writes into the header of every checkpoint.
+SAID = ("model", "classes", "image_size", "labels", "source", "epoch")
 
 
 class RunError(MealError):
-    """A run's folder that can't be read, or can't be gone on with."""
+    """A run that can't be read, trained or resumed."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Reads a run's folder, which a run of this program or of an older one made, or is
-    making.
+    """Reads the folder of a run. The run may be of an older version, and may still be
+    training.
 
-    repair: what the user can do where a file is missing or damaged. Every method but
-    ``lines`` raises RunError there, in one line.
+    repair: the advice to the user where a file is missing or damaged. Every method that
+    reads a file, except ``lines``, raises RunError there, in one line.
     """
 
     path: Path
     repair: str = "restore it from a copy"
 
     def config(self) -> Config:
-        """Return the config that the run was started with; what an older program didn't
-        write has its default."""
+        """Return the config that the run was started with. A key that an older version
+        didn't write has its default."""
         file = self.path / CONFIG
         if not file.is_file():
             raise RunError(
@@ -80,11 +71,7 @@ class RunFolder:
                 metrics.append(json.loads(text))
                 if trouble := _trouble(metrics):
                     raise ValueError(f"line {number} {trouble}")
-        except (
-            OSError,
-            ValueError,
-            OverflowError,
-        ) as error:  # what isn't UTF-8 or JSON is a ValueError too
+        except (OSError, ValueError, OverflowError) as error:  # ValueError: no UTF-8, or no JSON
             raise RunError(
                 f"{file} is damaged ({shorten(str(error), 160, placeholder=' …')}); {self.repair}"
             ) from None
@@ -93,8 +80,8 @@ class RunFolder:
         return metrics
 
     def header(self, weights: str) -> dict:
-        """Return what train-student wrote into the header of a checkpoint, "best" or
-        "last"."""
+        """Return the facts in the header of a checkpoint, "best" or "last", as
+        train-student wrote them."""
         file = self.checkpoint(weights)
         if not file.is_file():
             raise RunError(
@@ -116,13 +103,14 @@ class RunFolder:
         return facts
 
     def state(self) -> dict | None:
-        """Return what the run goes on from, on the CPU; None if there is nothing."""
+        """Return the state that the run resumes from, on the CPU; None if there is no
+        state."""
         file = self.path / STATE
         if not file.exists():
             return None
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, unpickling and I/O errors alike mean the same to a user
+        except Exception as error:  # zip, unpickling and I/O errors mean the same to a user
             why = shorten(str(error), 120, placeholder=" …")
             raise RunError(
                 f"{file} is damaged ({why}); choose another --out, or delete that folder to start "
@@ -130,17 +118,18 @@ class RunFolder:
             ) from None
 
     def checkpoint(self, weights: str) -> Path:
-        """Return the place of a student's weights, "best" or "last"."""
+        """Return the path of a checkpoint, "best" or "last"."""
         return self.path / f"{weights}.safetensors"
 
     def lines(self) -> int:
-        """Count the passes that are noted, whatever is noted of them."""
+        """Count the passes in metrics.jsonl without reading their figures; 0 without
+        the file."""
         file = self.path / METRICS
         return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def _trouble(metrics: list) -> str:
-    """Why the last of these can't be a pass after the others; empty if it can."""
+    """Say why the last entry can't be a pass after the others; empty if it can."""
     newest = metrics[-1]
     if not isinstance(newest, dict):
         return "is no JSON object"

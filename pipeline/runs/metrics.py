@@ -1,4 +1,4 @@
-"""The figures of a run that are drawn and compared."""
+"""Define the figures of a run that are drawn and compared."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pipeline.config import Config
 
 
 class Curve(NamedTuple):
-    """A figure of a pass over the images. key: in its metrics; tag: in TensorBoard,
-    which groups by the part before the stroke; beside: the curve whose panel it
-    shares."""
+    """A figure of a pass over the images.
+
+    key: its key in the metrics. tag: its tag in TensorBoard, which groups tags by the
+    part before the slash. name, unit: its title and axis label. beside: the key of the
+    curve whose panel it shares.
+    """
 
     key: str
     tag: str
@@ -55,7 +58,8 @@ CURVES = (
 
 
 def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
-    """Epochs done and the figure after each, where a pass has it and it is finite."""
+    """Return the epochs done and the figure after each, for the passes in which the
+    figure is finite."""
     found = [
         (m["epoch"] + 1, m[key])
         for m in metrics
@@ -65,21 +69,21 @@ def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def images_of(one: dict) -> float:
-    """Crops that the student saw in a pass; of runs of an older version, which didn't
-    note them, worked out from the speed."""
+    """Return how many crops the student saw in a pass. Runs of an older version didn't
+    note the number, so it is computed from their speed."""
     return one.get("images") or one["images_per_second"] * one["seconds"]
 
 
 def best_of(metrics: Sequence[dict]) -> tuple[int, float] | None:
-    """Epochs done and top-1 of best.safetensors: the newest of the best. None without
-    validation."""
+    """Return epochs done and top-1 of best.safetensors: the best pass, or the newest of
+    several best. Returns None without validation."""
     epochs, top1 = points(metrics, "val_top1")
     return max(zip(epochs, top1, strict=True), key=lambda point: (point[1], point[0]), default=None)
 
 
 def labels_of(config: Config) -> str:
-    """What the student learns from: soft (a store), online (live teachers) or hard
-    labels."""
+    """Return the kind of labels that the student learns from: "soft" (a store),
+    "online" (live teachers) or "hard"."""
     return "online" if config.train.online else config.train.labels
 
 

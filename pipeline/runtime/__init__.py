@@ -1,2 +1,1 @@
-"""What both stages need of the machine: threads, devices, processes, precision,
-progress, profiles."""
+"""Threads, devices, processes, precision, progress and profiles, for both stages."""

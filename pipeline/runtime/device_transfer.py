@@ -1,5 +1,8 @@
-"""Tensors on their way to the device and back while that is at work: through pinned
-memory. From CPU to CPU nothing moves."""
+"""Copy tensors to the device and back, through pinned memory, while the device
+computes.
+
+If the device is the CPU, nothing is copied.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,39 @@ T = TypeVar("T")
 
 @dataclass
 class Sent(Generic[T]):
-    """A tensor, or lists, tuples, dicts and dataclasses of them, which are copied as
-    far as they hold tensors, that may still be under way."""
+    """A tensor, or a nested structure of tensors, whose copy to the device may not have
+    finished. Call ``received()`` before use.
+
+    what: a tensor, or nested lists, tuples, dicts and dataclasses; only their tensors
+    are copied. arrival: the event after the copies; None on a CPU.
+    """
 
     what: T
     arrival: torch.cuda.Event | None = None
 
     def received(self) -> T:
-        """The tensors on the device, for what is started on its current stream from now
-        on."""
+        """Return the tensors on the device. Work that is started on the current stream
+        from now on waits for the copies."""
         if self.arrival:
             stream = torch.cuda.current_stream()
             stream.wait_event(self.arrival)
-            # Their memory isn't free before this stream is done with it.
-            _each(lambda tensor: tensor.record_stream(stream) or tensor, self.what)
+            # The allocator may reuse the tensors' memory only after this stream is done
+            # with it.
+
+            def kept(tensor: torch.Tensor) -> torch.Tensor:
+                tensor.record_stream(stream)
+                return tensor
+
+            _each(kept, self.what)
         return self.what
 
 
 class Returning:
-    """Tensors on their way from the device to the CPU.
+    """Tensors whose copy from the device to the CPU may not have finished.
 
     Each tensor is copied to pinned memory on the current stream, right behind the work
-    that makes the tensor. ``arrived`` waits for this work alone, and not for what the
-    device was told to do since.
+    that makes the tensor. ``arrived`` waits for this work alone, and not for work that
+    the device was given later.
     """
 
     def __init__(self, *tensors: torch.Tensor) -> None:
@@ -51,9 +64,9 @@ class Returning:
                 torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
                 for t in tensors
             )
-            self.arrival = torch.cuda.Event(
-                blocking=True
-            )  # who waits for it leaves the core to the decoders
+            # A blocking event: a thread that waits for it leaves its core to the
+            # decoders.
+            self.arrival = torch.cuda.Event(blocking=True)
             self.arrival.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrived(self) -> tuple[torch.Tensor, ...]:
@@ -64,15 +77,18 @@ class Returning:
 
 
 class Sender:
-    """Sends to one device, from threads that work in ``beside``."""
+    """Copies tensors to one device, on a stream of its own. Threads call it inside
+    ``with sender.beside():``."""
 
     def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"  # of this thread: another one would have another device
+        cuda = device.type == "cuda"
+        # Taken here, since torch's current device may differ in another thread.
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else device
         self.stream = torch.cuda.Stream(self.device) if cuda else None
 
     def beside(self) -> AbstractContextManager:
-        """For all that the thread has the device do."""
+        """Return a context in which the thread's work goes to the sender's stream,
+        beside the work on other streams."""
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
     def __call__(self, what: T) -> Sent[T]:
@@ -88,8 +104,11 @@ class Sender:
 
 
 def fetched(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU, once the device has made it. Signals are heard meanwhile:
-    where another process has failed, that may be never."""
+    """Wait until the device has computed a tensor, and return it on the CPU.
+
+    Signals are checked meanwhile, since the tensor never arrives if another process has
+    failed.
+    """
     if tensor.is_cuda:
         made = torch.cuda.current_stream().record_event()
         while not made.query():
@@ -106,7 +125,7 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], what: Any) -> Any:
     if isinstance(what, list | tuple):
         several = [_each(change, value) for value in what]
         return several if isinstance(what, list) else tuple(several)
-    if is_dataclass(what):
+    if is_dataclass(what) and not isinstance(what, type):
         return replace(
             what, **{field.name: _each(change, getattr(what, field.name)) for field in fields(what)}
         )

@@ -1,9 +1,9 @@
-"""Several processes that train one student under torchrun: who they are, and what they
-tell each other. For one process nothing of it happens.
+"""Connect the processes that train one student together under torchrun. A single
+process sends nothing.
 
-Whatever only one may do, or needs to do, process 0 does (``first``). Whatever may fail
-in one of them is agreed upon (``together``), so that one line says what went wrong and
-nobody waits for a process that has given up.
+Work that only one process may do, or needs to do, is done by process 0 (``first``).
+Work that may fail in one process is agreed upon by all (``together``), so that one line
+says what went wrong and no process waits for another that has given up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
 from textwrap import shorten
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -27,14 +27,15 @@ from pipeline.runtime import progress
 from pipeline.runtime.malloc import keep_freed_memory
 
 T = TypeVar("T")
-# with process 0, which may decode a whole data set meanwhile; a process that dies is
-# noticed at once
+# Longest wait for process 0, which may be decoding a whole data set. A process that
+# dies is noticed at once.
 PATIENCE = timedelta(days=1)
-STALL = timedelta(minutes=30)  # with the others in a step, while one's disk doesn't answer
-# DistributedDataParallel is to leave buffers alone: BatchNorm's are averaged at an
-# epoch's end. Of two names for that, a newer torch warns of the old one.
+STALL = timedelta(minutes=30)  # longest wait within a step, while a process's disk hangs
+# DistributedDataParallel must not synchronise buffers, since BatchNorm's buffers are
+# averaged at the end of an epoch. The option has two names, and a newer torch warns
+# about the older name.
 _KNOWN = signature(nn.parallel.DistributedDataParallel).parameters
-_ALONE = {
+_ALONE: dict[str, Any] = {
     next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _KNOWN): False
 }
 
@@ -44,11 +45,11 @@ class DeviceError(MealError):
 
 
 def own_device(name: str | None = None) -> torch.device:
-    """Return the device that this process is to work on: "cpu", or "cuda", which is
-    this process's GPU under torchrun; by default a GPU if there is one.
+    """Return the device that this process works on.
 
-    Has the C library keep freed memory too (``keep_freed_memory``), since loader and
-    models work in large blocks. Raises DeviceError.
+    name: "cpu", or "cuda", which under torchrun is this process's own GPU; None: a GPU
+    if there is one. The C library is told to keep freed memory (``keep_freed_memory``),
+    since the loader and the models work in large blocks. Raises DeviceError.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
@@ -68,8 +69,8 @@ def own_device(name: str | None = None) -> torch.device:
 
 
 class Elsewhere(MealError):
-    """Another process failed, and says itself what is wrong; so the message is often
-    empty, and then nothing is printed."""
+    """A failure of another process, which reports the failure itself. The message here
+    is often empty; an empty message is not printed."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
@@ -77,21 +78,21 @@ class Elsewhere(MealError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together: number ``rank`` of ``world``,
-    counted from 0."""
+    """This process among the processes that train together: number ``rank`` of
+    ``world``, counted from 0."""
 
     rank: int = 0
     world: int = 1
-    talk: distributed.ProcessGroup | None = None  # for what isn't tensors
+    talk: distributed.ProcessGroup | None = None  # for Python objects, not tensors
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """True for process 0, which writes files and prints."""
         return self.rank == 0
 
     def first(self, do: Callable[[], T]) -> T:
-        """What process 0 finds, for all. Its error is raised there, and Elsewhere in
-        the others."""
+        """Call ``do`` in process 0, and return its result in all processes. An error is
+        raised in process 0, and Elsewhere in the others."""
         if self.world == 1:
             return do()
         told: list = [None, False]
@@ -108,9 +109,14 @@ class Processes:
         return told[0]
 
     def together(self, do: Callable[[], T]) -> T:
-        """What this process finds, once all have found something. An error is raised
-        where it came, and Elsewhere in the others, also in those where the very same
-        came. ``do`` must not speak to the others."""
+        """Call ``do`` in every process, and return this process's result once all have
+        succeeded.
+
+        An error is raised in the process where it occurred, and Elsewhere in the
+        others. If several processes have the same MealError, only the first of them
+        raises it, and the others raise Elsewhere. ``do`` must not communicate with
+        other processes.
+        """
         if self.world == 1:
             return do()
         try:
@@ -131,15 +137,16 @@ class Processes:
             distributed.broadcast_object_list(told, group=self.talk)
 
     def _hear(self, mine: str) -> list[str]:
-        """What each has to say."""
+        """Gather one message from every process, in the order of their ranks."""
         heard = [""] * self.world
         with _naming_the_dead():
             distributed.all_gather_object(heard, mine, group=self.talk)
         return heard
 
     def sum(self, figures: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of tensors of one shape, on the tensors' device;
-        in each the same to the last bit."""
+        """Return the sum of the processes' tensors, on the tensors' device. All tensors
+        must have the same shape. The sum is the same in all processes, to the last
+        bit."""
         if self.world > 1:
             figures = figures.clone()
             with _naming_the_dead():
@@ -147,8 +154,9 @@ class Processes:
         return figures
 
     def joined(self, module: nn.Module) -> nn.Module:
-        """The module with process 0's weights in all of them, whose gradients become
-        the mean over all after each backward pass."""
+        """Wrap a module in DistributedDataParallel: it has process 0's weights in all
+        processes, and after each backward pass its gradients are the mean over all
+        processes."""
         if self.world == 1:
             return module
         with _naming_the_dead():
@@ -157,9 +165,10 @@ class Processes:
             )
 
     def average_batchnorm(self, module: nn.Module) -> None:
-        """Give all the mean of what each one's BatchNorm layers have seen: they
-        normalise with the images of their own process, as in the paper."""
+        """Average the running statistics of BatchNorm layers over all processes. Each
+        process normalises with its own images, as in the paper."""
         if self.world > 1:
+            layer: Any
             for layer in module.modules():
                 own = isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(
                     layer, nn.SyncBatchNorm
@@ -169,8 +178,9 @@ class Processes:
                         seen.copy_(self.sum(seen) / self.world)
 
     def in_step(self) -> AbstractContextManager:
-        """For a block in which the processes speak to each other by themselves, as in a
-        backward pass."""
+        """Return a context for code in which torch itself communicates between
+        processes, such as a backward pass. If another process is gone, the context
+        raises an error of one line."""
         return _naming_the_dead() if self.world > 1 else nullcontext()
 
 
@@ -179,8 +189,12 @@ ALONE = Processes()
 
 @contextmanager
 def joining(device: torch.device) -> Iterator[Processes]:
-    """This process among those that torchrun has started with it, by torchrun's
-    environment variables; on CPUs they speak by gloo, on GPUs by NCCL."""
+    """Join the processes that torchrun has started with this process, and yield this
+    process's ``Processes``.
+
+    Rank and number of processes come from torchrun's environment variables. Processes
+    communicate by gloo on CPUs, and by NCCL on GPUs.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield ALONE
@@ -189,25 +203,24 @@ def joining(device: torch.device) -> Iterator[Processes]:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STALL
         )
-        processes = Processes(
-            distributed.get_rank(), world, distributed.new_group(backend="gloo", timeout=PATIENCE)
-        )
+        talk: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        processes = Processes(distributed.get_rank(), world, talk)
     if not processes.leads:
         progress.silence()
     yield processes
-    # not after an error: others may still be waiting, and are told by this process's
-    # end
+    # Skipped after an error: other processes may still be waiting, and notice that this
+    # process ends.
     distributed.destroy_process_group()
 
 
 @contextmanager
 def _naming_the_dead() -> Iterator[None]:
-    """Say in a line that another process is gone, which the libraries say in many
-    ways."""
+    """Raise an error of one line if another process is gone; the libraries report a
+    lost process in many ways."""
     try:
         yield
     except RuntimeError as error:
-        check()  # asked to stop like the others, this one was waiting for them
+        check()  # raises Stopped: a signal to all processes breaks connections, too
         text = " ".join(str(error).split())
         if "Expected to have finished reduction" in text:
             raise MealError(

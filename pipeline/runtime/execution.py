@@ -1,4 +1,4 @@
-"""Where a stage runs."""
+"""Bundle the device, the processes and the clock of a stage."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Execution:
-    """Where a stage runs, and who takes the time.
+    """The device, the processes and the clock of a stage.
 
-    device: of the models. processes: those that work together, each with its part of
-    every batch; the first one writes. clock: adds up where the time goes; an exact one
-    has the stage say so at its end (--profile).
+    device: of the models. processes: the processes that work together, each on its part
+    of every batch; process 0 writes. clock: adds up where the time goes; with an exact
+    clock the stage reports the times at its end (--profile).
     """
 
     device: torch.device = CPU
@@ -29,11 +29,11 @@ class Execution:
     def on(
         cls, device: torch.device, processes: Processes = ALONE, *, profile: bool = False
     ) -> Execution:
-        """Run on a device, and with ``profile`` say at the end where the time went and
-        what to change."""
+        """Return an Execution on a device. With ``profile``, the stage reports at its
+        end where the time went and what to change."""
         return cls(device, processes, Clock(device, exact=profile))
 
     @property
     def on_gpu(self) -> bool:
-        """Whether models run on a GPU."""
+        """True if the models run on a GPU."""
         return self.device.type == "cuda"

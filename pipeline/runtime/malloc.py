@@ -11,12 +11,12 @@ def keep_freed_memory() -> bool:
     """Tell glibc's malloc to reuse large blocks instead of returning each to the
     kernel.
 
-    A forward pass on the CPU frees and asks for hundreds of megabytes per batch, and
-    getting them from the kernel again, page by page, takes longer than the arithmetic:
-    two teachers of 240 and 260 px labelled 12 crops a second without this and 27 with
-    it. Beside a GPU the loader's batches are such blocks: a copy of 256 crops of 224 px
-    took 9.8 ms into fresh memory and 5.8 ms into memory that was kept. False where
-    there is no glibc.
+    A forward pass on the CPU allocates and frees hundreds of megabytes per batch.
+    Getting this memory from the kernel again, page by page, takes longer than the
+    arithmetic: two teachers of 240 and 260 px labelled 12 crops/s without this function
+    and 27 with it. Beside a GPU the loader's batches are such blocks: a copy of 256
+    crops of 224 px took 9.8 ms into fresh memory and 5.8 ms into memory that was kept.
+    Returns False where there is no glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

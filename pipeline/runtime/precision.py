@@ -1,5 +1,4 @@
-"""In which arithmetic models run: the precisions, what torch has to be told for them,
-and how far apart rounding puts labels."""
+"""Choose the arithmetic that models run in, and bound how far rounding moves labels."""
 
 from __future__ import annotations
 
@@ -13,10 +12,11 @@ import torch
 from cache.errors import MealError
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# Bounds of the total variation between a rounded label and the exact label, by
-# precision. Of 1,000 crops of ImageNet photographs, labelled by tf_efficientnet_lite1 +
-# lite2 on a CPU, the largest was 8.8e-3 in TF32 (emulated), 7.8e-3 in float16 and
-# 9.5e-2 in bfloat16 (mean 1.4e-3, 1.5e-3, 1.2e-2). Two float32 passes were 1e-6 apart.
+# Upper bounds of the total variation between a rounded label and the exact label, by
+# precision. For 1,000 crops of ImageNet photographs, labelled by tf_efficientnet_lite1
+# + lite2 on a CPU, the largest distance was 8.8e-3 in TF32 (emulated), 7.8e-3 in
+# float16 and 9.5e-2 in bfloat16 (mean 1.4e-3, 1.5e-3, 1.2e-2). Two float32 passes were
+# 1e-6 apart.
 ROUNDING = {"float32": 1e-3, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.15}
 _ONE_THREAD = threading.RLock()
 
@@ -41,12 +41,12 @@ def require_precision(precision: str, device: torch.device, key: str) -> None:
 
 @contextmanager
 def in_precision(precision: str) -> Iterator[None]:
-    """Have GPUs compute convolutions and matrix products of float32 tensors in float32;
+    """Make GPUs compute convolutions and matrix products of float32 tensors in float32;
     with ``tf32`` in TF32, which keeps 10 bits of the mantissa.
 
-    By default torch lets convolutions be TF32 and matrix products not. A backward pass
-    needs the same block around it as its forward pass. One thread at a time is in such
-    a block, since torch's setting is the whole process's.
+    By default torch allows TF32 in convolutions, but not in matrix products. A backward
+    pass needs the same context around it as its forward pass. Only one thread at a time
+    can be in this context, since torch's setting holds for the whole process.
     """
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     with _ONE_THREAD:
@@ -60,8 +60,8 @@ def in_precision(precision: str) -> Iterator[None]:
 
 @contextmanager
 def fixed_shapes() -> Iterator[None]:
-    """Let cuDNN try its algorithms on the first batch of each shape and go on with the
-    fastest: for batches of few different sizes."""
+    """Let cuDNN try its algorithms on the first batch of each shape, and keep the
+    fastest. Use it if batches have few different shapes."""
     before = torch.backends.cudnn.benchmark
     try:
         torch.backends.cudnn.benchmark = True
@@ -71,15 +71,15 @@ def fixed_shapes() -> Iterator[None]:
 
 
 def rounding(compute: dict, made_with: dict, device: torch.device, precision: str) -> float:
-    """Return a bound of the total variation that rounding alone puts between a stored
-    label and the label that ``device`` makes now in ``precision``.
+    """Return an upper bound of the total variation that rounding alone causes between a
+    stored label and the label that ``device`` computes now in ``precision``.
 
-    compute: the store's ``provenance.compute``. made_with: the store's attribute of
-    that name. If precision, kind of device, GPU and torch are the store's and nothing
-    is compiled, the bound is ROUNDING's; otherwise both labels are rounded in ways of
-    their own, and the bounds add up. A store that was made on a GPU and doesn't name
-    the GPU is of a version that left the choice to torch: its float32 may have been
-    TF32 in convolutions.
+    compute: the store's ``provenance.compute``. made_with: the store's attribute
+    ``made_with``. If precision, kind of device, GPU and version of torch are the
+    store's, and the store's teachers were not compiled, the bound is ROUNDING's.
+    Otherwise the two labels are rounded differently, and their bounds add up. A store
+    that was made on a GPU and doesn't name the GPU is of a version that left the choice
+    of precision to torch: its float32 may have been TF32 in convolutions.
     """
     stored = compute["precision"]
     if stored == "float32" and compute["device"] == "cuda" and "gpu" not in made_with:

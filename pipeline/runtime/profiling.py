@@ -1,8 +1,7 @@
-"""Where the time of a stage goes, and what to change (--profile).
+"""Measure where the time of a stage goes, and advise what to change (--profile).
 
-The thread that feeds the model is the one that matters: it works, or it waits for
-crops, or for the writer. What the others do beside it costs nothing while it doesn't
-wait.
+The thread that feeds the model sets the pace: it works, or it waits for crops or for
+the writer. Work in other threads costs no time as long as this thread doesn't wait.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,9 +21,10 @@ from pipeline.runtime.progress import duration
 from pipeline.runtime.threads import threads_for
 
 T = TypeVar("T")
-MUCH = 0.1  # of the time: a wait that is worth doing something about
-_END = object()
-# Parts of a stage: of the thread that feeds the model, and of those beside it.
+MUCH = 0.1  # share of the time above which a wait is worth advice
+_END: Any = object()
+# Parts of a stage: first the parts of the thread that feeds the model, then the parts
+# of other threads.
 LABELLING = (
     ("teachers", "wait for crops", "wait for the writer"),
     ("read", "render", "mix", "send", "code", "write"),
@@ -43,9 +43,12 @@ TRAINING = (
 
 
 class Clock:
-    """Adds up seconds by part, in whatever thread. ``exact``: wait for a GPU at the end
-    of each of the model's parts, which otherwise only starts the work; that costs some
-    speed, and is for --profile."""
+    """Adds up seconds by part, in any thread.
+
+    exact: wait for the GPU at the end of each part that runs the model. Otherwise such
+    a part only starts work on the GPU, and the time of this work doesn't count. Waiting
+    costs some speed, so it is for --profile.
+    """
 
     def __init__(self, device: torch.device | None = None, *, exact: bool = False) -> None:
         self.exact = exact
@@ -59,12 +62,14 @@ class Clock:
         self.begun = time.perf_counter()
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Set all times to zero, and start to count."""
         self.seconds.clear()
         self.begun = time.perf_counter()
 
     @contextmanager
     def part(self, name: str, *, of_model: bool = False) -> Iterator[None]:
+        """Add the time of a block to a part. of_model: the block runs the model, so an
+        exact clock waits for the GPU."""
         begun = time.perf_counter()
         try:
             yield
@@ -75,7 +80,8 @@ class Clock:
                 self.seconds[name] += time.perf_counter() - begun
 
     def waits(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, and how long each has been waited for."""
+        """Yield the items, and add the time of waiting for each item to the part
+        ``name``."""
         items = iter(items)
         while True:
             with self.part(name):
@@ -86,8 +92,11 @@ class Clock:
 
 
 def report(clock: Clock, parts: tuple[tuple[str, ...], tuple[str, ...]], advice: str) -> list[str]:
-    """Lines for people: the parts of the thread that feeds the model add up to the
-    whole; what is done beside it doesn't."""
+    """Return a report, line by line.
+
+    The parts of the thread that feeds the model add up to the whole time; the parts of
+    other threads don't. advice: the last line.
+    """
     whole = max(time.perf_counter() - clock.begun, 1e-9)
     feeding, beside = parts
     other = whole - sum(clock.seconds[name] for name in feeding)
@@ -106,6 +115,8 @@ def _line(name: str, seconds: float, whole: float) -> str:
 
 
 def advice_on_labelling(clock: Clock, config: Config, device: torch.device) -> str:
+    """Return a line of advice on stage one: its bottleneck, and how to make it
+    faster."""
     seconds, worked = (
         clock.seconds,
         clock.seconds["teachers"]
@@ -139,6 +150,8 @@ def advice_on_labelling(clock: Clock, config: Config, device: torch.device) -> s
 
 
 def advice_on_training(clock: Clock, config: Config, device: torch.device) -> str:
+    """Return a line of advice on stage two: its bottleneck, and how to make it
+    faster."""
     seconds = clock.seconds
     worked = sum(seconds[name] for name in TRAINING[0] if name not in ("validate", "save"))
     if seconds["wait for crops"] > MUCH * worked:

@@ -1,5 +1,5 @@
-"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log.
-Both with rate and time left."""
+"""Show the progress of long work on stderr, with rate and time left: a bar on a
+terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from rich.progress import Progress as Bar
 from cache.errors import printable
 from cache.system.signals import check
 
-LOG_SECONDS = 30.0
+LOG_SECONDS = 30.0  # between two lines in a log
 _speaks = True
 
 
 def silence() -> None:
-    """Leave speaking to another process that does the same."""
+    """Let this process print nothing, since another process prints the same."""
     global _speaks
     _speaks = False
 
 
 def speaks() -> bool:
+    """Return True unless ``silence`` was called."""
     return _speaks
 
 
 class Progress:
-    """``with Progress("training", 1000, "images") as progress: progress.advance(64,
-    "loss 1.23")``."""
+    """Shows how many of ``total`` units are done.
+
+    Use it as a context::
+
+        with Progress("training", 1000, "images") as progress:
+            progress.advance(64, "loss 1.23")
+    """
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
@@ -56,6 +62,8 @@ class Progress:
         return self
 
     def advance(self, n: int, note: str = "") -> None:
+        """Count ``n`` more units as done, and show a note. Raises Stopped if a signal
+        asked for it."""
         check()
         self.done += n
         self.note = note
@@ -90,14 +98,14 @@ class Progress:
 
 
 def say(message: str, *, anyway: bool = False) -> None:
-    """A line for people, on stderr: stdout is for results. anyway: also where another
-    process does the speaking."""
+    """Print a line for people on stderr, since stdout is for results. anyway: print it
+    after ``silence`` too."""
     if _speaks or anyway:
         print(printable(message), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """3723 → "1 h 02 min"; beyond some days, days."""
+    """Format seconds for people: 3723 → "1 h 02 min"; in days from 100 hours on."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -107,6 +115,6 @@ def duration(seconds: float) -> str:
 
 
 def results() -> Console:
-    """Where results go: stdout, as wide as the terminal, or unfolded into a pipe or
-    file."""
+    """Return the console for results: stdout, as wide as the terminal. In a pipe or
+    file, lines are not wrapped."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)

@@ -1,6 +1,8 @@
-"""Work beside other work: an iterator that a thread runs ahead of whoever wants its
-items, and a thread that deals with items behind whoever makes them. Both are bounded,
-and neither thread outlives its context, whatever fails."""
+"""Run work in threads beside other work: an iterator ahead of its consumer (``ahead``),
+or a function behind the producer of its items (``behind``).
+
+Both queues are bounded. No thread outlives its context, whatever fails.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ _END = object()
 
 
 def share_the_interpreter() -> None:
-    """Let threads change places more often than Python does by itself (5 ms), since the
-    one that feeds the device should not wait for the others."""
+    """Let Python switch threads more often than by default (every 5 ms), so that the
+    thread that feeds the device doesn't wait for the others."""
     sys.setswitchinterval(min(SWITCH, sys.getswitchinterval()))
 
 
@@ -29,8 +31,8 @@ def share_the_interpreter() -> None:
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
     """Iterate over ``items`` in a thread that stays at most ``depth`` items ahead.
 
-    An error in the thread is raised where the item would have come. Leaving the context
-    stops and joins the thread, whatever happened.
+    An error in the thread is raised in the consumer, in place of the next item. Leaving
+    the context stops and joins the thread, whatever happened.
     """
     filled: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -62,7 +64,7 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
         while not stop.is_set():
             try:
                 item, error = filled.get(timeout=1)
-            except queue.Empty:  # not yet; or never, once the context has been left
+            except queue.Empty:  # not yet, or never if the context has been left
                 continue
             if error is not None:
                 raise error
@@ -82,13 +84,16 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
 
 @contextmanager
 def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callable[[T], None]]:
-    """Give items away to a thread that deals with them in their order; at most
-    ``depth`` of them wait: ``with behind(write) as give: give(item)``.
+    """Handle items in a thread, in the order in which they are given::
 
-    An error of the thread is raised where the next item is given away, or at the end;
-    what waits then is dropped. Leaving the context waits until what was given away has
-    been dealt with, also when an error elsewhere is the reason. When a signal is, it
-    waits for the one item in hand, and after a second signal for nothing.
+        with behind(write) as give:
+            give(item)
+
+    At most ``depth`` items wait. If the thread fails, the next ``give`` or the end of
+    the context raises the error, and items that still wait are dropped. Leaving the
+    context waits until all given items are handled, also after an error in the context.
+    After a signal it waits only for the item in hand, and after a second signal for no
+    item.
     """
     waiting: queue.Queue = queue.Queue(maxsize=depth)
     failed: list[BaseException] = []
@@ -105,7 +110,7 @@ def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callabl
             if not failed:
                 try:
                     deal_with(item)
-                except BaseException as error:  # handed to whoever gives, where it is raised
+                except BaseException as error:  # handed to the producer, where give raises it
                     failed.append(error)
 
     def give(item: T | object) -> None:
@@ -140,8 +145,8 @@ def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callabl
 
 
 def threads_for(threads: int | None) -> int:
-    """Decoder threads: as told, or as many as this process may use, at most 16;
-    torchrun's processes of a machine share its cores."""
+    """Return the number of decoder threads: ``threads``, or by default as many as this
+    process may use, at most 16. torchrun's processes on a machine share its cores."""
     return threads or max(
         1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     )

@@ -1,1 +1,1 @@
-"""Random numbers, and what is drawn from them: crops, CutMix, the order of an epoch."""
+"""Random numbers, and their uses: crops, CutMix, the order of an epoch."""

@@ -1,8 +1,7 @@
-"""What a store holds of every crop of a manifest before any teacher has seen it: boxes,
-flips and mixes, drawn from the policy.
+"""Draw the crops of images from the crop policy: boxes, flips and mixes.
 
-Stage one stores them; online training and training from class folders draw them as they
-go.
+Stage one stores these draws beside the labels. Online training and training from class
+folders draw them as they go.
 """
 
 from __future__ import annotations
@@ -16,13 +15,16 @@ from pipeline.sampling import cutmix, philox, random_crop
 
 
 class CropSampler:
+    """Draws crops of a manifest's images, by row and view. shard_rows: rows of a shard,
+    within which CutMix draws partners."""
+
     def __init__(self, policy: CropPolicy, images: Images, shard_rows: int) -> None:
         self.policy, self.images, self.shard_rows = policy, images, shard_rows
         self.identity = philox.identities(images.path)  # uint64 [images]
 
     def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
-        """int64 [n] rows → boxes int32 [n, 4] (top, left, height, width in pixels) and
-        flips bool [n]; zeros where the image is unusable."""
+        """Draw crops of one view: int64 [n] rows → boxes int32 [n, 4] (top, left,
+        height, width in pixels) and flips bool [n]. Unusable images get zeros."""
         boxes, flips = np.zeros((len(rows), 4), np.int32), np.zeros(len(rows), bool)
         good = np.flatnonzero(self.images.status[rows] == USABLE)
         of = rows[good]
@@ -32,8 +34,9 @@ class CropSampler:
         return BoxesAndFlips(boxes, flips)
 
     def mixes(self, view: int, rows: np.ndarray) -> Mixes:
-        """int64 [n] rows → rows of the partners int32 [n], -1 for none, and rectangles
-        float32 [n, 4] (``cutmix.boxes``). The policy must mix."""
+        """Draw mixes of one view: int64 [n] rows → rows of the partners int32 [n], -1
+        for none, and rectangles float32 [n, 4] (``cutmix.boxes``). The policy must have
+        CutMix."""
         seed = self.policy.seed
         partner = np.empty(len(rows), np.int32)
         shard_of = rows // self.shard_rows
@@ -51,7 +54,8 @@ class CropSampler:
         return Mixes(partner, box)
 
     def whole_crops(self, view: int, rows: np.ndarray) -> Crops:
-        """int64 [n] rows → their crops, with CutMix what is pasted into them too."""
+        """Draw crops of one view, with their mixes if the policy has CutMix: int64 [n]
+        rows → Crops [n]."""
         return Crops(
             *self.crops(view, rows), *(self.mixes(view, rows) if self.policy.cutmix else ())
         )

@@ -15,8 +15,8 @@ ROW_ORDER = 0xFFFFFFFF  # the counter of the row order's draws; no view has this
 
 
 def row_order(seed: int, paths: np.ndarray) -> np.ndarray:
-    """int64 [n]: a random order of the rows that depends on the seed and on each path
-    alone."""
+    """Return a random order of the rows, int64 [n]. The draw of a row depends on the
+    seed and on its path alone."""
     low, high = philox.split(
         philox.identities(np.array([printable_paths(p) for p in paths], object))
     )
@@ -24,15 +24,18 @@ def row_order(seed: int, paths: np.ndarray) -> np.ndarray:
     return np.lexsort((drawn[:, 1], drawn[:, 0]))
 
 
-# of about 1 MiB each: what is shuffled together, and held in memory as codes, the fewer
-# the more views of it are
+# Blocks of a window, of about 1 MiB of codes each: they are held in memory and shuffled
+# together. With several views of each image a window has fewer blocks.
 WINDOW_BLOCKS = 64
-FEWEST_BLOCKS = 4
+FEWEST_BLOCKS = 4  # of a window
 
 
 def blocks_of(chunk_rows: int, shard_rows: int, policy: CropPolicy) -> tuple[int, int]:
-    """(rows of a block, blocks of a window) for reading and shuffling: a chunk is a
-    block; with CutMix a block holds whole groups of partners."""
+    """Return (rows of a block, blocks of a window).
+
+    A block is read at once: it is a chunk or, with CutMix, holds whole groups of
+    partners. The blocks of a window are shuffled together.
+    """
     if policy.cutmix is None:
         return chunk_rows, WINDOW_BLOCKS
     rows = next(
@@ -46,11 +49,12 @@ def blocks_of(chunk_rows: int, shard_rows: int, policy: CropPolicy) -> tuple[int
 def epoch_windows(
     usable: np.ndarray, block_rows: int, seed: int, epoch: int, window_blocks: int = WINDOW_BLOCKS
 ) -> Iterator[np.ndarray]:
-    """The order of an epoch, a pure function of (seed, epoch): rows of some blocks,
-    shuffled together; then of the next ones.
+    """Yield the rows of an epoch, int64, window by window, as a pure function of (seed,
+    epoch).
 
-    usable: int64 rows, rising. Blocks come in a random order too. Every usable row
-    comes exactly once.
+    usable: int64 rows, rising. Blocks come in random order; ``window_blocks`` of them
+    make a window, whose rows are shuffled together. Every usable row comes exactly
+    once.
     """
     blocks = np.split(usable, np.flatnonzero(np.diff(usable // block_rows)) + 1)
     order = philox.permutation(seed, len(blocks), epoch, 1)
@@ -60,20 +64,23 @@ def epoch_windows(
 
 
 def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
-    """Rows in a random order, and whose crop is pasted into each (CutMix; -1: none) →
-    int64 [n] places that put the two of a pair next to each other, at the place of the
-    one with the lower row number (the earlier place of two would bring pairs before
-    singles), and keep the order else.
+    """Reorder rows so that the two rows of a CutMix pair are next to each other.
 
-    So a batch of an even number of rows holds both, and neither has to be decoded
-    twice.
+    rows: int [n], in random order. partner: int [n], the row whose crop is pasted into
+    each row; -1: none. Returns int64 [n] places in ``rows``. A pair comes at the place
+    of its row with the lower number. (At the earlier place of its two rows, pairs would
+    tend to come before single rows.) Otherwise the order is kept.
+
+    Every batch of an even number of rows then holds both rows of its pairs, and no
+    image has to be decoded twice.
     """
     own = np.arange(len(rows))
     sorter = np.argsort(rows)
     found = sorter[np.searchsorted(rows, partner, sorter=sorter).clip(0, len(rows) - 1)]
     theirs = np.where((rows[found] == partner) & (found != own), found, -1)
-    # One may be pasted into the other without the other way round; a third that takes
-    # one of a pair stays single.
+    # The relation may be one-sided: a row is pasted into its partner, but has no
+    # partner itself. A third row, whose partner already belongs to a pair, stays
+    # single.
     linked = (theirs >= 0) & ((theirs[theirs] == own) | (theirs[theirs] < 0))
     mate = np.full(len(rows), -1)
     mate[theirs[linked]] = own[linked]
@@ -82,15 +89,15 @@ def side_by_side(rows: np.ndarray, partner: np.ndarray) -> np.ndarray:
     key = np.where(paired, np.where(rows <= rows[mate], own, mate), len(rows))
     single = np.flatnonzero(~paired)
     whole = len(single) // 2 * 2
-    key[single[:whole]] = np.repeat(
-        single[:whole:2], 2
-    )  # singles two by two too, at the first one's place
+    # Single rows come two by two as well, so that every pair begins at an even place.
+    key[single[:whole]] = np.repeat(single[:whole:2], 2)
     return np.lexsort((own, key))
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:
-    """Sizes of an epoch's global batches. The last one is what is left; a single row
-    joins the batch before, since BatchNorm needs two."""
+    """Return the sizes of an epoch's global batches, in rows. The last batch holds the
+    rows that are left. A single row joins the batch before, since BatchNorm needs
+    two."""
     sizes = [batch_size] * (rows // batch_size)
     rest = rows % batch_size
     if rest == 1 and sizes:

@@ -1,9 +1,9 @@
-"""Random numbers that are a pure function of what they are for: Philox4x32-10,
-vectorised over counters.
+"""Draw random numbers as a pure function of their purpose: Philox4x32-10, vectorised
+over counters.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
-2011. A generator object per crop would cost 15 µs; this costs well under one, and
-depends on no call order, batch size, rank or thread, nor on numpy's version.
+2011. A generator object per crop would cost 15 µs; a counter costs well under 1 µs. The
+numbers depend on no call order, batch size, rank or thread, nor on numpy's version.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 def words(
     seed: int,
-    c0: np.ndarray,
+    c0: np.ndarray | int,
     c1: np.ndarray | int = 0,
     c2: np.ndarray | int = 0,
     c3: np.ndarray | int = 0,
 ) -> np.ndarray:
-    """uint32 [n, 4]: four random words for each counter (c0, c1, c2, c3), each below
-    2^32, under a 64-bit seed."""
+    """Return four random words, uint32 [n, 4], for each counter (c0, c1, c2, c3) under
+    a 64-bit seed. The parts of a counter must be below 2^32."""
     x0, x1, x2, x3 = (
         np.array(c, dtype=np.uint64) for c in np.broadcast_arrays(np.atleast_1d(c0), c1, c2, c3)
     )
@@ -43,17 +43,18 @@ def words(
 
 
 def uniform(word: np.ndarray) -> np.ndarray:
-    """uint32 → float64 strictly between 0 and 1."""
+    """Map uint32 words to float64 strictly between 0 and 1."""
     return (word + 0.5) / 2.0**32
 
 
 def below(word: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """uint32 and counts below 2^31 → int64 in 0 … n − 1, uniform to 2^-32·n."""
+    """Map uint32 words, and counts n below 2^31, to int64 in 0 … n − 1, uniform to
+    2^-32·n."""
     return ((word.astype(np.uint64) * n.astype(np.uint64)) >> _SHIFT).astype(np.int64)
 
 
 def identities(names: np.ndarray) -> np.ndarray:
-    """Strings [n] → uint64 [n]: the first eight bytes of their sha256,
+    """Hash strings [n] to uint64 [n]: the first eight bytes of their sha256,
     little-endian."""
     return np.array(
         [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") for name in names],
@@ -62,12 +63,12 @@ def identities(names: np.ndarray) -> np.ndarray:
 
 
 def split(identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 → its low and its high word, as counters for ``words``."""
+    """Split uint64 into its low and its high word, as counters for ``words``."""
     return identity & _LOW, identity >> _SHIFT
 
 
 def permutation(seed: int, n: int, *purpose: int) -> np.ndarray:
-    """int64 [n]: a random order of 0 … n − 1 that depends on the seed and on up to two
-    numbers saying what it is for."""
+    """Return a random order of 0 … n − 1, int64 [n]. It depends on the seed and on up
+    to two numbers that say its purpose."""
     drawn = words(seed, np.arange(n), *purpose).astype(np.uint64)
     return np.argsort(drawn[:, 0] << _SHIFT | drawn[:, 1], kind="stable")

@@ -1,10 +1,10 @@
-"""Which part of an image a view shows: RandomResizedCrop and a flip, as a pure function
-of (seed, image, view).
+"""Draw the part of an image that a view shows: RandomResizedCrop and a flip, as a pure
+function of (seed, image, view).
 
 The distribution is that of torchvision's ``RandomResizedCrop`` (Szegedy et al., arXiv
 1409.4842): area uniform in ``scale``, log of the aspect ratio uniform in log ``ratio``,
-ten tries, then the largest centred crop within the ratio. "Image" is the relative path:
-adding or removing an image moves no other crop.
+ten tries, then the largest centred crop within the ratio. An image is known by its
+relative path, so adding or removing an image changes no other crop.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ TRIES = 10
 def draw(
     policy: CropPolicy, identity: np.ndarray, height: np.ndarray, width: np.ndarray, view: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crops of one view.
+    """Draw the crops of one view.
 
-    identity: uint64 [n] (philox.identities of the paths); height, width: int [n],
+    identity: uint64 [n] (philox.identities of the paths). height, width: int [n],
     pixels of the decoded images, 1 or more. Returns int32 [n, 4] top, left, height,
-    width in pixels, inside the image, and bool [n] mirrored left-right.
+    width in pixels, inside the image, and bool [n], True for a crop that is mirrored
+    left-right.
     """
     n = len(identity)
     low, high = philox.split(identity)
@@ -57,7 +58,7 @@ def draw(
 
 
 def _centre(H: np.ndarray, W: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """The largest centred crop whose aspect ratio lies within ``ratio``."""
+    """Return the largest centred crop whose aspect ratio lies within ``ratio``."""
     h = np.where(ratio[0] > W / H, np.rint(W / ratio[0]), H).clip(1, H).astype(np.int64)
     w = np.where(ratio[1] < W / H, np.rint(H * ratio[1]), W).clip(1, W).astype(np.int64)
     return np.stack([(H - h) // 2, (W - w) // 2, h, w], axis=1)

@@ -1,1 +1,1 @@
-"""Stage two: a student is trained on the crops and labels of a store."""
+"""Train a student on the crops and labels of a store (stage two)."""

@@ -1,5 +1,5 @@
-"""Which images an epoch shows in which order, and their stored crops and labels,
-rendered and in batches."""
+"""Replay an epoch in batches: its images in the epoch's order, their crops rendered,
+with their labels."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from pipeline.training.source import Source
 
 @dataclass
 class Mixed:
-    """What was pasted into the pictures of a batch."""
+    """The CutMix partners of a batch."""
 
-    area: torch.Tensor  # float32 [n], the share of each picture that is pasted
-    class_index: torch.Tensor  # int64 [n], of the partners
-    # codes [n, classes] of the partners, to be mixed by area; None where a label is of
-    # the mixed picture
+    area: torch.Tensor  # float32 [n], the pasted share of each crop's area, 0 … 1
+    class_index: torch.Tensor  # int64 [n], class indices of the partners
+    # codes [n, classes] of the partners' labels, to be mixed by area; None where labels
+    # were made for the mixed crops
     labels: torch.Tensor | None
 
 
 @dataclass
 class Batch:
-    """Crops of some images: crop j of image i is at j · len(rows) + i."""
+    """A batch of crops. Crop j of image i is at index j · len(rows) + i."""
 
     rows: np.ndarray  # int64 [images], rows of the source
     pixels: dict[int, torch.Tensor]  # output size → uint8 [n, size, size, 3]
-    labels: torch.Tensor | None  # codes [n, classes], or None
+    labels: torch.Tensor | None  # codes [n, classes], or None without stored labels
     class_index: torch.Tensor  # int64 [n]
     mixed: Mixed | None
-    total: int  # crops of the global batch, of which these are this process's part
-    world: int = 1  # processes that have a part
-    # how many processes have each crop: all of them, of a batch that is too small to be
-    # divided
+    total: int  # crops of the global batch; this batch is one process's part of them
+    world: int = 1  # number of processes that get a part
+    # number of processes that have each crop: all of them if the global batch is too
+    # small to be divided
     copies: int = 1
 
     def __len__(self) -> int:
@@ -54,18 +54,21 @@ class Batch:
 
     @property
     def weight(self) -> float:
-        """What the mean over this part counts in a mean over the processes that is to
-        be the one over the global batch."""
+        """Return the weight of this part's mean.
+
+        The mean over the processes of weight · mean is the mean over the global batch.
+        """
         return len(self) * self.world / (self.total * self.copies)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How an epoch is cut into batches.
+    """The division of an epoch into batches.
 
-    batch_size: crops of a global batch. seed: of the order. crops_per_image: how many
-    views of each image are in a batch (FKD, arXiv 2112.01528): an epoch's pass over the
-    images then shows that many views. mix: CutMix by area, of neighbours in the batch.
+    batch_size: crops in a global batch. seed: seed of the order of images.
+    crops_per_image: views of each image in a batch (FKD, arXiv 2112.01528); one pass
+    over the images then shows that many views. mix: CutMix by area, between neighbours
+    in the batch.
     """
 
     batch_size: int
@@ -75,23 +78,23 @@ class Batching:
 
     @classmethod
     def of(cls, recipe: Train) -> Batching:
-        """Take it from a config's section."""
+        """Read the values from the ``train`` section of a config."""
         return cls(recipe.batch_size, recipe.seed, recipe.crops_per_image, recipe.cutmix)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that are shuffled together, in the epoch's order, and all that the source
-    knows of them."""
+    """Rows that are shuffled together, in the epoch's order, with the labels and crops
+    that the source has for them."""
 
     rows: np.ndarray  # int64 [n]
     labels: np.ndarray | None  # codes [views, n, classes]
     crops: Crops  # [views, n]; partner: the row itself where nothing is pasted
-    theirs: (
-        BoxesAndFlips | None
-    )  # [views, n], the partners' own crops; with the source's CutMix only
+    # [views, n], the partners' own crops; None where nothing is pasted
+    theirs: BoxesAndFlips | None
 
     def take(self, places: np.ndarray | slice) -> Window:
+        """Return the rows at these places."""
         labels = None if self.labels is None else self.labels[:, places]
         theirs = (
             None
@@ -101,6 +104,7 @@ class Window:
         return Window(self.rows[places], labels, self.crops.take(places), theirs)
 
     def join(self, other: Window) -> Window:
+        """Return this window with the rows of another window behind its own."""
         labels = (
             None if self.labels is None else np.concatenate([self.labels, other.labels], axis=1)
         )
@@ -121,11 +125,11 @@ class Window:
 
 
 class Replay:
-    """Epochs of a source as batches: the same sequence of global batches for every
-    number of processes.
+    """Replays the epochs of a source in batches.
 
-    sizes: output sizes in pixels, the first one the student's. execution: where the
-    tensors are to be, and the processes, each of which has a part of every batch.
+    The sequence of global batches is the same for every number of processes. sizes:
+    output sizes in pixels, the student's size first. execution: the device of the
+    tensors, and the processes, each of which gets a part of every batch.
     """
 
     def __init__(
@@ -142,16 +146,15 @@ class Replay:
         self.views = batching.crops_per_image
         self.begun: tuple[int, ExitStack, Iterator[Sent[Batch]]] | None = None
         self.window_blocks = max(FEWEST_BLOCKS, source.window_blocks // self.views)
-        self.sizes = batch_sizes(
-            len(source.images.usable), batching.batch_size // self.views
-        )  # in images
+        # Sizes of the global batches, in images.
+        self.sizes = batch_sizes(len(source.images.usable), batching.batch_size // self.views)
         self.class_index = source.images.class_index.astype(np.int64)
         self.read = Reader(source.data.path, source.images, source.settings.threads)
         mixed = bool(batching.mix or source.policy.cutmix)
-        most = max(len(self._mine(size)) for size in self.sizes) * (
-            1 + self.views * mixed
-        )  # with partners, at worst
-        pinned = execution.on_gpu and not mixed  # mixed pictures are new tensors
+        # At worst, each image has a partner outside the batch in each view.
+        most = max(len(self._mine(size)) for size in self.sizes) * (1 + self.views * mixed)
+        # Pasting makes new tensors, so pinned tensors would be of no use.
+        pinned = execution.on_gpu and not mixed
         self.renderer = CropRenderer(sizes, self.views, most, source.settings, pinned=pinned)
 
     def close(self) -> None:
@@ -160,9 +163,12 @@ class Replay:
         self.read.__exit__()
 
     def _mine(self, size: int) -> np.ndarray:
-        """Places in a global batch of so many images that are this process's part: all,
-        where there aren't two for each, since BatchNorm needs two and nobody may be
-        without a gradient."""
+        """Return the places in a global batch of ``size`` images that are this
+        process's part.
+
+        Every process gets the whole batch if there are fewer than two images for each
+        process: BatchNorm needs two images, and every process needs a gradient.
+        """
         return (
             np.arange(size)
             if self._is_small(size)
@@ -170,15 +176,17 @@ class Replay:
         )
 
     def _is_small(self, size: int) -> bool:
+        """Return whether a global batch has fewer than two images for each process."""
         return size < 2 * self.world
 
     @contextmanager
     def epoch(self, epoch: int) -> Iterator[Iterator[Batch]]:
-        """Batches of one pass over the images, rendered ahead in a thread, with tensors
-        on the device: ``with replay.epoch(3) as batches: for batch in batches: …``.
+        """Yield the batches of one pass over the images.
 
-        It replays the views epoch, epoch + 1, …, one for each of ``crops_per_image``,
-        modulo the source's views.
+        Use: ``with replay.epoch(3) as batches: for batch in batches: …``. A thread
+        renders the batches ahead; their tensors are on the device. The batches show the
+        views epoch, epoch + 1, …, one view for each of ``crops_per_image``, modulo the
+        source's number of views.
         """
         if self.begun is None or self.begun[0] != epoch:
             self.begin(epoch)
@@ -187,14 +195,14 @@ class Replay:
             yield (sent.received() for sent in batches)
 
     def begin(self, epoch: int) -> None:
-        """Start to render an epoch that is going to be asked for, while other things
-        are done."""
+        """Start to render an epoch that ``epoch`` will ask for later, for example while
+        validation runs."""
         self.forget()
         context = ExitStack()
         self.begun = epoch, context, context.enter_context(ahead(self._batches(epoch)))
 
     def forget(self) -> None:
-        """Drop what was begun."""
+        """Drop the epoch that ``begin`` has started."""
         if self.begun is not None:
             (_, context, _), self.begun = self.begun, None
             context.close()
@@ -224,8 +232,8 @@ class Replay:
             yield window
 
     def _window(self, epoch: int, rows: np.ndarray) -> Window:
-        """All that the source knows of some rows, in the epoch's order; with CutMix
-        partners come next to each other."""
+        """Fetch labels and crops of some rows, in the epoch's order. With CutMix and
+        one crop per image, partners are moved next to each other."""
         source = self.source
         views = [(epoch + j) % source.views for j in range(self.views)]
         mixes = [source.mixes(view, rows) for view in views] if source.policy.cutmix else []
@@ -253,13 +261,13 @@ class Replay:
         )
 
     def _batch(self, epoch: int, whole: Window) -> Batch:
-        """This process's part of a global batch."""
+        """Render this process's part of a global batch."""
         n = len(whole.rows)
         mine, total, copies = self._mine(n), n * self.views, self.world if self._is_small(n) else 1
         by_area = None
         if self.batching.mix:
-            whole, by_area = self._with_neighbours(epoch, whole)
-            by_area = None if by_area is None else torch.from_numpy(_flat(by_area[:, mine]))
+            whole, theirs = self._with_neighbours(epoch, whole)
+            by_area = None if theirs is None else torch.from_numpy(_flat(theirs[:, mine]))
         part = whole.take(mine)
         labels = None if part.labels is None else torch.from_numpy(_flat(part.labels))
         mixed = None
@@ -279,9 +287,12 @@ class Replay:
         return Batch(part.rows, pixels, labels, classes, mixed, total, self.world, copies)
 
     def _with_neighbours(self, epoch: int, whole: Window) -> tuple[Window, np.ndarray | None]:
-        """Pair neighbours in a global batch, which is in a random order, for CutMix by
-        area: the batch with partners, and the partners' codes [views, n, classes], if
-        there are labels."""
+        """Pair neighbours in a global batch for CutMix by area. Neighbours are random,
+        since the batch is in a random order.
+
+        Returns the batch with its partners, and the codes [views, n, classes] of the
+        partners' labels, or None without labels.
+        """
         rows, crops = whole.rows, whole.crops
         mate = cutmix.pairs(np.arange(len(rows)))
         identity = philox.identities(self.source.images.path[rows])
@@ -303,8 +314,8 @@ class Replay:
         return mixed, None if whole.labels is None else whole.labels[:, mate]
 
     def _mixed_pixels(self, part: Window, partner: np.ndarray) -> dict[int, torch.Tensor]:
-        """Render a part of a batch with the partners [views, n] of its crops, and
-        paste: output size → uint8 [views · n, size, size, 3]."""
+        """Render a part of a batch with the partners, rows [views, n], of its crops,
+        and paste. Returns output size → uint8 [views · n, size, size, 3]."""
         shown, crops, at = with_partners(part.rows, part.crops, partner, part.theirs)
         views = self._render(shown, crops.boxes, crops.flips)
         own = slice(len(part.rows))
@@ -318,8 +329,10 @@ class Replay:
         }
 
     def _render(self, rows: np.ndarray, boxes: np.ndarray, flips: np.ndarray) -> Rendered:
-        """Boxes [views, n, 4] and flips [views, n] of some rows → per view: output size
-        → uint8 [n, size, size, 3]."""
+        """Read and render some rows with boxes [views, n, 4] and flips [views, n].
+
+        Returns for each view: output size → uint8 [n, size, size, 3].
+        """
         with self.clock.part("read"):
             blobs = self.read(rows)
         with self.clock.part("render"), naming(self.source.images, rows):
@@ -329,21 +342,22 @@ class Replay:
 def with_partners(
     rows: np.ndarray, crops: Crops, partner: np.ndarray, theirs: BoxesAndFlips
 ) -> tuple[np.ndarray, BoxesAndFlips, np.ndarray]:
-    """What to render for a batch with CutMix: its rows, and behind them those partners
-    that aren't among them, each once.
+    """List the images to render for a batch with CutMix: the batch's rows, then each
+    partner that is not among them, once.
 
-    rows [n]; crops [views, n]; partner [views, n] rows, and ``theirs``, the partners'
-    own crops [views, n]. Returns rows, boxes and flips of all that is needed, and int64
-    [views, n]: at which of these places each partner is.
+    rows: [n]. crops: [views, n]. partner: rows [views, n]. theirs: the partners' own
+    crops [views, n]. Returns the rows to render, their boxes and flips in every view,
+    and int64 [views, n], each partner's place among the rows to render.
     """
     absent, first = np.unique(partner, return_index=True)
     new = ~np.isin(absent, rows)
-    absent, first = absent[new], np.divmod(first[new], partner.shape[1])
+    absent, at_first = absent[new], np.divmod(first[new], partner.shape[1])
     shown = np.concatenate([rows, absent])
     sorter = np.argsort(shown)
     at = sorter[np.searchsorted(shown, partner, sorter=sorter)]
-    # In a view that doesn't need an image any of its crops will do.
-    boxes, flips = (np.repeat(column[first][None], len(partner), axis=0) for column in theirs)
+    # The renderer makes every view of every image. In a view that doesn't need a
+    # partner, any crop of the partner will do.
+    boxes, flips = (np.repeat(column[at_first][None], len(partner), axis=0) for column in theirs)
     for view, places in enumerate(at):
         outside = np.flatnonzero(places >= len(rows))
         boxes[view, places[outside] - len(rows)] = theirs.boxes[view, outside]
@@ -355,10 +369,10 @@ def with_partners(
 
 
 def _stacked(per_view: Sequence[np.ndarray]) -> np.ndarray:
-    """[n, …] a view → [views, n, …]; of one view no copy is made."""
+    """Stack one array [n, …] per view to [views, n, …]. A single view is not copied."""
     return per_view[0][None] if len(per_view) == 1 else np.stack(per_view)
 
 
 def _flat(column: np.ndarray) -> np.ndarray:
-    """[views, images, …] → [views · images, …], the order of a batch."""
+    """Flatten [views, images, …] to [views · images, …], the order of a batch."""
     return np.ascontiguousarray(column.reshape(-1, *column.shape[2:]))

@@ -1,5 +1,6 @@
-"""Stage two: train a student from stored labels, from live teachers (online), or with
-hard labels: one loop for all."""
+"""Run the training loop of stage two: passes over the images, validation and
+checkpoints. The same loop trains from stored labels, from live teachers (online), and
+with hard labels."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ from pipeline.training.losses import Discriminator
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
 
-LOOK = 16  # steps after which the loss is looked at: on a GPU each look waits for the step
+LOOK = 16  # steps between looks at the loss; on a GPU each look waits for the step
 
 
 class Learner(nn.Module):
-    """What is trained: the student, and the discriminator that is trained with it. One
-    module, so that processes join its gradients in one go."""
+    """The modules that are trained: the student, and the discriminator if there is one.
+
+    They form one module, so that the processes average all gradients together.
+    """
 
     def __init__(
         self,
@@ -54,11 +57,15 @@ class Learner(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [n, size, size, 3] and their goal → the loss to be lowered, its mean
-        over the rows; and float64 [6], sums over the rows: the loss without the
-        discriminator's, KL(soft labels‖student), whether label and student put the same
-        class first, the discriminator's loss, and its right answers on the student's
-        side and on the teachers'."""
+        """Return the loss to minimise, and sums for the metrics.
+
+        pixels: uint8 [n, size, size, 3]. goal: the labels of these crops. The loss is a
+        scalar, the mean over the rows, the discriminator's loss included. The sums over
+        the rows are float64 [6]: the loss without the discriminator's, KL(soft
+        labels‖student), the number of rows where label and student put the same class
+        first, the discriminator's loss, and its right answers on the student's side and
+        on the teachers' side.
+        """
         logits = self.model(pixels, self.precision)
         loss = self.targets.loss(logits, goal)
         total = loss.mean()
@@ -79,7 +86,8 @@ class Learner(nn.Module):
 
 
 class Run:
-    """A student in training: model, optimizer, and what has been done so far."""
+    """A student in training: model, optimizer, and the metrics of the epochs done so
+    far."""
 
     def __init__(
         self,
@@ -123,9 +131,9 @@ class Run:
                     "base_lr": recipe.discriminator.lr,
                 }
             )
-        fused = (
-            execution.on_gpu
-        )  # one kernel for all weights; on a CPU it would only round otherwise than before
+        # On a GPU one kernel updates all weights. On a CPU fusing would only round
+        # differently from earlier versions.
+        fused = execution.on_gpu
         self.optimizer = torch.optim.SGD(
             groups,
             lr=recipe.lr,
@@ -145,27 +153,30 @@ class Run:
         self.curves = Curves(out, config)
 
     def restore(self, state: dict) -> None:
+        """Resume from the state that ``_save`` wrote."""
         self.student.module.load_state_dict(state["model"])
         if self.discriminator:
             self.discriminator.load_state_dict(state["discriminator"])
         fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = own  # of this device, whatever the run was on before
+            group["fused"] = own  # for this device, whatever device the run was on before
         self.epoch, self.metrics = state["epoch"], state["metrics"]
         say(f"going on with {self.out} after {self.epoch} epochs")
         self.processes.first(lambda: self.curves.show(self.metrics))
 
     def train_pass(self) -> None:
-        """One pass over the images, which is as many epochs as it shows crops of each;
-        then validation, and the checkpoints."""
+        """Train for one pass over the images, then validate and save the checkpoints.
+
+        A pass that shows several crops of each image counts as that many epochs.
+        """
         recipe, first = self.config.train, self.epoch
         done = first + recipe.crops_per_image
-        # Dropout and the like draw anew in each epoch and process, and the same whether
-        # or not the run was interrupted before it.
+        # Dropout and the like draw fresh numbers in each epoch and process. A resumed
+        # run draws the same numbers as an uninterrupted run.
         torch.manual_seed(int(philox.words(recipe.seed, first, self.processes.rank, 0, 3)[0, 0]))
         self.student.module.train()
-        sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # as _step returns them
+        sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # of _step's results
         seen, crops, rate, note = (
             0,
             len(self.source.images.usable) * recipe.crops_per_image,
@@ -193,9 +204,8 @@ class Run:
         if done < recipe.epochs:
             self.replay.begin(done)
         self._require_finite(float(sums[0]), rate)
-        if not all(
-            torch.isfinite(p).all() for p in self.student.module.parameters()
-        ):  # by the very last step
+        # The very last step, after the last loss, may have made weights infinite.
+        if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):
             self._require_finite(math.nan, rate)
         self.processes.average_batchnorm(self.student.module)
         loss, kl, agreeing, against, told_student, told_teachers = (sums / seen).tolist()
@@ -227,7 +237,11 @@ class Run:
         say(self._summary(metrics))
 
     def _require_finite(self, loss: float, rate: float) -> float:
-        """The loss, which is the same in all processes."""
+        """Return the loss if it is finite; otherwise stop the run.
+
+        The loss is the same in all processes. Raises RunError in the first process, and
+        Elsewhere in the others.
+        """
         if not math.isfinite(loss):
             if not self.processes.leads:
                 raise Elsewhere
@@ -238,9 +252,11 @@ class Run:
         return loss
 
     def _step(self, batch: Batch) -> torch.Tensor:
-        """One optimizer step, towards the mean over the global batch. Returns what this
-        process adds to the epoch's sums (``Learner``), float64 [6] on the device, not
-        waited for."""
+        """Take one optimizer step on the mean over the global batch.
+
+        Returns this process's part of the epoch's sums (``Learner.forward``), float64
+        [6] on the device. The device is not waited for.
+        """
         with self.clock.part("labels and teachers", of_model=True):
             goal = self.targets(batch)
         pixels = batch.pixels[self.config.train.image_size]
@@ -251,20 +267,22 @@ class Run:
         ):
             total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)
-            (total * batch.weight).backward()  # whose gradient becomes the mean over the processes
+            # The gradient becomes the mean over the processes.
+            (total * batch.weight).backward()
         with self.clock.part("optimizer", of_model=True):
             self.optimizer.step()
         return sums / batch.copies
 
     def _validate(self) -> dict:
+        """Return top-1 and top-5 in per cent, and the loss in nats, on the validation
+        images."""
         self.student.module.eval()
         recipe = self.config.train
         looking = Looking(
             self.source.settings,
             batch_size=min(256, recipe.batch_size),
-            precision="float32"
-            if recipe.precision == "float32"
-            else "tf32",  # which on a CPU is the same
+            # On a CPU tf32 is the same as float32.
+            precision="float32" if recipe.precision == "float32" else "tf32",
             what="validating",
         )
         validation = self.validation
@@ -278,9 +296,12 @@ class Run:
         return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
 
     def _save(self) -> None:
-        """The student for others first, then what this run goes on from: after a kill
-        between the two, the epoch is done again, to the same end. Curves come last,
-        since they are made anew of the metrics."""
+        """Save the checkpoints and the metrics, then the state that the run resumes
+        from, then the curves.
+
+        After a kill between checkpoints and state, the epoch is trained again with the
+        same result. Curves come last, since they can be drawn from the metrics again.
+        """
         newest = self.metrics[-1]
         facts = {
             "epoch": newest["epoch"],
@@ -292,7 +313,7 @@ class Run:
             **({"imported": self.source.imported} if self.source.imported else {}),
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
-        # Without any validation the newest is the best.
+        # Without validation the newest student counts as the best.
         if newest.get("val_top1", 0.0) >= max(m.get("val_top1", 0.0) for m in self.metrics):
             checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)

@@ -1,4 +1,4 @@
-"""Decide whether a run that is in the folder may be gone on with."""
+"""Decide whether the run in a folder may be resumed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipeline.runs.curves import EVENTS, PICTURE
 from pipeline.runs.folder import CONFIG, METRICS, SCANS, STATE, RunError, RunFolder
 from pipeline.training.source import Source, StoredLabels
 
+# Beginnings of the config keys whose values may change when a run is resumed.
 FREE_KEYS = (
     "train.epochs",
     "render.threads",
@@ -18,28 +19,28 @@ FREE_KEYS = (
     "teachers",
     "store",
     "crops.views",
-)  # may change when a run is gone on with
+)
 
 
 def views_of_run(out: Path) -> int | None:
-    """How many views the run in ``out`` replays, if there is one: a store that has
-    grown since must not change it."""
+    """Return how many views the run in ``out`` replays; None if there is no run. A
+    store that has grown since must not change the number."""
     run = RunFolder(out)
     if not (out / STATE).exists():
         return None
     try:
         return run.config().train.views
-    except RunError:  # which is told when the run is gone on with
+    except RunError:  # state_of_run raises it again
         return None
 
 
 def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
-    """What a run in ``out`` goes on from; None if it is a new one. Raises RunError
-    unless what is there is a part of this very run."""
+    """Return the state that the run in ``out`` resumes from; None for a new run. Raises
+    RunError unless ``out`` is empty or holds a part of this very run."""
     run = RunFolder(out, "choose another --out")
     state = run.state()
     if state is None:
-        # A kill in the first epoch leaves these.
+        # A kill in the first epoch leaves these files without a state.
         ours = {CONFIG, *SCANS, "last.safetensors", "best.safetensors", METRICS, PICTURE}
         if out.exists() and any(
             p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()
@@ -74,6 +75,8 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
 
 
 def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
+    """Raise RunError if live teachers' labels now depend on other values than at the
+    start of the run."""
     if difference := next(
         (found for key in now if (found := first_difference(key, before.get(key), now[key]))), None
     ):
@@ -85,7 +88,7 @@ def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
 
 
 def _free(key: str, config: Config) -> bool:
-    """Whether a value may change when a run is gone on with."""
+    """Return whether the value of a config key may change when a run is resumed."""
     if key == "train.epochs":
-        return config.train.schedule != "cosine"  # whose every step depends on where the end is
+        return config.train.schedule != "cosine"  # every step of a cosine depends on its end
     return key.startswith(FREE_KEYS)

@@ -1,5 +1,5 @@
-"""What a training run starts from: images, crops and labels, validation, and whether
-what is in its folder may be gone on with."""
+"""Choose where a training run's images, crops and labels come from: a label store, or
+an image folder."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def choose_source(
     allow_renderer_difference: bool = False,
     before: Scanned | None = None,
 ) -> tuple[Config, Source, list[Model]]:
-    """Choose where crops and labels come from, and check that against the images.
+    """Choose the source of crops and labels, and check the source against the images.
 
-    path: a label store, or None. started_views: views that the run replays, if it was
-    begun before. before: what an earlier start found in the folder. Returns the config
-    with what the source decides filled in, the source, and the teachers if they are to
-    be live.
+    path: a label store, or None. started_views: the number of views that the run
+    replays, if the run was begun before. allow_renderer_difference: warn where this
+    machine renders other pixels than the teachers saw; False: raise StoreError. before:
+    the files that an earlier start found in the folder. Returns the config, completed
+    with the values that the source decides; the source; and the live teachers, if there
+    are any.
     """
     processes = execution.processes
     if path is not None:
@@ -80,7 +82,7 @@ def choose_source(
         require_class_count(data, teachers)
     settings, seed = RenderSettings.of_config(config), config.crops.seed
     found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
-    how: dict = {}  # what labels depend on, beside the images
+    how: dict = {}  # everything beside the images that labels depend on
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
     if teachers:
         layout = layout_of(config, len(found), len(data.class_names))
@@ -93,13 +95,17 @@ def choose_source(
             f"raise train.views, or lower train.crops_per_image"
         )
     _say_repeats(config, views)
-    return config, DrawnCrops(data, found, config.crops, settings, views, layout, how), teachers
+    source: Source = DrawnCrops(data, found, config.crops, settings, views, layout, how)
+    return config, source, teachers
 
 
 def _open_for(config: Config, data: DataFolder, path: Path, *, look: bool) -> LabelStore:
-    """Open a store, and refuse one of other images, classes or crops than the
-    command's. look: at which files are in the folder; one process is enough for that,
-    and each compares what it reads."""
+    """Open a store, and refuse a store of other images, classes or crops than the
+    command's.
+
+    look: compare the list of files in the folder too. One process is enough for the
+    list, since every process compares the contents of each file that it reads.
+    """
     store = LabelStore.open(path)
     require_same_classes(store, data, "leave it out, the store knows its classes")
     folders = class_names(data.path)
@@ -124,7 +130,8 @@ def _from_store(
     started_views: int | None,
     allow_renderer_difference: bool,
 ) -> tuple[Config, Source]:
-    """Fill in the config what the store decides, and check views and pixels."""
+    """Complete the config with the values that the store decides, and check views and
+    pixels."""
     path = store.path
     views = config.train.views or started_views or store.views
     _require_views(config, store, views)
@@ -133,7 +140,8 @@ def _from_store(
     except StoreError as difference:
         if not allow_renderer_difference:
             raise
-        say(f"warning: {difference}", anyway=True)  # another machine's renderer may be another one
+        # Every process speaks: each machine may have another renderer.
+        say(f"warning: {difference}", anyway=True)
     seen = sorted({t["image_size"] for t in store.provenance["teachers"] if t["image_size"]})
     if seen and config.train.image_size not in seen:
         say(
@@ -157,8 +165,8 @@ def _from_store(
 
 
 def _require_views(config: Config, store: LabelStore, views: int) -> None:
-    """Raises StoreError unless the store has so many views, and those that the first
-    epochs replay are finished."""
+    """Raise StoreError unless the store has ``views`` views, and the views that this
+    run replays are finished."""
     path = store.path
     if views > store.views:
         raise StoreError(
@@ -180,6 +188,7 @@ def _require_views(config: Config, store: LabelStore, views: int) -> None:
 
 
 def _say_repeats(config: Config, views: int) -> None:
+    """Print how often views repeat, if there are more epochs than views."""
     if config.train.epochs > views:
         say(
             f"{config.train.epochs} epochs replay {views} views: each comes up to "
@@ -188,13 +197,12 @@ def _say_repeats(config: Config, views: int) -> None:
 
 
 def _require_same_policy(config: Config, store: LabelStore) -> None:
-    """A config that asks for other crops than the store holds can't have them."""
+    """Raise ConfigError if the config asks for other crops than the store holds."""
     kept = policy_of(store)
     for name in config.crops.model_fields_set - {"views"}:
         ours, theirs = getattr(config.crops, name), getattr(kept, name)
-        unknown = (
-            store.provenance["crops"].get(name, theirs) is None and name != "cutmix"
-        )  # of labels that others made
+        # Imported labels don't tell how their crops were drawn.
+        unknown = store.provenance["crops"].get(name, theirs) is None and name != "cutmix"
         if ours != theirs and not unknown:
             cheaper = (
                 "; or mix by area with this one: train.cutmix" if name == "cutmix" and ours else ""
@@ -219,12 +227,12 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
 
 
 def _plain(value: object) -> object:
-    """As a config says it."""
+    """Return a value as a config writes it."""
     return "null" if value is None else value.model_dump() if isinstance(value, CutMix) else value
 
 
 class Source(Protocol):
-    """Where crops and labels come from: a label store, or an image folder alone."""
+    """The source of crops and labels: a label store, or an image folder alone."""
 
     data: DataFolder
     images: Images
@@ -233,27 +241,30 @@ class Source(Protocol):
     window_blocks: int  # blocks that are shuffled together
     policy: CropPolicy
     settings: RenderSettings
-    identity: str  # of images, classes and labels: what a run is bound to
-    codec: Codec | None  # of ``labels``
-    how: dict  # what live teachers' labels depend on, beside images and classes
-    teachers: list[str]  # timm names with tags of who made the labels; empty if nobody did
-    imported: dict | None  # what is known of labels that others made
+    identity: str  # digest of images, classes and labels; a run resumes only with the same
+    codec: Codec | None  # codec of ``labels``; None without stored labels
+    how: dict  # everything beside images and classes that live teachers' labels depend on
+    teachers: list[str]  # timm names with tags of the teachers; empty for hard labels
+    imported: dict | None  # provenance of imported labels; None for labels made here
 
-    def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips: ...
+    def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
+        """Return boxes int32 [n, 4] and flips bool [n] of some rows in a view."""
+        ...
 
     def mixes(self, view: int, rows: np.ndarray) -> Mixes:
-        """What is pasted into the crops; asked for only if ``policy.cutmix`` is set."""
+        """Return the CutMix partners and rectangles of some rows in a view. Called only
+        if ``policy.cutmix`` is set."""
         ...
 
     def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
-        """Codes [n, classes]; None where nothing is stored: the class folders are the
-        labels, or teachers are asked in training."""
+        """Return the stored labels of some rows in a view as codes [n, classes].
+        Returns None without stored labels: for hard labels and for live teachers."""
         ...
 
 
 class StoredLabels:
-    """Crops and soft labels of a store; or its crops with hard labels, for a baseline
-    on the same pixels."""
+    """The crops and soft labels of a store. With ``hard``, the crops alone, for a
+    baseline with hard labels on the same pixels."""
 
     def __init__(
         self,
@@ -277,29 +288,34 @@ class StoredLabels:
             store.chunk_rows, store.shard_rows, self.policy
         )
         self.identity = store.identity.hex()
-        self.codec, self.how = (None if hard else store.codec), {}
+        self.codec = None if hard else store.codec
+        self.how: dict = {}
         self.teachers = (
             [] if hard else [teacher["model"] for teacher in store.provenance["teachers"]]
         )
         self.imported = None if hard else store.provenance.get("imported")
 
     def crops(self, view: int, rows: np.ndarray) -> BoxesAndFlips:
+        """Return boxes and flips of some rows in a view."""
         return self.store.crops(view, rows)
 
     def mixes(self, view: int, rows: np.ndarray) -> Mixes:
+        """Return the CutMix partners and rectangles of some rows in a view."""
         return self.store.mixes(view, rows)
 
     def labels(self, view: int, rows: np.ndarray) -> np.ndarray | None:
+        """Return codes [n, classes] of some rows in a view; None for hard labels."""
         return None if self.hard else self.store.codes(view, rows)
 
 
 class DrawnCrops:
-    """Crops drawn as training goes, exactly those that a store of the same policy and
-    layout would hold: for training from class folders, which is also how own teachers
-    are made, and for online training, which asks live teachers.
+    """Crops that are drawn during training, without a store.
 
-    layout: rows of a chunk and of a shard. how: what labels depend on beside images and
-    classes."""
+    The crops are exactly the crops that a store of the same policy and layout would
+    hold. They serve training from class folders, which also makes own teachers, and
+    online training with live teachers. layout: rows of a chunk and of a shard. how:
+    everything beside images and classes that labels depend on.
+    """
 
     def __init__(
         self,
@@ -324,11 +340,11 @@ class DrawnCrops:
         self.identity = canonical_digest(
             {"manifest": images.manifest_digest(), "classes": list(data.class_names)}
         ).hex()
-        self.codec, self.how = None, how
-        self.teachers, self.imported = (
-            [teacher["model"] for teacher in how.get("teachers", ())],
-            None,
-        )
+        self.codec: Codec | None = None
+        self.how = how
+        self.teachers = [teacher["model"] for teacher in how.get("teachers", ())]
+        self.imported: dict | None = None
 
     def labels(self, view: int, rows: np.ndarray) -> None:
+        """Return None, since nothing is stored."""
         return None

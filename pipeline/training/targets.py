@@ -1,5 +1,5 @@
-"""What the student is trained towards: stored labels or live teachers, mixed, tempered,
-with or without the class folder's hard label."""
+"""Make the goals that a student is trained towards: stored labels or live teachers'
+labels, mixed, tempered, with or without the class folder's hard label."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipeline.training.source import Source
 
 
 class Decoder:
-    """Codes → probabilities on the training device: what travels there is a byte a
-    class."""
+    """Decodes labels on the training device, so that only codes travel there, a byte
+    per class."""
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
         self.zero, self.tail = codec.zero, codec.tail
         self.table = None if codec.table is None else torch.from_numpy(codec.table).to(device)
 
     def __call__(self, codes: torch.Tensor) -> torch.Tensor:
-        """codes [n, ``codec.columns``] → float32 [n, classes], as ``Codec.decode``:
-        above zero, rows summing to one."""
+        """Decode codes [n, ``codec.columns``] as ``Codec.decode`` does. Returns float32
+        [n, classes], above zero, rows summing to one."""
         if self.tail:
             p, zero = self.table[codes[:, :-1].int()], codes[:, :-1] == 0
             zeros = zero.sum(dim=1)
@@ -40,20 +40,21 @@ class Decoder:
 
 @dataclass
 class Goal:
-    """Of a batch, on the training device."""
+    """The goal of a batch: the labels of its crops, on the training device."""
 
-    soft: (
-        torch.Tensor | None
-    )  # float32 [n, classes], p̂ of the pictures shown; None without teachers
-    # float32 [n, classes], the class folders, mixed by area where pictures are; None
-    # where no loss asks for them
+    # float32 [n, classes], soft labels p̂ of the crops as shown; None without teachers
+    soft: torch.Tensor | None
+    # float32 [n, classes], hard labels, mixed by area where crops are mixed; None where
+    # no loss asks for hard labels
     hard: torch.Tensor | None
-    mean_logits: torch.Tensor | None  # float32 [n, classes], of live teachers
+    mean_logits: torch.Tensor | None  # float32 [n, classes], of live teachers only
 
 
 class Targets:
-    """Goals of batches, which are on the training device, and the student's loss
-    towards them."""
+    """Makes the goals of batches, and computes the student's loss towards them.
+
+    The batches must be on the training device.
+    """
 
     def __init__(
         self, config: Config, source: Source, teachers: list[Model], execution: Execution
@@ -63,8 +64,8 @@ class Targets:
             len(source.data.class_names),
             teachers,
         )
-        # Of a live teacher's forward pass. Smaller pieces are filled up, so none may be
-        # larger than a process's part of a batch.
+        # Batch size and precision of live teachers' forward passes. Smaller batches are
+        # padded to this size, so it is at most the size of a process's part of a batch.
         self.pieces, self.precision = (
             min(config.store.batch_size, -(-config.train.batch_size // execution.processes.world)),
             config.store.precision,
@@ -90,17 +91,20 @@ class Targets:
             live, mean_logits = ensemble(
                 self.teachers, batch.pixels, self.precision, batch_size=self.pieces
             )
-            return Goal(
-                self.decode(live.clone()), hard, mean_logits.clone()
-            )  # clones: of inference tensors, that autograd won't keep
+            # Cloned, since autograd can't keep the ensemble's inference tensors.
+            return Goal(self.decode(live.clone()), hard, mean_logits.clone())
         soft = self.decode(batch.labels)
         if mixed is not None and mixed.labels is not None:
             soft = torch.lerp(soft, self.decode(mixed.labels), area)
         return Goal(soft, hard, None)
 
     def loss(self, logits: torch.Tensor, goal: Goal) -> torch.Tensor:
-        """float32 [n], nats: (1 − w) · CE(p̂ tempered, softmax(logits / t)) + w ·
-        CE(hard, softmax(logits)), w the hard label's weight."""
+        """Return the loss of each row, float32 [n], in nats.
+
+        The loss is (1 − w) · CE(p̂ tempered, softmax(logits / t)) + w · CE(hard,
+        softmax(logits)), with the hard label's weight w and the student's temperature
+        t. Without soft labels it is CE(hard, softmax(logits)).
+        """
         recipe = self.recipe
         if goal.soft is None:
             return losses.soft_cross_entropy(logits, goal.hard)
@@ -114,8 +118,8 @@ class Targets:
         return loss
 
     def judged(self, logits: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the discriminator sees: float32 [n, classes] of the student and of the
-        teachers."""
+        """Return the discriminator's inputs: float32 [n, classes] of the student and of
+        the teachers."""
         if self.recipe.discriminator.input == "mean_logits":
             return logits, goal.mean_logits
         return losses.log_floored(logits.softmax(dim=1), self.floor), losses.log_floored(

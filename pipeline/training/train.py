@@ -1,5 +1,5 @@
-"""Stage two: train a student from stored labels, from live teachers (online), or with
-hard labels: one loop for all."""
+"""Train a student from stored labels, from live teachers (online), or with hard labels
+(stage two). One loop serves all three."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ def train(
     execution: Execution | None = None,
     allow_renderer_difference: bool = False,
 ) -> dict:
-    """Train a student and leave it in ``out``; go on from the last finished epoch if
-    ``out`` holds a part of this very run.
+    """Train a student, and leave the run in ``out``.
 
-    data: the images; its class map counts where there is no store. store: the label
-    store; needed for soft labels. validation: another folder to validate on than val/
-    of the folder that the user named. execution: with several processes, each has its
-    part of every batch, and the first one writes. Returns the last epoch's metrics.
-    Raises MealError for whatever the user can mend.
+    If ``out`` holds a part of this very run, training resumes after the last finished
+    epoch. data: the images; its class map counts only without a store. store: the label
+    store; needed for soft labels unless teachers are live. validation: a folder to
+    validate on, instead of val/ of the folder that the user named. execution: with
+    several processes, each process gets its part of every batch, and the first process
+    writes. allow_renderer_difference: train even if this machine renders other pixels
+    than the teachers saw. Returns the last epoch's metrics. Raises MealError for every
+    error that the user can fix.
     """
     execution = execution or Execution()
     if config.student is None:
@@ -124,8 +126,12 @@ def find_validation(
     processes: Processes = ALONE,
     before: Scanned | None = None,
 ) -> Validation | None:
-    """Find val/ beside the images, or the folder that the user named; None if there is
-    neither. before: what an earlier start found there."""
+    """Find the images to validate on: those of ``other``, or of val/ beside the
+    training images.
+
+    Returns None if there is neither. before: the files that an earlier start found
+    there. Raises DataError.
+    """
     folder = processes.together(lambda: _validation_folder(data, other))
     if not processes.first(lambda: folder is not None):
         say("no validation: the data has no val/, and no --val-data was given")
@@ -193,7 +199,8 @@ def _make_folder(out: Path, config: Config, scans: list[Scanned]) -> None:
 
 
 def _unusual(config: Config, source: Source) -> list[str]:
-    """What a user should know of the labels, where they aren't simply a store's."""
+    """Return lines that tell the user how the labels differ from a store's plain
+    labels."""
     lines = []
     if config.train.online:
         lines.append(

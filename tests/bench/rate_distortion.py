@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from cache.format.codec_bounds import max_error
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cache import LabelStore
@@ -82,7 +84,7 @@ def measure(p: np.ndarray) -> dict:
         size = packed([np.ascontiguousarray(a) for a in arrays], codec.compression)
         ended = time.perf_counter()
         kl, tv = divergence(p, codec.decode(codes))
-        most_kl, most_tv = codec.max_error(p.shape[1])
+        most_kl, most_tv = max_error(codec, p.shape[1])
         rows[name] = {
             "bytes": size,
             "kl": kl.mean(),

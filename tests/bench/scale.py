@@ -61,6 +61,7 @@ from pipeline.sampling.epoch_order import epoch_windows
 from pipeline.training.batches import Batching, Replay, Window
 
 ROOT = Path(__file__).parents[2]
+# log10 of crops: images, views
 SIZES = {
     3: (1_000, 1),
     4: (5_000, 2),
@@ -68,7 +69,7 @@ SIZES = {
     6: (100_000, 10),
     7: (500_000, 20),
     8: (1_281_167, 78),
-}  # log10 of crops: images, views
+}
 IMAGENET = (1_281_167, 180)
 BASE = "10^5"  # what ratios are to
 CLASSES, PROTOTYPES = 1000, 16
@@ -76,9 +77,8 @@ DECODES = 4  # views that share a decode, as store.views_per_decode
 SAMPLE = 8  # shards that are checked and verified
 REPEATS, PATIENCE = 5, 20.0  # no further repeat after so many seconds, but three at least
 
-Step = Callable[
-    [Path], AbstractContextManager[Callable[[], object]]
-]  # prepares, and gives what is timed
+# prepares, and gives what is timed
+Step = Callable[[Path], AbstractContextManager[Callable[[], object]]]
 
 
 def manifest(n: int) -> Images:
@@ -367,9 +367,8 @@ CROPS, IMAGES, SAMPLED = (
     lambda store: len(store.images),
     sampled,
 )
-STEPS: dict[
-    str, tuple[Step, Callable[[LabelStore], int], str]
-] = {  # what is run, and what its cost is shared out to
+# what is run, and what its cost is shared out to
+STEPS: dict[str, tuple[Step, Callable[[LabelStore], int], str]] = {
     "open": (opening, CROPS, "crop"),
     "manifest": (reading_manifest, IMAGES, "image"),
     "finished": (looking_what_is_finished, CROPS, "crop"),
@@ -493,9 +492,8 @@ def computed(varied: dict) -> dict:
     _, shard_rows = schema.shard_rows_for(n, CLASSES, 1)
     arrays = len(schema.shard_arrays({"provenance": {}, "codec": CODECS[DEFAULT].describe()}))
     shards, columns = views * -(-n // shard_rows), len(Images.__dataclass_fields__)
-    descriptions = (
-        1 + arrays + 1 + 1 + columns
-    )  # a zarr.json for the store, each array, records, and images with its columns
+    # a zarr.json for the store, each array, records, and images with its columns
+    descriptions = 1 + arrays + 1 + 1 + columns
     files = shards * (arrays + 1) + columns * -(-n // (1 << 16)) + descriptions
     return {
         "shards": shards,

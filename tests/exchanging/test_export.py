@@ -179,9 +179,10 @@ def test_timm_makes_the_very_student(which, model, size, weights, request, tmp_p
         "center",
     )
     assert list(theirs.pretrained_cfg["label_names"]) == ["ant", "bee", "cat"]
+    # of timm's own weights
     assert theirs.pretrained_cfg.keys().isdisjoint(
         {"tag", "license", "url", "hf_hub_id", "test_input_size"}
-    )  # of timm's own weights
+    )
     tuned = timm.create_model(
         f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=5
     ).eval()
@@ -367,9 +368,8 @@ def test_the_card_of_imported_labels_says_what_is_unknown_of_them(photos, recipe
 
 def test_how_many_images_were_validated_is_said_only_if_the_run_tells(copied, tmp_path):
     kept = dict(np.load(copied / "validation-images.npz"))
-    with open(
-        copied / "validation-images.npz", "wb"
-    ) as file:  # another start found two images less
+    # another start found two images less
+    with open(copied / "validation-images.npz", "wb") as file:
         np.savez(file, **kept | {"bytes": kept["bytes"][:-2]})
     for out in ("other", "none"):
         assert export(copied, tmp_path / out, onnx=False)["validation_images"] is None

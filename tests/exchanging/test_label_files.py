@@ -48,9 +48,8 @@ def test_a_store_has_the_crops_and_labels_of_the_files(imported, published, phot
     assert store.views == CROPS and store.progress() == (3, 3) and len(store.usable) == 90
     for row in store.usable[::7]:
         path = store.images.path[row]
-        with pytest.raises(
-            Exception, match="weights_only"
-        ):  # these files can't be read by torch.load alone without trusting them
+        # these files can't be read by torch.load alone without trusting them
+        with pytest.raises(Exception, match="weights_only"):
             torch.load(
                 published / "imagenet" / "train" / path.replace(".jpg", ".tar"), weights_only=True
             )

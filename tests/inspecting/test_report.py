@@ -394,9 +394,8 @@ def test_a_browser_shows_the_page(browser, report, width, scheme):
         ]
         for what in ("backgroundColor", "color")
     )
-    assert (sum(ground) > sum(text)) == (scheme == "light") and abs(
-        sum(ground) - sum(text)
-    ) > 400  # readable
+    # readable
+    assert (sum(ground) > sum(text)) == (scheme == "light") and abs(sum(ground) - sum(text)) > 400
     assert (
         page.evaluate(
             "Math.min(...[...document.querySelectorAll('p, td, dd, small')].map(e => "

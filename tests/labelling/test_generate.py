@@ -23,6 +23,7 @@ from support.stages import crop_renderer, generate
 from cache import LabelStore, StoreError
 from cache.errors import MealError
 from cache.format.codec import divergence
+from cache.format.codec_bounds import max_error
 from cache.system.claims import claims_of
 from cache.verify import verify
 from pipeline.config import Config, ModelSpec
@@ -71,7 +72,7 @@ def test_a_stored_label_is_the_mean_softmax_of_the_teachers_within_the_stated_er
     kl, tv = divergence(
         by_hand(store, teachers, photos / "train", 1, rows), store.probabilities(1, rows)
     )
-    most_kl, most_tv = store.codec.max_error(store.classes)
+    most_kl, most_tv = max_error(store.codec, store.classes)
     assert kl.max() <= most_kl and tv.max() <= most_tv
     if codec == "float32":
         assert tv.max() < 1e-5  # only the order of float additions differs
@@ -194,9 +195,8 @@ def test_unusable_files_are_left_out_and_named_and_move_no_other_label(
 def test_an_image_that_changes_later_is_named(photos, recipe, tmp_path):
     shutil.copytree(photos / "train", tmp_path / "data")
     generate(recipe, tmp_path / "data", tmp_path / "s.zarr", device=CPU, worker=(0, 3))
-    victim = (
-        tmp_path / "data" / LabelStore.open(tmp_path / "s.zarr").images.path[80]
-    )  # not among the fingerprint's first rows
+    # not among the fingerprint's first rows
+    victim = tmp_path / "data" / LabelStore.open(tmp_path / "s.zarr").images.path[80]
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
     victim.write_bytes(content)

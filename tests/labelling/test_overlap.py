@@ -112,24 +112,23 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(
 
     def forward(call: int) -> None:  # of 12: two views × (2 + 2 + 2) batches
         begun.happens()
-        rendered.wait_for(
-            min(6, (call + 1) // 2 + 1) + fingerprint
-        )  # the batch after this one is there already, also where another unit begins
+        # the batch after this one is there already, also where another unit begins
+        rendered.wait_for(min(6, (call + 1) // 2 + 1) + fingerprint)
         if call == 12:
-            written.wait_for(
-                2
-            )  # the first unit has been written while the second and third were labelled
+            # the first unit has been written while the second and third were labelled
+            written.wait_for(2)
 
     monkeypatch.setattr(stream, "BEHIND", 2)
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
     spied(monkeypatch, stream, "ensemble", forward)
+    # the next unit's labels are being made
     spied(
         monkeypatch,
         StoreWriter,
         "write",
         lambda call: begun.wait_for(min(12, 4 + call)),
         written.happens,
-    )  # the next unit's labels are being made
+    )
     generate(small, photos, tmp_path / "s.zarr", device=CPU)
     assert (begun.n, written.n, rendered.n) == (12, 6, 6 + fingerprint)
     assert tree(tmp_path / "s.zarr") == tree(store_path)
@@ -141,9 +140,8 @@ def test_pictures_are_rendered_while_the_student_trains(
     rendered = Counted()
     epochs = changed(small, train={"epochs": 1})
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
-    spied(
-        monkeypatch, Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT)
-    )  # 6 batches, and the fingerprint
+    # 6 batches, and the fingerprint
+    spied(monkeypatch, Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT))
     train(epochs, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 6 + FINGERPRINT
 
@@ -153,12 +151,13 @@ def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(
 ):
     rendered = Counted()
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
+    # 6 batches an epoch, and the fingerprint
     spied(
         monkeypatch,
         loop,
         "evaluate",
         lambda call: rendered.wait_for(min(12, 6 * call + 1) + FINGERPRINT),
-    )  # 6 batches an epoch, and the fingerprint
+    )
     train(small, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 12 + FINGERPRINT
 
@@ -284,9 +283,8 @@ def test_ahead_is_bounded_and_keeps_the_order():
             assert item == i
             if i == 10:
                 time.sleep(0.2)
-                assert (
-                    made.n <= 10 + 1 + 3 + 2
-                )  # what has been given, the queue, and one on its way into it
+                # what has been given, the queue, and one on its way into it
+                assert made.n <= 10 + 1 + 3 + 2
     assert made.n == 50
 
 

@@ -45,9 +45,8 @@ def test_crops_hours_and_bytes_are_those_of_the_store(recipe, photos, store_path
         told["bytes_measured"]
         and 0.5 < told["bytes_per_crop"] / (facts["label_bytes_per_crop"] + 12) < 2
     )
-    assert (
-        told["teachers_per_second"] > told["crops_per_second"] < told["loader_per_second"]
-    )  # on a CPU they share the cores
+    # on a CPU they share the cores
+    assert told["teachers_per_second"] > told["crops_per_second"] < told["loader_per_second"]
     assert told["hours"] == pytest.approx(180 / told["crops_per_second"] / 3600)
 
 

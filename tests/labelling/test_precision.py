@@ -420,9 +420,8 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(
         refusals.require_same_recipe(
             LabelStore.open(copy), changed(recipe, render={"backend": "gpu"}), teachers, CPU
         )
-    assert (
-        "decoder" not in LabelStore.open(store_path).provenance["renderer"]
-    )  # of a CPU's store nothing is new
+    # of a CPU's store nothing is new
+    assert "decoder" not in LabelStore.open(store_path).provenance["renderer"]
     how = {"renderer": {"backend": "gpu", "steps": "as now"}}
     with pytest.raises(
         RunError,

@@ -570,9 +570,8 @@ def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
         time.sleep(rng.random() * seconds / 2)
         with suppress(ProcessLookupError):
             run.signal(str(rng.choice(["SIGTERM", "SIGINT"])))
-        if (
-            run.end() == 0 or "is complete" in run.said()
-        ):  # the second: it was stopped on its way out
+        # the second: it was stopped on its way out
+        if run.end() == 0 or "is complete" in run.said():
             break
         stopped += 1
         assert re.match(r"stopped by SIG(TERM|INT); run the same command again", run.failed_with())
@@ -767,9 +766,8 @@ def trained(house, whole) -> Training:
 TRAINING: dict[str, When] = {
     "at its start": When("read", r"3\.zarr/images/path/c/", ""),
     "the first epoch": When("read", r"data/train/.*jpg$", "", nth=10, after=r"run/config\.yaml$"),
-    "the second epoch": When(
-        "read", r"data/train/.*jpg$", "", nth=28, after=r"run/config\.yaml$"
-    ),  # of 18 pictures; while the first one is validated
+    # of 18 pictures; while the first one is validated
+    "the second epoch": When("read", r"data/train/.*jpg$", "", nth=28, after=r"run/config\.yaml$"),
     "writing the state": When("rename", r"run/state\.pt$", ""),
     "writing the metrics": When("write", r"run/\.metrics\.jsonl\.partial$", "", nth=2),
 }

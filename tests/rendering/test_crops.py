@@ -49,9 +49,8 @@ def some_images(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarr
 )
 def test_the_random_words_are_those_of_random123(counter, key, drawn):
     c, k = [int(word, 16) for word in counter.split()], [int(word, 16) for word in key.split()]
-    words = philox.words(
-        k[0] | k[1] << 32, np.array([7, c[0]]), *c[1:]
-    )  # in a batch, beside another counter
+    # in a batch, beside another counter
+    words = philox.words(k[0] | k[1] << 32, np.array([7, c[0]]), *c[1:])
     assert " ".join(f"{word:08x}" for word in words[1]) == drawn
 
 
@@ -78,9 +77,8 @@ def test_another_seed_view_or_path_moves_the_crop(what):
     others, other_flips = random_crop.draw(
         CropPolicy(seed=seed), identity, height, width, 4 if what == "view" else 3
     )
-    assert (others != boxes).any(
-        axis=1
-    ).mean() > 0.9  # a few images have the fallback's crop in every view
+    # a few images have the fallback's crop in every view
+    assert (others != boxes).any(axis=1).mean() > 0.9
     assert 60 < (flips != other_flips).sum() < 140
 
 

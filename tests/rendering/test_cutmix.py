@@ -199,9 +199,8 @@ def test_a_rectangles_pixels_are_rounded_half_up_in_double_precision():
     assert cutmix.pixel_box(box, 10).tolist() == [[3, 0, 8, 10], [2, 3, 3, 3], [0, 0, 10, 10]]
     assert cutmix.pixel_box(box[:2], 8).tolist() == [[2, 0, 6, 8], [2, 2, 3, 3]]
     below_half = np.full((1, 4), np.nextafter(np.float32(0.5), np.float32(0)))
-    assert cutmix.pixel_box(below_half, 1).tolist() == [
-        [0, 0, 0, 0]
-    ]  # in single precision its sum with ½ is 1
+    # in single precision its sum with ½ is 1
+    assert cutmix.pixel_box(below_half, 1).tolist() == [[0, 0, 0, 0]]
 
 
 def slices(box: np.ndarray, size: int) -> tuple[slice, slice]:
@@ -221,9 +220,10 @@ def test_pasting_is_an_assignment_of_slices_and_area_is_the_share_of_pixels_it_c
             np.zeros((1, 4)),
         ]
     ).astype(np.float32)
+    # no pixel in common
     ours, theirs = (
         rng.integers(low, low + 128, (len(box), size, size, 3), dtype=np.uint8) for low in (0, 128)
-    )  # no pixel in common
+    )
     wanted = ours.copy()
     place = rng.integers(0, len(box), len(box))
     for picture, other, b in zip(wanted, theirs[place], box, strict=True):
@@ -383,9 +383,10 @@ def test_a_store_keeps_the_mix_of_every_crop_and_none_for_an_unusable_image(stor
         assert not np.array_equal(views[0].partner, views[1].partner) and not np.array_equal(
             views[0].mix_box, views[1].mix_box
         )
+    # the fixture has an odd group
     assert any(
         np.isin(kept.usable, range(first, first + 16)).sum() % 2 for first in range(0, 52, 16)
-    )  # the fixture has an odd group
+    )
 
 
 def batches(
@@ -396,9 +397,8 @@ def batches(
         return list(made)
 
 
-@pytest.mark.parametrize(
-    "batch_size", [8, 7, 45]
-)  # 45: a last batch of three, which every process has whole
+# 45: a last batch of three, which every process has whole
+@pytest.mark.parametrize("batch_size", [8, 7, 45])
 @pytest.mark.parametrize("prob", [1.0, 0.6])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_student_sees_the_teachers_pictures_bit_for_bit(
@@ -745,9 +745,8 @@ def test_a_recipe_without_cutmix_replays_the_mix_of_a_store_and_says_so(
     stores, data, mixing, tmp_path, capsys
 ):
     silent = changed(mixing, crops={"cutmix": None})
-    silent = silent.model_copy(
-        update={"crops": CropPolicy(views=2)}
-    )  # its file doesn't speak of CutMix
+    # its file doesn't speak of CutMix
+    silent = silent.model_copy(update={"crops": CropPolicy(views=2)})
     ours = train(silent, data, tmp_path / "silent", store=stores[1.0], device=CPU)
     assert "CutMix, its label as the teachers saw it" in capsys.readouterr().err
     theirs = train(mixing, data, tmp_path / "told", store=stores[1.0], device=CPU)

@@ -146,9 +146,8 @@ def test_sizes_and_digests_are_those_of_the_files(zoo, photos, manifest):
         (zoo, scan(zoo, ["bad", "good"], exif="ignore", threads=1)),
     ):
         for path, size, digest in zip(found.path, found.bytes, found.digest, strict=True):
-            if (
-                folder / path
-            ).exists():  # not the dangling link, nor the name that the manifest can only describe
+            # not the dangling link, nor the name that the manifest can only describe
+            if (folder / path).exists():
                 assert size == os.stat(folder / path).st_size
                 assert (
                     size == 0

@@ -83,9 +83,8 @@ def test_top_1_is_what_timms_own_transform_gives(shared, sample):
         )
     target = torch.from_numpy(manifest.class_index.astype(np.int64))
     theirs = 100 * (logits.argmax(1) == target).double().mean().item()
-    assert (
-        abs(result["top1"] - theirs) <= 2 and result["top1"] > 75
-    )  # one image of fifty may fall to the other side
+    # one image of fifty may fall to the other side
+    assert abs(result["top1"] - theirs) <= 2 and result["top1"] > 75
     assert result["loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(logits, target).item(), abs=0.02
     )

@@ -139,9 +139,8 @@ def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, ba
                 )
                 seen += len(batch.rows)
         assert seen == 90
-    assert (
-        (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()
-    )  # so other crops would be noticed
+    # so other crops would be noticed
+    assert (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()
 
 
 def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
@@ -325,9 +324,8 @@ def test_baseline_jpegs_are_known_by_their_header():
     files = odd_files()
     photo = cut(151, 203)
     files |= {
-        "long comment": encoded(
-            photo, "JPEG", comment=b"\xff\xc2" * 30_000
-        ),  # which looks like a progressive frame
+        # which looks like a progressive frame
+        "long comment": encoded(photo, "JPEG", comment=b"\xff\xc2" * 30_000),
         "filled": b"\xff\xd8"
         + b"\xff" * 7
         + encoded(photo, "JPEG")[3:],  # fill bytes before the first marker

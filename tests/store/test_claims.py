@@ -207,10 +207,8 @@ def test_a_folder_that_is_removed_while_a_claim_is_taken_is_made_again(tmp_path,
 def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
     """Path.mkdir finds it there, and then finds that it is no folder, since it is gone:
     FileExistsError."""
-    real, vanishes = (
-        Path.mkdir,
-        [True, False, True],
-    )  # as the claims' folder is made, and then as a claim is put into it
+    # as the claims' folder is made, and then as a claim is put into it
+    real, vanishes = (Path.mkdir, [True, False, True])
 
     def mkdir(self: Path, *more: object, **how: object) -> None:
         if vanishes and vanishes.pop(0):

@@ -281,9 +281,8 @@ def test_a_picture_of_a_hundred_megapixels_is_labelled_trained_from_and_evaluate
     (row,) = np.flatnonzero(found.path == "bee/huge.jpg")
     assert (found.height[row], found.width[row], found.status[row]) == (10_000, 10_000, USABLE)
     assert json.loads(said[2].out)["images"] == 7
-    assert (
-        max(s.grown for s in said) < 2500
-    )  # decoded it takes 300 MB, in some stages twice, and in two threads
+    # decoded it takes 300 MB, in some stages twice, and in two threads
+    assert max(s.grown for s in said) < 2500
 
 
 def png(
@@ -361,9 +360,8 @@ BOMBS: dict[str, bytes] = {  # and what they say of their size, in megapixels
     "wavelets.jp2 3,600.0": jpeg_2000(60_000, 60_000),
     "run.tga 3,600.0": patched(encoded("TGA"), b"\0\0\2", 12, "<HH", 60_000, 60_000),
 }
-MORE_BOMBS: dict[
-    str, bytes
-] = {  # of whose size something else speaks; whether they are usable is no matter
+# of whose size something else speaks; whether they are usable is no matter
+MORE_BOMBS: dict[str, bytes] = {
     "profile.png": png(16, 16, SIXTEEN, (b"iCCP", b"x\0\0" + inflating(2 << 30))),
     "text.png": png(16, 16, SIXTEEN, (b"zTXt", b"Comment\0\0" + inflating(2 << 30))),
     "more pixels.png": png(16, 16, inflating(64 << 20)),
@@ -411,9 +409,8 @@ def test_max_megapixels_is_the_limit(tmp_path, kind):
         assert (found.status[0] == USABLE) == (found.reason[0] == "")
         return found.reason[0]
 
-    assert reason(0.2) == (
-        "DALI can't decode this GIF file" if kind == "GIF" else ""
-    )  # 0.2 is not more than 0.2
+    # 0.2 is not more than 0.2
+    assert reason(0.2) == ("DALI can't decode this GIF file" if kind == "GIF" else "")
     assert reason(0.199) == "too large: 0.2 megapixels, the limit is 0.199 (render.max_megapixels)"
 
 
@@ -431,9 +428,8 @@ NAMES = [
     "a:b.jpg",
     "CON", "no extension", "x" * 246 + ".jpg", "é" * 123 + ".jpg",
 ]  # fmt: skip
-CONTROL = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f]"
-)  # all of C0 but the end of a line, delete, and C1, whose 0x9b begins a sequence too
+# all of C0 but the end of a line, delete, and C1, whose 0x9b begins a sequence too
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def tame(text: str) -> str:
@@ -568,9 +564,8 @@ def test_an_image_of_an_odd_name_that_is_gone_is_named_in_one_line(odd, stage, f
         line for line in both.splitlines() if "1 of 108 images missing, the first is" in line
     ]
     visible = file if file.isprintable() else MARK if MARK in file else "31mred"
-    assert (
-        visible in line
-    )  # spaces and brackets as they are, what can't be printed in some form that can
+    # spaces and brackets as they are, what can't be printed in some form that can
+    assert visible in line
 
 
 def test_what_the_library_says_of_odd_names_is_one_line_too(odd, recipe, tmp_path):
@@ -642,9 +637,8 @@ def test_links_lead_to_files_and_folders_wherever_they_are_and_end_where_they_tu
     before = tree(store.path)
     generate(recipe, data, tmp_path / "s.zarr", device=CPU)
     assert tree(store.path) == before and recheck(store.path, data, [], None)["trusted"]
-    (away / "cat/001.jpg").write_bytes(
-        (away / "ant/000.jpg").read_bytes()
-    )  # what a link leads to is the image
+    # what a link leads to is the image
+    (away / "cat/001.jpg").write_bytes((away / "ant/000.jpg").read_bytes())
     with pytest.raises(
         DataError,
         match=r"2 of 32 images of another size or class, the first is "
@@ -799,10 +793,11 @@ def test_an_image_that_changes_while_a_stage_is_at_work_is_named(
     original = image.read_bytes()
     before = tree(store)
     checked = []
+    # the last of the looks beforehand
     for place in (
         "pipeline.provenance.refusals.require_same_pixels",
         "pipeline.training.source.require_same_pixels",
-    ):  # the last of the looks beforehand
+    ):
         monkeypatch.setattr(place, lambda *arguments: checked.append(CHANGES[change](image)))
     one = changed(recipe, train={"epochs": 1})
     for stage in (
@@ -1456,9 +1451,8 @@ def test_no_pickle_of_a_store_is_loaded(commands, photos, copy, shards, tmp_path
         "fill_value": None,
         "order": "C",
     }
-    (copy / name / ".zarray").write_text(
-        json.dumps(old | {"filters": [{"id": "pickle"}]})
-    )  # as Zarr 2 kept objects
+    # as Zarr 2 kept objects
+    (copy / name / ".zarray").write_text(json.dumps(old | {"filters": [{"id": "pickle"}]}))
     for chunk in (
         copy / name / "0",
         *(file for file in (copy / name / "c").rglob("*") if file.is_file()),
@@ -1469,9 +1463,8 @@ def test_no_pickle_of_a_store_is_loaded(commands, photos, copy, shards, tmp_path
     assert "\n" not in str(refusal.value)
     c = commands(photos, copy)
     for command in (c.inspect, c.verify_data, c.train, c.generate):
-        CliRunner().invoke(
-            main, list(map(str, command))
-        )  # whether and how it refuses is for the tests above
+        # whether and how it refuses is for the tests above
+        CliRunner().invoke(main, list(map(str, command)))
         assert not (tmp_path / "harm").exists()
 
 
@@ -1551,9 +1544,8 @@ def test_json_that_is_nested_without_end_is_refused_in_one_line(
     for said in refusing:
         said.refused("is damaged", file)
     assert verified.status == 1 and file in verified.out and not verified.trace, verified.trace
-    assert generated.status == 0 and tree(copy) == tree(store_path), (
-        generated.trace
-    )  # any other damage is put right, too
+    # any other damage is put right, too
+    assert generated.status == 0 and tree(copy) == tree(store_path), generated.trace
 
 
 @pytest.mark.parametrize("depth", [300, 900])

@@ -3,8 +3,8 @@ that wasn't, and goes on to the same bytes.
 
 A story is a store that is made, extended by two views, or mended, by a command that is
 killed again and again, in every phase, and then left alone. ``KILLS=500 python -m
-pytest tests/store/test_killed.py -s`` kills so often and prints in which states it left the
-store.
+pytest tests/store/test_killed.py -s`` kills so often and prints in which states it left
+the store.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ def phases(events: list[Event]) -> dict[tuple[str, str], list[int]]:
     """The numbers of a run's events by the phase they belong to and what they do: each
     of these is a moment of its own kind to be killed at."""
     places = [place(event) for event in events]
-    changing = (
-        "mending" if "mending" in places else "extension"
-    )  # of the description of a store that is there
+    # of the description of a store that is there
+    changing = "mending" if "mending" in places else "extension"
     places = [changing if place == "description" else place for place in places]
     made = events.index(Event("rename", "s.zarr")) if Event("rename", "s.zarr") in events else -1
     labelled = places.index("shard")
@@ -369,12 +368,10 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
                         ),
                     )
                 else:
-                    views = (
-                        VIEWS if rng.random() < 0.7 else 1
-                    )  # a store may be extended before it is finished
-                    if (
-                        rng.random() < 0.7
-                    ):  # early events often: they recover what the kill before has left
+                    # a store may be extended before it is finished
+                    views = VIEWS if rng.random() < 0.7 else 1
+                    # early events often: they recover what the kill before has left
+                    if rng.random() < 0.7:
                         cause = "any event"
                         left = story.killed(
                             views, moment=Moment(int(len(whole.making) ** rng.random()), wait, part)
@@ -384,9 +381,8 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
                         left = story.killed(views, after=rng.random() * whole.seconds)
                 if left:
                     seen.setdefault(cause, Counter())[left] += 1
-            story.finish(
-                1 if "write " in what or number % 2 else VIEWS
-            )  # who was stopped while extending may do without
+            # who was stopped while extending may do without
+            story.finish(1 if "write " in what or number % 2 else VIEWS)
     print(table(seen))
     assert set(STATES) <= set(sum(seen.values(), Counter())), "a phase was never met"
 
@@ -426,9 +422,8 @@ def test_a_kill_is_no_matter_to_another_worker(server, whole, tmp_path):
             story.told.append(f"shares {shares}, the first {moment}")
             for run, share in zip((killed, other), shares, strict=True):
                 status = run.end()
-                nobody = (
-                    share == "1/2" and "nobody has begun" in run.said()
-                )  # worker 0, which makes and extends a store, was killed before
+                # worker 0, which makes and extends a store, was killed before
+                nobody = share == "1/2" and "nobody has begun" in run.said()
                 assert (
                     status == 0 or (status == 1 and nobody) or (status == -9 and run is killed)
                 ), run.said()

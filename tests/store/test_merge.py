@@ -13,6 +13,7 @@ from support.stages import generate
 
 from cache import LabelStore, StoreError
 from cache.format.codec import CODECS, divergence
+from cache.format.codec_bounds import max_error
 from cache.merge import merge
 from cache.verify import verify
 from pipeline.config import Config, ConfigError
@@ -55,9 +56,8 @@ def test_averaged_labels_are_those_of_all_teachers_at_once(apart, tmp_path, code
     assert [t["model"] for t in store.provenance["teachers"]] == [
         t["model"] for t in wanted.provenance["teachers"]
     ]
-    most = (
-        3 * store.codec.max_error(3)[1]
-    )  # the two stores' own, theirs, and that of the labels compared with
+    # the two stores' own, theirs, and that of the labels compared with
+    most = 3 * max_error(store.codec, 3)[1]
     for view in (0, 1):
         _, tv = divergence(
             wanted.probabilities(view, slice(None)), store.probabilities(view, slice(None))
@@ -103,7 +103,7 @@ def test_an_averaged_store_may_have_another_codec(apart, tmp_path):
     fine = merged(*apart["float32"][:2], out=tmp_path / "fine.zarr")
     coarse = merged(*apart["float32"][:2], out=tmp_path / "coarse.zarr", codec=CODECS["sqrt8"])
     kl, _ = divergence(fine.probabilities(0, slice(None)), coarse.probabilities(0, slice(None)))
-    assert coarse.codec == CODECS["sqrt8"] and 0 < kl.max() <= CODECS["sqrt8"].max_error(3)[0]
+    assert coarse.codec == CODECS["sqrt8"] and 0 < kl.max() <= max_error(CODECS["sqrt8"], 3)[0]
 
 
 def test_an_averaged_store_is_trained_from_verified_and_extended_like_any(
@@ -144,9 +144,8 @@ def test_shares_of_workers_without_a_common_disk_are_joined(photos, recipe, stor
     merged(*(tmp_path / f"{i}.zarr" for i in range(2)), out=tmp_path / "m.zarr")
     done, of = LabelStore.open(tmp_path / "m.zarr").progress()
     assert 0 < done < of
-    merged(
-        *(tmp_path / f"{i}.zarr" for i in range(3)), out=tmp_path / "m.zarr"
-    )  # the third one arrives later
+    # the third one arrives later
+    merged(*(tmp_path / f"{i}.zarr" for i in range(3)), out=tmp_path / "m.zarr")
     assert tree(tmp_path / "m.zarr") == tree(store_path)
 
 
@@ -241,10 +240,8 @@ def test_a_teachers_tag_that_was_named_once_is_no_difference(photos, recipe, tmp
     )
     one, other = (LabelStore.open(tmp_path / name) for name in ("early.zarr", "late.zarr"))
     assert one.identity != other.identity
-    for paths in (
-        (one.path, other.path),
-        (other.path, one.path),
-    ):  # the second time it is gone on with
+    # the second time it is gone on with
+    for paths in ((one.path, other.path), (other.path, one.path)):
         store = merged(*paths, out=tmp_path / "m.zarr")
         assert store.progress() == (12, 12) and verify(tmp_path / "m.zarr").sound
     assert np.array_equal(store.codes(0, slice(None)), one.codes(0, slice(None)))
@@ -261,7 +258,7 @@ def test_an_average_of_averages_is_trusted_within_what_all_of_them_lost(photos, 
     merged(tmp_path / "a", tmp_path / "b", out=tmp_path / "ab", codec=CODECS["float32"])
     store = merged(tmp_path / "ab", tmp_path / "c", out=tmp_path / "abc")
     result = recheck(tmp_path / "abc", photos / "train", teachers, 100, device=CPU)
-    coarse, fine = (CODECS[name].max_error(3)[1] for name in ("tail40", "float32"))
+    coarse, fine = (max_error(CODECS[name], 3)[1] for name in ("tail40", "float32"))
     assert result["trusted"], result["problems"]
     assert (
         1e-3

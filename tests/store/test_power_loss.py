@@ -27,10 +27,8 @@ from cache.system import claims
 from cache.writer import StoreWriter
 
 VIEWS = 3
-FIRST, GROWN = (
-    ((0, 0), (1, 4)),
-    ((2, 3), (0, 2)),
-)  # (view, shard): shard 3 has no usable image, 4 is the short one at the end
+# (view, shard): shard 3 has no usable image, 4 is the short one at the end
+FIRST, GROWN = (((0, 0), (1, 4)), ((2, 3), (0, 2)))
 
 Place = tuple[int, int]
 Blocks = tuple[np.ndarray, ...]
@@ -230,9 +228,8 @@ def test_data_is_on_the_disk_before_its_record_and_the_record_before_the_claim_i
         assert claimed < min(named) and max(named) == named[-1] < released
         for file, start, end in zip(files, named, [named[-1]] * 3 + [released], strict=True):
             forced = [place for what, place in calls[start:end] if what == "fsync"]
-            folders = [
-                folder for folder in file.parents if len(folder.parts) > 1
-            ]  # up to s.zarr/labels, which exists since creation
+            # up to s.zarr/labels, which exists since creation
+            folders = [folder for folder in file.parents if len(folder.parts) > 1]
             assert str(file) in forced and {*map(str, folders)} <= set(forced)
 
 
@@ -298,9 +295,8 @@ def test_a_disk_keeps_what_was_forced_to_it_and_may_lose_the_rest(root, place):
     rng = np.random.default_rng(0)
     for number in range(200):
         outcome = tree(disk.rebuild(disk.moments[-2], place / str(number), rng))
-        assert (
-            outcome.pop("sure", b"") + outcome.pop("renamed", b"")
-        ) == b"sure"  # one of them, whole
+        # one of them, whole
+        assert (outcome.pop("sure", b"") + outcome.pop("renamed", b"")) == b"sure"
         assert outcome.pop("kept/sure") == b"kept/sure"
         assert len(outcome.pop("kept/torn")) <= len("kept/torn")
         found.append(outcome.get("late"))

@@ -177,9 +177,8 @@ def test_zeros_are_written_as_files_too(path):
     writer = StoreWriter(path)
     codes, boxes, flips = blocks(writer, 0, 4)
     write(writer, 0, 4, codes, np.zeros_like(boxes), np.zeros_like(flips))
-    write(
-        writer, 0, 3, *blocks(writer, 0, 3)
-    )  # no image of this shard is usable: all labels are zero
+    # no image of this shard is usable: all labels are zero
+    write(writer, 0, 3, *blocks(writer, 0, 3))
     for shard in (3, 4):
         for file in (
             f"labels/c/0/{shard}/0",
@@ -223,9 +222,8 @@ def test_data_without_its_record_does_not_count(full):
     (full / "records/c/1/2/0").unlink()
     store = LabelStore.open(full)
     assert store.progress() == (9, 10)
-    assert np.array_equal(
-        zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted
-    )  # the labels are there
+    # the labels are there
+    assert np.array_equal(zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted)
     with pytest.raises(StoreError, match=r"view 1 .* the first is 2"):
         store.probabilities(1, slice(32, 40))
 
@@ -569,9 +567,8 @@ def test_what_a_killed_creation_left_is_removed_and_that_of_others_kept(tmp_path
 
 
 def test_a_killed_creation_of_the_same_process_number_is_no_obstacle(tmp_path):
-    left = (
-        tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"
-    )  # in a container every run may be process 1
+    # in a container every run may be process 1
+    left = tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"
     zarr.create_group(str(left))
     assert create(tmp_path / "s.zarr")
     assert not left.exists()
@@ -668,9 +665,8 @@ def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypat
     """A network's disk that doesn't answer, a limit of memory: no reason to throw
     labels away that took hours."""
     before, real = tree(full), zarr.Array.__getitem__
-    monkeypatch.setattr(
-        "cache.reader._room", lambda size: False
-    )  # otherwise it would be the file that asks for too much
+    # otherwise it would be the file that asks for too much
+    monkeypatch.setattr("cache.reader._room", lambda size: False)
 
     def read(self: zarr.Array, selection: object) -> object:
         if self.path == "labels":

@@ -151,9 +151,8 @@ def test_every_bit_of_a_stores_own_description_counts(copy):
                 store = LabelStore.open(copy)
             except StoreError:
                 continue
-            if json.loads((copy / file).read_bytes()) != json.loads(
-                content
-            ):  # 1.3333333333333333 may end in a 2 and be the same number
+            # 1.3333333333333333 may end in a 2 and be the same number
+            if json.loads((copy / file).read_bytes()) != json.loads(content):
                 # Only a length of the view axis may differ, where no view of the store
                 # is missing.
                 assert store.array(file.split("/")[0]).shape[0] > 2

@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-MEMORY = (
-    "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-)  # a folder for thousands of small folders, each of which takes a disk 2 ms to remove
+# a folder for thousands of small folders, each of which takes a disk 2 ms to remove
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 GONE = 0  # instead of an inode: the name is not there
 CHANGES = ("rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir")
 
@@ -37,13 +36,11 @@ class Moment:
     call: str
     done: frozenset  # what the program had been told is done: see ``Disk.done``
     names: dict[int, Names]  # folder → its names at its last fsync
-    others: dict[
-        int, dict[str, list[int]]
-    ]  # folder → name → what else it may stand for, oldest first
+    # folder → name → what else it may stand for, oldest first
+    others: dict[int, dict[str, list[int]]]
     certain: dict[int, bytes]  # file → content at its last fsync
-    volatile: dict[
-        int, bytes
-    ]  # file → content now, where that isn't certain; the youngest file is the last
+    # file → content now, where that isn't certain; the youngest file is the last
+    volatile: dict[int, bytes]
     folders: frozenset[int]
 
 
@@ -52,20 +49,17 @@ class Disk:
     """Watches ``root``. What is there already has reached the disk."""
 
     root: Path
-    forgets: Callable[[Path], bool] = lambda path: (
-        False
-    )  # paths below root whose fsync does nothing, as if the program had left it out
+    # paths below root whose fsync does nothing, as if the program had left it out
+    forgets: Callable[[Path], bool] = lambda path: False
     done: set = field(default_factory=set)  # what must never be lost from now on; the test fills it
-    calls: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # (what, path below root), in order: fsync, rename, …, and what ``note`` is told
+    # (what, path below root), in order: fsync, rename, …, and what ``note`` is told
+    calls: list[tuple[str, str]] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
-        self.held: dict[
-            int, int
-        ] = {}  # inode → a descriptor, so that no later file gets the same number
+        # inode → a descriptor, so that no later file gets the same number
+        self.held: dict[int, int] = {}
         self.names: dict[int, Names] = {}
         self.others: dict[int, dict[str, list[int]]] = {}
         self.certain: dict[int, bytes] = {}

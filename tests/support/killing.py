@@ -173,9 +173,8 @@ def _run(
 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     torch.set_num_threads(1)
-    coordination.PATIENCE = (
-        1.0  # of a worker whose neighbour was killed while it made the empty store
-    )
+    # of a worker whose neighbour was killed while it made the empty store
+    coordination.PATIENCE = 1.0
     _watch(beside, data, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), moment)
     cli.main(arguments)
 

@@ -31,9 +31,8 @@ def write_photos(folder: Path, per_class: int, seed: int = 0) -> Path:
     for c, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
-            photo = (
-                photos[c] if c < 2 else photos[i % 2][..., ::-1]
-            )  # the temple, the flower, and either in false colours
+            # the temple, the flower, and either in false colours
+            photo = photos[c] if c < 2 else photos[i % 2][..., ::-1]
             height, width = rng.integers(40, 200, 2)
             top, left = (
                 rng.integers(0, photo.shape[0] - height),
@@ -59,11 +58,8 @@ def write_teacher(
     return path
 
 
-SHORT = (
-    "--set=train.epochs=2",
-    "--set=train.milestones=[]",
-    "--set=crops.views=2",
-)  # of the demo; in full it is a minute and a half
+# of the demo; in full it is a minute and a half
+SHORT = ("--set=train.epochs=2", "--set=train.milestones=[]", "--set=crops.views=2")
 
 
 def changed(recipe: Config, **sections: dict) -> Config:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, get_context
 from pathlib import Path
@@ -32,10 +33,11 @@ VIEWS = 3
 ROWS = 4  # of a shard
 SOON = 20.0  # seconds in which a signal is obeyed; it takes one or two
 CAP_DAC_OVERRIDE = 1  # linux/capability.h: what lets root write where permissions say no
-SLOW = (
-    0.1  # seconds that a write takes more where a run must not be done before the others have come
-)
+# seconds that a write takes more where a run must not be done before the others have
+# come
+SLOW = 0.1
 FILLER = "filler"  # a file that fills a small disk
+# what else runs import
 ALSO = [
     *(
         "support.workers",
@@ -43,8 +45,8 @@ ALSO = [
         "pipeline.inspection.relabel",
         "pipeline.inspection.terminal",
         "pipeline.evaluation",
-    ),
-]  # what else runs import
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,8 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chmod(folder, 0o777)
     torch.set_num_threads(1)
-    os.fsync = lambda descriptor: (
-        None
-    )  # a kill loses nothing that the kernel has, and the disk takes half of the time
+    # a kill loses nothing that the kernel has, and the disk takes half of the time
+    os.fsync = lambda descriptor: None
     os.environ.update(how.get("environment", {}))
     coordination.PATIENCE = how.get("patience", 60.0)
     if "host" in how:  # as if it ran there
@@ -420,9 +421,8 @@ def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name: write() knows none
 
     def __del__(self: dali.Pipeline) -> None:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # which is where signals are handled
+        # which is where signals are handled
+        if threading.current_thread() is threading.main_thread():
             happens("forget", "pipeline")
         real_forget(self)
 

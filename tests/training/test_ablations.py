@@ -141,9 +141,8 @@ def test_the_rate_of_every_step_follows_the_schedule(
     train(cosine, photos, tmp_path / "run", store=store_path, device=CPU)
     epoch = np.array([e + start / 90 for e in (0, 1) for start in range(0, 90, 16)])
     ends = np.append(epoch[1:], 2.0)
-    by_hand = (
-        (1 + np.cos(np.pi * epoch / 2)) / 2 * np.minimum(1, ends)
-    )  # no step is lost at rate zero
+    # no step is lost at rate zero
+    by_hand = (1 + np.cos(np.pi * epoch / 2)) / 2 * np.minimum(1, ends)
     np.testing.assert_allclose(np.array(seen), by_hand[:, None] * [0.01, 0.1], rtol=1e-12)
 
 

@@ -321,9 +321,10 @@ def test_runs_are_named_by_the_shortest_ends_of_their_paths(judged, tmp_path, mo
 
 def test_a_page_and_a_picture_show_any_runs(judged, plain, tmp_path, capsys):
     odd = Path(shutil.copytree(judged, tmp_path / "_$x$ [red]学\n"))
+    # as 0.1.0 wrote them
     older = [
         {k: v for k, v in m.items() if k not in ("agreement", "images")} for m in metrics_of(odd)
-    ]  # as 0.1.0 wrote them
+    ]
     (odd / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in older))
     sizes = []
     for number, runs in enumerate(([judged], [judged, odd], [judged, plain, odd], [plain])):

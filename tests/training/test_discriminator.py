@@ -143,9 +143,10 @@ def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
     learning from the others: 0.5 is guessing."""
     torch.manual_seed(seed)
     seen = torch.cat([student[:-HELD_OUT], teachers[:-HELD_OUT]])
+    # the first layer could do so itself
     student, teachers = (
         (side - seen.mean(dim=0)) / seen.std(dim=0) for side in (student, teachers)
-    )  # the first layer could do so itself
+    )
     judge = Discriminator(student.shape[1])
     optimizer = torch.optim.Adam(judge.parameters(), lr=0.003, fused=True)
     for _ in range(500):
@@ -186,9 +187,8 @@ def test_below_the_floor_both_sides_look_exactly_alike(sharp):
     below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
     assert below.double().mean() > 0.4
     different = student[below] != teachers[below]
-    if (
-        sharp.targets.decode.tail
-    ):  # few zeros whose mass was rounded up may share a little more than the floor
+    # few zeros whose mass was rounded up may share a little more than the floor
+    if sharp.targets.decode.tail:
         assert different.double().mean() < 0.01 and (student - teachers)[below].abs().max() < 0.5
     else:
         assert not different.any()
@@ -217,9 +217,8 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
 
 
 def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp_path):
-    labels = stored(
-        tmp_path / "s.zarr", FEW, real_logits(0.6, 1)
-    )  # near all classes have code 1, of 2.6e-4 to 2.3e-3
+    # near all classes have code 1, of 2.6e-4 to 2.3e-3
+    labels = stored(tmp_path / "s.zarr", FEW, real_logits(0.6, 1))
     rightly, with_lower = told(*labels.judged()), told(*labels.judged((0.5 / 31) ** 2))
     assert rightly <= 0.55 and with_lower > 0.6  # measured over five seeds: 0.50, and 0.70 or more
 
@@ -340,9 +339,8 @@ def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, 
             on_teachers += int((theirs > 0).sum())
     assert metrics["discriminator_loss"] == pytest.approx(loss / 90, rel=1e-5)
     parts = metrics["discriminator_accuracy_student"], metrics["discriminator_accuracy_teachers"]
-    assert parts == pytest.approx(
-        (100 * on_student / 90, 100 * on_teachers / 90), abs=1.2
-    )  # a row on the edge may go either way
+    # a row on the edge may go either way
+    assert parts == pytest.approx((100 * on_student / 90, 100 * on_teachers / 90), abs=1.2)
     assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(
         sum(parts) / 2
     )

@@ -159,9 +159,8 @@ def test_an_epoch_of_any_number_of_processes_is_that_of_one(bench, tmp_path, var
         ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0
     ).module.state_dict()
     ended = load_file(tmp_path / "1" / "last.safetensors")
-    assert (
-        max((started[name] - ended[name]).abs().max().item() for name in started) > 2e-3
-    )  # so that this says something
+    # so that this says something
+    assert max((started[name] - ended[name]).abs().max().item() for name in started) > 2e-3
 
 
 def test_the_gradient_of_a_step_is_that_of_one_process(bench, tmp_path):
@@ -338,13 +337,11 @@ def test_when_one_process_is_killed_the_others_end_in_a_line(bench, tmp_path, lo
     began, other = time.monotonic(), runs[1 - lost]
     assert other.end() == 1 and time.monotonic() - began < SOON
     require_no_trace(other)
-    assert ("another process of this run has ended" in other.said()) == (
-        lost == 1
-    )  # only the first one speaks
+    # only the first one speaks
+    assert ("another process of this run has ended" in other.said()) == (lost == 1)
     epochs = len(metrics(tmp_path / "run"))
-    said = bench.train(
-        2, tmp_path / "run", f"--epochs={epochs + 1}"
-    )  # nothing that was finished is lost
+    # nothing that was finished is lost
+    said = bench.train(2, tmp_path / "run", f"--epochs={epochs + 1}")
     assert f"after {epochs} epochs" in said[0] or f"after {epochs + 1} epochs" in said[0]
 
 
@@ -364,9 +361,8 @@ def test_an_image_that_changes_in_one_processs_part_is_named_by_that_one(bench, 
         world=2,
     )
     with replay.epoch(0) as batches:
-        theirs = [
-            row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS
-        ]  # which nobody looks at before
+        # which nobody looks at before
+        theirs = [row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS]
     photo = data / store.images.path[theirs[0]]
     photo.write_bytes(photo.read_bytes()[:-1] + b"x")  # of the same size: seen when it is read
     runs = bench.start(2, tmp_path / "run", f"--store={tmp_path / 's.zarr'}", f"--data={data}")

@@ -43,7 +43,7 @@ def most(found: dict[str, float]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "part", "advice"),
+    "limit",
     [
         (
             stream,
@@ -61,9 +61,8 @@ def most(found: dict[str, float]) -> str:
         ),
     ],
 )
-def test_what_limits_labelling_is_named(
-    photos, recipe, tmp_path, monkeypatch, capsys, place, name, part, advice
-):
+def test_what_limits_labelling_is_named(photos, recipe, tmp_path, monkeypatch, capsys, limit):
+    place, name, part, advice = limit
     slowed(monkeypatch, place, name)
     small = changed(
         recipe,
@@ -84,7 +83,7 @@ def test_what_limits_labelling_is_named(
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "part", "advice"),
+    "limit",
     [
         (
             Learner,
@@ -102,8 +101,9 @@ def test_what_limits_labelling_is_named(
     ],
 )
 def test_what_limits_training_is_named(
-    photos, recipe, store_path, tmp_path, monkeypatch, capsys, place, name, part, advice
+    photos, recipe, store_path, tmp_path, monkeypatch, capsys, limit
 ):
+    place, name, part, advice = limit
     slowed(monkeypatch, place, name)
     short = changed(recipe, train={"epochs": 2, "batch_size": 45}, render={"threads": None})
     train(short, photos, tmp_path / "run", store=store_path, device=CPU, profile=True)

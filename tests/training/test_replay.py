@@ -70,9 +70,8 @@ def test_the_order_is_a_good_shuffle(rows, block_rows):
         row = order(position, block_rows, 0, epoch)
         assert abs(np.corrcoef(position, row)[0, 1]) < 0.06
         assert np.abs(position - row).mean() == pytest.approx(rows / 3, rel=0.06)
-        assert (
-            np.abs(np.diff(row)) == 1
-        ).mean() < 0.01  # neighbours in the store are no neighbours in the epoch
+        # neighbours in the store are no neighbours in the epoch
+        assert (np.abs(np.diff(row)) == 1).mean() < 0.01
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -150,9 +149,8 @@ def test_every_number_of_processes_sees_the_same_global_batches(store_path, phot
 
 
 def test_a_batch_without_two_images_for_each_process_is_whole_in_all_of_them(store_path, photos):
-    ranks = [
-        batches(store_path, photos, 0, batch_size=8, rank=rank, world=4) for rank in range(4)
-    ]  # 90 = 11 × 8 + 2
+    # 90 = 11 × 8 + 2
+    ranks = [batches(store_path, photos, 0, batch_size=8, rank=rank, world=4) for rank in range(4)]
     last = [rank[-1] for rank in ranks]
     assert [(len(batch), batch.total, batch.copies, batch.weight) for batch in last] == [
         (2, 2, 4, 1.0)

@@ -40,9 +40,10 @@ def test_soft_cross_entropy_is_equation_3_by_hand():
     assert losses.soft_cross_entropy(logits, targets).item() == pytest.approx(by_hand, rel=1e-6)
     entropy = -(0.2 * np.log(0.2) + 0.7 * np.log(0.7) + 0.1 * np.log(0.1))
     assert losses.entropy(targets).item() == pytest.approx(entropy, rel=1e-6)
+    # the loss's floor
     assert losses.soft_cross_entropy(targets.log(), targets).item() == pytest.approx(
         entropy, rel=1e-6
-    )  # the loss's floor
+    )
 
 
 def test_an_epoch_is_sgd_on_the_stored_labels_by_hand(photos, recipe, store_path, tmp_path):
@@ -128,9 +129,10 @@ def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(
         changed(recipe, train=judged), photos, tmp_path / "parts", store=store_path, device=CPU
     )
     state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+    # the ratio stays
     assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx(
         [0.001, 0.01]
-    )  # the ratio stays
+    )
     assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (
         tmp_path / "parts" / "last.safetensors"
     ).read_bytes()

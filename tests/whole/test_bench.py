@@ -23,14 +23,8 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_every_ratio_is_measured_and_written(tmp_path):
-    measured = (
-        "teachers",
-        "stand-in",
-        "student",
-        "online",
-        "loader",
-        "labels",
-    )  # compiling takes a minute
+    # compiling takes a minute
+    measured = ("teachers", "stand-in", "student", "online", "loader", "labels")
     done = run(
         "speed.py",
         "--small",

@@ -45,12 +45,22 @@ def lines_of(text: str) -> list[str]:
     ]
 
 
+READMES = sorted(
+    path
+    for path in (ROOT / "README.md", *ROOT.glob("*/**/README.md"))
+    if not {".venv", "demo", "study"} & set(path.relative_to(ROOT).parts[:1])
+)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in READMES}
+EVERYTHING = "\n".join(TEXTS.values())
+
+
 def sections() -> dict[str, list[str]]:
-    """Command lines of the README by heading, and of the helps by command."""
+    """Command lines of the READMEs by file and heading, and of the helps by command."""
     found: dict[str, list[str]] = {}
-    for part in re.split(r"^#+ ", (ROOT / "README.md").read_text(), flags=re.M)[1:]:
-        if lines := lines_of(part):
-            found[f"README: {part.splitlines()[0]}"] = lines
+    for file, text in TEXTS.items():
+        for part in re.split(r"^#+ ", text, flags=re.M)[1:]:
+            if lines := lines_of(part):
+                found[f"{file}: {part.splitlines()[0]}"] = lines
     for name, command in main.commands.items():
         found[f"{name} --help"] = lines_of((command.help or "").replace("\b", ""))
     return found
@@ -60,7 +70,7 @@ SECTIONS = sections()
 
 
 def test_every_command_has_help_with_an_example_and_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+    readme = TEXTS["README.md"]
     for name in COMMANDS:
         assert SECTIONS[f"{name} --help"] and all(
             f"cli.py {name}" in line for line in SECTIONS[f"{name} --help"]
@@ -83,13 +93,16 @@ def test_every_option_in_the_readme_exists():
                 option for parameter in main.commands[words[0]].params for option in parameter.opts
             }
             assert {word.partition("=")[0] for word in words if word.startswith("--")} <= own, line
-    named = set(re.findall(r"`(--[a-z][a-z_-]+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"`(--[a-z][a-z_-]+)", EVERYTHING))
+    # of FKD, of torchrun, of all
     assert named - known <= {
+        "--ff",
+        "--lf",
         "--softlabel_path",
         "--reference_path",
         "--nproc-per-node",
         "--help",
-    }  # of FKD, of torchrun, of all
+    }
 
 
 class World:
@@ -282,8 +295,55 @@ def test_what_is_written_can_be_typed(section, worlds, monkeypatch):
 
 def test_the_make_targets_of_the_readme_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    named = set(re.findall(r"(?:`|^    )make (\w+)", (ROOT / "README.md").read_text(), flags=re.M))
+    named = set(re.findall(r"(?:`|^    )make (\w+)", EVERYTHING, flags=re.M))
     assert {"setup", "demo", "bench", "test"} <= named <= targets
+
+
+def prose(text: str) -> list[str]:
+    """Lines of a README that are neither table, link, picture nor code."""
+    lines, code = [], False
+    for line in text.splitlines():
+        code ^= line.startswith("```")
+        if not (code or line.startswith(("|", "    ", "```", "!["))):
+            lines.append(re.sub(r"\]\([^)]*\)", "]", line))
+    return lines
+
+
+def anchors(text: str) -> set[str]:
+    """Headings as GitHub names them in addresses."""
+    heads = re.findall(r"^#+ (.*)", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_link_leads_somewhere():
+    links = 0
+    for file, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("http"):
+                continue
+            place, _, anchor = target.partition("#")
+            there = (ROOT / file).parent / place if place else ROOT / file
+            there = there / "README.md" if there.is_dir() else there
+            assert there.resolve().is_relative_to(ROOT) and there.exists(), f"{file}: {target}"
+            if anchor:
+                assert anchor in anchors(there.read_text()), f"{file}: {target}"
+            links += 1
+    assert links > 30
+
+
+def test_a_readme_is_short_and_its_lines_too():
+    assert len(TEXTS) >= 10
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+    for file, text in TEXTS.items():
+        for line in prose(text):
+            assert len(line) <= 88 or "Within the spread" in line, f"{file}: {line}"
+
+
+@pytest.mark.parametrize("reader", ["configs/README.md", "pipeline/labelling/README.md"])
+def test_who_has_own_images_or_gpus_finds_the_page_from_the_root(reader):
+    links = re.findall(r"\]\(([^)#\s]+)", TEXTS["README.md"])
+    pages = (link if link.endswith(".md") else f"{link.rstrip('/')}/README.md" for link in links)
+    assert reader in set(pages)
 
 
 def test_a_help_is_quick():
@@ -296,11 +356,5 @@ def test_a_help_is_quick():
         "print([name for name in ('torch', 'timm', 'nvidia.dali', 'matplotlib', 'tensorboard') "
         "if name in sys.modules])"
     )
-    assert (
-        os.popen(
-            f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
-        )
-        .read()
-        .strip()
-        == "[]"
-    )
+    command = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -c "
+    assert os.popen(command + shlex.quote(code)).read().strip() == "[]"

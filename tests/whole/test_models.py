@@ -44,10 +44,8 @@ def authors_file(
         ("resnet152_v1s", "resnet152s.gluon_in1k"),
         ("efficientnet_b4_ns", "tf_efficientnet_b4.ns_jft_in1k"),
         ("efficientnet_b4", "tf_efficientnet_b4.aa_in1k"),
-        (
-            "tf_efficientnet_b4",
-            "tf_efficientnet_b4.aa_in1k",
-        ),  # timm's of today is the Noisy Student
+        # timm's of today is the Noisy Student
+        ("tf_efficientnet_b4", "tf_efficientnet_b4.aa_in1k"),
         ("gluon_senet154", "senet154.gluon_in1k"),
         ("resnet50", "resnet50.ram_in1k"),  # timm's of today is a1
         ("tf_efficientnet_b0", "tf_efficientnet_b0.aa_in1k"),
@@ -73,18 +71,14 @@ def test_timms_own_names_stay_what_they_are():
 
 
 def test_own_weights_keep_the_architecture_that_was_named():
-    assert (
-        resolve("efficientnet_b4", hub=False) == "tf_efficientnet_b4"
-    )  # the paper's, from the hub or from a file
-    assert (
-        resolve("efficientnet_b4.ra2_in1k", hub=False) == "efficientnet_b4.ra2_in1k"
-    )  # timm's of today
-    assert (
-        resolve("inception_v3.gluon_in1k", hub=False) == "inception_v3.gluon_in1k"
-    )  # a tag also names a normalisation
-    assert (
-        resolve("resnet50", hub=False) == "resnet50"
-    )  # and no tag, which would name other weights
+    # the paper's, from the hub or from a file
+    assert resolve("efficientnet_b4", hub=False) == "tf_efficientnet_b4"
+    # timm's of today
+    assert resolve("efficientnet_b4.ra2_in1k", hub=False) == "efficientnet_b4.ra2_in1k"
+    # a tag also names a normalisation
+    assert resolve("inception_v3.gluon_in1k", hub=False) == "inception_v3.gluon_in1k"
+    # and no tag, which would name other weights
+    assert resolve("resnet50", hub=False) == "resnet50"
     assert resolve("resnet152_v1s", hub=False) == "resnet152s"
     assert resolve("gluon_senet154", hub=False) == "senet154"
 

@@ -99,9 +99,8 @@ def test_a_recipes_head_names_figure_teachers_cost_and_commands(path):
 def test_a_recipe_is_the_papers(path):
     recipe = config_file.load(path)
     for spec in (*recipe.teachers, recipe.student):
-        assert (
-            resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()
-        )  # a tag, not timm's choice of today
+        # a tag, not timm's choice of today
+        assert resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()
         assert (spec.mean, spec.std) == IMAGENET
     paper = Train(image_size=recipe.train.image_size, discriminator=Discriminator())
     assert recipe.train == paper

@@ -96,12 +96,13 @@ def test_another_config_command_or_step_before_makes_another_step(study, tmp_pat
     assert one.identity == experiment.trained(row, 0).identity
     assert one.identity != experiment.trained(row, 1).identity
     assert one.identity != experiment.trained(replace(row, sets=("train.lr=0.5",)), 0).identity
+    # a teacher's
     assert (
         one.identity
         != replace(experiment, made=(experiment.made[0], ("crops.seed=5",)))
         .trained(row, 0)
         .identity
-    )  # a teacher's
+    )
     shutil.copytree(STUDY, tmp_path / study.rows.FOLDER)
     monkeypatch.setattr(study.rows, "ROOT", tmp_path)
     assert one.identity == experiment.trained(row, 0).identity
@@ -155,9 +156,8 @@ def test_a_difference_is_called_one_beyond_the_spread_of_all_rows(study):
     effects = table - table.mean(axis=1, keepdims=True)
     chance = ((effects - effects.mean(axis=0)) ** 2).sum() / (8 * 2)
     margin = outcome.margin(study.tell.TOP1, 3)
-    assert margin == pytest.approx(
-        2.1199 * np.sqrt(chance * 2 / 3), rel=1e-4
-    )  # Student's t of 16 degrees of freedom, from a table
+    # Student's t of 16 degrees of freedom, from a table
+    assert margin == pytest.approx(2.1199 * np.sqrt(chance * 2 / 3), rel=1e-4)
     told = {row.name: outcome.told_difference(row, study.tell.TOP1) for row in experiment.rows}
     assert (
         told["soft"] == "" and told["online"].startswith("**+") and told["hard"].startswith("**−")
@@ -232,9 +232,8 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         command(pictures, work, *only), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as begun:
         try:
-            next(
-                line for line in begun.stdout if "/teachers: " in line
-            )  # more steps to come than a process does
+            # more steps to come than a process does
+            next(line for line in begun.stdout if "/teachers: " in line)
             begun.send_signal(signal.SIGKILL)
             deadline = time.monotonic() + 60
             while alive(begun.pid) and time.monotonic() < deadline:
@@ -282,9 +281,8 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         "cifar10/online/0",
     ]
     anew_record = json.loads((work / "records.json").read_text())["cifar10/online/0"]
-    assert (
-        anew_record["training"]["seconds"] != after["cifar10/online/0"]["training"]["seconds"]
-    )  # it was trained
+    # it was trained
+    assert anew_record["training"]["seconds"] != after["cifar10/online/0"]["training"]["seconds"]
     assert anew_record["figures"] == after["cifar10/online/0"]["figures"]  # to the same weights
 
 

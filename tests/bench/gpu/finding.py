@@ -20,9 +20,9 @@ from pipeline.render.hardware_jpeg import hardware_engines
 
 PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50", image_size=224)
 TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet", image_size=48)
-SHARPNESS = (
-    3.0  # standard deviation of the random teachers' logits, whose softmax would be flat otherwise
-)
+# standard deviation of the random teachers' logits, whose softmax would be flat
+# otherwise
+SHARPNESS = 3.0
 
 
 @dataclass

@@ -65,7 +65,8 @@ SLOW_ON_CPU = ("tests", "compiled")  # there the tests of a GPU skip, and compil
 
 def tests(bench: Bench) -> Iterator[Finding]:
     """Run the project's tests of a GPU."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/whole/test_gpu.py"]
+    own = "tests/whole/test_gpu.py"
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", own]
     log, seconds = bench.folder / "tests.txt", GROUPS["tests"][1] - LEAST
     with open(log, "w") as out, suppress(subprocess.TimeoutExpired):
         subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=seconds)

@@ -407,10 +407,8 @@ def ranks(bench: Bench) -> Iterator[Finding]:
     several = bench.gpu and torch.cuda.device_count() > 1
     by = "NCCL, two GPUs" if several else "gloo, one GPU" if bench.gpu else "gloo, a CPU"
     stored(bench, bench.few, bench.config(**base)).store.path.rename(folder / "s.zarr")
-    for model, together in [
-        ("test_vit", False),
-        *([("resnet10t", True)] if bench.gpu else []),
-    ]:  # without BatchNorm, and with one that looks at both
+    # without BatchNorm, and with one that looks at both
+    for model, together in [("test_vit", False), *([("resnet10t", True)] if bench.gpu else [])]:
         losses = {}
         for n in (1, 2):
             recipe = bench.config(

@@ -363,10 +363,8 @@ EXPERIMENTS = (
             for model in ("test_resnet", "resnet10t")
         ),
         CIFAR10,
-        made=(
-            ("crops.seed=2",),
-            ("crops.seed=3", "train.image_size=32", "train.epochs=32"),
-        ),  # other crops than those that are labelled
+        # other crops than those that are labelled
+        made=(("crops.seed=2",), ("crops.seed=3", "train.image_size=32", "train.epochs=32")),
     ),
     Experiment(
         "photographs",

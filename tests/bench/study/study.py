@@ -52,9 +52,8 @@ from tell import beside, draw, table
 
 ROOT = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results.json"
-AGAIN = (
-    Path(__file__).parent / "again.json"
-)  # the whole of CIFAR-10 on another machine, whose teachers therefore are others
+# the whole of CIFAR-10 on another machine, whose teachers therefore are others
+AGAIN = Path(__file__).parent / "again.json"
 TRAINING = 1_000  # images of a class of CIFAR-10
 # that a process does, since what it has freed it keeps: evaluating photographs comes to
 # 7 GB, and grows
@@ -104,17 +103,14 @@ def perform(step: Step, work: Path) -> dict:
 
     from cli import main
 
-    log, begun = (
-        work / "logs" / f"{step.name}.log",
-        work / "begun" / f"{step.name}.txt",
-    )  # a step may be named like the rows below it
+    # a step may be named like the rows below it
+    log, begun = (work / "logs" / f"{step.name}.log", work / "begun" / f"{step.name}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     begun.parent.mkdir(parents=True, exist_ok=True)
     for made in step.makes:
         shutil.rmtree(placed(made, work), ignore_errors=True)
-    if step.run and (
-        not begun.exists() or begun.read_text() != step.identity
-    ):  # a training that was another one
+    # a training that was another one
+    if step.run and (not begun.exists() or begun.read_text() != step.identity):
         shutil.rmtree(placed(step.run, work), ignore_errors=True)
     begun.write_text(step.identity)
     record: dict = {
@@ -171,9 +167,8 @@ def begin(cores: multiprocessing.Queue) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     mine = cores.get()
-    multiprocessing.util.Finalize(
-        None, cores.put, (mine,), exitpriority=0
-    )  # for the process that comes after it
+    # for the process that comes after it
+    multiprocessing.util.Finalize(None, cores.put, (mine,), exitpriority=0)
     os.sched_setaffinity(0, mine)
     os.chdir(ROOT)
     import torch
@@ -292,9 +287,10 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
     shutil.rmtree(unpacked, ignore_errors=True)  # perhaps of another tar
     if source.is_file():
         with tarfile.open(source) as tar:
+            # Python 3.11.4 brought it
             safely = (
                 {"filter": "data"} if hasattr(tarfile, "data_filter") else {"members": _plain(tar)}
-            )  # Python 3.11.4 brought it
+            )
             tar.extractall(unpacked, **safely)
         found = [
             path.parent
