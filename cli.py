@@ -404,8 +404,8 @@ def train_student(
         "teachers",
         multiple=True,
         type=MODEL,
-        help="Teacher to compare each model with (KL and agreement); repeat to compare with the mean "
-        "softmax of several.",
+        help="Teacher to compare each model with: KL and agreement. Repeat for several, whose mean "
+        "softmax counts.",
     ),
     click.option(
         "--split", default="val", show_default=True, help="Folder of --data to evaluate on."
@@ -582,8 +582,8 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
     click.option(
         "--data",
         type=folder,
-        help="Folder of the labelled images: compare every image, or with --sample the sample's "
-        "images, with the manifest, byte for byte.",
+        help="Folder of the labelled images. Every image, or with --sample every sampled image, is "
+        "compared with the store's manifest, byte for byte.",
     ),
     click.option(
         "--sample",
@@ -619,11 +619,11 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
     """Read a whole label store and prove it: every digest, every label's sum, every
     crop inside its image, nothing missing, nothing foreign.
 
-    With --data every image is compared with the manifest too. With --sample only the
-    images of that many random crops are compared, and the crops are labelled again: the
-    new labels must agree with the stored labels. Exit status 0: the store is sound and
-    complete. Exit status 1: something is damaged, foreign, missing or can't be read.
-    Run generate-labels again to make damaged or missing shards anew.
+    With --data every image is compared with the store's manifest too. With --sample
+    only the images of that many random crops are compared, and the crops are labelled
+    again: the new labels must agree with the stored labels. Exit status 0: the store is
+    sound and complete. Exit status 1: something is damaged, foreign, missing or can't
+    be read. Run generate-labels again to make damaged or missing shards anew.
 
     \b
     Example:

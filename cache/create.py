@@ -1,5 +1,8 @@
-"""Create an empty label store: in a folder beside it, synced, then renamed, so that a
-store exists whole or not at all."""
+"""Create an empty label store.
+
+A store is made in a folder beside its final path, synced to the disk, and then renamed.
+So a store exists whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +31,27 @@ from cache.format.seal import read_metadata, write_seal
 from cache.system.claims import alive
 from cache.system.durable import make_folder, sync_folder, sync_tree
 
-FORGOTTEN = 86_400.0  # seconds after which an unfinished store of another machine is nobody's
+FORGOTTEN = 86_400.0  # age in seconds at which another machine's unfinished store is removed
 
 
 def create(path: Path, *, images: Images, views: int, attributes: dict[str, Any]) -> bool:
-    """Make an empty store at ``path``: in a folder beside it, synced, then renamed, so
-    that a store is there whole or not at all.
+    """Create an empty store at ``path``. Returns False if another process created a
+    store there first.
 
-    ``attributes`` holds ``codec``, ``class_names``, ``provenance`` and whatever else
-    describes the store. Returns False if somebody else's store came first.
+    The store is made in a folder beside ``path``, synced, and then renamed. So a store
+    exists whole or not at all. attributes: ``codec``, ``class_names``, ``provenance``,
+    and any others that describe the store.
     """
     make_folder(path.parent)
     host = socket.gethostname()
-    # by a process that was killed
+    # remove unfinished stores of killed processes
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.creating"):
         *_, process, _ = left.name.split(".")
-        # of another machine: it takes an hour at most
+        # The age decides on another machine's stores, since its processes can't be
+        # looked up. Creating a store takes an hour at most.
         if not left.name.startswith(f".{path.name}.{host}."):
             gone = time.time() - left.stat().st_mtime > FORGOTTEN
-        else:  # in a container every run may have the same number
+        else:  # in containers every run may have the same process number
             gone = process.isdecimal() and (int(process) == os.getpid() or not alive(int(process)))
         if gone:
             shutil.rmtree(left, ignore_errors=True)
@@ -65,7 +70,7 @@ def create(path: Path, *, images: Images, views: int, attributes: dict[str, Any]
 
 
 def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any]) -> None:
-    """Write an empty store."""
+    """Write an empty store into the folder ``scratch``."""
     n, classes = len(images), len(attributes["class_names"])
     chunk_rows, shard_rows = (
         attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows")

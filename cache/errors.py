@@ -1,5 +1,5 @@
-"""Errors that a user can repair, and which errors of the operating system mean that a
-file is damaged."""
+"""Define the errors that a user can repair, and tell which errors of the operating
+system mean that a file is damaged."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """The text with what isn't printable written as an escape: names of files may hold
-    line breaks and codes that a terminal obeys."""
+    """Return the text with every unprintable character written as an escape. Names of
+    files may hold line breaks, and codes that a terminal obeys."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii")
         for c in text
@@ -17,24 +17,24 @@ def printable(text: str) -> str:
 
 
 class MealError(Exception):
-    """Something a user can mend. The message is one line: what, the value, the
-    repair."""
+    """An error that a user can repair. The message is one line: what is wrong, the
+    value, the repair."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class StoreError(MealError):
-    """A label store that is missing, damaged, unfinished, or made from something else
-    than what it is used with."""
+    """An error about a label store. The store is missing, damaged or unfinished, or was
+    made from other inputs than those with which it is used."""
 
 
 class DamagedStore(StoreError):
-    """A store whose own description (a zarr.json, the manifest) is not what was
-    written. ``generate-labels`` can make that anew.
+    """An error about a store's own description: a zarr.json or the manifest is not what
+    was written. ``generate-labels`` can rebuild the description.
 
-    file: which, relative to the store. fault: what is wrong with it; by default the
-    message.
+    file: the damaged file, relative to the store. fault: what is wrong with the file;
+    by default the message.
     """
 
     def __init__(self, message: str, file: str = "zarr.json", fault: str | None = None) -> None:
@@ -43,22 +43,25 @@ class DamagedStore(StoreError):
 
 
 class UnreadableStore(StoreError):
-    """What can't be read for the moment, for want of memory or permission or of a disk
-    that answers: no reason to call it damaged."""
+    """An error about a file that can't be read for the moment, for want of memory, of
+    permission, or of a disk that answers. The store is not called damaged."""
 
 
-# what no waiting mends
+# numbers of errors that don't pass by waiting
 LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def momentary(error: BaseException) -> bool:
-    """Whether an error of reading tells nothing of what is there."""
+    """Return whether an error of reading says nothing about the file: a lack of memory,
+    or an error number that is not in ``LASTING``."""
     return isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno is not None and error.errno not in LASTING
     )
 
 
 def unreadable(path: Path, file: object, error: BaseException) -> UnreadableStore:
+    """Return the error for a file of the store at ``path`` that can't be read for the
+    moment."""
     why = " ".join(str(error).split())[:160] or type(error).__name__
     return UnreadableStore(
         f"{file} of {path} can't be read now ({why}); mend that, or remove the file if it stays "
@@ -67,6 +70,8 @@ def unreadable(path: Path, file: object, error: BaseException) -> UnreadableStor
 
 
 def damaged(path: Path, file: str, why: str) -> DamagedStore:
+    """Return the error for a file of a store's description that is not what was
+    written."""
     fault = f"not what was written there ({' '.join(why.split())[:160]})"
     return DamagedStore(
         f"{path} is damaged: {file} is {fault}; run the command that made the store "
@@ -78,4 +83,5 @@ def damaged(path: Path, file: str, why: str) -> DamagedStore:
 
 
 class BusyStore(StoreError):
-    """Another process is doing what only one can do at a time."""
+    """An error about a task that another process is doing, and that only one process
+    may do at a time."""

@@ -1,5 +1,8 @@
-"""Several stores of the same crops as one: views and shards that were labelled apart
-are joined, labels of different teachers averaged."""
+"""Merge several stores of the same crops into one store.
+
+Views and shards that were labelled apart are joined. Labels of different teachers are
+averaged.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from cache.format.crops import Content
 from cache.format.manifest import USABLE
 from cache.reader import LabelStore
 
-# sections of the provenance that say which crops of which images, as which pixels
+# sections of the provenance that must be equal: they decide on images, crops and pixels
 ALIKE = ("crops", "renderer", "data")
 
 
@@ -32,19 +35,21 @@ def merge(
     say: Callable[[str], None],
     progress: Callable[[int], None],
 ) -> LabelStore:
-    """Make ``out`` from the stores at ``paths``, or go on with what an earlier call
-    made of the same ones.
+    """Merge the stores at ``paths`` into ``out``, or continue an earlier call with the
+    same stores.
 
-    Stores of one recipe are joined: a shard is taken from the first store in which it
-    is finished and sound. Stores that differ in their teachers are averaged: p = Σ
-    nᵢ·pᵢ / Σ nᵢ with nᵢ teachers in store i, which is the mean softmax (Eq. 1) of them
-    all; where one of the stores has no label yet, neither has ``out``. codec: of the
-    averaged labels; otherwise the first store's. progress: is told how many shards were
-    looked at. What of ``out`` is not what was written there is made anew.
+    Stores of one recipe are joined: a shard is taken from the first store in which the
+    shard is finished and sound. Stores that differ in their teachers are averaged:
+    p = Σ nᵢ·pᵢ / Σ nᵢ with nᵢ teachers in store i, which is the mean softmax (Eq. 1) of
+    all the teachers. Where one of the stores has no label yet, ``out`` has none either.
+    Damaged parts of ``out`` are made anew.
+
+    codec: of the averaged labels; by default the first store's. progress: called with
+    the number of shards that were looked at since the last call.
 
     Raises StoreError, before anything is written, if images, crops, pixels or classes
-    differ, or a teacher would count twice; and at the end, if shards were damaged in
-    the stores.
+    differ, or if a teacher would count twice. Raises StoreError at the end if shards of
+    the stores were damaged.
     """
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
@@ -111,8 +116,9 @@ def merge(
 
 
 def _recipe(provenance: dict[str, Any]) -> bytes:
-    """What stores that can be joined have in common: all of the provenance, but for a
-    teacher's tag, which weights say better."""
+    """Return a digest that is the same for all stores of one recipe. It covers the
+    whole provenance except the tags of the teachers' names, since the digests of the
+    weights tell teachers apart better."""
     teachers = [
         {**teacher, "model": schema.architecture(teacher["model"])}
         for teacher in provenance["teachers"]
@@ -161,12 +167,14 @@ def _require_alike(first: LabelStore, other: LabelStore) -> None:
 
 
 def _known_by(teacher: dict[str, Any]) -> str:
-    """The digest of its weights, or, of labels that others made, of their files."""
+    """Return the digest that identifies a teacher: of the weights, or, for labels that
+    others made, of their files."""
     return teacher["weights"] or teacher["files"]
 
 
 def _averaged(stores: Sequence[LabelStore], codec: Codec) -> dict[str, Any]:
-    """Attributes of the averaged store."""
+    """Return the attributes of the averaged store. Raises StoreError if a teacher would
+    count twice."""
     seen: dict[str, LabelStore] = {}
     for store in stores:
         for teacher in store.provenance["teachers"]:
@@ -225,8 +233,10 @@ def _make(out: Path, like: LabelStore, attributes: dict[str, Any], views: int) -
 def _first(
     stores: Sequence[LabelStore], view: int, shard: int
 ) -> tuple[Content | None, str | None]:
-    """Content of a shard from the first store that has it, sound; where one has it, but
-    none has it sound, that one and what is wrong."""
+    """Return (content, fault) of a shard. The content comes from the first store in
+    which the shard is sound. If there is no such store, the content is None, and the
+    fault is that of the first store with a record of the shard (None if no store has a
+    record)."""
     wrong = None
     for store in stores:
         if view < store.views and store.has_record(view, shard):
@@ -240,8 +250,10 @@ def _first(
 def _mean(
     stores: Sequence[LabelStore], made: LabelStore, view: int, shard: int
 ) -> tuple[Content | None, str | None]:
-    """Averaged codes of a shard and its crops; None where a store has no label yet, or
-    a damaged one, and then which and what is wrong."""
+    """Return (content, fault): the averaged codes of a shard, and its crops. The
+    content is None if a store has no label yet, or if a store's shard is damaged. For a
+    damaged shard the fault says which store, and what is wrong. Raises StoreError if
+    the stores' crops differ."""
     rows = made.shard_slice(shard)
     usable = made.images.status[rows] == USABLE
     codes = np.zeros((len(usable), made.codec.columns(made.classes)), made.codec.dtype)

@@ -1,5 +1,5 @@
-"""Reading a label store: what is finished, labels as codes or probabilities, crops, and
-what the store says of itself."""
+"""Read a label store: finished shards, labels as codes or probabilities, crops, and the
+store's attributes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
 
-# a checksum, a file cut short, none at all
 Rows = np.ndarray | slice | Sequence[int]
+# raised for a wrong checksum, a truncated file or a missing file
 UNREADABLE = (KeyError, ValueError, RuntimeError, TypeError, OverflowError, OSError)
 _short_of_memory = threading.Lock()
 
 
 class LabelStore:
-    """An open label store. Everything is read lazily; reading labels of a shard without
-    a completion record raises StoreError."""
+    """An open label store, which reads everything lazily. Reading the labels of a shard
+    without a completion record raises StoreError."""
 
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
         self.path = path
@@ -44,16 +44,16 @@ class LabelStore:
         self.provenance: dict[str, Any] = self.attributes["provenance"]
         self.codec = codecs.from_description(self.attributes["codec"])
         self.class_names: list[str] = self.attributes["class_names"]
-        self.crop_arrays = schema.crop_arrays(self.provenance)  # names of what says what a crop is
-        # names of all that has a file per shard, but for its record
+        self.crop_arrays = schema.crop_arrays(self.provenance)  # names of the arrays of a crop
+        # names of all arrays with one file per shard, except records
         self.shard_arrays = schema.shard_arrays(attributes)
         self.chunk_rows: int = self.provenance["layout"]["chunk_rows"]
         self.shard_rows: int = self.provenance["layout"]["shard_rows"]
         self.group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._sound: set[tuple[int, int]] = set()  # (view, shard) whose digests were compared
+        self._sound: set[tuple[int, int]] = set()  # (view, shard) with the right digest
         shape = self.array("labels").shape
-        # the second: before there was a seal
+        # Stores from before the seal don't have the attribute views.
         self.views: int = attributes.get("views", self.array("records").shape[0])
         self.shards: int = self.array("records").shape[1]
         self.classes: int = shape[2]
@@ -67,9 +67,9 @@ class LabelStore:
 
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
-        """Open for reading. Raises StoreError if there is no store, or one that this
-        version can't read; DamagedStore if what describes it is not what was
-        written."""
+        """Open a store for reading. Raises StoreError if there is no store, or a store
+        that this version can't read; DamagedStore if the store's description is not
+        what was written."""
         path = Path(path)
         if not path.exists():
             raise StoreError(
@@ -116,7 +116,7 @@ class LabelStore:
         )
         if sealed:
             require_seal(path, {"zarr.json": whole})
-        # one that may have grown since
+        # Keep the zarr.json that was checked: the store may have grown since.
         documents = read_metadata(path, schema.shard_arrays(attributes)[1:]) | {"zarr.json": whole}
         if sealed:
             require_seal(path, documents)
@@ -128,7 +128,7 @@ class LabelStore:
                 f"{path} is damaged: it has no {missing}; restore it from a copy or generate a new "
                 f"store"
             ) from None
-        except (ValueError, TypeError, OSError) as error:  # metadata cut short
+        except (ValueError, TypeError, OSError) as error:  # truncated metadata
             if errors.momentary(error):
                 raise errors.unreadable(path, "its description", error) from None
             raise DamagedStore(
@@ -137,18 +137,21 @@ class LabelStore:
             ) from None
 
     def array(self, name: str) -> zarr.Array[Any]:
+        """Return an array of the store, opened once."""
         if name not in self._arrays:
             self._arrays[name] = schema.array(self.group, name)
         return self._arrays[name]
 
     @cached_property
     def identity(self) -> bytes:
-        """sha256 of the provenance, which every completion record is bound to."""
+        """Return the sha256 of the provenance. The digest in every completion record
+        includes this value."""
         return schema.canonical_digest(self.provenance)
 
     @property
     def made_by(self) -> str:
-        """The command that made the store, and finishes and mends it."""
+        """Return the command that made the store. The same command finishes and repairs
+        the store."""
         return (
             "merge"
             if "merged" in self.provenance
@@ -159,17 +162,18 @@ class LabelStore:
 
     @cached_property
     def max_error(self) -> tuple[float | None, float]:
-        """What no stored label exceeds: (KL in nats, total variation) from the mean
-        softmax of the teachers. An average of stores has lost what each of them had
-        lost, too, for which there is no bound of KL (None)."""
+        """Return the error that no stored label exceeds: (KL in nats, total variation),
+        relative to the mean softmax of the teachers. An average of stores also has the
+        errors of these stores. Then there is no bound of KL (None)."""
         kl, _ = max_error(self.codec, self.classes)
         return (None if "merged" in self.provenance else kl), _lost(self.provenance, self.classes)
 
     @cached_property
     def images(self) -> Images:
-        """The manifest, in row order. Raises StoreError if it is not, whole, what the
-        provenance says."""
-        for file in self.manifest_files():  # what Zarr would read as zeros and empty names
+        """Return the manifest, in row order. Raises StoreError if the manifest is not,
+        as a whole, the one that the provenance names, or if a path leaves the data
+        folder."""
+        for file in self.manifest_files():  # Zarr reads a missing file as zeros or empty names
             if not (self.path / file).is_file():
                 raise errors.damaged(self.path, file, "it is missing")
         try:
@@ -181,7 +185,7 @@ class LabelStore:
         wanted = self.provenance.get("data", {}).get("manifest")
         if wanted and images.manifest_digest() != wanted:
             raise errors.damaged(self.path, "images/", "the manifest has another digest")
-        # stores had none before 0.3
+        # Stores made before 0.3 have no row_order.
         if self.attributes.get("row_order") not in (None, images.order):
             raise errors.damaged(self.path, "images/", "the rows are in another order")
         for path in images.path:
@@ -193,16 +197,17 @@ class LabelStore:
         return images
 
     def consolidated_is_right(self) -> bool:
-        """Whether the copies of the other zarr.json that zarr.consolidate_metadata puts
-        into the store's own, if there are any, are their copies. They are not read
-        here, but by other programs."""
+        """Return whether the store's consolidated metadata (zarr.consolidate_metadata)
+        equals the other zarr.json files, or is absent. This program never reads
+        consolidated metadata, but other programs do."""
         documents = read_metadata(self.path, self.shard_arrays[1:])
         consolidated = documents.pop("zarr.json").get("consolidated_metadata")
         if consolidated is None:
             return True
 
         def plain(document: object) -> object:
-            """Without what Zarr adds or leaves out in a copy."""
+            """Return the document without the keys that Zarr adds to a copy or leaves
+            out of it."""
             if not isinstance(document, dict):
                 return document
             return {
@@ -221,13 +226,14 @@ class LabelStore:
         )
 
     def _column(self, name: str) -> np.ndarray:
-        """A column of the manifest; strings as Python's, one column at a time, since
-        both kinds together take the most memory of all."""
+        """Read a column of the manifest, with strings as Python objects. Columns are
+        converted one at a time, because Zarr's strings and Python's together take more
+        memory than anything else."""
         column = self._read(f"images/{name}", np.s_[:])
         return column.astype(object) if column.dtype.kind in "OUT" else column
 
     def manifest_files(self) -> list[str]:
-        """Paths in the store of the manifest's chunks."""
+        """Return the paths of the manifest's chunks, relative to the store."""
         files = []
         for name in Images.__dataclass_fields__:
             array = self.array(f"images/{name}")
@@ -241,29 +247,29 @@ class LabelStore:
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """int64 [usable images]: the rows that have labels."""
+        """Return the rows that have labels: int64 [usable images]."""
         return self.images.usable
 
     def records(self) -> np.ndarray:
-        """RECORD [views, shards], read anew; where a record is missing, damaged or of
-        another place, all zeros."""
+        """Read all completion records from the disk: RECORD [views, shards]. A record
+        is all zeros where it is missing, damaged or of another place."""
         try:
             self._require_files(self.path / "records" / "c")
             raw = self._read("records", np.s_[: self.views])
         except UnreadableStore:
             raise
-        except StoreError:  # a torn record among them: leave out that one alone
+        except StoreError:  # a record is torn: read the records one by one
             raw = np.zeros((self.views, self.shards, RECORD.itemsize), "u1")
             for view, shard in np.ndindex(raw.shape[:2]):
                 if not self.size("records", view, shard):
                     continue
-                with suppress(ValueError):  # its checksum
+                with suppress(ValueError):  # a wrong checksum
                     raw[view, shard] = self.array("records")[view, shard]
         return _records(raw, np.arange(self.views)[:, None], np.arange(self.shards))
 
     def _require_files(self, folder: Path) -> None:
-        """Raises StoreError if something below is neither folder nor file: reading a
-        pipe would wait for ever."""
+        """Raise StoreError if anything below the folder is neither folder nor file.
+        Reading a pipe would wait for ever."""
         for entry in os.scandir(folder) if folder.is_dir() else ():
             if entry.is_dir():
                 self._require_files(Path(entry.path))
@@ -271,7 +277,7 @@ class LabelStore:
                 raise StoreError(f"{entry.path} is no file; remove it")
 
     def record(self, view: int, shard: int) -> np.void:
-        """One of ``records``."""
+        """Read one completion record from the disk, as ``records`` does."""
         raw = np.zeros(RECORD.itemsize, "u1")
         with suppress(*UNREADABLE):
             if self.size("records", view, shard):
@@ -283,8 +289,10 @@ class LabelStore:
         return _records(raw[None, None], np.array([[view]]), np.array([shard]))[0, 0]
 
     def finished_records(self) -> np.ndarray:
-        """RECORD [views, shards], read anew: ``records``, all zeros where the files are
-        not there in the recorded size."""
+        """Read the completion records of finished shards from the disk: RECORD
+        [views, shards]. A record is all zeros where ``records`` has zeros, where a file
+        of the shard is missing or empty, or where the file of labels hasn't the
+        recorded size."""
         records = self.records()
 
         def look(view: int) -> None:
@@ -297,12 +305,13 @@ class LabelStore:
         return records
 
     def finished(self) -> np.ndarray:
-        """bool [views, shards], read anew: the record is there, and so are the files,
-        of the recorded size."""
+        """Return which shards are finished, as read from the disk: bool
+        [views, shards]. A finished shard has its record and all its files, and the file
+        of labels has the recorded size."""
         return self.finished_records()["magic"] == RECORD_MAGIC
 
     def is_finished(self, view: int, shard: int) -> bool:
-        """One of ``finished``."""
+        """Return whether one shard is finished, as ``finished`` does."""
         record = self.record(view, shard)
         return record["magic"] == RECORD_MAGIC and self._whole(view, shard, record)
 
@@ -311,11 +320,11 @@ class LabelStore:
         return sizes[0] == record["stored_bytes"] and all(sizes)
 
     def has_record(self, view: int, shard: int) -> bool:
-        """Whether there is a completion record, be it damaged."""
+        """Return whether a shard has a completion record, even a damaged one."""
         return bool(self.size("records", view, shard))
 
     def size(self, name: str, view: int, shard: int) -> int:
-        """Bytes of a shard's file, 0 if there is none."""
+        """Return the size of a shard's file in bytes, 0 if there is no file."""
         file = self.file(name, view, shard)
         try:
             found = file.stat()
@@ -330,13 +339,14 @@ class LabelStore:
         return self.finished()
 
     def progress(self) -> tuple[int, int]:
-        """(finished shards, total shards), over all views, as it is on disk now."""
+        """Return (finished shards, total shards) over all views, as they are on disk
+        now."""
         finished = self.finished()
         return int(finished.sum()), finished.size
 
     def require_finished(self, view: int, shards: np.ndarray | None = None) -> None:
-        """Raises StoreError unless every shard of the view (or those given) is
-        finished."""
+        """Raise StoreError unless the given shards of a view are finished (None: all
+        shards)."""
         if not 0 <= view < self.views:
             raise StoreError(
                 f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with "
@@ -344,7 +354,7 @@ class LabelStore:
             )
         shards = np.arange(self.shards) if shards is None else shards
         if not self._finished[view, shards].all():
-            self.__dict__.pop("_finished")  # another process may have finished it since
+            self.__dict__.pop("_finished")  # another process may have finished shards since
         missing = shards[~self._finished[view, shards]]
         if len(missing):
             raise StoreError(
@@ -354,8 +364,8 @@ class LabelStore:
             )
 
     def require_sound(self, view: int, shard: int) -> None:
-        """Read a finished shard whole, once per process, and raise StoreError unless it
-        is what was written there."""
+        """Read a finished shard whole, once per process. Raises StoreError if the shard
+        is not what was written."""
         if (view, shard) not in self._sound and (fault := self.fault(view, shard)):
             raise StoreError(
                 f"{self.place(view, shard)} of {self.path} are not what was written there: "
@@ -363,16 +373,18 @@ class LabelStore:
             )
 
     def fault(self, view: int, shard: int) -> str | None:
-        """What is wrong with a finished shard, which is read anew, or None."""
+        """Read a finished shard from the disk, and return what is wrong with it, or
+        None."""
         fault = self.content(view, shard)[1]
         (self._sound.discard if fault else self._sound.add)((view, shard))
         return fault
 
     def content(self, view: int, shard: int) -> tuple[Content | None, str | None]:
-        """Read a finished shard whole and compare it with the digest in its record:
-        what is in it, None where it can't be read; and what is wrong with it, or None.
-        Raises StoreError where that can't be told, for want of memory or permission or
-        of a disk that answers.
+        """Read a finished shard whole, and compare it with the digest in its record.
+
+        Returns (content, fault). The content is None if the shard can't be read. The
+        fault says what is wrong; None if nothing is. Raises StoreError if the shard
+        can't be judged, for want of memory, of permission, or of a disk that answers.
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which
         reads as zeros, or a file of another place or store.
@@ -407,9 +419,10 @@ class LabelStore:
         return content, None
 
     def codes(self, view: int, rows: Rows) -> np.ndarray:
-        """Stored codes of the rows, in their order, as ``codec.decode`` takes them: [n,
-        classes], and with a codec that keeps the tail's mass that in one more column.
-        Whole inner chunks are read: ask for neighbours together."""
+        """Read the stored codes of rows, in the order of ``rows``: [n, classes], as
+        ``codec.decode`` takes them. A codec with a tail has one more column, the mass
+        of the tail. Whole inner chunks are read, so ask for neighbouring rows
+        together."""
         codes = self._rows("labels", view, rows)
         return (
             codecs.pack(codes, self._rows("tail", view, rows))
@@ -418,8 +431,8 @@ class LabelStore:
         )
 
     def probabilities(self, view: int, rows: Rows) -> np.ndarray:
-        """float32 [n, classes]: decoded labels, every value above zero, rows summing to
-        one. StoreError for a row that has no label."""
+        """Read the labels of rows: float32 [n, classes], every value above zero, rows
+        summing to one. Raises StoreError for a row that has no label."""
         rows = self._as_rows(rows)
         unusable = self.images.status[rows] != USABLE
         if unusable.any():
@@ -431,24 +444,29 @@ class LabelStore:
         return self.codec.decode(self.codes(view, rows))
 
     def crops(self, view: int, rows: Rows) -> BoxesAndFlips:
-        """(int32 [n, 4] top, left, height, width in pixels of the decoded image; bool
-        [n] mirrored left-right after the crop)."""
+        """Read the boxes and flips of rows: (int32 [n, 4] top, left, height, width in
+        pixels of the decoded image; bool [n] mirrored left-right after the crop)."""
         return BoxesAndFlips(self._rows("boxes", view, rows), self._rows("flips", view, rows))
 
     def whole_crops(self, view: int, rows: Rows) -> Crops:
-        """Read ``crops`` and, with CutMix, ``mixes``."""
+        """Read the crops of rows: ``crops`` and, with CutMix, ``mixes``."""
         return Crops(*(self._rows(name, view, rows) for name in self.crop_arrays))
 
     @property
     def mixed(self) -> bool:
-        """Whether the teachers saw CutMix pictures, and ``mixes`` says which."""
+        """Return whether the teachers saw CutMix pictures, which ``mixes``
+        describes."""
         return "mix_box" in self.crop_arrays
 
     def mixes(self, view: int, rows: Rows) -> Mixes:
-        """What was pasted into the crops (CutMix): int32 [n] rows of the partners, -1
-        for none, and float32 [n, 4] top, left, bottom, right as fractions of the
-        output. The partner's crop is the one of the same view; the rectangle's pixels
-        follow from ``how_to_read``."""
+        """Read the rectangles that were pasted into the crops of rows (CutMix): int32
+        [n] rows of the partners, -1 for none, and float32 [n, 4] top, left, bottom,
+        right as fractions of the output.
+
+        The pasted pixels are from the partner's crop of the same view. ``how_to_read``
+        says which pixels a rectangle covers. Raises StoreError if the store holds no
+        CutMix.
+        """
         if not self.mixed:
             raise StoreError(
                 f"{self.path} holds no CutMix; ask store.mixed first, or make a store with "
@@ -457,19 +475,20 @@ class LabelStore:
         return Mixes(self._rows("mix_partner", view, rows), self._rows("mix_box", view, rows))
 
     def shard_slice(self, shard: int) -> slice:
+        """Return the rows of a shard as a slice."""
         return slice(
             shard * self.shard_rows,
             min((shard + 1) * self.shard_rows, self.array("labels").shape[1]),
         )
 
     def place(self, view: int, shard: int) -> str:
-        """A shard, as a user is told of it."""
+        """Return the view and the rows of a shard in words, for messages."""
         rows = self.shard_slice(shard)
         return f"view {view}, rows {rows.start} to {rows.stop - 1}"
 
     def file(self, name: str, view: int, shard: int) -> Path:
-        """Where Zarr keeps a shard: its grid indices as folders, the last axes being
-        one chunk."""
+        """Return the path at which Zarr keeps a shard. Its folders are the shard's
+        indices in the grid; the last axes are one chunk each."""
         return Path(
             self.path, name, "c", str(view), str(shard), *["0"] * (self.array(name).ndim - 2)
         )
@@ -492,7 +511,7 @@ class LabelStore:
         return rows
 
     def _rows(self, name: str, view: int, rows: Rows) -> np.ndarray:
-        """Rows of one view, read as runs of neighbouring chunks."""
+        """Read rows of one view, as runs of neighbouring chunks."""
         rows = self._as_rows(rows)
         self.require_finished(view, np.unique(rows // self.shard_rows))
         for shard in np.unique(rows // self.shard_rows):
@@ -511,8 +530,8 @@ class LabelStore:
         return out
 
     def _take(self, name: str, selection: tuple[Any, ...] | slice, what: str) -> np.ndarray:
-        """A part of an array. Raises UnreadableStore for what passes, and one of
-        ``UNREADABLE`` for what is wrong with a file."""
+        """Read a part of an array. Raises UnreadableStore for an error that may pass,
+        and one of ``UNREADABLE`` for a faulty file."""
         try:
             return np.asarray(self.array(name)[selection])
         except OSError as error:
@@ -520,13 +539,14 @@ class LabelStore:
                 raise errors.unreadable(self.path, what, error) from None
             raise
         except MemoryError as error:
-            # for want of memory, or because a file says that it holds a terabyte
+            # Either memory is short, or a broken file asks for a terabyte. If there is
+            # room for a whole file, memory is not short.
             with _short_of_memory:
                 for _ in range(3):
                     if _room(4 * _most(self.array(name))):
                         with suppress(MemoryError):
                             return np.asarray(self.array(name)[selection])
-                        time.sleep(0.2)  # other threads may have taken the room
+                        time.sleep(0.2)  # other threads may have taken the memory
                     else:
                         raise errors.unreadable(self.path, what, error) from None
             raise ValueError("it asks for more memory than it can hold") from None
@@ -534,7 +554,7 @@ class LabelStore:
     def _read(self, name: str, selection: tuple[Any, ...] | slice) -> np.ndarray:
         try:
             return self._take(name, selection, name)
-        except UNREADABLE as error:  # no such array, checksum, truncated shard
+        except UNREADABLE as error:  # a missing array, a wrong checksum, a truncated shard
             raise StoreError(
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from "
                 f"a copy or generate a new one"
@@ -542,14 +562,14 @@ class LabelStore:
 
 
 def _most(array: zarr.Array[Any]) -> int:
-    """Bytes that a file of an array holds, decoded; a text of the manifest has 4 KiB at
-    most."""
+    """Return the decoded size in bytes of one file of an array. A text of the manifest
+    counts as 4 KiB, its greatest size."""
     size = 4096 if array.dtype.kind in "OUT" else array.dtype.itemsize
     return math.prod((*(array.shards or array.chunks), size))
 
 
 def _room(size: int) -> bool:
-    """Whether this process can have so many bytes now."""
+    """Return whether this process can allocate that many bytes now."""
     try:
         return bool(np.empty(size, "u1").size)
     except MemoryError:
@@ -557,8 +577,8 @@ def _room(size: int) -> bool:
 
 
 def _lost(provenance: dict[str, Any], classes: int) -> float:
-    """Stated total variation of a store's labels, with that of the stores that were
-    averaged into it."""
+    """Return the stated total variation of a store's labels, with the losses of the
+    stores that were averaged into it."""
     parts = provenance.get("merged", [])
     teachers = sum(part["teachers"] for part in parts)
     before = sum(part["teachers"] / teachers * _lost(part, classes) for part in parts)
@@ -566,8 +586,8 @@ def _lost(provenance: dict[str, Any], classes: int) -> float:
 
 
 def _records(raw: np.ndarray, view: np.ndarray, shard: np.ndarray) -> np.ndarray:
-    """uint8 [views, shards, bytes] → RECORD [views, shards], all zeros where it isn't
-    one of this view [views, 1] and shard [shards]."""
+    """Convert uint8 [views, shards, bytes] → RECORD [views, shards]. A record that is
+    not of its view [views, 1] and shard [shards] becomes all zeros."""
     records = np.ascontiguousarray(raw).view(RECORD)[..., 0].copy()
     elsewhere = (
         (records["magic"] != RECORD_MAGIC) | (records["view"] != view) | (records["shard"] != shard)

@@ -1,5 +1,5 @@
-"""Putting a store's own description right: zarr.json files and the manifest, from an
-empty store that was made anew in the same way."""
+"""Repair a store's own description: its zarr.json files and its manifest. The files
+come from an empty store that is created in the same way."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from cache.writer import StoreWriter
 
 
 def folder_of(path: Path) -> Path:
-    """The folder in which a description is made anew. Only the holder of the claim
-    "create" touches it."""
+    """Return the folder in which a description is rebuilt. Only the holder of the claim
+    "create" touches the folder."""
     return path.with_name(f".{path.name}.mending")
 
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Where to make the empty store that lends its files; removed at the end, and what
-    a killed process left there at the start."""
+    """Give the path for the empty store that lends its files. The folder is removed at
+    the end. A folder that a killed process left is removed at the start."""
     shutil.rmtree(folder_of(path), ignore_errors=True)
     try:
         yield folder_of(path) / path.name
@@ -39,7 +39,8 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def described(attributes: dict[str, Any]) -> dict[str, Any]:
-    """What an empty store is made with, of a store's attributes."""
+    """Select the attributes of a store that are needed to create an empty store of the
+    same description."""
     return {
         key: attributes[key]
         for key in ("codec", "class_names", "provenance", "fingerprint", "made_with")
@@ -50,11 +51,12 @@ def described(attributes: dict[str, Any]) -> dict[str, Any]:
 def opened(
     path: Path, make: Callable[[Path, int], object], say: Callable[[str], None]
 ) -> StoreWriter:
-    """Open the store at ``path``, made if there is none, its description made anew if
-    that is damaged.
+    """Open the store at ``path`` for writing. A missing store is created, and a damaged
+    description is rebuilt.
 
-    make: creates an empty store of the same description at another path, with so many
-    views at least.
+    make: creates an empty store of the same description at a given path, with at least
+    the given number of views. Raises BusyStore if another process is repairing the
+    store.
     """
     if not path.exists():
         make(path, 0)
@@ -79,12 +81,12 @@ def remake(
     make: Callable[[Path, dict[str, Any] | None, int], object],
     say: Callable[[str], None],
 ) -> None:
-    """Make the description of a damaged store anew: an empty store lends its files.
+    """Rebuild the description of a damaged store with the files of an empty store.
 
-    make: creates an empty store at another path, of these attributes if some are given,
-    with so many views at least. The attributes of the damaged store are tried first, if
-    they are whole or may be. Raises StoreError if the labels are not of the new
-    description.
+    make: creates an empty store at a given path, with the given attributes (None:
+    attributes of its own) and at least the given number of views. The attributes of the
+    damaged store are tried first, if they are or may be what was written. Raises
+    StoreError if the labels don't belong to the new description.
     """
     kept, surely = attributes_of(path)
     with scratch(path) as fresh:
@@ -101,20 +103,22 @@ def remake(
 
 
 def attributes_of(path: Path) -> tuple[dict[str, Any] | None, bool]:
-    """(the attributes of a damaged store, if they are what was written, or may be;
-    whether they surely are)."""
+    """Return (the attributes of a damaged store, whether they are certainly what was
+    written). Attributes that are certainly wrong are None. Attributes without a seal
+    may be right or wrong."""
     whole = _document(path / "zarr.json")
     if not whole:
         return None, False
     attributes = whole.get("attributes", {})
     if validate.broken_attribute(attributes) or ("seal" in attributes and not _sealed(whole)):
         return None, False
-    return attributes, "seal" in attributes  # none: older than the seal
+    return attributes, "seal" in attributes  # without a seal: older than the seal
 
 
 def views_of(path: Path) -> int:
-    """Number of views that a damaged store has records of, or says that it has where
-    its attributes are what was written."""
+    """Return the number of views that a damaged store has records of, or the number
+    that its attributes state, if it is larger and the attributes are certainly what was
+    written."""
     attributes, surely = attributes_of(path)
     said = attributes.get("views", 1) if attributes and surely else 1
     with suppress(OSError):
@@ -126,12 +130,12 @@ def views_of(path: Path) -> int:
 
 
 def mend(path: Path, fresh: Path) -> list[str]:
-    """Replace what differs in the description of ``path`` from that of ``fresh``, an
-    empty store made from the same images, teachers and recipe, with at least
-    ``views_of(path)`` views. Returns the replaced files.
+    """Replace the files in the description of ``path`` that differ from those of
+    ``fresh``, and return the paths of the replaced files.
 
-    Raises StoreError, and changes nothing, if the labels in ``path`` are not of the
-    recipe of ``fresh``: it is tried on a shard.
+    fresh: an empty store made from the same images, teachers and recipe, with at least
+    ``views_of(path)`` views. Raises StoreError, and changes nothing, if the labels in
+    ``path`` don't belong to the recipe of ``fresh``. The digests of shards decide.
     """
     made = LabelStore.open(fresh)
     whole = _document(path / "zarr.json")
@@ -161,11 +165,12 @@ def mend(path: Path, fresh: Path) -> list[str]:
 
 
 def _require_same_labels(path: Path, made: LabelStore) -> None:
-    """Refuse a description of other labels. ``made``: the new, empty store.
+    """Raise StoreError if the labels in ``path`` don't belong to the description of
+    ``made``, the new, empty store.
 
-    Copies one shard after the other from ``path`` into ``made``, until one has the
-    digest in its completion record. Raises StoreError if shards are there and none of
-    them has.
+    Shards are copied one by one from ``path`` into ``made``, until one agrees with the
+    digest in its completion record. StoreError is raised if there are shards, and none
+    of them agrees.
     """
     wrong = 0
     for record in sorted(path.glob("records/c/*/*/0")):
@@ -186,7 +191,8 @@ def _require_same_labels(path: Path, made: LabelStore) -> None:
 
 @contextmanager
 def _copied(path: Path, made: LabelStore, view: int, shard: int) -> Iterator[None]:
-    """Have the files of a shard of ``path`` in the store ``made`` too."""
+    """Copy the files of a shard of ``path`` into the store ``made``, and remove them
+    from there at the end."""
     files = [made.file(name, view, shard) for name in (*made.shard_arrays, "records")]
     try:
         for file in files:
@@ -214,7 +220,7 @@ def _document(file: Path) -> dict[str, Any] | None:
 
 
 def _sealed(whole: dict[str, Any]) -> bool:
-    """Whether a store's own zarr.json is what was sealed."""
+    """Return whether a store's own zarr.json is the one that was sealed."""
     seal = whole.get("attributes", {}).get("seal")
     return (
         isinstance(seal, dict) and seal.get("zarr.json") == seals({"zarr.json": whole})["zarr.json"]

@@ -1,5 +1,8 @@
-"""Whether a store is, whole, what was written: every digest compared, coverage, labels
-that sum to one, boxes inside their images, nothing foreign."""
+"""Verify that a whole store is what was written.
+
+``verify`` compares every digest. It checks that every shard has labels, that labels sum
+to one, that boxes lie inside their images, and that no file is foreign.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from cache.format.manifest import USABLE, Images
 from cache.format.schema import RECORD_MAGIC
 from cache.reader import LabelStore
 
-# relative: what a record's entropy may be off from one computed on another machine
+# relative tolerance for a record's entropy, which another machine may have computed
 STATISTICS = 1e-6
 
 
 @dataclass
 class Finding:
-    """Something that is wrong. Of a shard: its place; of another file: its path in the
-    store."""
+    """A fault that was found: in a shard, with the shard's place, or in another file,
+    with the file's path in the store."""
 
     what: str
     view: int | None = None
@@ -46,48 +49,52 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """What ``verify`` found. ``missing``: places without a label yet, which nobody
-    promised; ``damaged``: what was promised and isn't so."""
+    """The result of ``verify``.
+
+    missing: shards without a label yet, which no record promises. damaged: shards and
+    files that are not what the store promises.
+    """
 
     shards: int = 0
     checked: int = 0
     labelled: int = 0
     damaged: list[Finding] = field(default_factory=list)
     missing: list[Finding] = field(default_factory=list)
-    unread: list[Finding] = field(default_factory=list)  # what could not be read for the moment
+    unread: list[Finding] = field(default_factory=list)  # can't be read for the moment
     foreign: list[str] = field(default_factory=list)  # files that are no part of a store
     # unfinished files of a process that was killed, or is writing now
     left: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        """Everything could be read, nothing is damaged and nothing foreign; shards may
-        be missing."""
+        """Return whether everything could be read, and nothing is damaged or foreign.
+        Shards may be missing."""
         return not (self.damaged or self.unread or self.foreign)
 
     @property
     def complete(self) -> bool:
-        """Every shard was looked at, and none is missing."""
+        """Return whether the shards were looked at, and none is missing."""
         return self.shards > 0 and not self.missing
 
     def document(self) -> dict[str, Any]:
+        """Return the verdict as a document for JSON."""
         return {"sound": self.sound, "complete": self.complete, **asdict(self)}
 
 
 def verify(
     path: Path, *, threads: int = 1, progress: Callable[[int], None] = lambda shards: None
 ) -> Verdict:
-    """Read every file of a store and compare. progress: is told how many shards were
-    read.
+    """Read every file of a store, and compare it with what was written.
 
-    Memory: a shard (some 32 MiB of codes) a thread. Raises StoreError if there is no
-    store at ``path``, or one of another version.
+    threads: each needs the memory of one shard, some 32 MiB of codes. progress: called
+    with the number of shards that were read since the last call. Raises StoreError if
+    there is no store at ``path``, or a store of another version.
     """
     verdict = Verdict()
     try:
         store = LabelStore.open(path)
         images = store.images
-    except DamagedStore as error:  # nothing else can be told without it
+    except DamagedStore as error:  # nothing else can be checked without the description
         verdict.damaged.append(Finding(error.fault, file=error.file))
         return verdict
     for name in (*store.shard_arrays, "records"):
@@ -146,8 +153,8 @@ def _at(store: LabelStore, view: int, shard: int, what: str) -> Finding:
 
 
 def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
-    """Why a shard without a good record, or without the files it speaks of, is more
-    than missing; None if it was just never finished."""
+    """Return why a shard without a good record, or without the files of its record, is
+    damaged and not just missing; None if the shard was never finished."""
     record = store.record(view, shard)
     if record["magic"] == RECORD_MAGIC:
         return "files that its completion record speaks of are missing, empty or of another size"
@@ -161,7 +168,8 @@ def _unfinished(store: LabelStore, view: int, shard: int) -> str | None:
 
 
 def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[str | None, int]:
-    """(what is wrong with a finished shard or None, its labelled rows)."""
+    """Return (what is wrong with a finished shard or None, the number of its labelled
+    rows)."""
     content, fault = store.content(view, shard)
     if fault or content is None:
         return fault, 0
@@ -170,7 +178,7 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
     usable = here.status == USABLE
     codes = content.codes
     labelled, entropy, agreeing = 0, 0.0, 0
-    # by chunks: a decoded shard takes gigabytes
+    # chunk by chunk, since a whole decoded shard takes gigabytes
     for first in range(0, len(codes), store.chunk_rows):
         part = slice(first, first + store.chunk_rows)
         given = np.asarray(codes[part].any(axis=1))
@@ -198,7 +206,7 @@ def _shard(store: LabelStore, images: Images, view: int, shard: int) -> tuple[st
 
 
 def _others(store: LabelStore) -> tuple[list[str], list[str]]:
-    """(files that are no part of the store, unfinished files), as paths in the
+    """Return (files that are no part of the store, unfinished files), as paths in the
     store."""
     names = (*store.shard_arrays, "records")
     fixed = {

@@ -1,5 +1,5 @@
-"""Writing a label store: whole shards only, the data first, the completion record
-last."""
+"""Write a label store: only whole shards, first the data, then the completion
+record."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from cache.system.claims import Claims, claim, claims_of
 
 
 class StoreWriter:
-    """Writes shards of an existing store. Only the holder of a shard's claim may write
-    it (``claimed``)."""
+    """Writes shards of an existing store. Only the holder of a shard's claim
+    (``claimed``) may write the shard."""
 
     def __init__(self, path: Path) -> None:
         self.store = LabelStore.open(path)
         self.path = path
         self.group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
         self.claims = claims_of(path)
-        self._held: dict[str, Claims] = {}  # by claim
+        self._held: dict[str, Claims] = {}  # held claims by their name
 
     def grow(self, views: int) -> None:
-        """Lengthen the view axis to ``views``; never shortens it. What was stopped half
-        way before is put right too.
+        """Lengthen the view axis to ``views``; never shorten it. A growth that was
+        stopped half way is completed, too.
 
-        The number of views that counts is an attribute, and changes last (in stores
-        before format 3: the length of ``records``).
+        The number of views that counts is the attribute ``views``, which is changed
+        last. In stores before format 3 the number is the length of ``records``. Raises
+        BusyStore if another process is extending the store.
         """
         with claim(self.claims, "grow") as mine:
             if not mine:
@@ -69,8 +70,9 @@ class StoreWriter:
         )
 
     def tidy(self) -> None:
-        """Remove what a killed process left half written of the store's own
-        description, and wrong consolidated metadata, unless another is at it."""
+        """Remove half-written files of the store's description, which a killed process
+        left, and wrong consolidated metadata. Nothing is removed while another process
+        creates or extends the store."""
         left = [
             file
             for pattern in ("*.partial", "*/*.partial", "images/**/*.partial")
@@ -88,8 +90,8 @@ class StoreWriter:
 
     @property
     def uneven(self) -> bool:
-        """Whether an array has another length than the store's number of views: a
-        growth was stopped half way, or a number flipped."""
+        """Return whether the length of an array differs from the store's number of
+        views. The cause is a growth that was stopped half way, or a flipped bit."""
         return any(
             self.store.array(name).shape[0] != self.store.views
             for name in (*self.store.shard_arrays, "records")
@@ -97,8 +99,8 @@ class StoreWriter:
 
     @contextmanager
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
-        """Hold the shard in those of the views that nobody else holds and that are
-        still unfinished; gives that list."""
+        """Claim the shard in each of the views. Give the views that are unfinished and
+        that no other process holds; release the claims at the end."""
         with claim(self.claims, *(f"{view}-{shard}" for view in views)) as mine:
             self._held |= dict.fromkeys(mine, mine)
             try:
@@ -112,9 +114,8 @@ class StoreWriter:
                     self._held.pop(name, None)
 
     def discard(self, view: int, shard: int) -> bool:
-        """Take the record of a shard away that is not what was written, so that it is
-        written again. False if another process is at it already, or has made it
-        anew."""
+        """Remove the record of a damaged shard, so that the shard is written again.
+        Returns False if another process holds the shard, or has written it anew."""
         with claim(self.claims, f"{view}-{shard}") as mine:
             if not mine or not self.store.fault(view, shard):
                 return False
@@ -122,8 +123,8 @@ class StoreWriter:
             return True
 
     def discard_damaged(self, shard: int, views: int, say: Callable[[str], None]) -> None:
-        """Read a shard again in those of the first views in which it is finished, and
-        take the record away where it is not what was written."""
+        """Read a shard again in those of the first ``views`` views in which it is
+        finished, and remove its record where the shard is damaged."""
         for view in range(views):
             if (
                 self.store.is_finished(view, shard)
@@ -133,13 +134,15 @@ class StoreWriter:
                 say(f"{self.store.place(view, shard)}: damaged, and will be made anew: {fault}")
 
     def write(self, view: int, shard: int, codes: np.ndarray, crops: Crops) -> None:
-        """Store one whole shard of one view: codes as ``codec.encode`` gives them,
-        zeros where unusable, and the crops [rows].
+        """Write one whole shard of one view.
 
-        The files are written, renamed and forced to the disk before the record is, so
-        that a record never speaks of lost data. Raises StoreError if a usable row has
-        no label, or an unusable one has; BusyStore if another process has taken the
-        shard's claim over.
+        codes: as ``codec.encode`` returns them, zeros where the image is unusable.
+        crops: [rows].
+
+        The data files are written, renamed and forced to the disk before the record, so
+        that a record never promises lost data. Raises StoreError if a usable row has no
+        label, or an unusable row has a label; BusyStore if another process has taken
+        over the shard's claim.
         """
         held = self._held.get(f"{view}-{shard}")
         if held is not None and held.lost(f"{view}-{shard}"):
@@ -167,7 +170,7 @@ class StoreWriter:
         content = [
             np.ascontiguousarray(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)
         ]
-        # first: a record of what was there must not vouch for what is being written
+        # Remove the old record first: it must not vouch for the data written below.
         self._clear("records", view, shard)
         for name, block in zip(names, content, strict=True):
             self._clear(name, view, shard)
@@ -176,7 +179,7 @@ class StoreWriter:
         record = np.zeros(1, RECORD)
         record["magic"], record["view"], record["shard"] = RECORD_MAGIC, view, shard
         record["labelled"] = usable.sum()
-        # by chunks: a decoded shard takes gigabytes
+        # chunk by chunk, since a whole decoded shard takes gigabytes
         for first in range(0, len(codes), self.store.chunk_rows):
             part = slice(first, first + self.store.chunk_rows)
             probabilities = self.store.codec.decode(codes[part][usable[part]])
@@ -194,8 +197,9 @@ class StoreWriter:
         self._sync("records", view, shard)
 
     def _clear(self, name: str, view: int, shard: int) -> None:
-        """Remove what a crash left: Zarr reads a shard before it writes it, torn or
-        not, and never cleans up its own unfinished files."""
+        """Remove a shard's file, and unfinished files that a crash left. Zarr reads a
+        shard before writing it, even a torn one, and never removes its own unfinished
+        files."""
         file = self.store.file(name, view, shard)
         for left in (file, *file.parent.glob(f"{file.name}.*.partial")):
             left.unlink(missing_ok=True)

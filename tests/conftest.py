@@ -16,6 +16,29 @@ from pipeline.config import Config
 from pipeline.runs.curves import Curves
 
 
+# Files whose tests measure times, and so need the whole machine.
+ALONE = {"test_overlap", "test_profiling"}
+# Files that take more than seconds; ``make check`` leaves them out.
+SLOW = {
+    *("test_killed", "test_power_loss", "test_workers", "test_merge", "test_verify"),
+    *("test_hostile", "test_photographs", "test_compile", "test_generate", "test_relabel"),
+    *("test_online", "test_fidelity", "test_processes", "test_student", "test_discriminator"),
+    *("test_bench", "test_study", "test_docs", "test_recipes", "test_cli", "test_wheel"),
+    *("test_provenance", "test_export", "test_report", "test_cutmix", "test_curves"),
+    *("test_label_files", "test_precision", "test_gpu"),
+    *("test_crops_per_image", "test_ablations"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of these files."""
+    for item in items:
+        if item.path.stem in ALONE:
+            item.add_marker("alone")
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real ImageNet photographs and weights, which only the authors' workplace has."""
@@ -26,8 +49,8 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures() -> Iterator[Callable]:
-    """Drawing its curves takes a third of a second at the end of every training. The
-    tests of curves draw, and so does every process of its own."""
+    """Training without pictures of its curves, which take a third of a second each.
+    Yields the function that draws, for the tests of curves. Separate processes draw."""
     draw = Curves._draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Curves, "_draw", lambda self, metrics: None)
@@ -36,7 +59,7 @@ def no_pictures() -> Iterator[Callable]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For matrices that are too small for more."""
+    """One thread of torch, for matrices that are too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +68,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/train with 3 × 30 photographs and data/val with 3 × 7."""
+    """A folder of train/ with 3 × 30 photographs and val/ with 3 × 7."""
     data = tmp_path_factory.mktemp("photos")
     write_photos(data / "train", 30)
     write_photos(data / "val", 7, seed=1)
@@ -105,7 +128,7 @@ def store_path(photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def short_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The demo's folder, and what it printed as JSON."""
+    """The folder and the JSON output of a short demo."""
     from support.command import run
 
     folder = tmp_path_factory.mktemp("story") / "demo"

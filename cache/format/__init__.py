@@ -1,2 +1,2 @@
-"""What is in a store: its arrays, attributes, manifest, crops, codecs, and the seal
-that protects its description."""
+"""Define the content of a store: arrays, attributes, manifest, crops, codecs, and the
+seal that protects the store's description."""

@@ -1,19 +1,20 @@
-"""Probabilities ↔ the codes that a label store keeps.
+"""Encode probabilities as the codes that a label store keeps, and decode them.
 
-A power codec keeps ``q = round(L · p^a)`` and reads it back as ``(q / L)^(1/a)``; code
+A power codec keeps ``q = round(L · p^a)`` and reads it back as ``(q / L)^(1/a)``. Code
 0 stands for ``0.35 · (0.5 / L)^(1/a)``, a probability between zero and the smallest
-that rounds to 1. A row is renormalised to sum one after decoding. ``a < 1`` spends the
-codes on small probabilities, where a soft label carries what a hard one doesn't. The
-float codecs keep the probability itself, and replace a zero in the same way, by 0.35 of
-half their smallest step, so that no decoded probability is ever zero and every KL is
-finite.
+probability that rounds to 1. A row is renormalised to sum one after decoding. ``a < 1``
+spends the codes on small probabilities, where a soft label says more than a hard label.
 
-A tail codec is for many views in few bytes. Most classes are coded as zero, and what
-they have together, T, is kept per row as ``t = round(M · √T)``: decoded, they share
-``(t / M)²`` evenly, and the others share the rest. Its dead zone is wider than rounding
-would have it, since a class that is shared evenly costs next to nothing, and a lone
-code 1 among zeros some ten bits. The codes travel through the program with t as one
-more column.
+The float codecs keep the probability itself. They replace a zero, too: float16 by 0.35
+of half its smallest step, float32 by its smallest normal number. So no decoded
+probability is ever zero, and every KL is finite.
+
+A tail codec is for many views in few bytes. Most classes are coded as zero. T, the sum
+of their probabilities, is kept per row as ``t = round(M · √T)``. When decoded, the
+classes coded as zero share ``(t / M)²`` evenly, and the other classes share the rest.
+The dead zone, the range of p that is coded as zero, is wider than rounding alone would
+make it: a class that shares T evenly costs next to nothing, and a lone code 1 among
+zeros costs some ten bits. The program carries t as one more column of the codes.
 """
 
 from __future__ import annotations
@@ -26,22 +27,21 @@ import numpy as np
 
 from cache.errors import StoreError
 
-# a row of probabilities may miss one by this much (half-precision softmax misses it by
-# 5e-4)
+# greatest distance of a row's sum from one (a half-precision softmax is off by 5e-4)
 SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to keep a row of probabilities. ``exponent`` a and ``levels`` L are those
+    """A way to keep a row of probabilities. ``exponent`` a and ``levels`` L are those
     of the module's formula (floats: a = 1)."""
 
     name: str
-    dtype: str  # numpy name of the stored codes
+    dtype: str  # name of the codes' type in numpy
     exponent: float
     levels: float
-    # what code 0 decodes to, before renormalisation; with a tail, code 0 is no
-    # probability of its own
+    # probability of code 0 before renormalisation; 0 in a tail codec, where code 0
+    # decodes to a share of T
     zero: float
     tail: int = 0  # M of the module's formula; 0: the codec keeps no tail
     dead_zone: float = 0.5  # L · p^a below this is coded as zero
@@ -49,27 +49,29 @@ class Codec:
 
     @property
     def is_float(self) -> bool:
+        """Return whether the codes are floating-point numbers."""
         return np.issubdtype(self.dtype, np.floating)
 
     @property
     def floor(self) -> float:
-        """The probability below which labels carry nothing that a student's output
-        could be compared with: the least that isn't coded as zero; with few levels the
-        edge between codes 1 and 2, since code 1 alone stands for too much."""
+        """Return the probability below which a label says nothing that a student's
+        output could be compared with: the least probability that isn't coded as zero.
+        With fewer than 64 levels it is the edge between codes 1 and 2, since code 1
+        alone stands for too wide a range."""
         return max(
             self.zero,
             ((self.dead_zone if self.levels >= 64 else 1.5) / self.levels) ** (1 / self.exponent),
         )
 
     def columns(self, classes: int) -> int:
-        """Columns of a row of codes: one a class, and one for the tail where there is
-        one."""
+        """Return the number of columns of a row of codes: one per class, and one more
+        for a tail."""
         return classes + bool(self.tail)
 
     @cached_property
     def table(self) -> np.ndarray | None:
-        """float32 [levels + 1]: the probability of each code before renormalisation;
-        None for the float codecs."""
+        """Return the probability of each code before renormalisation, float32
+        [levels + 1]; None for the float codecs."""
         if self.is_float:
             return None
         values = (np.arange(int(self.levels) + 1) / self.levels) ** (1 / self.exponent)
@@ -78,17 +80,17 @@ class Codec:
 
     @property
     def values(self) -> np.ndarray:
-        """The table of a codec that has one."""
+        """Return the table of a codec that has a table."""
         assert self.table is not None, "a float codec has no table"
         return self.table
 
     def encode(self, probabilities: np.ndarray) -> np.ndarray:
-        """float32 [n, classes], rows summing to one → codes [n, ``columns``] of
+        """Encode float32 [n, classes], rows summing to one → codes [n, ``columns``] of
         ``dtype``.
 
         Raises StoreError naming the first row that is no distribution (not finite,
-        negative, sum off by over 1e-3) or that would be coded as nothing but zeros,
-        which means "no label".
+        negative, sum off by over 1e-3), or whose codes would all be zero, which means
+        "no label".
         """
         p = np.asarray(probabilities, dtype=np.float32)
         sums = p.sum(axis=1, dtype=np.float64)
@@ -119,8 +121,8 @@ class Codec:
         return codes
 
     def _with_tail(self, p: np.ndarray) -> np.ndarray:
-        """float32 [n, classes] → codes [n, classes + 1]. The largest class always has a
-        code, so that a row is never empty and T is below one."""
+        """Encode float32 [n, classes] → codes [n, classes + 1]. The largest class
+        always has a code above zero, so no row is empty, and T is below one."""
         scaled = np.float32(self.levels) * p ** np.float32(self.exponent)
         codes = np.where(
             scaled >= np.float32(self.dead_zone), np.rint(scaled).clip(1, self.levels), 0
@@ -128,16 +130,16 @@ class Codec:
         largest = p.argmax(axis=1)[:, None]
         np.put_along_axis(codes, largest, np.maximum(np.take_along_axis(codes, largest, 1), 1), 1)
         mass = np.where(codes == 0, p, 0).sum(axis=1, dtype=np.float64)
-        # Never 0 or M where a class is coded as zero: it would have no probability, or
-        # the others none.
+        # Where a class is coded as zero, t is never 0, which would leave this class no
+        # probability, and never M, which would leave the other classes none.
         tail = np.where(
             (codes == 0).any(axis=1), np.rint(self.tail * np.sqrt(mass)).clip(1, self.tail - 1), 0
         )
         return pack(codes, tail.astype(self.dtype))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """codes [n, ``columns``] → float32 [n, classes], every value above zero, rows
-        summing to one."""
+        """Decode codes [n, ``columns``] → float32 [n, classes], every value above zero,
+        rows summing to one."""
         if self.tail:
             zero = codes[:, :-1] == 0
             p = self.values[codes[:, :-1]]
@@ -155,8 +157,9 @@ class Codec:
         return p / p.sum(axis=1, keepdims=True, dtype=np.float32)
 
     def possible(self, codes: np.ndarray) -> bool:
-        """Whether all of codes [n, ``columns``] are codes of this codec: none is beyond
-        its levels, and no float is none."""
+        """Return whether codes [n, ``columns``] can all be codes of this codec: no
+        integer is beyond the codec's levels, and every float is a probability, not
+        NaN."""
         if self.is_float:
             return bool(((codes >= 0) & (codes <= 1 + SUM_TOLERANCE)).all())
         classes = codes[:, :-1] if self.tail else codes
@@ -165,8 +168,8 @@ class Codec:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the store's attributes say of the codec: enough to decode without this
-        project."""
+        """Return the codec's part of the store's attributes: enough to decode labels
+        without this project."""
         if self.is_float:
             formula = "p = max(q, zero); p = p / sum(p)"
         elif self.tail:
@@ -200,8 +203,8 @@ def _power(name: str, exponent: float) -> Codec:
 
 
 def _tail(name: str, levels: int) -> Codec:
-    """Exponent, dead zone and M are those of the best KL at equal bytes on labels of
-    real teachers (tests/bench/rate_distortion.py)."""
+    """Return a codec with a tail. Exponent, dead zone and M gave the best KL at equal
+    bytes on labels of real teachers (tests/bench/rate_distortion.py)."""
     return Codec(name, "uint8", 2 / 3, levels, 0.0, tail=127, dead_zone=0.75, compression=19)
 
 
@@ -222,8 +225,8 @@ DEFAULT = "pow8"
 
 
 def from_description(description: dict[str, Any]) -> Codec:
-    """The codec that a store's attributes describe, by its parameters and not by its
-    name. Raises StoreError if incomplete."""
+    """Return the codec that a store's attributes describe, by its parameters and not by
+    its name. Raises StoreError if a parameter is missing."""
     try:
         return Codec(
             **{key: description[key] for key in ("name", "dtype", "exponent", "levels", "zero")},
@@ -241,14 +244,14 @@ def from_description(description: dict[str, Any]) -> Codec:
 
 
 def pack(codes: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """Codes [n, classes] and tail [n] → [n, classes + 1], as a codec with a tail
+    """Join codes [n, classes] and tail [n] → [n, classes + 1], as a codec with a tail
     decodes them."""
     return np.concatenate([codes, tail[:, None]], axis=1)
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float [n, classes] twice, rows summing to one, q > 0 → per row float64 [n]:
-    KL(p‖q) in nats, and total variation (0 … 1)."""
+    """Return KL(p‖q) in nats and total variation (0 … 1) per row, float64 [n] each. p
+    and q are float [n, classes] with rows summing to one, and q > 0."""
     p, q = p.astype(np.float64), q.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         kl = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(axis=1)
@@ -256,6 +259,7 @@ def divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """float [n, classes] → float64 [n]: −Σ p·log p, in nats."""
+    """Return the entropy of each row, −Σ p·log p, in nats: float [n, classes] →
+    float64 [n]."""
     logarithm = np.log(np.maximum(p, np.finfo(np.float32).tiny))
     return np.asarray(0.0 - np.sum(p * logarithm, axis=1, dtype=np.float64))

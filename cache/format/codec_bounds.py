@@ -1,5 +1,6 @@
-"""What a codec may lose, proven for every row of probabilities: error bounds, the sums
-that decoded rows can have, and how far a row is from the rows that are coded so."""
+"""Bound the loss of a codec, with proofs for every row of probabilities: the largest
+error, the sums that decoded rows can have, and the distance of a row from the rows that
+have given codes."""
 
 from __future__ import annotations
 
@@ -12,13 +13,13 @@ from cache.format.codec import SUM_TOLERANCE, Codec
 
 @lru_cache(maxsize=64)
 def max_error(codec: Codec, classes: int) -> tuple[float, float]:
-    """The stated error for rows of so many classes: (KL(p‖p̂) in nats, total
-    variation), which no row exceeds.
+    """Return the stated error, which no row of so many classes exceeds: (KL(p‖p̂) in
+    nats, total variation).
 
-    With d the decoded values before renormalisation and S their sum, KL = Σ
-    p·log(p/d) + log S, and log S ≤ log s + S/s − 1 for any s > 0. That is a sum
-    over classes, so Lagrange duality bounds it over all rows with Σp = 1: KL ≤ log
-    s − 1 + λ + classes · max_p (p·log(p/d) + d/s − λp), for any s and λ. The
+    With d the decoded values before renormalisation and S their sum,
+    KL = Σ p·log(p/d) + log S, and log S ≤ log s + S/s − 1 for any s > 0. The bound is a
+    sum over classes, so Lagrange duality bounds it over all rows with Σp = 1:
+    KL ≤ log s − 1 + λ + classes · max_p (p·log(p/d) + d/s − λp), for any s and λ. The
     maximum over p is reached at the edges of the rounding cells, where the term is
     convex. Total variation follows by Pinsker: TV ≤ √(KL/2).
     """
@@ -36,10 +37,8 @@ def max_error(codec: Codec, classes: int) -> tuple[float, float]:
         def bound(multiplier: float, s: float = s) -> float:
             return np.log(s) - 1 + multiplier + classes * np.max(gain + d / s - multiplier * edges)
 
-        left, right = (
-            0.0,
-            4.0,
-        )  # the bound is convex in the multiplier: narrow it down by thirds
+        # The bound is convex in the multiplier: search for its minimum by thirds.
+        left, right = 0.0, 4.0
         for _ in range(60):
             third = (right - left) / 3
             if bound(left + third) < bound(right - third):
@@ -52,16 +51,19 @@ def max_error(codec: Codec, classes: int) -> tuple[float, float]:
 
 
 def _max_error_with_tail(codec: Codec, classes: int) -> tuple[float, float]:
-    """Let A be the coded classes, Z the others with the sum T, T̂ what is decoded
+    """Return the stated error of a codec with a tail, as ``max_error`` does.
+
+    Let A be the coded classes, Z the others, T the sum of p over Z, T̂ what is decoded
     for T, S the sum of d over A, and e the edge of the dead zone. Then
 
         KL = kl(T‖T̂) + [Σ_A p·log(p/d) + (1−T)·log(S/(1−T))]
              + [Σ_Z p·log p − T·log T + T·log |Z|],
 
-    kl being that of two coins. The second term is bounded as in ``max_error``, with
-    (1−T)·log(S/(1−T)) ≤ (1−T)(log s − 1) + S/s; the third is at most T·log(C·e/T),
-    since p ≤ e in Z. The whole is maximised over T in the cells of t. (If the
-    largest class is below e, A is that class alone, and the second term zero.)
+    where kl is the KL of two coins. The second term is bounded as in ``max_error``,
+    with (1−T)·log(S/(1−T)) ≤ (1−T)(log s − 1) + S/s. The third term is at most
+    T·log(C·e/T) with C classes, since p ≤ e in Z. The whole is maximised over T in the
+    cells of t. (If the largest class is below e, A is this class alone, and the second
+    term is zero.)
     """
     low, high, decoded = (column[1:] for column in _cells(codec))
     edge = low[0]
@@ -71,15 +73,15 @@ def _max_error_with_tail(codec: Codec, classes: int) -> tuple[float, float]:
     estimate = (t / codec.tail) ** 2
     first, last = ((t - 0.5) / codec.tail) ** 2, ((t + 0.5) / codec.tail) ** 2
     first[0], last[-1] = 0.0, 1.0
-    limit = min(
-        1 - 1 / classes, (classes - 1) * edge
-    )  # the largest class is never in Z, and no other there above e
+    # The largest class is never in Z, and no class in Z is above e.
+    limit = min(1 - 1 / classes, (classes - 1) * edge)
     estimate, first, last = (
         column[first < limit] for column in (estimate, first, np.minimum(last, limit))
     )
-    # T in pieces of its cells. In a piece the first term is at most the larger of
-    # its cell's ends, being convex; the second is linear in T; and the third,
-    # T·log(K/T), rises up to K/e and falls from there.
+    # Divide the cells of T into pieces. In a piece the first term, which is convex, is
+    # at most the larger of its values at the cell's ends. The second term is linear in
+    # T. The third term, T·log(K/T) with K = C·e, rises up to T = K/exp(1) and falls
+    # from there.
     left = first[:, None] + (last - first)[:, None] * np.linspace(0, 1, 33)[None, :-1]
     right = left + ((last - first) / 32)[:, None]
     top = classes * edge / np.e
@@ -108,22 +110,23 @@ def _max_error_with_tail(codec: Codec, classes: int) -> tuple[float, float]:
             )
             best = np.minimum(best, (np.maximum(coded, 0) + shared).max(axis=1))
     kl = float((worst + best).max()) + 1e-6
-    return kl, float(
-        min(np.sqrt(kl / 2), np.sqrt(1 - np.exp(-kl)))
-    )  # Pinsker; Bretagnolle and Huber where KL is large
+    # Total variation by Pinsker; by Bretagnolle and Huber where KL is large.
+    return kl, float(min(np.sqrt(kl / 2), np.sqrt(1 - np.exp(-kl))))
 
 
 @lru_cache(maxsize=64)
 def sum_range(codec: Codec, classes: int) -> tuple[float, float]:
-    """Least and greatest sum of the decoded values, before renormalisation, of any
-    row that sums to one.
+    """Return the least and the greatest sum of the decoded values, before
+    renormalisation, of any row that sums to one.
 
-    By Lagrange duality, d being what the cell [low, high] decodes to: Σd ≤ λ +
-    classes · max (d − λ·low) and Σd ≥ λ + classes · min (d − λ·high) for any λ ≥ 0,
-    over all cells. Both are widened by what a row's sum may miss one by
-    (``SUM_TOLERANCE``). With a tail the sum is that of the coded classes and of T:
-    a class in the tail adds what it has, T itself misses by its rounding, and the
-    largest class may be below its code.
+    Let d be the value to which the cell [low, high] decodes. By Lagrange duality,
+    Σd ≤ λ + classes · max (d − λ·low) and Σd ≥ λ + classes · min (d − λ·high) for any λ
+    ≥ 0, over all cells. Both bounds are widened by the most that a row's sum may differ
+    from one (``SUM_TOLERANCE``).
+
+    With a tail the sum is that of the coded classes and of T. A class in the tail adds
+    its own probability, T is off by its rounding, and the largest class may be below
+    its code.
     """
     low, high, decoded = _cells(codec)
     miss = 2 * SUM_TOLERANCE
@@ -131,8 +134,8 @@ def sum_range(codec: Codec, classes: int) -> tuple[float, float]:
         low, high, decoded = low[1:], high[1:], decoded[1:]
         miss += 2 / codec.tail + decoded[0]
         multipliers = np.linspace(0, 2, 801)[:, None]
-        # Σ(d − p) over the coded classes, each of which has low or more, so that
-        # none may be coded too.
+        # Bound Σ(d − p) over the coded classes, where p is low or more. The maximum
+        # with 0 is for classes that are not coded.
         gain = np.maximum(0, np.max(decoded - low - multipliers * low, axis=1))
         loss = np.maximum(0, np.max(high - decoded - multipliers * low, axis=1))
         most, least = ((multipliers[:, 0] + classes * part).min() for part in (gain, loss))
@@ -146,8 +149,8 @@ def sum_range(codec: Codec, classes: int) -> tuple[float, float]:
 
 
 def plausible(codec: Codec, codes: np.ndarray) -> np.ndarray:
-    """bool [n]: whether codes [n, classes] can be those of probabilities that sum
-    to one (``sum_range``)."""
+    """Return whether codes [n, ``columns``] can be those of probabilities that sum to
+    one (``sum_range``): bool [n]."""
     if codec.tail:
         low, high = sum_range(codec, codes.shape[1] - 1)
         mass = np.where((codes[:, :-1] == 0).any(axis=1), (codes[:, -1] / codec.tail) ** 2, 0)
@@ -160,15 +163,17 @@ def plausible(codec: Codec, codes: np.ndarray) -> np.ndarray:
 
 
 def distance(codec: Codec, p: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """float [n, classes], rows summing to one, and codes [n, ``columns``] → float64
-    [n]: the least total variation between p and a row that is coded so, 0 … 1. Zero
-    where these are the codes of p; a code beside p's own costs only what p is away
-    from its cell.
+    """Return how far p is, at least, from every row with these codes: total variation
+    (0 … 1), float64 [n].
 
-    Total variation is the sum of what one row has more than the other, over all
-    classes, and so at least what p has above the cells' upper edges, what it lacks
-    to their lower ones, and what the classes coded as zero have together beyond the
-    cell of t.
+    p: float [n, classes], rows summing to one. codes: [n, ``columns``]. The distance is
+    zero where these are the codes of p. A code beside p's own costs only the distance
+    of p from the code's cell.
+
+    Total variation is the sum, over all classes, of the excess of one row over the
+    other. So it is at least the excess of p over the cells' upper edges, at least the
+    lack of p below their lower edges, and, for the classes coded as zero, at least the
+    distance of their sum from the cell of t.
     """
     p, tail = p.astype(np.float64), codes[:, -1]
     codes = codes[:, :-1] if codec.tail else codes
@@ -179,9 +184,8 @@ def distance(codec: Codec, p: np.ndarray, codes: np.ndarray) -> np.ndarray:
         at = codes.view(np.uint16).clip(0, len(lows) - 1) if codec.is_float else codes
         low, high = lows[at], highs[at]
     if codec.tail:
-        low[(codes > 0).sum(axis=1) == 1] = (
-            0  # a largest class in the dead zone is coded nevertheless
-        )
+        # A largest class in the dead zone is coded nevertheless.
+        low[(codes > 0).sum(axis=1) == 1] = 0
     apart = np.maximum(np.maximum(p - high, 0).sum(axis=1), np.maximum(low - p, 0).sum(axis=1))
     if codec.tail:
         zero = codes == 0
@@ -195,11 +199,11 @@ def distance(codec: Codec, p: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def _cells(codec: Codec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float64 [cells] each: lowest and highest probability that a code stands for,
-    and what it decodes to."""
-    if (
-        codec.dtype == "float32"
-    ):  # 2^30 codes; their relative error is 2^-24 everywhere above the smallest
+    """Return the lowest and the highest probability that each code stands for, and the
+    value to which the code decodes: float64 [cells] each."""
+    if codec.dtype == "float32":
+        # Sample the 2^30 codes: above the smallest their relative error is 2^-24
+        # everywhere.
         edges = np.concatenate([[0.0], np.geomspace(codec.zero, 1.0, 4096)])
         return edges * (1 - 2.0**-24), edges * (1 + 2.0**-24), np.maximum(edges, codec.zero)
     if codec.dtype == "float16":

@@ -1,4 +1,4 @@
-"""Crops as a store keeps them, and what no stored crop can be."""
+"""Hold crops as a store keeps them, and find crops that no store can have."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from cache.format.manifest import USABLE, Images
 
 
 class BoxesAndFlips(NamedTuple):
-    """Where crops are cut: int32 [n, 4] top, left, height, width in pixels of the
-    decoded image; bool [n] mirrored left-right after the crop."""
+    """The boxes and flips of crops: int32 [n, 4] top, left, height, width in pixels of
+    the decoded image; bool [n] mirrored left-right after the crop."""
 
     boxes: np.ndarray
     flips: np.ndarray
 
 
 class Mixes(NamedTuple):
-    """What is pasted into crops (CutMix): int32 [n] rows of the partners, -1 for none;
-    float32 [n, 4] top, left, bottom, right of the pasted rectangle as fractions of the
-    output's height and width. The partner's crop is the one of the same view."""
+    """The rectangles that are pasted into crops (CutMix): int32 [n] rows of the
+    partners, -1 for none; float32 [n, 4] top, left, bottom, right of the rectangle as
+    fractions of the output's height and width. The pasted pixels are from the partner's
+    crop of the same view."""
 
     partner: np.ndarray
     rectangle: np.ndarray
@@ -30,12 +31,12 @@ class Mixes(NamedTuple):
 
 @dataclass(frozen=True)
 class Crops:
-    """All that a store keeps of n crops beside their labels, in one view or, with one
-    axis more in front, in several.
+    """The crops of n rows: all that a store keeps beside their labels. With several
+    views, every array has one more axis in front.
 
-    boxes: int32 [n, 4] or [views, n, 4]. flips: bool [n] or [views, n]. partner,
-    rectangle: with CutMix only, int32 and float32 of the same shapes. Units as in
-    ``BoxesAndFlips`` and ``Mixes``.
+    boxes: int32 [n, 4] or [views, n, 4]. flips: bool [n] or [views, n]. partner: int32,
+    shaped like flips. rectangle: float32, shaped like boxes. partner and rectangle are
+    None without CutMix. Units as in ``BoxesAndFlips`` and ``Mixes``.
     """
 
     boxes: np.ndarray
@@ -45,14 +46,14 @@ class Crops:
 
     @classmethod
     def stack(cls, views: Sequence[Crops]) -> Crops:
-        """Join crops of one view each: [n] → [views, n]; one view isn't copied."""
+        """Stack crops of one view each: [n] → [views, n]. One view isn't copied."""
         if len(views) == 1:
             return views[0]._each(lambda column: column[None])
         return cls._together(np.stack, views)
 
     @classmethod
     def join(cls, parts: Sequence[Crops]) -> Crops:
-        """Put the rows of some crops behind those of others."""
+        """Concatenate crops along the axis of rows."""
         axis = parts[0].flips.ndim - 1
         return cls._together(lambda columns: np.concatenate(columns, axis=axis), parts)
 
@@ -60,7 +61,7 @@ class Crops:
         return self.flips.shape[-1]
 
     def take(self, rows: np.ndarray | slice) -> Crops:
-        """Return the crops at these places of the axis of rows."""
+        """Select crops along the axis of rows."""
         several = self.flips.ndim == 2
         return self._each(lambda column: column[:, rows] if several else column[rows])
 
@@ -74,8 +75,8 @@ class Crops:
         return tuple(column for column in columns if column is not None)
 
     def fault(self, rows: slice, images: Images) -> str | None:
-        """Say what is wrong with the crops [n] of these rows of a manifest; None if
-        nothing is."""
+        """Return what is wrong with the crops [n] of these rows of a manifest, or
+        None."""
         usable = images.status[rows] == USABLE
         outside = misplaced(self.boxes, images.height[rows], images.width[rows]) & usable
         if outside.any():
@@ -106,7 +107,7 @@ class Crops:
         return None
 
     def equals(self, other: Crops) -> bool:
-        """Whether all arrays are the same."""
+        """Return whether all arrays are equal."""
         return len(self.arrays()) == len(other.arrays()) and all(
             map(np.array_equal, self.arrays(), other.arrays())
         )
@@ -122,15 +123,16 @@ class Crops:
 
 
 class Content(NamedTuple):
-    """One shard of one view: codes [n, ``codec.columns``] as ``codec.encode`` gives
-    them, zeros where unusable, and the crops [n]."""
+    """The content of one shard of one view: codes [n, ``codec.columns``] as
+    ``codec.encode`` returns them, zeros where the image is unusable, and the crops
+    [n]."""
 
     codes: np.ndarray
     crops: Crops
 
 
 def misplaced(boxes: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Find crops int [n, 4] that are not inside their images of height and width [n]
+    """Find boxes int [n, 4] that are not inside their images of height and width [n]
     pixels: bool [n]."""
     top, left, h, w = boxes.astype(np.int64).T
     return ~(

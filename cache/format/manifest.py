@@ -1,4 +1,4 @@
-"""The manifest of a store: every image of the data set, in row order."""
+"""Hold the manifest of a store: every image of the data set, in row order."""
 
 from __future__ import annotations
 
@@ -14,41 +14,43 @@ USABLE, UNUSABLE = 0, 1  # values of images/status
 @dataclass(frozen=True)
 class Images:
     """The manifest: every file of the data set's class folders, in the store's row
-    order. All arrays are [images]."""
+    order. The first axis of every array is [images]."""
 
     path: np.ndarray  # str, relative to the data root, with forward slashes
     bytes: np.ndarray  # int64, size of the file
     digest: np.ndarray  # uint8 [images, 32], sha256 of the file
     height: np.ndarray  # int32, pixels of the decoded image; 0 where unusable
     width: np.ndarray  # int32
-    class_index: np.ndarray  # int32; -1 where the folders say nothing
+    class_index: np.ndarray  # int32; -1 where no folder tells the class
     status: np.ndarray  # uint8, USABLE or UNUSABLE
-    reason: np.ndarray  # str, why it is unusable; empty where usable
+    reason: np.ndarray  # str, why the image is unusable; empty where usable
 
     def __len__(self) -> int:
         return len(self.path)
 
     @property
     def usable(self) -> np.ndarray:
-        """int64 [usable images]: the rows that have labels."""
+        """Return the rows that have labels: int64 [usable images]."""
         return np.flatnonzero(self.status == USABLE)
 
     @property
     def by_path(self) -> np.ndarray:
-        """int64 [images]: the rows in the order of their paths. Python sorts strings
-        twice as fast as numpy does."""
+        """Return the rows in the order of their paths: int64 [images]. Python sorts
+        strings twice as fast as numpy does."""
         return np.array(sorted(range(len(self)), key=self.path.tolist().__getitem__), np.int64)
 
     @property
     def order(self) -> str:
-        """Hex sha256 over the paths in row order: which image a row is of."""
+        """Return the hex sha256 over the paths in row order. This digest tells which
+        image each row belongs to."""
         return hashlib.sha256("\0".join(self.path.tolist()).encode()).hexdigest()
 
     def take(self, rows: np.ndarray) -> Images:
+        """Return the manifest of these rows."""
         return Images(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def manifest_digest(self) -> str:
-        """Hex sha256 over every field, independent of the row order."""
+        """Return the hex sha256 over every field, independent of the row order."""
         order = self.by_path
         h = hashlib.sha256()
         for field in fields(self):
@@ -63,5 +65,5 @@ class Images:
 
 
 def printable_paths(path: str) -> str:
-    """A path as UTF-8 text; bytes that are none are written as \\xNN."""
+    """Return a path as UTF-8 text. Bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,5 +1,4 @@
-"""What a label store is: its arrays, attributes, sizes and completion records, and how
-an empty one comes into being.
+"""Define a label store: its arrays, attributes, sizes, and completion records.
 
 A store is a Zarr v3 group. Arrays, with their dimensions:
 
@@ -11,16 +10,16 @@ A store is a Zarr v3 group. Arrays, with their dimensions:
     images/… image                the columns of the manifest (manifest.Images)
     records  view, shard, byte    completion records, one file each
 
-Zarr reads what was never written as zeros. So a shard (all rows of one shard, in one
-view) counts only once its record is there, and the record is written after the shard's
-data has reached the disk.
+A shard is a stretch of rows in one view. Zarr reads what was never written as zeros. So
+a shard counts only once its record is there, and the record is written after the
+shard's data has reached the disk.
 
-Nothing in a store is believed unseen. Shards are bound to their place by the digests in
-their records, the manifest (images/) by its digest in the provenance, its order by the
-attribute ``row_order``, and every zarr.json by the attribute ``seal``. What has no
-digest of its own is the number of views, the attribute ``views``: it is sealed too, and
-counts where an array's own length says otherwise (after a growth that was stopped half
-way).
+Nothing in a store is trusted without a check. A shard is bound to its place by the
+digest in its record, the manifest (images/) by its digest in the provenance, the
+manifest's order by the attribute ``row_order``, and every zarr.json by the attribute
+``seal``. Only the number of views, the attribute ``views``, has no digest of its own.
+It is sealed too, and counts where an array has another length (after a growth that was
+stopped half way).
 """
 
 from __future__ import annotations
@@ -33,25 +32,22 @@ import numpy as np
 import zarr
 
 FORMAT = "meal-v2-label-store"
-VERSION, IMPORTED, ON_GPU = 3, 4, 5  # what is made now (format_version)
-# What can be read: 2 brought CutMix, 3 the seal, 4 labels from others, of whose making
-# less is known, 5 TF32 and the hardware decoder of GPUs.
+VERSION, IMPORTED, ON_GPU = 3, 4, 5  # versions of new stores (format_version)
+# Versions that can be read. 2 added CutMix, 3 the seal, 4 labels that others made (of
+# whose making less is known), 5 TF32 and the hardware decoder of GPUs.
 VERSIONS = (1, 2, 3, 4, 5)
-SEALED = 3
+SEALED = 3  # first version with a seal
 
-# What is kept per crop beside its label: dtype, and the names of an entry's own
-# dimensions (edge: 4).
+# The arrays that are kept per crop beside its label: dtype, and the names of the
+# dimensions after view and image (edge: length 4).
 CROP_ARRAYS = {
     "boxes": ("int32", ("edge",)),
     "flips": ("bool", ()),
-    "mix_partner": ("int32", ()),  # row whose crop of the same view is pasted in; -1: none is
+    "mix_partner": ("int32", ()),  # row whose crop of the same view is pasted; -1: none
     # top, left, bottom, right of the pasted rectangle, as fractions of the output's
     # height and width
-    "mix_box": (
-        "float32",
-        ("edge",),
-    ),
-    "tail": ("uint8", ()),  # belongs to the label: cache.format.codec
+    "mix_box": ("float32", ("edge",)),
+    "tail": ("uint8", ()),  # a part of the label, see cache.format.codec
 }
 UNMIXED = ("boxes", "flips")
 
@@ -62,9 +58,9 @@ RECORD = np.dtype(
         ("view", "<u4"),
         ("shard", "<u4"),
         ("labelled", "<u4"),  # rows of the shard that hold a label; the others are unusable images
-        # of those, rows whose largest probability is that of the image's class folder
+        # labelled rows whose top-1 class is that of the image's folder
         ("agreeing", "<u4"),
-        # sum over the labelled rows of the entropy of the decoded label, in nats
+        # entropy of the decoded labels in nats, summed over the labelled rows
         ("entropy", "<f8"),
         ("stored_bytes", "<u8"),  # size of the shard's file of labels
         ("digest", "u1", (32,)),  # sha256, see shard_digest
@@ -77,19 +73,19 @@ CHUNK_BYTES = 1 << 20  # an inner chunk is the power of two of rows nearest belo
 SHARD_CHUNKS = 32
 SMALLEST_SHARD = 256  # rows
 SHARDS_OF_A_SMALL_SET = 16
-LOOKS = 16  # looks for a file at a time: on a network's file system each may take a millisecond
+LOOKS = 16  # files looked for at once: a look may take a millisecond on a network file system
 
 
 def canonical_digest(document: dict[str, Any]) -> bytes:
-    """sha256 of a JSON document, whatever the order of its keys."""
+    """Return the sha256 of a JSON document, whatever the order of its keys."""
     return hashlib.sha256(
         json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
     ).digest()
 
 
 def crop_arrays(provenance: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the arrays that say what a crop of a store of this provenance is, in the
-    order of CROP_ARRAYS."""
+    """Return the names of the arrays that describe a crop in a store of this
+    provenance, in the order of CROP_ARRAYS."""
     crops = provenance.get("crops") if isinstance(provenance, dict) else None
     return (
         (*UNMIXED, "mix_partner", "mix_box")
@@ -99,8 +95,8 @@ def crop_arrays(provenance: dict[str, Any]) -> tuple[str, ...]:
 
 
 def shard_arrays(attributes: dict[str, Any]) -> tuple[str, ...]:
-    """Names of all arrays that have a file per shard, but for its record, in a store of
-    these attributes."""
+    """Return the names of all arrays with one file per shard in a store of these
+    attributes, except ``records``."""
     codec = attributes.get("codec")
     return (
         "labels",
@@ -110,7 +106,7 @@ def shard_arrays(attributes: dict[str, Any]) -> tuple[str, ...]:
 
 
 def architecture(name: str) -> str:
-    """A timm name without its tag."""
+    """Return a timm name without its tag."""
     return name.partition(".")[0] if ":" not in name else name
 
 
@@ -126,7 +122,8 @@ def format_version(provenance: dict[str, Any]) -> int:
 
 
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
-    """Where two documents differ first, and the values there."""
+    """Return the first place where two documents differ, and the values there; None if
+    the documents are equal."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         pairs = [
             (f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in theirs | ours
@@ -145,9 +142,10 @@ def _short(value: object) -> object:
 
 
 def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -> bytes:
-    """sha256 over the store's provenance digest, view and shard as little-endian
-    uint32, then the shard's rows of ``shard_arrays`` as little-endian bytes in C order:
-    a shard of another store or of another place does not pass for this one."""
+    """Return the sha256 that binds a shard to its store and place: a shard of another
+    store or place has another digest. The digest covers the store's provenance digest,
+    view and shard as little-endian uint32, then the shard's rows of ``shard_arrays`` as
+    little-endian bytes in C order."""
     h = hashlib.sha256(store_id)
     h.update(np.array([view, shard], "<u4").tobytes())
     for array in content:
@@ -156,9 +154,9 @@ def shard_digest(store_id: bytes, view: int, shard: int, *content: np.ndarray) -
 
 
 def shard_rows_for(images: int, classes: int, itemsize: int) -> tuple[int, int]:
-    """(rows of an inner chunk, rows of a shard), both powers of two.
+    """Return (rows of an inner chunk, rows of a shard), both powers of two.
 
-    A chunk is near 1 MiB and a shard 32 of them, which makes ImageNet × 180 views some
+    A chunk is near 1 MiB. A shard is 32 chunks, which makes ImageNet × 180 views some
     7,000 shards. A small data set gets smaller shards, so that several workers find
     work and a kill costs little.
     """
@@ -169,8 +167,8 @@ def shard_rows_for(images: int, classes: int, itemsize: int) -> tuple[int, int]:
 
 
 def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """An array of the store with ``write_empty_chunks`` on, which Zarr doesn't keep:
-    without it a chunk of zeros is not written at all."""
+    """Open an array of the store with ``write_empty_chunks`` on. Zarr doesn't keep this
+    setting, and without it a chunk of zeros is not written at all."""
     found = group[name]
     if not isinstance(found, zarr.Array):
         raise TypeError(f"{name} is a group")
@@ -178,6 +176,8 @@ def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 
 
 def how_to_read(codec: dict[str, Any], mixed: bool) -> str:
+    """Return the attribute ``how_to_read``, which explains the arrays to a reader
+    without this project."""
     return (
         MIXING
         * mixed

@@ -1,4 +1,4 @@
-"""The seal of a store: the digests of its zarr.json files, which nothing else
+"""Seal a store: keep the digests of its zarr.json files, which nothing else
 protects."""
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ LARGEST_DOCUMENT, DEEPEST_DOCUMENT = 1 << 26, 50  # bytes and levels of a zarr.j
 
 
 def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Every zarr.json of a store as a document, by its path in the store; ``kept``:
-    ``shard_arrays`` without labels. Raises DamagedStore."""
+    """Read every zarr.json of a store: its path in the store → the document. kept:
+    ``shard_arrays`` without labels. Raises DamagedStore if a document is missing or
+    broken; UnreadableStore if it can't be read for the moment."""
     names = (
         "",
         "labels",
@@ -51,8 +52,9 @@ def read_metadata(path: Path, kept: tuple[str, ...]) -> dict[str, dict[str, Any]
 
 
 def read_document(file: Path) -> Any:
-    """A zarr.json. Raises ValueError if it is no JSON, no file, too large, or nested
-    deeper than any that is written here; OSError if it can't be read."""
+    """Read a zarr.json. Raises ValueError if the file is no JSON, no ordinary file, too
+    large, or nested deeper than any zarr.json that is written here; OSError if it can't
+    be read."""
     about = os.stat(file)
     if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_DOCUMENT:
         raise ValueError("it is no ordinary file")
@@ -74,9 +76,9 @@ def read_document(file: Path) -> Any:
 
 
 def seals(documents: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Hex sha256 of each zarr.json as a document, without what may change: the length
-    of the view axis, the seal itself, and consolidated metadata, which a user may add
-    for other tools and which is not read here."""
+    """Return the hex sha256 of each zarr.json as a document, without the parts that may
+    change: the length of the view axis, the seal itself, and consolidated metadata. A
+    user may add consolidated metadata for other tools; it is not read here."""
     digests = {}
     for file, document in documents.items():
         document = {key: value for key, value in document.items() if key != "consolidated_metadata"}
@@ -95,8 +97,8 @@ def seals(documents: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def write_seal(path: Path, documents: dict[str, dict[str, Any]]) -> None:
-    """Put the seal of these documents into the store's own zarr.json, and that file on
-    the disk, without consolidated metadata, which may be older."""
+    """Write the seal of these documents into the store's own zarr.json, and force the
+    file to the disk. Consolidated metadata is left out, since it may be older."""
     whole = documents["zarr.json"]
     whole.pop("consolidated_metadata", None)
     whole["attributes"]["seal"] = seals(documents)
@@ -104,8 +106,8 @@ def write_seal(path: Path, documents: dict[str, dict[str, Any]]) -> None:
 
 
 def require_seal(path: Path, documents: dict[str, dict[str, Any]]) -> None:
-    """Raises DamagedStore unless these zarr.json, the store's own among them, are what
-    was written."""
+    """Raise DamagedStore unless these zarr.json files, the store's own among them, are
+    what was written."""
     seal = documents["zarr.json"]["attributes"].get("seal")
     for file, digest in seals(documents).items():
         if not isinstance(seal, dict) or seal.get(file) != digest:
@@ -115,12 +117,12 @@ def require_seal(path: Path, documents: dict[str, dict[str, Any]]) -> None:
 
 
 def only_its_version_is_wrong(attributes: dict[str, Any], whole: dict[str, Any]) -> bool:
-    """Find out that nothing but the version number of a store has changed.
+    """Return whether nothing but the version number of a store has changed.
 
-    With one of this program's versions in its place the seal is right, so a bit of the
-    number has flipped. Any other reading would be a guess: a store of a newer version
-    may be sealed in another way, and must never be taken for a damaged one and
-    "repaired".
+    If the seal is right with one of this program's versions in place of the number, a
+    bit of the number has flipped. Any other conclusion would be a guess: a store of a
+    newer version may be sealed in another way, and must never be taken for a damaged
+    store and "repaired".
     """
     seal = attributes.get("seal")
     mended = (

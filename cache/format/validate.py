@@ -1,12 +1,13 @@
-"""Refuse a store whose description no store could have, before its numbers are used.
+"""Refuse a store with an impossible description, before its numbers are used.
 
 Seals and digests show that a store is what its maker wrote. They don't show that the
-maker's program was right, or meant well: a stranger's store can be sealed and still
+maker's program was right, or meant well. A stranger's store can be sealed, and still
 speak of 10⁹ views, of chunks of gigabytes, or of crops outside their image.
 
-A description is held against a shape, which looks like the description: a dict of keys
-(one that may be missing ends in "?"), a list of one shape for each of its items, or a
-rule for a value. It isn't a pydantic model, since cache/ needs numpy and zarr only.
+A description is compared with a shape, which looks like the description: a dict of keys
+(a key that may be missing ends in "?"), a list of one shape for each of its items, or a
+rule for a value. A shape isn't a pydantic model, since cache/ needs numpy and zarr
+only.
 """
 
 from __future__ import annotations
@@ -32,58 +33,70 @@ COLUMNS = {
     "status": "uint8",
     "reason": "string",
 }
-# of Zarr; none runs anything that a store brings along
+# the Zarr codecs that stores are made with; they run no code that a store brings along
 CODECS = ("sharding_indexed", "bytes", "zstd", "crc32c", "vlen-utf8")
 Rule = Callable[[Any], bool]
 Shape = Rule | dict[str, Any] | list[Any]
 
 
 def whole(least: int, most: int) -> Rule:
+    """Make the rule of a whole number, ``least`` to ``most``."""
     return lambda value: type(value) is int and least <= value <= most
 
 
 def number(least: float, most: float) -> Rule:
+    """Make the rule of a finite number, ``least`` to ``most``."""
     return lambda value: (
         type(value) in (int, float) and math.isfinite(value) and least <= value <= most
     )
 
 
 def one_of(*values: object) -> Rule:
+    """Make the rule of a value that is one of these."""
     return lambda value: value in values
 
 
 def several(n: int | None, rule: Rule) -> Rule:
-    """Make the rule of a list of ``n`` values; None: of any number."""
+    """Make the rule of a list of ``n`` values (None: any number), each of which follows
+    ``rule``."""
     return lambda value: (
         isinstance(value, list) and n in (None, len(value)) and all(map(rule, value))
     )
 
 
 def text(value: Any) -> bool:
+    """Return whether the value is a string."""
     return isinstance(value, str)
 
 
 def sha256(value: Any) -> bool:
+    """Return whether the value is a string with the length of a hex sha256."""
     return isinstance(value, str) and len(value) == 64
 
 
 def true_or_false(value: Any) -> bool:
+    """Return whether the value is a bool."""
     return isinstance(value, bool)
 
 
 def rising(rule: Rule) -> Rule:
+    """Make the rule of a pair of values that follow ``rule``, the first not above the
+    second."""
     return lambda value: several(2, rule)(value) and value[0] <= value[1]
 
 
 def texts(value: Any) -> bool:
+    """Return whether the value is a dict of strings."""
     return isinstance(value, dict) and all(map(text, value.values()))
 
 
 def class_names(value: Any) -> bool:
+    """Return whether the value is a list of distinct names, 1 to ``MOST_CLASSES``."""
     return several(None, text)(value) and 0 < len(set(value)) == len(value) <= MOST_CLASSES
 
 
 def digests(value: Any) -> bool:
+    """Return whether the value is a dict of sha256 by image size."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -92,10 +105,12 @@ def digests(value: Any) -> bool:
 
 
 def never(value: Any) -> bool:
+    """Refuse every value: the key must be missing."""
     return False
 
 
 def or_unknown(rule: Rule) -> Rule:
+    """Make the rule of a value that follows ``rule`` or is None."""
     return lambda value: value is None or rule(value)
 
 
@@ -116,7 +131,7 @@ COMPUTE: dict[str, Rule] = {
 }
 UNKNOWN_COMPUTE = {key: or_unknown(rule) for key, rule in COMPUTE.items()}
 IMPORTED: dict[str, Shape] = {"format": text, "labels": text}
-# A store that was averaged into another, which may be an average itself.
+# A store that was averaged into another. It may be an average itself.
 PART: dict[str, Shape] = {
     "identity": sha256,
     "teachers": whole(1, 10_000),
@@ -129,8 +144,8 @@ PART["merged?"] = [PART]
 
 
 def shape_of_attributes(imported: bool) -> dict[str, Shape]:
-    """Return what is asked of a store's attributes; of ``imported`` labels less need be
-    known."""
+    """Return the shape of a store's attributes. With ``imported`` labels, some values
+    may be unknown (None)."""
     known = or_unknown if imported else (lambda rule: rule)
     provenance: dict[str, Shape] = {
         "crops": {
@@ -141,7 +156,7 @@ def shape_of_attributes(imported: bool) -> dict[str, Shape]:
             "interpolation": one_of("bilinear", "bicubic"),
             "exif": one_of("ignore", "apply"),
             "cutmix?": {"prob": number(1e-9, 1), "beta": number(1e-9, 100)},
-            "views?": never,  # The number of views grows: it is no part of the recipe.
+            "views?": never,  # The number of views grows, so it is no part of the recipe.
         },
         "renderer": {"backend": one_of("cpu", "gpu", "gpu-hardware")},
         "codec": CODEC,
@@ -183,7 +198,7 @@ def shape_of_attributes(imported: bool) -> dict[str, Shape]:
 def require_sense(
     path: object, attributes: dict[str, Any], documents: dict[str, dict[str, Any]]
 ) -> None:
-    """Raises StoreError for the first attribute, or description of an array
+    """Raise StoreError for the first attribute, or the first description of an array
     (``read_metadata``), that no store could have."""
 
     def nonsense(what: str, value: object) -> StoreError:
@@ -226,7 +241,8 @@ def require_sense(
 
 
 def broken_attribute(attributes: dict[str, Any]) -> tuple[str, object] | None:
-    """Find the first attribute that no store could have, and its value."""
+    """Find the first attribute that no store could have, and its value; None if there
+    is none."""
     provenance: Any = attributes.get("provenance")
     imported = isinstance(provenance, dict) and "imported" in provenance
     if broken := first_broken(attributes, shape_of_attributes(imported)):
@@ -245,8 +261,8 @@ def broken_attribute(attributes: dict[str, Any]) -> tuple[str, object] | None:
 
 
 def first_broken(value: Any, shape: Shape, place: str = "") -> tuple[str, object] | None:
-    """Find the first place in a document where it hasn't this shape, and the value
-    there; None if all is well. A section or a list of sections must not be empty."""
+    """Find the first place where a document doesn't have this shape, and the value
+    there; None if there is none. A section or a list of sections must not be empty."""
     if isinstance(shape, dict):
         if not isinstance(value, dict) or not value:
             return place, value
@@ -270,8 +286,8 @@ def first_broken(value: Any, shape: Shape, place: str = "") -> tuple[str, object
 def _arrays(
     attributes: dict[str, Any], documents: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Shape, chunks and data type of every array, as they follow from the attributes
-    and the number of images."""
+    """Return shape, chunks and data type of every array, as they follow from the
+    attributes and the number of images."""
     shape: Any = documents["images/path/zarr.json"].get("shape")
     n = shape[0] if several(1, whole(1, MOST_IMAGES))(shape) else 0
     layout, classes, views = (
@@ -296,8 +312,8 @@ def _arrays(
 
 
 def _known(codecs: object) -> bool:
-    """Whether a chain of Zarr codecs holds those that stores are made with, and no
-    others."""
+    """Return whether a chain of Zarr codecs holds only codecs that stores are made
+    with."""
     if not isinstance(codecs, list) or not codecs:
         return False
     for codec in codecs:

@@ -1,2 +1,2 @@
-"""What a store needs of the operating system: writes that last, claims of one process,
+"""Use the operating system for a store: writes that last, claims of one process,
 signals that ask to stop."""

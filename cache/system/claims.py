@@ -1,14 +1,15 @@
-"""One writer per shard: claims, which are exclusively created (linked) files beside the
-store, with host, process and a heartbeat.
+"""Allow one writer per shard. A claim is a file beside the store with host, process and
+a heartbeat. It is created exclusively, by linking the file to its name.
 
-A claim's heartbeat is its modification time, renewed by a thread while it is held. A
-claim is dead if its process is gone from this machine, or, from another one, if its
-heartbeat is ``STALE`` seconds behind the file system's own clock. Dead claims are taken
-over.
+A claim's heartbeat is its modification time, which a thread renews while the claim is
+held. A claim of this machine is dead if its process is gone. A claim of another machine
+is dead if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead
+claims are taken over.
 
 Process numbers mean something only where they were given: in one boot of one kernel, in
 one namespace of process numbers. Containers on a cluster may share a host name and all
-be process 7, so a claim names all three, and anything else is another machine.
+be process 7. So a claim names host, boot and namespace, and a claim that differs in any
+of the three is of another machine.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from cache.system.durable import make_folder
 from cache.system.signals import finishing
 
 BEAT = 10.0  # seconds between heartbeats
-STALE = 300.0  # seconds without one after which a claim of another host is dead
-TRIES = 100  # of what others may get in the way of
-_living: set[str] = set()  # of this process's claims
-UNKNOWN = "unknown"  # start time of a process that is there and can't be looked at
+STALE = 300.0  # seconds without a heartbeat after which a claim of another machine is dead
+TRIES = 100  # attempts at a step in which other processes may interfere
+_living: set[str] = set()  # ids of the claims that this process holds
+UNKNOWN = "unknown"  # start time of a process that exists and can't be looked at
 
 
 def claims_of(path: Path) -> Path:
-    """The folder of the claims on a store or a run: beside it, since a foreign folder
-    inside a Zarr group makes readers warn. Whoever calls a store by a link to it, has
-    the same."""
+    """Return the folder of the claims on a store or a run. The folder lies beside the
+    store, since a foreign folder inside a Zarr group makes readers warn. A symbolic
+    link is resolved first, so every path to a store leads to the same claims folder."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     return path.with_name(path.name + ".claims")
 
@@ -51,15 +52,16 @@ class Claims(set[str]):
         self.folder, self.me = folder, me
 
     def lost(self, name: str) -> bool:
-        """Whether a claim that was held is another's now: this process slept, or its
-        disk did, for longer than ``STALE``. Raises OSError if that can't be told."""
+        """Return whether a claim that was held belongs to another process now: this
+        process, or its disk, slept for longer than ``STALE``. Raises OSError if the
+        disk doesn't answer."""
         return _owner(self.folder / name) != self.me
 
 
 @contextmanager
 def claim(folder: Path, *names: str) -> Iterator[Claims]:
-    """Try to hold the named claims; gives those that are held, and lets go of them at
-    the end."""
+    """Try to take the named claims. Give the claims that are held now, and release them
+    at the end."""
     me = _me() | {"claim": uuid.uuid4().hex}
     mine = Claims(folder, me)
     _living.add(me["claim"])
@@ -76,38 +78,40 @@ def claim(folder: Path, *names: str) -> Iterator[Claims]:
             stop.set()
             if heart.ident is not None:
                 heart.join()
-            # all: a full disk, or a signal, may have come between taking one and
-            # knowing it
+            # Try all names, not only those in ``mine``: a full disk or a signal may
+            # have come after a claim was taken and before its name was added.
             for name in names:
                 with suppress(OSError):
+                    # While this process slept, another may have taken the claim over.
                     if _owner(folder / name) == me:
-                        # unless it was taken over, while this process was asleep
                         (folder / name).unlink(missing_ok=True)
-            _living.discard(me["claim"])  # so that one which could not be let go of is dead
-            with suppress(OSError):  # not empty: others still hold claims
+            _living.discard(me["claim"])  # from now on a claim that could not be released is dead
+            with suppress(OSError):  # not empty: other processes still hold claims
                 folder.rmdir()
 
 
 def holders(folder: Path) -> list[str]:
-    """Who holds claims now: "host:process", one per claim of a living process."""
+    """Return the holders of claims now: "host:process", one per claim of a living
+    process."""
     owners = [_owner(path) for path in _files(folder) if "." not in path.name and not _dead(path)]
     return [f"{owner['host']}:{owner['process']}" for owner in owners if owner]
 
 
 def sweep(folder: Path) -> None:
-    """Remove what dead processes left, once the work is done."""
+    """Remove the files that dead processes left, once the work is done."""
     for path in _files(folder):
         if _is_litter(path):
             path.unlink(missing_ok=True)
         elif _dead(path):
-            with claim(folder, path.name):  # another may have taken it over since
+            with claim(folder, path.name):  # another process may have taken it over since
                 pass
-    with suppress(OSError):  # not empty: others still hold claims
+    with suppress(OSError):  # not empty: other processes still hold claims
         folder.rmdir()
 
 
 def _files(folder: Path) -> list[Path]:
-    """None where there is no folder: whoever lets go of the last claim removes it."""
+    """Return the files of a claims folder. Without a folder there are none: the process
+    that releases the last claim removes the folder."""
     try:
         return [folder / name for name in os.listdir(folder)]
     except FileNotFoundError:
@@ -116,15 +120,15 @@ def _files(folder: Path) -> list[Path]:
 
 def _make(folder: Path) -> None:
     for _ in range(TRIES):
-        with suppress(FileExistsError):  # it was there, and then removed
+        with suppress(FileExistsError):  # the folder was there, and was then removed
             return make_folder(folder)
     make_folder(folder)
 
 
 def _take(path: Path, me: dict[str, Any]) -> bool:
     for _ in range(TRIES):
-        # Written elsewhere and then linked to its name, which fails if the name is
-        # taken: a claim is there with its owner, or not at all.
+        # Write the claim to another file, then link its name, which fails if the name
+        # is taken. So a claim never exists without its owner.
         fresh = _scratch(path, "new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,14 +136,13 @@ def _take(path: Path, me: dict[str, Any]) -> bool:
             os.link(fresh, path)
             return True
         except FileExistsError:
-            # it was let go of, or the folder was removed, being empty, while this made
-            # it
+            # The claim was released meanwhile, or its empty folder was removed.
             if not path.exists():
                 continue
             if not _dead(path):
                 return False
-            # itself a claim: only its holder removes a dead one, and looks once more
-            # before
+            # The right to remove a dead claim is a claim, too. Its holder looks at the
+            # dead claim once more before the removal.
             heir = path.with_name(f"{path.name}.heir")
             if not _take(heir, me):
                 return False
@@ -156,13 +159,14 @@ def _take(path: Path, me: dict[str, Any]) -> bool:
 
 
 def _scratch(path: Path, kind: str) -> Path:
-    """A name for a file that this process needs for a moment; it tells whose it is,
+    """Return a name for a momentary file of this process. The name tells the process,
     even while the file is empty."""
     return path.with_name(f"{path.name}.{_place_key()}.{os.getpid()}.{uuid.uuid4().hex}.{kind}")
 
 
 def _is_litter(path: Path) -> bool:
-    """Whether it is a momentary file of a process of this machine that is gone."""
+    """Return whether a file is a momentary file of a process of this machine that is
+    gone."""
     *_, place, process, _, kind = ["", "", "", "", *path.name.split(".")]
     return (
         kind in ("new", "clock")
@@ -206,7 +210,7 @@ def _me() -> dict[str, Any]:
 
 @cache
 def _place() -> dict[str, Any]:
-    """Where a process number means something."""
+    """Return where a process number means something: host, boot and namespace."""
     boot = namespace = None
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -216,7 +220,7 @@ def _place() -> dict[str, Any]:
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
-    """Who holds a claim; None if there is none, or it says nothing that can be read.
+    """Return the owner of a claim; None if there is no claim, or none that can be read.
     Raises OSError if the disk doesn't answer."""
     try:
         owner = json.loads(path.read_text())
@@ -226,29 +230,30 @@ def _owner(path: Path) -> dict[str, Any] | None:
 
 
 def held(folder: Path, name: str) -> bool:
-    """Whether a living process holds the claim."""
+    """Return whether a living process holds the claim."""
     return (folder / name).exists() and not _dead(folder / name)
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this host is running."""
+    """Return whether a process of this host is running."""
     return _started(process) is not None
 
 
 def _started(process: int) -> str | None:
-    """The kernel's start time of a process, which tells it from a later one with the
-    same number; None if it is gone."""
+    """Return the kernel's start time of a process, which tells the process from a later
+    one with the same number. None if the process is gone; UNKNOWN if it can't be looked
+    at."""
     try:
         with open(f"/proc/{process}/stat") as f:
             state = f.read().rpartition(")")[2].split()
-    except OSError:  # it is gone, or another user's, which the system may hide
+    except OSError:  # the process is gone, or another user's and hidden by the system
         return _signalled(process)
-    # killed but not collected by its parent: it does nothing any more
+    # A process that was killed, but not collected by its parent, does nothing any more.
     return None if state[0] in "ZX" else state[19]
 
 
 def _signalled(process: int) -> str | None:
-    """UNKNOWN if there is such a process, None if there is not."""
+    """Return UNKNOWN if the process exists, None if it doesn't."""
     try:
         if type(process) is int and process > 0:
             os.kill(process, 0)

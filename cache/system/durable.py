@@ -1,5 +1,8 @@
-"""Forcing what was written to the disk: a rename or a new file is on it only when its
-folder was synced, its content when the file was."""
+"""Force files and folders to the disk.
+
+A rename or a new file is on the disk only once its folder was synced. A file's content
+is on the disk only once the file was synced.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file so that, whatever happens, it has its old content or the new
-    one."""
+    """Write a small file so that, whatever happens, the file has its old content or the
+    new content."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         fresh.write_bytes(content)
@@ -24,7 +27,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """A folder and those above it that are missing, forced to the disk."""
+    """Create a folder and the missing folders above it, and force them to the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -47,6 +50,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
+    """Force a folder and everything below it to the disk."""
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             sync_file(Path(folder, name))
@@ -54,12 +58,12 @@ def sync_tree(root: Path) -> None:
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write beside ``path``, force it to the disk, then rename it to
-    ``path``."""
+    """Let ``save`` write a file beside ``path``, force the file to the disk, then
+    rename it to ``path``."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
         save(scratch)
-        scratch.chmod(0o644)  # safetensors writes for its owner's eyes only
+        scratch.chmod(0o644)  # safetensors lets only the owner read its files
         with open(scratch, "rb") as f:
             os.fsync(f.fileno())
         os.replace(scratch, path)
@@ -70,15 +74,15 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill beside ``target``, which takes its place once it is on the disk;
-    if anything fails, nothing is left."""
+    """Give a folder beside ``target`` to fill. The folder is forced to the disk, then
+    renamed to ``target``. If anything fails, nothing is left."""
     scratch = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     try:
         make_folder(scratch)
         yield scratch
         for path in scratch.iterdir():
-            path.chmod(0o644)  # safetensors writes for its owner's eyes only
+            path.chmod(0o644)  # safetensors lets only the owner read its files
         sync_tree(scratch)
         os.rename(scratch, target)
     finally:

@@ -1,11 +1,13 @@
-"""Stopping when a scheduler or a person asks for it: SIGTERM is Ctrl-C, and neither
-comes in the middle of what should be finished.
+"""Stop when a scheduler or a person asks for it. SIGTERM and Ctrl-C have the same
+effect, and neither interrupts work that should be finished.
 
-A signal raises Stopped in the main thread at once, wherever that is, so that a long
-wait or a forward pass ends. Where that would leave something half done, in
-``finishing``, it is raised at the end of the block. Where it is lost, since Python only
-prints what is raised in a destructor or in a callback of a weak reference and goes on,
-the next ``check``, which long loops call, raises it again.
+A signal raises Stopped in the main thread at once, wherever the thread is, so that a
+long wait or a forward pass ends. A ``finishing`` block would be left half done, so
+there Stopped is raised at the end of the block.
+
+Stopped can be lost: Python only prints an exception that is raised in a destructor or
+in a callback of a weak reference, and goes on. Then the next ``check``, which long
+loops call, raises Stopped again.
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_finishing = 0  # how many ``finishing`` blocks the main thread is in
-_asked: int | None = None  # the signal that asked to stop, from then on
-_hurried = False  # whether another one came after it
+_finishing = 0  # number of ``finishing`` blocks that the main thread is in
+_asked: int | None = None  # the signal that asked to stop; None before
+_hurried = False  # whether another signal came after it
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to stop. The message is its name."""
+    """The exception for a signal that asks the process to stop. The message is the
+    signal's name."""
 
 
 @contextmanager
 def on_signals() -> Iterator[None]:
-    """Raise Stopped in the main thread, which must be the caller's, on SIGTERM (what
-    SLURM, Kubernetes and torchrun send first) and on SIGINT."""
+    """Raise Stopped on SIGTERM (which SLURM, Kubernetes and torchrun send first) and on
+    SIGINT, in the main thread, which must be the caller's."""
     global _asked, _hurried
     _asked, _hurried = None, False
     before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -43,10 +46,10 @@ def on_signals() -> Iterator[None]:
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Let this block be finished first. It must take seconds at most. A second signal
-    is obeyed at once."""
+    """Let the block finish before a signal raises Stopped. The block must take seconds
+    at most. A second signal is obeyed at once."""
     global _finishing
-    if threading.current_thread() is not threading.main_thread():  # where no signal is raised
+    if threading.current_thread() is not threading.main_thread():  # no signal is raised there
         yield
         return
     _finishing += 1
@@ -59,20 +62,20 @@ def finishing() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise Stopped if a signal asked for it and it isn't being obeyed. For loops of
-    the main thread; elsewhere it does nothing."""
+    """Raise Stopped if a signal asked for it, and Stopped is not on its way already.
+    Loops of the main thread call this function; in other threads it does nothing."""
     if _asked is None or _finishing or threading.current_thread() is not threading.main_thread():
         return
     error = sys.exc_info()[1]
     while error is not None:
-        if isinstance(error, Stopped):  # this is a clean-up on its way out
+        if isinstance(error, Stopped):  # this code is a clean-up after Stopped
             return
         error = error.__context__
     raise Stopped(signal.Signals(_asked).name)
 
 
 def hurried() -> bool:
-    """Whether a second signal came: nothing is to be waited for any more."""
+    """Return whether a second signal came, after which nothing is waited for."""
     return _hurried
 
 
@@ -82,7 +85,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _finishing and not _hurried:
         return
     while frame is not None:
-        if frame.f_code.co_name == "__del__":  # where it would only be printed
+        if frame.f_code.co_name == "__del__":  # Python would only print Stopped here
             return
         frame = frame.f_back
     raise Stopped(signal.Signals(number).name)

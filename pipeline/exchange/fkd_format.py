@@ -99,8 +99,8 @@ def _reconstruct(*said: object) -> _Numpy:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Let ``read`` read numpy arrays too, within this context. No other object that a
-    pickle asks for is made."""
+    """Let ``read`` read numpy arrays too, within this context. Every other object that
+    a pickle asks for is still refused."""
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     known = [(_reconstruct, f"{module}._reconstruct") for module in modules]
     with torch.serialization.safe_globals(

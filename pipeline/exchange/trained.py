@@ -125,7 +125,7 @@ def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Traine
 
 def _validated(run: Path, figures: dict) -> int | None:
     """Return the number of validation images that the run's last start found. Returns
-    None without validation, or if top-1 can't be a share of so many images."""
+    None without validation, or if that number of images can't give the run's top-1."""
     if "val_top1" not in figures:
         return None
     try:

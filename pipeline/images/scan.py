@@ -167,9 +167,8 @@ def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
                 image.load()
     except Image.UnidentifiedImageError:
         return "not an image"
-    except (
-        Image.DecompressionBombError
-    ) as error:  # Pillow's own limit, before Pillow tells the size
+    except Image.DecompressionBombError as error:
+        # Pillow's own limit, before Pillow tells the size
         pixels = re.search(r"\((\d+) pixels\)", str(error))
         return _too_large(1, int(pixels[1]), max_megapixels) if pixels else f"too large: {error}"
     except Exception as error:

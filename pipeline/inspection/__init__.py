@@ -1,2 +1,1 @@
-"""Looking at stores: facts, statistics, reports, contact sheets, and labelling crops
-again."""
+"""Look at stores: facts, statistics, reports, contact sheets, labels computed again."""

@@ -1,4 +1,4 @@
-"""Contact sheets of a store: photographs with a crop's box drawn in, the crop as the
+"""Make contact sheets of a store: photographs with the box of a crop, the crop as the
 teachers saw it, and its soft label."""
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipeline.inspection.stored_crops import pixels_of
 from pipeline.render.dali import CropRenderer
 from pipeline.render.settings import RenderSettings
 
-CARDS = 12  # of a sheet
-BARS = 5  # classes of a label that are shown
+CARDS = 12  # cards on a sheet, at most
+BARS = 5  # classes shown of a label
 THUMBNAIL = 224  # pixels of a photograph's longer side
-CROP = 160  # pixels
+CROP = 160  # pixels of a crop's side
 
 
 SURELY = (
@@ -44,25 +44,29 @@ class Card:
     box: tuple[float, float, float, float]  # left, top, width, height in per cent of the photograph
     crop: str  # data: address of the crop as rendered
     flipped: bool
-    pasted: str  # path of the image that is pasted in (CutMix), or nothing
+    pasted: str  # path of the image that is pasted in (CutMix), or empty
     entropy: float  # nats
-    bars: list[
-        tuple[str, float, bool]
-    ]  # title of a class, its probability, whether it is the folder's; the most probable first
+    # class title, probability, class is the folder's; the most probable class first
+    bars: list[tuple[str, float, bool]]
 
 
 @dataclass
 class Sheet:
+    """Cards under one heading of the report."""
+
     title: str
     about: str
     cards: list[Card]
 
 
 def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]) -> list[Sheet]:
-    """The most certain crops of those that were looked at, the most uncertain, and
-    those whose label is surest of another class than the folder's; one of an image.
-    folder: has the store's images. titles: of the classes. Pixels are rendered on the
-    CPU. Raises DataError if an image has changed."""
+    """Make sheets of the surveyed crops that are the most certain, the most uncertain,
+    and the surest of another class than the folder's.
+
+    A sheet shows at most one crop of an image, and an empty sheet is left out. folder:
+    holds the store's images. titles: of the classes. Pixels are rendered on the CPU.
+    Raises DataError if an image has changed.
+    """
     apart = found.confidence - found.folder
     apart[found.first == store.images.class_index[found.row]] = -1
     ways = (
@@ -94,7 +98,8 @@ def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]
 
 
 def _first_of_each_image(found: Survey, key: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    """Entries of the survey with the least key, at most one of an image."""
+    """Choose the entries of the survey with the least ``key``, at most one of an image.
+    among: bool [labels], the entries to choose from; None: all."""
     entries = np.arange(len(key)) if among is None else np.flatnonzero(among)
     entries = entries[np.lexsort((entries, key[entries]))][: CARDS * 64]
     _, first = np.unique(found.row[entries], return_index=True)
@@ -139,8 +144,8 @@ def _pasted(store: LabelStore, view: int, row: int) -> str:
 
 
 def _whole(store: LabelStore, rows: np.ndarray, read: Reader) -> torch.Tensor:
-    """uint8 [n, …, …, 3]: images whole, as the renderer decodes them, squeezed into a
-    square."""
+    """Render whole images, as the renderer decodes them, squeezed into squares: uint8
+    [n, 2 · THUMBNAIL, 2 · THUMBNAIL, 3]."""
     manifest = store.images
     boxes = np.stack(
         [np.zeros_like(rows), np.zeros_like(rows), manifest.height[rows], manifest.width[rows]],
@@ -154,14 +159,14 @@ def _whole(store: LabelStore, rows: np.ndarray, read: Reader) -> torch.Tensor:
 
 
 def _fitted(height: int, width: int) -> tuple[int, int]:
-    """(width, height) of a thumbnail."""
+    """Return (width, height) of a thumbnail."""
     scale = THUMBNAIL / max(height, width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _address(pixels: torch.Tensor, size: tuple[int, int]) -> str:
-    """uint8 [height, width, 3] as a JPEG of (width, height) pixels in a data: address,
-    which asks no network."""
+    """Encode pixels as a JPEG in a data: address, which asks no network. pixels: uint8
+    [height, width, 3]. size: (width, height) of the JPEG."""
     picture = io.BytesIO()
     Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.LANCZOS).save(
         picture, "JPEG", quality=82

@@ -1,5 +1,5 @@
-"""A store as one page of HTML that needs nothing else: no script, no other file, no
-network."""
+"""Write a report on a store: one page of HTML that needs no script, no other file and
+no network."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from pipeline.inspection.statistics import DAMAGED, DONE, LABELS, MISSING, Surve
 from pipeline.inspection.store_facts import store_facts, store_lines
 from pipeline.models.names import class_titles
 
-WORST, ALL = 15, 1000  # classes and pairs of classes in a table, and in the one that is folded away
-LARGEST_SIDE = 1024  # cells of the coverage's picture
-COLOURS = np.array(
-    [[24, 138, 128], [137, 143, 150], [214, 48, 49]], np.uint8
-)  # done, missing, damaged
+WORST, ALL = 15, 1000  # rows of a table of classes or pairs of classes; of a folded table
+LARGEST_SIDE = 1024  # cells on a side of the coverage picture, at most
+# done, missing, damaged
+COLOURS = np.array([[24, 138, 128], [137, 143, 150], [214, 48, 49]], np.uint8)
 
 
 @dataclass
 class Histogram:
-    """Bars of equal width: each its share of the values in per cent, its height in per
-    cent of the tallest, and what it says of itself."""
+    """A histogram with bars of equal width."""
 
     title: str
     about: str
+    # share of the values in per cent, height in per cent of the tallest bar, tooltip
     bars: list[tuple[float, float, str]]
     ticks: list[str]  # at the left end, in the middle and at the right end
 
@@ -43,10 +42,13 @@ class Histogram:
 def write_report(
     path: Path, file: Path, *, data: Path | None = None, labels: int = LABELS, check: bool = True
 ) -> dict:
-    """Write the page of the store at ``path`` to ``file``, whole or not at all, and
-    return what ``inspect`` tells. data: the folder of class folders that was labelled,
-    for photographs. labels, check: see ``survey``. Raises StoreError, or DataError for
-    other images than the store's."""
+    """Write the report on the store at ``path`` to ``file``, whole or not at all, and
+    return the facts that ``inspect`` prints (``store_facts``).
+
+    data: the labelled folder of class folders, for photographs; None: a report without
+    photographs. labels, check: see ``survey``. Raises StoreError, or DataError for
+    other images than the store's.
+    """
     if file.is_dir():
         raise StoreError(
             f"{file} is a folder; name a file for --report, like {file / 'report.html'}"
@@ -89,8 +91,8 @@ def write_report(
 
 
 def _coverage(found: Survey) -> dict:
-    """Views × shards as a picture, a cell the worst of what it stands for where they
-    are many."""
+    """Draw the state of each shard as a picture, views × shards, and count the states.
+    Beyond LARGEST_SIDE views or shards, a cell shows the worst of several shards."""
     worst = found.coverage
     for axis in (0, 1):
         starts = np.unique(
@@ -138,21 +140,23 @@ def _histograms(store: LabelStore, found: Survey) -> list[Histogram]:
 
 
 def _shapes(store: LabelStore, found: Survey) -> tuple[np.ndarray, np.ndarray]:
-    """Area as a share of the image, and width over height, of each crop that was looked
-    at."""
+    """Return the area of each surveyed crop as a share of its image, and its width over
+    height."""
     height, width = (found.boxes[:, edge].astype(np.float64) for edge in (2, 3))
     whole = store.images.height[found.row].astype(np.float64) * store.images.width[found.row]
     return height * width / whole, width / height
 
 
 def _around(ratio: np.ndarray) -> tuple[float, float]:
-    """Ends of an axis, 1 in its middle, that has all but the oddest per mille."""
+    """Return the ends of a logarithmic axis around 1 that leaves out at most 0.1 % of
+    the ratios at either end."""
     far = max(1.5, *np.exp(np.abs(np.log(np.quantile(ratio, [0.001, 0.999])))))
     return 1 / far, far
 
 
 def histogram(title: str, about: str, values: np.ndarray, edges: np.ndarray) -> Histogram:
-    """Values beyond the edges count in the outermost bars."""
+    """Make a histogram of values. Values beyond the edges count in the outermost
+    bars."""
     share = 100 * np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / max(1, len(values))
     most = max(share.max(), 1e-9)
     bars = [
@@ -164,7 +168,8 @@ def histogram(title: str, about: str, values: np.ndarray, edges: np.ndarray) -> 
 
 
 def _by_area(store: LabelStore, found: Survey) -> list[dict]:
-    """Per tenth of the crops by area: where it ends, mean entropy, and how many put the
+    """Sort the crops by area and describe each tenth of them: smallest and largest area
+    (share of the image), mean entropy in nats, and the share of labels that put the
     folder's class first (0 … 1)."""
     area, _ = _shapes(store, found)
     agreeing = found.first == store.images.class_index[found.row]
@@ -181,7 +186,8 @@ def _by_area(store: LabelStore, found: Survey) -> list[dict]:
 
 
 def _views(found: Survey) -> dict | None:
-    """How much the labels of one image differ from view to view."""
+    """Describe how much the labels of an image differ from view to view; None if no
+    image was surveyed in several views."""
     if len(found.loyalty) == 0:
         return None
     edges = np.linspace(0, 1, 11)

@@ -1,5 +1,5 @@
-"""Making stored labels again: are the images those that were labelled, and do the
-teachers say of some crops what the store says they said?"""
+"""Check a store against its images and its teachers: the images are unchanged, and the
+teachers give a sample of crops the stored labels again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pipeline.runtime.precision import rounding
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for
 
-WORST = 5  # crops that are named
-THREADS = 8  # each holds a shard, and a chunk of it decoded
+WORST = 5  # crops named in a result
+THREADS = 8  # each holds a shard in memory, and a decoded chunk of the shard
 
 
 def recheck(
@@ -39,12 +39,14 @@ def recheck(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict:
-    """What ``verify`` tells: the verdict on the store's files (cache.verify), on the
-    images of ``folder`` if there is one, and on ``sample`` crops made again.
-    ``trusted`` is the whole: sound, complete, and nothing in ``problems``, lines about
-    images and labels that aren't the store's.
+    """Verify a store's files (``cache.verify``) and, with ``folder``, its images: all
+    of them (``require_same_images``), or with ``sample`` the images and labels of that
+    many crops (``relabel``).
 
-    Raises StoreError if there is no store to look at.
+    Returns the facts that ``verify`` prints. ``problems`` lists images and labels that
+    aren't the store's, a line each. ``trusted`` is the verdict on everything: the store
+    is sound and complete, and ``problems`` is empty. Raises StoreError if there is no
+    store.
     """
     made_by = "generate-labels, merge or import-labels"
     try:
@@ -91,8 +93,8 @@ def _disagreement(sample: dict) -> str:
 
 
 def require_same_images(store: LabelStore, folder: Path, threads: int | None = None) -> None:
-    """Raises DataError unless the folder holds the manifest's files, byte for byte: all
-    are read."""
+    """Require the manifest's files in the folder, byte for byte: every usable image is
+    read. Raises DataError otherwise."""
     require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
     with (
         Reader(folder, store.images, threads) as read,
@@ -113,16 +115,19 @@ def relabel(
     seed: int = 0,
 ) -> dict:
     """Render ``sample`` random crops of the store again, run the teachers on them and
-    compare with the stored labels.
+    compare the new labels p with the stored labels p̂.
 
-    specs: the store's teachers, in its order, where their weights aren't timm's of the
-    recorded name; or none. seed: of the choice of crops. Returns mean and largest
-    KL(p‖p̂) in nats and total variation beside the stated maxima, the share of equal
-    codes (0 … 1), the worst crops, and ``agrees``: no crop's p is, in total variation,
-    further from every label that is coded as the stored one (``unexplained``,
-    Codec.distance) than other arithmetic puts it (``allowed``); of an average also than
-    its parts' codecs may have put it. Raises MealError if images, teachers or pixels
+    specs: the store's teachers, in its order; empty if their weights are timm's of the
+    recorded names. seed: of the choice of crops. Returns mean and largest KL(p‖p̂) in
+    nats and total variation beside the stated maxima, the share of equal codes (0 … 1),
+    the worst crops, and ``agrees``. Raises MealError if images, teachers or pixels
     aren't the store's.
+
+    A crop's ``unexplained`` is the total variation between p and the nearest label with
+    the stored codes (``codec_bounds.distance``). ``allowed`` is the total variation
+    that other arithmetic may cause; in an average of stores, also the error that the
+    codecs of its parts may have caused. ``agrees``: no crop's ``unexplained`` exceeds
+    ``allowed``.
     """
     if "imported" in store.provenance:
         raise StoreError(
@@ -196,7 +201,7 @@ def relabel(
 
 def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: str) -> float:
     """Bound the total variation that rounding alone adds to a label of this provenance
-    when it is made again in ``precision`` (arithmetic.rounding). The bound of an
+    when it is computed again in ``precision`` (``precision.rounding``). The bound of an
     average of stores is the mean of its parts' bounds, weighted by their numbers of
     teachers."""
     if parts := origin.get("merged"):
@@ -210,8 +215,8 @@ def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: 
 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:
-    """The store's teachers, as it says they were. Raises StoreError if these are
-    others."""
+    """Load the store's teachers as its provenance describes them. Raises StoreError if
+    ``specs`` or the loaded weights are other teachers'."""
     made = store.provenance["teachers"]
     if specs and len(specs) != len(made):
         raise StoreError(
@@ -257,8 +262,8 @@ def _spec(teacher: dict) -> ModelSpec:
 
 
 def _choose(store: LabelStore, sample: int, seed: int) -> np.ndarray:
-    """int64 [n, 2]: views and rows of random labelled crops, each at most once, in the
-    order of the store."""
+    """Choose random labelled crops, each at most once. Returns int64 [n, 2]: views and
+    rows, in the order of the store."""
     views, shards = np.nonzero(store.finished())
     if len(views) == 0:
         raise StoreError(

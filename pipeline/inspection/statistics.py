@@ -1,5 +1,5 @@
-"""What the labels of a store are like: where they are, how certain, whether they agree
-with the class folders, and how much the views of an image differ."""
+"""Survey the labels of a store: which shards are finished, how certain the labels are,
+how often they agree with the class folders, how much the views of an image differ."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from cache.format.codec import entropy
 from pipeline.runtime.progress import Progress
 from pipeline.runtime.threads import threads_for
 
-LABELS = 200_000  # that are looked at, of a larger store
-VIEWS = 8  # in which the same images are looked at, at most
-SPREAD = 1 << 25  # numbers: of so many images × classes the mean label over the views is kept
-THREADS = 8  # each holds a shard
+LABELS = 200_000  # labels surveyed of a larger store
+VIEWS = 8  # views in which the same images are surveyed, at most
+SPREAD = 1 << 25  # images × classes for which the mean label over the views is kept, at most
+THREADS = 8  # each holds a shard in memory
 
-DONE, MISSING, DAMAGED = range(3)  # the worse the greater
+DONE, MISSING, DAMAGED = range(3)  # a worse state has a larger number
 
 
 @dataclass
 class Survey:
-    """Of each label that was looked at an entry; arrays are [labels] where nothing else
-    is said."""
+    """Measurements of the surveyed labels. Arrays are [labels] unless their comment
+    states another shape."""
 
     coverage: np.ndarray  # uint8 [views, shards]: DONE, MISSING or DAMAGED
     faults: list[tuple[int, int, str]]  # view, shard, what is wrong
-    checked: bool  # whether every finished shard was compared with its digest
+    checked: bool  # every finished shard was compared with its digest
     view: np.ndarray  # int32
     row: np.ndarray  # int64
     entropy: np.ndarray  # float32, nats
     first: np.ndarray  # int32, the class with the largest probability
-    confidence: np.ndarray  # float32, that probability
+    confidence: np.ndarray  # float32, the largest probability
     folder: np.ndarray  # float32, the probability of the image's class folder
     boxes: np.ndarray  # int32 [labels, 4]
-    # float64 [images seen in several views]: the share of its views that put its most
-    # frequent first class first
+    # float64 [images surveyed in several views]: the share of an image's views whose
+    # first class is the most frequent first class of the image
     loyalty: np.ndarray
-    divergence: (
-        np.ndarray
-    )  # float64 [some of these images]: Jensen-Shannon divergence of the labels of its views, nats
+    # float64 [some of the images in loyalty]: the Jensen-Shannon divergence of the
+    # labels of an image's views, nats
+    divergence: np.ndarray
 
 
 def survey(
     store: LabelStore, *, labels: int = LABELS, check: bool = True, threads: int | None = None
 ) -> Survey:
-    """Look at ``labels`` labels of a store, of the same images in some of its views;
-    rows are in random order, so they are a fair sample.
+    """Survey ``labels`` labels of a store: the same images in at most VIEWS of its
+    views. A store's rows are in random order, so the sample is fair.
 
     check: compare every finished shard with its digest, which reads the whole store;
-    False: only those that labels are taken from. Raises StoreError if there is no label
-    yet, or one can't be read for the moment.
+    False: compare only the shards of the surveyed labels. Raises StoreError if there is
+    no label yet, or if a label can't be read for the moment.
     """
     finished = store.finished()
     begun = np.flatnonzero(finished.any(axis=1))
@@ -84,7 +84,7 @@ def survey(
         fault, part, means = _look(store, *place, rows if wanted[place] else rows[:0], spread)
         if part:
             at = np.searchsorted(spread, part["row"][: len(means)])
-            with adding:  # here, so that no labels wait to be added
+            with adding:  # in this thread, so that no labels pile up before they are added
                 sums[at] += means
                 entropies[at] += part["entropy"][: len(means)]
                 seen[at] += 1
@@ -113,9 +113,8 @@ def survey(
         )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     several = np.flatnonzero(seen > 1)
-    chunks = np.array_split(
-        several, max(1, len(several) // store.chunk_rows)
-    )  # all at once would take several times what the sums take
+    # In chunks: all means at once would take several times the memory of the sums.
+    chunks = np.array_split(several, max(1, len(several) // store.chunk_rows))
     of_means = np.concatenate([entropy(sums[chunk] / seen[chunk, None]) for chunk in chunks])
     divergence = np.maximum(0, of_means - entropies[several] / seen[several])
     return Survey(
@@ -129,10 +128,13 @@ def survey(
 
 
 def by_class(found: Survey, folders: np.ndarray) -> np.ndarray:
-    """folders: int [labels], each image's class folder. Returns a row for each folder
-    that was seen, the least agreeing first: ``class``, ``labels``, ``agreeing`` (those
-    that put the folder's class first), ``mass`` (the mean probability of the folder's
-    class)."""
+    """Tabulate how well the labels agree with each surveyed class folder, the least
+    agreeing folder first.
+
+    folders: int [labels], the class folder of each label's image. Columns: ``class``;
+    ``labels``, their number; ``agreeing``, the number of labels that put the folder's
+    class first; ``mass``, the mean probability of the folder's class.
+    """
     seen, place = np.unique(folders, return_inverse=True)
     table = np.zeros(
         len(seen), [("class", "i8"), ("labels", "i8"), ("agreeing", "i8"), ("mass", "f8")]
@@ -144,9 +146,9 @@ def by_class(found: Survey, folders: np.ndarray) -> np.ndarray:
 
 
 def confusions(found: Survey, folders: np.ndarray) -> np.ndarray:
-    """Which classes the teachers put first in place of an image's folder, the most
-    frequent first: ``folder``, ``first``, ``labels``, and ``share`` of the folder's
-    labels (0 … 1)."""
+    """Count the classes that the teachers put first in place of an image's folder, the
+    most frequent pair first. Columns: ``folder``, ``first``, ``labels``, and ``share``
+    of the folder's labels (0 … 1)."""
     wrong = found.first != folders
     pairs, count = np.unique(
         np.stack([folders[wrong], found.first[wrong]]), axis=1, return_counts=True
@@ -160,15 +162,16 @@ def confusions(found: Survey, folders: np.ndarray) -> np.ndarray:
 
 
 def _evenly(n: int, most: int) -> np.ndarray:
-    """int64: at most so many of n places, evenly spaced."""
+    """Choose at most ``most`` of n places, evenly spaced: int64."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
 
 
 def _look(
     store: LabelStore, view: int, shard: int, rows: np.ndarray, spread: np.ndarray
 ) -> tuple[str | None, dict, np.ndarray]:
-    """What is wrong with a shard; entries of those of the rows that are in it; and the
-    labels of the first of these, which are in ``spread`` too."""
+    """Survey those of ``rows`` that lie in a shard. Returns the shard's fault, if any;
+    the survey's columns for its rows; and the labels of its first rows, namely of those
+    that are in ``spread`` too."""
     content, fault = store.content(view, shard)
     here = store.shard_slice(shard)
     rows = rows[(rows >= here.start) & (rows < here.stop)]
@@ -204,7 +207,7 @@ def _look(
 
 
 def _loyalty(row: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Of each row that is there more than once, the share of its most frequent
+    """Return, for each row that occurs more than once, the share of its most frequent
     ``first``."""
     pairs, count = np.unique(np.stack([row, first]), axis=1, return_counts=True)
     starts = np.flatnonzero(np.diff(pairs[0], prepend=-1))

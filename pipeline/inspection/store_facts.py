@@ -19,7 +19,7 @@ from cache.format.schema import LOOKS, RECORD_MAGIC
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of all files of a store."""
+    """Add up the bytes of all files of a store."""
     total, folders = 0, [str(path)]
     with ThreadPoolExecutor(LOOKS) as pool:
         while folders:  # level by level
@@ -30,7 +30,7 @@ def stored_bytes(path: Path) -> int:
 
 
 def _look(folders: list[str]) -> tuple[int, list[str]]:
-    """(bytes of the files in these folders, the folders in them)."""
+    """Return the bytes of the files in these folders, and the folders in them."""
     size, below = 0, []
     for folder in folders:
         with os.scandir(folder) as entries:
@@ -38,17 +38,17 @@ def _look(folders: list[str]) -> tuple[int, list[str]]:
                 if entry.is_dir(follow_symlinks=False):
                     below.append(entry.path)
                 else:
-                    with suppress(FileNotFoundError):  # another process is writing: it was renamed
+                    with suppress(FileNotFoundError):  # a writer has just renamed the file
                         size += entry.stat().st_size
     return size, below
 
 
-NAMES = 5000  # among which the nearest is looked for
+NAMES = 5000  # paths among which the closest one is looked for, at most
 
 
 def store_facts(path: Path) -> dict:
-    """Everything ``inspect`` tells, from attributes, manifest and completion records:
-    no label is read, however large the store is."""
+    """Collect everything that ``inspect`` prints, from attributes, manifest and
+    completion records. No label is read, however large the store is."""
     store = LabelStore.open(path)
     records = store.finished_records()
     finished = records["magic"] == RECORD_MAGIC
@@ -95,7 +95,7 @@ def store_facts(path: Path) -> dict:
 
 
 def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
-    """Unusable files by kind of reason: count, and one example."""
+    """Count unusable files by kind of reason, with one example of each."""
     if len(rows) == 0:
         return []
     reasons, paths = store.images.reason, store.images.path
@@ -108,8 +108,8 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
 
 
 def store_lines(facts: dict) -> list[tuple[str, str]]:
-    """What ``store_facts`` found, in words: (name, text), the name empty where the line
-    goes on with the one above."""
+    """Put the facts of ``store_facts`` into words: lines of (name, text). A line whose
+    name is empty continues the line above."""
     lines: list[tuple[str, str]] = [("store", facts["store"])]
     state = (
         "complete"
@@ -233,9 +233,10 @@ def _teacher(teacher: dict) -> str:
 
 
 def image_facts(path: Path, name: str) -> dict:
-    """One image of a store and its finished views, each with crop and label. name: its
-    path in the store, or how that ends. Raises StoreError."""
-    from pipeline.models.names import class_titles  # takes seconds, since it knows timm
+    """Collect the facts of one image and of its finished views, each with crop and
+    label. name: the image's path in the store, or the end of the path. Raises
+    StoreError if no image, or several, have the name."""
+    from pipeline.models.names import class_titles  # imports timm, which takes seconds
 
     store = LabelStore.open(path)
     row = _row_of(store, name)
@@ -284,7 +285,7 @@ def _row_of(store: LabelStore, name: str) -> int:
     if name in paths:
         return paths.index(name)
     tail = "/" + name.replace("\\", "/").lstrip("/")
-    # A path of the machine ends as the store does.
+    # An absolute path ends with the path in the store.
     found = [
         row for row, path in enumerate(paths) if path.endswith(name) or tail.endswith("/" + path)
     ]

@@ -1,5 +1,4 @@
-"""The pixels of single crops of a store, wherever they are in it: what its teachers
-saw, for looking at labels again."""
+"""Render single crops from anywhere in a store, as its teachers saw them."""
 
 from __future__ import annotations
 
@@ -20,9 +19,12 @@ from pipeline.render.settings import RenderSettings
 def pixels_of(
     store: LabelStore, places: np.ndarray, read: Reader, sizes: set[int], backend: str | None = None
 ) -> dict[int, torch.Tensor]:
-    """places: int [n, 2] views and rows. Returns by output size uint8 [n, size, size,
-    3], what the teachers saw there, with CutMix the mixed pictures. backend: another
-    than the store's, whose pixels differ a little."""
+    """Render crops as the store's teachers saw them, mixed if the store has CutMix.
+
+    places: int [n, 2], views and rows. backend: of the renderer, in place of the
+    store's; another backend's pixels differ a little. Returns output size → uint8 [n,
+    size, size, 3].
+    """
     shown = [(int(view), int(row)) for view, row in places]
     crops = Crops.join([store.whole_crops(view, [row]) for view, row in shown])
     place = np.arange(len(shown))

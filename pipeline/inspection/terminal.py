@@ -1,5 +1,5 @@
-"""What a person sees of a store and of an evaluation: facts as one JSON object, and the
-same as a page in a terminal."""
+"""Print the facts of a store, a verdict, an evaluation or an image as a page in a
+terminal. ``--json`` prints the same facts as one object."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from cache.verify import Finding
 from pipeline.inspection.store_facts import store_lines
 from pipeline.runtime.progress import results
 
-FINDINGS = 20  # lines of a kind on a page
+FINDINGS = 20  # lines of each kind on a page, at most
 
 
 def store_page(facts: dict) -> None:
+    """Print the facts of a store (``store_facts``)."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -25,8 +26,8 @@ def store_page(facts: dict) -> None:
 
 
 def verdict_page(result: dict) -> None:
-    """What ``verify`` found, a line a finding, the most at once ``FINDINGS`` of a
-    kind."""
+    """Print the result of ``verify``: a line for each finding, at most ``FINDINGS`` of
+    a kind, and a summary."""
     console = results()
 
     def lines(kind: str, texts: list[str]) -> None:
@@ -96,7 +97,7 @@ def verdict_page(result: dict) -> None:
 
 
 def evaluation_table(result: dict) -> None:
-    """Top-1 and top-5 of each model, of the ensemble and of the teachers."""
+    """Print top-1 and top-5 of each model, of the ensemble and of the teachers."""
     compared = "teacher_kl" in result["models"][0]
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
@@ -127,6 +128,7 @@ def evaluation_table(result: dict) -> None:
 
 
 def image_page(facts: dict) -> None:
+    """Print the facts of one image and its views (``image_facts``)."""
     console = results()
     told = (
         f"{facts['height']} × {facts['width']} pixels, {facts['bytes']:,} bytes, row {facts['row']}"

@@ -41,8 +41,8 @@ SLOW = 8
 LONG = 2.0
 CLASSES = 1000  # classes of the labels in KNOWN
 BOX = 12  # measured bytes of a crop's box and flip, compressed
-# Bytes per label by codec, measured with two real teachers (README, "The label store").
-# The default codec's figure follows from cost.py.
+# Bytes per label by codec, measured with two real teachers (cache/README.md). The
+# default codec's figure follows from cost.py.
 KNOWN = {
     "float32": 3590,
     "float16": 1738,

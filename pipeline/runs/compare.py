@@ -24,7 +24,7 @@ from pipeline.runs.folder import RunError, RunFolder
 from pipeline.runs.metrics import CURVES, best_of, images_of, labels_of, points
 from pipeline.runtime.progress import duration, results
 
-STYLES = ("-", "--", "-.", ":")  # with seven colours, 28 runs differ from each other
+STYLES = ("-", "--", "-.", ":")  # with seven colours, enough for 28 different lines
 KINDS = ("png", "pdf", "svg")  # file endings of a picture
 # Longest name of a run in the picture, and height of a line of names.
 LEGEND_CHARACTERS, LEGEND_INCHES = 48, 0.19

@@ -69,8 +69,8 @@ def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def images_of(one: dict) -> float:
-    """Return how many crops the student saw in a pass. Runs of an older version didn't
-    note the number, so it is computed from their speed."""
+    """Return how many crops the student saw in a pass. For a run of an older version,
+    which didn't note the number, it is computed from the speed."""
     return one.get("images") or one["images_per_second"] * one["seconds"]
 
 

@@ -63,8 +63,8 @@ class Learner(nn.Module):
         scalar, the mean over the rows, the discriminator's loss included. The sums over
         the rows are float64 [6]: the loss without the discriminator's, KL(soft
         labels‖student), the number of rows where label and student put the same class
-        first, the discriminator's loss, and its right answers on the student's side and
-        on the teachers' side.
+        first, the discriminator's loss, and the discriminator's right answers on the
+        student's side and on the teachers' side.
         """
         logits = self.model(pixels, self.precision)
         loss = self.targets.loss(logits, goal)
@@ -252,7 +252,7 @@ class Run:
         return loss
 
     def _step(self, batch: Batch) -> torch.Tensor:
-        """Take one optimizer step on the mean over the global batch.
+        """Take one optimizer step on the mean loss over the global batch.
 
         Returns this process's part of the epoch's sums (``Learner.forward``), float64
         [6] on the device. The device is not waited for.

@@ -49,9 +49,8 @@ def choose_source(
     path: a label store, or None. started_views: the number of views that the run
     replays, if the run was begun before. allow_renderer_difference: warn where this
     machine renders other pixels than the teachers saw; False: raise StoreError. before:
-    the files that an earlier start found in the folder. Returns the config, completed
-    with the values that the source decides; the source; and the live teachers, if there
-    are any.
+    an earlier start's scan of the folder. Returns the config, completed with the values
+    that the source decides; the source; and the live teachers, if there are any.
     """
     processes = execution.processes
     if path is not None:

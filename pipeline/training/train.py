@@ -129,8 +129,8 @@ def find_validation(
     """Find the images to validate on: those of ``other``, or of val/ beside the
     training images.
 
-    Returns None if there is neither. before: the files that an earlier start found
-    there. Raises DataError.
+    Returns None if there is neither. before: an earlier start's scan of the folder.
+    Raises DataError.
     """
     folder = processes.together(lambda: _validation_folder(data, other))
     if not processes.first(lambda: folder is not None):

@@ -1,5 +1,5 @@
-"""What the benchmarks share: photographs, models and stores in a temporary folder, both
-stages on them, and seconds in pairs."""
+"""Provide the benchmarks' common parts: photographs, models and stores in a temporary
+folder, both stages on them, and pairs of timings."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ FOLDERS = 16
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured with."""
+    """The amount of data and the models that are measured with."""
 
-    photographs: int = 256  # different ones
+    photographs: int = 256  # different photographs
     copies: int = 16
     teachers: tuple[str, str] = ("tf_efficientnet_lite1", "tf_efficientnet_lite2")
     student: str = "tf_efficientnet_lite0"
-    rows: int = 100_000  # of labels that are read alone
-    files: int = 1_000  # of labels, one per image
-    image_size: int | None = None  # of the teachers, in pixels; None: their own
+    rows: int = 100_000  # rows of labels that are read alone
+    files: int = 1_000  # label files, one per image
+    image_size: int | None = None  # pixels, of the teachers; None: their own sizes
 
 
 SMALL = Extent(32, 2, ("test_resnet", "test_efficientnet"), "test_efficientnet", 2_000, 20)
@@ -73,7 +73,7 @@ SMALL = Extent(32, 2, ("test_resnet", "test_efficientnet"), "test_efficientnet",
 class Figure:
     name: str
     ratios: list[float]
-    least: float | None  # aimed at
+    least: float | None  # the aim
     detail: str
 
     def row(self) -> str:
@@ -90,7 +90,7 @@ class Figure:
 
 
 class StandIn(Model):
-    """A model that does nothing for some seconds, without the interpreter's lock."""
+    """A model that sleeps for ``seconds``, without the interpreter's lock."""
 
     seconds = 0.0
 
@@ -100,7 +100,7 @@ class StandIn(Model):
 
 
 class First(Clock):
-    """Also knows when the teachers began."""
+    """A clock that also knows when the teachers began."""
 
     first = 0.0
 
@@ -122,7 +122,7 @@ def stand_in(seconds: float, device: torch.device = CPU) -> StandIn:
 
 @contextmanager
 def serial() -> Iterator[None]:
-    """Nothing beside anything else."""
+    """Do nothing beside anything else: no thread ahead, none behind."""
 
     @contextmanager
     def ahead(items: Iterator, depth: int = 2) -> Iterator[Iterator]:
@@ -141,7 +141,7 @@ def serial() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For torch: what little arithmetic there is around a stand-in would be the
+    """Give torch one thread. The little arithmetic around a stand-in would be the
     accelerator's, and many threads would take the loader's cores for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -164,12 +164,12 @@ def seconds(do: Callable[[], object]) -> float:
 
 
 def mean_seconds(do: Callable[[], object]) -> float:
-    """Seconds of one of ten."""
+    """Return the seconds of one call, as the mean of ten."""
     return seconds(lambda: [do() for _ in range(10)]) / 10
 
 
 def pairs(a: Callable[[], float], b: Callable[[], float], n: int) -> list[tuple[float, float]]:
-    """Of seconds, in turn."""
+    """Take n pairs of timings, a and b in turn."""
     return [(a(), b()) for _ in range(n)]
 
 
@@ -192,7 +192,7 @@ class Place:
 
     @cached_property
     def many(self) -> Path:
-        """Photographs, most of them several times."""
+        """A folder that holds each photograph ``extent.copies`` times."""
         return self._photographs("many", self.extent.copies)
 
     @cached_property
@@ -283,8 +283,8 @@ class Place:
         return Labeller(self.labelling(config, data, teachers), writer, read), units
 
     def rendered(self, run: Labeller, units: list[Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
-        """What the loader makes of these units, batch by batch, per view: for
-        nobody."""
+        """Render these units as the loader does, batch by batch, per view, for no
+        model."""
         run.room = threading.Semaphore(len(units))
         for _, _, views in run._batches(units):
             yield views
@@ -294,8 +294,8 @@ class Place:
     def labelled(
         self, config: Config, data: Path, empty: Path, teachers: list[Model]
     ) -> tuple[float, Path]:
-        """Seconds that generate-labels takes from its first batch at the teachers to
-        its last record, and the store."""
+        """Return the seconds that generate-labels takes from the teachers' first batch
+        to the last record, and the path of the store."""
         self.number += 1
         path = Path(shutil.copytree(empty, self.folder / f"{self.number}.zarr"))
         with ExitStack() as stack:
@@ -320,15 +320,15 @@ class Place:
         run = Run(
             config, self.folder / "run", model, teachers or [], source, None, Execution(self.device)
         )
-        run._save = lambda: None  # once an epoch, and an epoch here is short
+        run._save = lambda: None  # a run saves once an epoch, and an epoch here is short
         return run
 
 
 def bare_steps(
     model: Model, optimizer: torch.optim.Optimizer, memory: list[tuple], precision: str = "float32"
 ) -> None:
-    """Train on what is in memory already, (pixels, soft labels) of each batch: what
-    stage two is measured against."""
+    """Train on batches in memory, (pixels, soft labels) each. Stage two is measured
+    against these steps."""
     for pixels, p in memory:
         loss = losses.soft_cross_entropy(model(pixels, precision), p).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -337,15 +337,15 @@ def bare_steps(
 
 
 def of_a_pass(run: Run) -> float:
-    """Seconds of one pass over the images; what it renders ahead for the next one,
-    which would be done beside other measurements, is dropped."""
+    """Return the seconds of one pass over the images. Batches rendered ahead for the
+    next pass are dropped: their rendering would go on beside other measurements."""
     took = seconds(run.train_pass)
     run.replay.forget()
     return took
 
 
 def stored(place: Place, data: Path, config: Config) -> StoredLabels:
-    """A view that a stand-in has labelled."""
+    """Label one view by a stand-in, and return its stored labels."""
     made = config.model_copy(update={"crops": config.crops.model_copy(update={"views": 1})})
     nothing = [stand_in(0, place.device)]
     path = place.labelled(made, data, place.empty(made, data, nothing), nothing)[1]

@@ -1,18 +1,19 @@
-"""What a label costs in bytes and in error: every codec of the store, beside the top-k
-formats of other systems, on labels of real teachers.
+"""Measure the cost of a label in bytes and in error: every codec of the store, beside
+the top-k formats of other systems, on labels of real teachers.
 
     python tests/bench/rate_distortion.py
     python tests/bench/rate_distortion.py --store labels.zarr --rows 4096
     python tests/bench/rate_distortion.py --figure curves.png --json figures.json
 
-Without a store: 256 labels of tf_efficientnet_lite1 + lite2 that come with the tests.
-A store of yours must be made with store.codec float32.
+Without --store, the labels are 256 of tf_efficientnet_lite1 + lite2 that come with the
+tests. A store of yours must be made with store.codec float32.
 
 Top-k formats (FKD, ml-dr, TinyViT) keep k class ids (2 bytes each) and probabilities (2
-bytes, float16) and share the rest evenly over the other classes: 4·k bytes,
-uncompressed as their authors store them; "packed" is the same through zstd level 19,
-which none of them does. Codecs are compressed as a store does it. "ratio" is a codec's
-KL over that of the top-k format at the same bytes, interpolated between k in log-log.
+bytes, float16), and share the rest of the probability evenly over the other classes:
+4·k bytes, uncompressed as their authors store them. "packed" is the same through zstd
+level 19, which none of the authors does. Codecs are compressed as in a store. "ratio"
+is a codec's KL over the KL of the top-k format at the same bytes, interpolated between
+k in log-log.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from cache.format.codec import CODECS, divergence, entropy
 
 KS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 125, 150, 200, 300)
 SHOWN = (5, 10, 100, 150)
-CHUNK = 1024  # rows that are compressed together, as in a store of 1,000 classes
+CHUNK = 1024  # rows compressed together, as in a store of 1,000 classes
 
 
 def top_k(p: np.ndarray, k: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """float64 [n, classes] → what is read back, and the arrays that are stored."""
+    """Code p, float64 [n, classes], as top-k. Returns the decoded p and the arrays to
+    store."""
     ids = np.argsort(-p, axis=1)[:, :k].astype(np.uint16)
     kept = np.take_along_axis(p, ids.astype(int), 1).astype(np.float16)
     rest = np.maximum(1 - kept.sum(axis=1, dtype=np.float64), 1e-6) / (p.shape[1] - k)
@@ -49,7 +51,7 @@ def top_k(p: np.ndarray, k: int) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def packed(arrays: list[np.ndarray], level: int) -> float:
-    """Bytes a row."""
+    """Return the bytes a row of arrays that are compressed in chunks."""
     n = len(arrays[0])
     return (
         sum(
@@ -62,7 +64,7 @@ def packed(arrays: list[np.ndarray], level: int) -> float:
 
 
 def measure(p: np.ndarray) -> dict:
-    """float64 [n, classes] of probabilities → figures of every format."""
+    """Measure every format on probabilities, float64 [n, classes]."""
     rows: dict[str, dict] = {}
     for k in KS:
         if k < p.shape[1] // 2:
@@ -184,7 +186,7 @@ def figure(measured: dict[str, dict], path: Path) -> None:
 
 
 def labels(store: Path | None, count: int) -> np.ndarray:
-    """float64 [n, classes], rows summing to one."""
+    """Return labels, float64 [n, classes], whose rows sum to one."""
     if store is None:
         with np.load(Path(__file__).parents[1] / "data" / "soft_labels.npz") as file:
             p = file["probabilities"][:count].astype(np.float64)
@@ -203,8 +205,8 @@ def labels(store: Path | None, count: int) -> np.ndarray:
 
 
 def sharper(p: np.ndarray, nats: float) -> np.ndarray:
-    """p^b renormalised, with the b that gives this mean entropy: labels as of stronger
-    teachers."""
+    """Sharpen labels, as stronger teachers would: p^b renormalised, with the b that
+    gives this mean entropy."""
     low, high = 1.0, 8.0
     for _ in range(40):
         b = (low + high) / 2

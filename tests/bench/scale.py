@@ -1,23 +1,23 @@
-"""What a label store costs as it grows: each step from opening it to reading an epoch,
-on stores of 10^3 to 10^8 crops and of ImageNet × 180 views.
+"""Measure the cost of a growing label store: each step from opening it to reading an
+epoch, on stores of 10^3 to 10^8 crops and of ImageNet × 180 views.
 
     python tests/bench/scale.py         # 15 to 30 minutes on two cores, 4 GB
     python tests/bench/scale.py --largest 6      # one or two minutes, 0.1 GB
     python tests/bench/scale.py --out scale.json
 
-The claim: no step's cost per crop (or per image, where a step sees images only) grows
-with the store, but for the logarithm in sorting the paths; and a process's memory grows
-with the images alone, not with the views.
+The claim has two parts. No step's cost per crop (or per image, where a step sees images
+only) grows with the store, but for the logarithm in sorting the paths. A process's
+memory grows with the images alone, not with the views.
 
-Stores are real: made by schema.create, view 0 by StoreWriter with crops drawn by the
-policy, completion records with digests, and a sample is verified. What is made up: the
-manifest (ImageNet's names, one file in a thousand unusable), and the labels: 16 rows
-over and over, which zstd packs into some 8 bytes a crop instead of some 450, so that
-10^8 fit on a disk. The other views hold copies of view 0's files under records of their
-own. What rows that differ cost to read and to keep is measured once, at 10^5 crops.
+Stores are real. schema.create makes them, StoreWriter writes view 0 with crops drawn by
+the policy, records hold digests, and a sample is verified. The manifest is made up:
+ImageNet's names, one file in a thousand unusable. So are the labels: 16 rows over and
+over, which zstd packs into some 8 bytes a crop instead of some 450, so that 10^8 fit on
+a disk. The other views hold copies of view 0's files under records of their own. The
+cost of reading and keeping rows that differ is measured once, at 10^5 crops.
 
-Steps run in processes of their own, forked after the imports; figures are medians, of
-CPU time (all threads of a process) since other work on the machine disturbs it less.
+Steps run in processes of their own, forked after the imports. Figures are medians of
+CPU time (all threads of a process), since other work on the machine disturbs it less.
 Files are in the page cache.
 """
 
@@ -61,7 +61,7 @@ from pipeline.sampling.epoch_order import epoch_windows
 from pipeline.training.batches import Batching, Replay, Window
 
 ROOT = Path(__file__).parents[2]
-# log10 of crops: images, views
+# log10 of crops → images, views
 SIZES = {
     3: (1_000, 1),
     4: (5_000, 2),
@@ -71,18 +71,18 @@ SIZES = {
     8: (1_281_167, 78),
 }
 IMAGENET = (1_281_167, 180)
-BASE = "10^5"  # what ratios are to
+BASE = "10^5"  # the size that ratios are to
 CLASSES, PROTOTYPES = 1000, 16
 DECODES = 4  # views that share a decode, as store.views_per_decode
 SAMPLE = 8  # shards that are checked and verified
-REPEATS, PATIENCE = 5, 20.0  # no further repeat after so many seconds, but three at least
+REPEATS, PATIENCE = 5, 20.0  # seconds after which no repeat follows, but for three at least
 
-# prepares, and gives what is timed
+# A step prepares a store, and yields the function that is timed.
 Step = Callable[[Path], AbstractContextManager[Callable[[], object]]]
 
 
 def manifest(n: int) -> Images:
-    """n files as ImageNet names them, in a random order."""
+    """Make up a manifest of n files as ImageNet names them, in a random order."""
     rng = np.random.default_rng(n)
     order = rng.permutation(n)
     class_index = np.sort(rng.integers(0, CLASSES, n)).astype(np.int32)[order]
@@ -109,8 +109,8 @@ def manifest(n: int) -> Images:
 
 
 def some_codes(n: int, seed: int) -> np.ndarray:
-    """Codes [n, columns] of distributions of some 1.2 nats, which zstd packs into 450
-    bytes a row; labels of real teachers have 1.4 nats and take 440."""
+    """Make up codes [n, columns] of distributions of some 1.2 nats, which zstd packs
+    into 450 bytes a row. Labels of real teachers have 1.4 nats and take 440 bytes."""
     rng = np.random.default_rng(seed)
     p = np.empty((n, CLASSES), np.float32)
     for first in range(0, n, 1024):
@@ -125,7 +125,7 @@ def some_codes(n: int, seed: int) -> np.ndarray:
 
 
 def create(path: Path, images: Images, views: int) -> CropPolicy:
-    """An empty store, and its policy."""
+    """Create an empty store, and return its crop policy."""
     codec, policy = CODECS[DEFAULT], CropPolicy(views=views)
     chunk_rows, shard_rows = schema.shard_rows_for(
         len(images), CLASSES, np.dtype(codec.dtype).itemsize
@@ -167,8 +167,8 @@ def create(path: Path, images: Images, views: int) -> CropPolicy:
 
 
 def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
-    """Make a finished store; with ``varied`` no two labels of a view are the same.
-    Returns CPU seconds a row of StoreWriter.write, per shard."""
+    """Make a finished store. varied: no two labels of a view are the same. Returns, for
+    each shard, the CPU seconds a row of StoreWriter.write."""
     images = manifest(n)
     policy = create(path, images, views)
     writer = StoreWriter(path)
@@ -192,8 +192,8 @@ def build(path: Path, n: int, views: int, varied: bool = False) -> list[float]:
 
 
 def copy_views(path: Path, first: int) -> None:
-    """Fill the views from ``first`` on with view 0's files, and records of their
-    own."""
+    """Fill the views from ``first`` on with copies of view 0's files, and with records
+    of their own."""
     writer = StoreWriter(path)
     store, records = writer.store, schema.array(writer.group, "records")
     for shard in range(store.shards):
@@ -235,8 +235,8 @@ def looking_what_is_finished(path: Path) -> Iterator[Callable]:
 
 @contextmanager
 def resuming(path: Path) -> Iterator[Callable]:
-    """All that generate-labels does before its first unit of a store of which one shard
-    is missing, without teachers, images and the check of shards."""
+    """Resume a store with one missing shard, as generate-labels does before its first
+    unit, but without teachers, images and the check of shards."""
     store = LabelStore.open(path)
     record, aside = (
         store.file("records", store.views - 1, store.shards - 1),
@@ -270,8 +270,8 @@ def resuming(path: Path) -> Iterator[Callable]:
 
 
 def sample(store: LabelStore) -> list[tuple[int, int]]:
-    """Some shards of other views and rows each, none of them the last, which is
-    shorter."""
+    """Choose some shards, each of other views and rows. The last shard of a view is
+    shorter, and is left out."""
     places = [
         (view, shard) for view in range(store.views) for shard in range(max(1, store.shards - 1))
     ]
@@ -288,10 +288,10 @@ def sampled(store: LabelStore) -> int:
 
 @contextmanager
 def checking(path: Path) -> Iterator[Callable]:
-    """Digests of some shards: what generate-labels does with its share's, and training
-    with each shard before its first use."""
+    """Compare the digests of some shards, as generate-labels does for its share and
+    training does for each shard before its first use."""
     store = LabelStore.open(path)
-    _ = store.images  # which both have read by then
+    _ = store.images  # both commands have read the manifest by then
 
     def check() -> None:
         assert not any(store.fault(*place) for place in sample(store))
@@ -329,7 +329,7 @@ def drawing_crops(path: Path) -> Iterator[Callable]:
 
 
 class Unrendered(Replay):
-    """Batches that are counted, not rendered."""
+    """A replay whose batches are counted, not rendered."""
 
     def _batch(self, epoch: int, whole: Window) -> int:
         return len(whole.rows)
@@ -337,8 +337,8 @@ class Unrendered(Replay):
 
 @contextmanager
 def reading_epoch(path: Path) -> Iterator[Callable]:
-    """Labels and crops of a view in training order, digests compared, cut into batches:
-    an epoch of every rank, but for its pictures."""
+    """Read labels and crops of a view in training order, digests compared, cut into
+    batches: an epoch of every rank, but for its pictures."""
     store = LabelStore.open(path)
     replay = Unrendered(stored_labels(store, store.views), [224], Batching(512, 0))
     for view in range(store.views):
@@ -367,7 +367,7 @@ CROPS, IMAGES, SAMPLED = (
     lambda store: len(store.images),
     sampled,
 )
-# what is run, and what its cost is shared out to
+# step → how it is run, the count that its cost is divided by, the name of a unit
 STEPS: dict[str, tuple[Step, Callable[[LabelStore], int], str]] = {
     "open": (opening, CROPS, "crop"),
     "manifest": (reading_manifest, IMAGES, "image"),
@@ -384,14 +384,14 @@ STEPS: dict[str, tuple[Step, Callable[[LabelStore], int], str]] = {
 
 
 def memory(name: str) -> int:
-    """MiB: VmRSS, resident now, or VmHWM, at most. (ru_maxrss would tell of the
-    parent's memory too.)"""
+    """Return this process's memory in MiB: VmRSS, resident now, or VmHWM, at most.
+    (ru_maxrss would include the parent's memory.)"""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) // 1024 for line in f if line.startswith(name))
 
 
 def in_child(work: Callable, *args: object) -> object:
-    """Run in a forked process, which has the imports and nothing else."""
+    """Run ``work`` in a forked process, which has the imports and nothing else."""
     receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=lambda: send.send(work(*args)))
     child.start()
@@ -405,10 +405,10 @@ def in_child(work: Callable, *args: object) -> object:
 
 
 def timed(path: Path, name: str) -> dict:
-    """Medians of one step, on a store opened anew each time."""
+    """Measure the medians of one step, on a store opened anew each time."""
     step, shared, per = STEPS[name]
     count = shared(LabelStore.open(path))
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest memory until now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the highest memory
     before = memory("VmRSS")
     wall, cpu = [], []
     while len(wall) < REPEATS and (len(wall) < 3 or sum(wall) < PATIENCE):
@@ -417,7 +417,7 @@ def timed(path: Path, name: str) -> dict:
             run()
             wall.append(time.perf_counter() - began[0])
             cpu.append(time.process_time() - began[1])
-        del run  # and the store with it
+        del run  # and the store that it holds
         if len(wall) == 1:
             highest = memory("VmHWM")
     return {
@@ -433,7 +433,7 @@ def timed(path: Path, name: str) -> dict:
 
 
 def command(path: Path) -> float:
-    """Seconds of ``inspect`` as a user waits for it, imports and all."""
+    """Return the seconds that a user waits for ``inspect``, imports and all."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, str(ROOT / "cli.py"), "inspect", str(path), "--json"],
@@ -486,13 +486,13 @@ def machine() -> dict:
 
 
 def computed(varied: dict) -> dict:
-    """Files of ImageNet × 180 views, and their bytes if a crop takes what it takes in
-    ``varied``, whose labels differ."""
+    """Compute the files of ImageNet × 180 views, and their bytes if a crop takes as
+    many as in ``varied``, whose labels differ."""
     n, views = IMAGENET
     _, shard_rows = schema.shard_rows_for(n, CLASSES, 1)
     arrays = len(schema.shard_arrays({"provenance": {}, "codec": CODECS[DEFAULT].describe()}))
     shards, columns = views * -(-n // shard_rows), len(Images.__dataclass_fields__)
-    # a zarr.json for the store, each array, records, and images with its columns
+    # a zarr.json for the store, each array, records, images, and each column of images
     descriptions = 1 + arrays + 1 + 1 + columns
     files = shards * (arrays + 1) + columns * -(-n // (1 << 16)) + descriptions
     return {

@@ -1,20 +1,20 @@
-"""How near both stages come to what their bare arithmetic allows: ratios of two things
-done in one run on one machine.
+"""Measure how near both stages come to their bare arithmetic: ratios of two timings in
+one run on one machine.
 
     make bench                                          # some fifteen minutes
     python tests/bench/speed.py --only stand-in online   # by words of their names
     python tests/bench/speed.py --out speed.json         # JSON too
 
 A figure is the median of the ratios of some pairs, A B A B …, with the least and the
-greatest. Photographs are cut from scikit-learn's two samples, to about the size of
-ImageNet's; weights are random, which doesn't matter to speed. What is done once at a
+greatest ratio. Photographs are cut from scikit-learn's two samples, to about the size
+of ImageNet's. Weights are random, which doesn't matter to speed. Work done once at a
 start (reading the manifest, loading models, the first use of each thread) isn't
-counted; stage one is timed from its first rendered batch on, to its last record.
+counted. Stage one is timed from its first rendered batch to its last record.
 
 A stand-in is a model that does nothing for 1.25 times as long as the loader alone takes
-for a batch, as an accelerator would seem from here: it shows what is lost between the
-loader and a fast device on a machine that has none. "Serial" is the same work with
-nothing done beside anything else.
+for a batch, as an accelerator would seem to the CPU. A machine without an accelerator
+can so measure the loss between the loader and a fast device. "Serial" is the same work
+with nothing done beside anything else.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ SLOWER = 1.25
 
 
 def left_by(loader: float, found: list[tuple[float, float]]) -> str:
-    """What a loader that takes so many seconds of one core leaves of a ratio, where the
-    model wants all cores."""
+    """Tell the best ratio possible beside a loader that takes ``loader`` seconds of one
+    core, where the model wants all cores."""
     bare = statistics.median(a for a, _ in found)
     return (
         "the loader shares the cores, which allows "
@@ -119,7 +119,7 @@ def the_teachers(place: Place) -> Iterator[Figure]:
 
 
 def compilation(place: Place) -> Iterator[Figure]:
-    """Of one teacher, one size of batch: store.compile."""
+    """Compare a teacher with the same, compiled (store.compile), at one batch size."""
     (teacher, _) = load_teachers(place.config(teachers=place.teachers).teachers, CPU)
     fast = teacher.compiled_teacher("float32")
     pixels = {
@@ -150,7 +150,8 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
     empty = place.empty(config, place.many, [stand_in(0)])
 
     def loading() -> tuple[float, int]:
-        """(seconds of the loader alone for a batch of one view, number of these)."""
+        """Return the seconds of the loader alone for a batch of one view, and the
+        number of batches."""
         with ExitStack() as stack:
             run, units = place.labeller(config, place.many, empty, [stand_in(0)], stack)
             begun = time.perf_counter()
@@ -184,7 +185,7 @@ def the_student(place: Place) -> Iterator[Figure]:
     )
     bare_model = load(config.student, classes=1000, image_size=224)
     optimizer = torch.optim.SGD(bare_model.module.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(2):  # the first also makes threads and buffers
+    for _ in range(2):  # the first pass also makes threads and buffers
         begun = time.process_time()
         with run.replay.epoch(0) as batches:
             labelled = [(batch, run.targets(batch).soft) for batch in batches]
@@ -277,7 +278,7 @@ def online(place: Place) -> Iterator[Figure]:
 
 
 class Torchvision(torch.utils.data.Dataset):
-    """Pillow decodes, torchvision crops: several crops of each image."""
+    """Several crops of each image, decoded by Pillow and cropped by torchvision."""
 
     def __init__(self, folder: Path, crops: int) -> None:
         self.files, self.crops = sorted(folder.glob("*/*.jpg")), crops
@@ -352,8 +353,9 @@ def the_loader(place: Place) -> Iterator[Figure]:
 
 
 def labels(place: Place) -> Iterator[Figure]:
-    """Rows of an epoch in training order, against a file per image as FKD keeps them:
-    boxes, flips and top-5 labels of 500 crops, of which one is used."""
+    """Compare reading the rows of an epoch in training order with reading a file per
+    image as FKD keeps it: boxes, flips and top-5 labels of 500 crops, of which one crop
+    is used."""
     n, files = place.extent.rows, place.extent.files
     path = place.folder / "labels.zarr"
     _store_of(path, n)
@@ -396,7 +398,7 @@ def labels(place: Place) -> Iterator[Figure]:
 
 
 def _store_of(path: Path, n: int) -> None:
-    """Of labels that are all different."""
+    """Make a store of n labels that are all different."""
     policy = scale.create(path, scale.manifest(n), 1)
     writer = StoreWriter(path)
     store = writer.store

@@ -1,5 +1,4 @@
-"""Claims, of which one process holds each at a time, and signals, which none
-swallows."""
+"""A claim is held by one process at a time, and no signal is swallowed."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ with claim(Path(sys.argv[1]), *sys.argv[2:]) as held:
 
 
 class Holder:
-    """Another process that tries to hold claims until it is told to let go."""
+    """Another process that tries to hold claims until it is told to end."""
 
     def __init__(self, folder: Path, *names: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -120,10 +119,10 @@ def test_a_process_number_used_again_does_not_keep_a_claim_alive(tmp_path):
 def test_the_claim_of_another_machine_is_taken_over_only_when_stale(
     tmp_path, age, taken, content, place
 ):
-    """A container of the same host name on another node, or beside this one, has a
-    process of this number too."""
+    """A container of the same host name, on another node or beside this container, may
+    have a process of the same number."""
     file = leave_claim(tmp_path / "claims", **{place: "elsewhere"})
-    if content == "empty":  # its owner has just created it, or died before it wrote its name
+    if content == "empty":  # the owner has just created it, or died before writing its name
         file.write_text("")
     then = time.time() - age
     os.utime(file, (then, then))
@@ -150,7 +149,7 @@ def test_two_that_find_the_same_dead_claim_do_not_both_take_it(tmp_path, monkeyp
 
     def slow(file: Path) -> bool:
         dead = real(file)
-        if not rivals:  # between the finding and the taking another worker is faster
+        if not rivals:  # another worker takes the claim between the look and the taking
             rivals.append(set())
             rivals[0] = rival.__enter__()
         return dead
@@ -178,7 +177,8 @@ for _ in range(400):
 def test_processes_that_come_and_go_meet_no_error_in_the_folder_that_comes_and_goes_with_them(
     tmp_path,
 ):
-    """Whoever lets go of the last claim removes the folder, while others make it."""
+    """The process that lets go of the last claim removes the folder, while others make
+    the folder."""
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", COME_AND_GO, str(tmp_path / "claims")]
     several = [subprocess.Popen([*command, name], text=True, cwd=ROOT, **pipes) for name in "abc"]
@@ -205,9 +205,9 @@ def test_a_folder_that_is_removed_while_a_claim_is_taken_is_made_again(tmp_path,
 
 
 def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
-    """Path.mkdir finds it there, and then finds that it is no folder, since it is gone:
-    FileExistsError."""
-    # as the claims' folder is made, and then as a claim is put into it
+    """Path.mkdir raises FileExistsError if the folder is there at first, and gone when
+    mkdir then asks whether it is a folder."""
+    # First while the claims' folder is made, then while a claim is put into it.
     real, vanishes = (Path.mkdir, [True, False, True])
 
     def mkdir(self: Path, *more: object, **how: object) -> None:
@@ -265,7 +265,7 @@ def test_a_claim_that_came_to_life_again_is_not_swept(tmp_path, holder, monkeypa
 
 @pytest.mark.parametrize("hidden", [FileNotFoundError, PermissionError])
 def test_a_process_that_the_system_hides_keeps_its_claim(tmp_path, holder, monkeypatch, hidden):
-    """/proc mounted with hidepid: another user's processes can't be looked at there."""
+    """/proc may be mounted with hidepid, which hides another user's processes."""
     theirs = holder("a").go()
     assert theirs.held() == ["a"]
     real = open
@@ -285,8 +285,8 @@ def test_a_process_that_the_system_hides_keeps_its_claim(tmp_path, holder, monke
 
 
 def test_a_claim_that_could_not_be_let_go_of_is_in_nobodys_way(tmp_path, monkeypatch):
-    """The disk didn't answer when it should have been; the process goes on, and waits
-    for no ghost of its own."""
+    """The disk doesn't answer when the claim should be let go of. The process goes on,
+    and later doesn't wait for its own old claim."""
     with claim(tmp_path / "claims", "a") as mine:
         with monkeypatch.context() as patch:
             patch.setattr(
@@ -295,7 +295,7 @@ def test_a_claim_that_could_not_be_let_go_of_is_in_nobodys_way(tmp_path, monkeyp
                 lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
             )
             with pytest.raises(OSError):
-                mine.lost("a")  # that can't be told
+                mine.lost("a")  # an owner that can't be read
         assert not mine.lost("a")
         monkeypatch.setattr(
             Path,
@@ -317,8 +317,8 @@ def test_a_name_that_is_a_link_to_itself_is_no_reason_for_a_trace(tmp_path):
 
 
 def swallowed() -> None:
-    """Have a signal come where Python only prints what is raised, and goes on: in a
-    callback of a weak reference."""
+    """Send a signal in a callback of a weak reference, where Python only prints an
+    exception and goes on."""
     thing = type("Thing", (), {})()
     _ = weakref.ref(thing, lambda gone: os.kill(os.getpid(), signal.SIGTERM))
     del thing
@@ -331,7 +331,7 @@ def test_a_signal_that_python_swallows_is_raised_by_the_next_check(monkeypatch):
         swallowed()
         assert [type(lost.exc_value) for lost in unraisable] == [Stopped]
         signals.check()
-    signals.check()  # which was that command's, not this one's
+    signals.check()  # the signal was that command's, not a later one's
 
 
 def test_a_clean_up_on_the_way_out_is_not_stopped_again():

@@ -1,5 +1,5 @@
-"""The codes of probabilities: every row comes back whole, within the stated error, and
-nothing but a distribution goes in."""
+"""The codes of probabilities: every row is decoded within the stated error, and only
+distributions are encoded."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
 def real_rows() -> np.ndarray:
-    """float64 [256, 1000]: what two real teachers said of random crops of ImageNet
-    photographs."""
+    """Load labels of two real teachers for random crops of ImageNet photographs:
+    float64 [256, 1000]."""
     with np.load(SOFT_LABELS) as file:
         p = file["probabilities"].astype("float64")
     return p / p.sum(axis=1, keepdims=True)
@@ -36,7 +36,7 @@ def real_rows() -> np.ndarray:
 
 @cache
 def varied(classes: int) -> np.ndarray:
-    """Rows from flat to one-hot."""
+    """Make rows from flat to one-hot."""
     rng = np.random.default_rng(classes)
     many = 2 if classes > 1_000 else 20
     rows = [np.full((1, classes), 1 / classes), np.eye(2, classes, classes - 2)]
@@ -52,8 +52,8 @@ def varied(classes: int) -> np.ndarray:
 
 
 def edges(codec: Codec) -> np.ndarray:
-    """float64 [edges]: the probabilities at which the rounding goes over from one code
-    to the next."""
+    """Return the probabilities at which the rounding changes from one code to the next:
+    float64 [edges]."""
     if codec.dtype == "float32":
         return np.geomspace(1e-30, 0.9, 200)
     if codec.is_float:
@@ -65,13 +65,12 @@ def edges(codec: Codec) -> np.ndarray:
 
 
 def adversarial(codec: Codec, classes: int) -> np.ndarray:
-    """Rows that round as badly as they can: as many classes as fit sit just above or
-    just below one edge, one class takes the rest."""
+    """Make the rows that round worst: as many classes as fit are just above or just
+    below one edge, and one class takes the rest."""
     rows = []
     usable = edges(codec)
     usable = usable[(usable < 1) & (usable > 1e-4 / classes)]
-    # what is lost there is lost by sharing: classes far below the first edge are zeros
-    # as well
+    # A tail loses by sharing, also among classes far below the first edge.
     if codec.tail:
         usable = np.concatenate([usable[0] * np.array([0.01, 0.1, 0.3, 0.7]), usable])
     near_flat = np.argsort(np.abs(usable - 1 / classes))[:4]
@@ -87,7 +86,7 @@ def adversarial(codec: Codec, classes: int) -> np.ndarray:
             row[up:many] = edge * (1 - 1e-5)
             row[-1] += 1 - row.sum()
             rows.append(row)
-            if codec.tail:  # some of those that fit, the rest of the classes having nothing
+            if codec.tail:  # a third of the classes that fit, and zero for the other classes
                 row = np.where(np.arange(classes) < many // 3, row, 0)
                 row[-1] += 1 - row.sum()
                 rows.append(row)
@@ -107,7 +106,7 @@ def test_a_decoded_row_sums_to_one_and_holds_no_zero(codec, classes):
     rows = varied(classes)
     codes = codec.encode(rows)
     decoded = codec.decode(codes)
-    assert (codes == 0).any()  # which must not come back as zeros
+    assert (codes == 0).any()  # codes of zero, which must not be decoded as zero
     assert codes.shape == (len(rows), codec.columns(classes))
     assert (
         codes.dtype == codec.dtype and decoded.dtype == np.float32 and decoded.shape == rows.shape
@@ -127,7 +126,7 @@ def test_no_row_exceeds_the_stated_error(codec, classes):
     assert tv.max() <= most_tv, f"row {tv.argmax()}"
     if codec.tail:
         assert kl.max() > 0.3 * most_kl or classes < 1_000
-    elif not codec.is_float:  # and the statement is no idle one: some row comes near it
+    elif not codec.is_float:  # the bound is not idle: some row comes near it
         assert kl.max() > 0.8 * most_kl and tv.max() > 0.75 * most_tv
 
 
@@ -142,8 +141,8 @@ def test_finer_codecs_state_smaller_errors(classes):
     assert tails == sorted(tails) and tails[0][0] > 0 and tails[-1][1] < 1
 
 
-# Codec: mean KL in nats, mean total variation, bytes a row as one zstd block of the
-# codec's level; measured on tests/data/soft_labels.npz.
+# Codec → mean KL in nats, mean total variation, bytes a row as one zstd block of the
+# codec's level, measured on tests/data/soft_labels.npz.
 MEASURED = {
     "cbrt8": (3.51e-4, 6.87e-3, 584),
     "pow8": (7.32e-4, 9.33e-3, 520),
@@ -180,9 +179,9 @@ def test_the_distance_to_a_coded_row_is_none_from_that_row_and_never_more_than_t
     codes, others = codec.encode(rows), np.roll(rows, 1, axis=0)
     assert distance(codec, rows, codes).max() < 2e-6
     apart = distance(codec, others, codes)
-    # of the rows that are coded so, one is known
+    # One row with these codes is known, so the nearest such row is no further away.
     assert (apart <= divergence(others, rows)[1] + 2e-6).all()
-    assert apart.max() > 0.2  # and they are other rows
+    assert apart.max() > 0.2  # the others are indeed other rows
 
 
 def test_the_default_codec_costs_less_than_half_precision_teachers():
@@ -247,16 +246,18 @@ def test_a_row_that_codes_to_nothing_but_zeros_is_refused():
     assert CODECS["pow8"].encode(rows).any(axis=1).all()
 
 
-# What a store says in words, and the same in numpy. Words that change must change here
-# too.
+# A store's formulas in words → the same in numpy. If the words change, they must change
+# here too.
 FORMULAS = {
     "p = max(q, zero); p = p / sum(p)": lambda q, c: np.maximum(q, c["zero"]),
-    "p = (q / levels) ** (1 / exponent) where q > 0, p = zero where q = 0; p = p / "
-    "sum(p)": lambda q, c: np.where(q > 0, (q / c["levels"]) ** (1 / c["exponent"]), c["zero"]),
-    "T = (t / M) ** 2 with M = codec.tail, t = tail[view, image], or T = 0 if no q is 0; p = (q / "
-    "levels) ** (1 / exponent) where q > 0, "
-    "scaled to the sum 1 - T; p = T / (number of classes with q = 0) where q = 0": lambda q, c: (
-        tail_by_its_words(q[:, :-1], q[:, -1], c)
+    "p = (q / levels) ** (1 / exponent) where q > 0, p = zero where q = 0; "
+    "p = p / sum(p)": lambda q, c: np.where(
+        q > 0, (q / c["levels"]) ** (1 / c["exponent"]), c["zero"]
+    ),
+    "T = (t / M) ** 2 with M = codec.tail, t = tail[view, image], or T = 0 if no q is 0; "
+    "p = (q / levels) ** (1 / exponent) where q > 0, scaled to the sum 1 - T; "
+    "p = T / (number of classes with q = 0) where q = 0": lambda q, c: tail_by_its_words(
+        q[:, :-1], q[:, -1], c
     ),
 }
 

@@ -1,8 +1,8 @@
 """Hostile and odd data: pictures that are too large, names that are anything, links,
 files that change, teachers that fail, and stores from strangers.
 
-What threatens a process (memory, an endless loop, a fault inside a decoder) is tried in
-a cage: a process of its own with little memory and time.
+Threats to a process (memory, an endless loop, a fault inside a decoder) are tried in a
+cage: a separate process with little memory and time.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ from pipeline.models.weights import load
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Reads a line of JSON (commands of the command line, each a list of words; megabytes;
-# seconds), runs them one after the other in a fork of itself that may have so much more
-# memory than it has, and take so many seconds a command; answers with a line of JSON.
+# The cage reads a line of JSON: commands, each a list of words; megabytes; seconds. It
+# runs the commands one after the other in a fork of itself, which may take so many
+# megabytes more than the cage has, and so many seconds a command. The answer is a line
+# of JSON.
 CAGE = """
 import json, os, resource, signal, sys, traceback
 import torch
@@ -114,16 +115,16 @@ for line in sys.stdin:
 
 @dataclass
 class Said:
-    """What a command of the command line left behind."""
+    """The status, output and errors of a command."""
 
     status: int
     out: str
     err: str
     trace: str = ""
-    grown: int = 0  # megabytes that the process had more at its largest than before
+    grown: int = 0  # megabytes by which the process grew at most
 
     def refused(self, *words: str) -> str:
-        """Asserts that the command failed with one clear line, and returns that."""
+        """Require that the command failed with one clear line, and return the line."""
         assert not self.trace, self.trace
         assert self.status == 1, f"status {self.status}: {self.out}{self.err}"
         (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
@@ -152,7 +153,8 @@ class Cage:
         assert self.process.stdout.readline() == "ready\n"
 
     def __call__(self, *commands: list, megabytes: int = 3000, seconds: int = 15) -> list[Said]:
-        """Run commands one after the other. Fails if one takes too long, or dies."""
+        """Run commands one after the other. Fails if a command takes too long, or
+        dies."""
         commands = [list(map(str, command)) for command in commands]
         print(
             json.dumps({"commands": commands, "megabytes": megabytes, "seconds": seconds}),
@@ -236,7 +238,7 @@ def commands(config, teachers, tmp_path) -> Callable[[Path, Path], Commands]:
 
 
 def run(*words: object) -> Said:
-    """A command in this process."""
+    """Run a command in this process."""
     result = CliRunner().invoke(main, [str(word) for word in words], color=True)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -246,7 +248,7 @@ def run(*words: object) -> Said:
 def small_photos(
     folder: Path, per_class: int, classes: tuple[str, ...] = ("ant", "bee", "cat")
 ) -> Path:
-    """A few photographs in class folders of any name."""
+    """Write a few photographs in class folders of any name."""
     write_photos(folder, per_class)
     for name, wanted in zip(("ant", "bee", "cat"), classes, strict=True):
         (folder / name).rename(folder / wanted)
@@ -281,7 +283,7 @@ def test_a_picture_of_a_hundred_megapixels_is_labelled_trained_from_and_evaluate
     (row,) = np.flatnonzero(found.path == "bee/huge.jpg")
     assert (found.height[row], found.width[row], found.status[row]) == (10_000, 10_000, USABLE)
     assert json.loads(said[2].out)["images"] == 7
-    # decoded it takes 300 MB, in some stages twice, and in two threads
+    # The decoded image takes 300 MB, in some stages twice, and in two threads.
     assert max(s.grown for s in said) < 2500
 
 
@@ -332,14 +334,14 @@ def jpeg_2000(width: int, height: int) -> bytes:
 
 
 def inflating(size: int) -> bytes:
-    """A kilobyte a megabyte: zlib's stream of ``size`` zeros."""
+    """Make zlib's stream of ``size`` zeros, one kilobyte for each megabyte."""
     packer = zlib.compressobj(9)
     first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
     return first + first[2:] * ((size >> 20) - 1) + b"\3\0\0\0\0\0"
 
 
 SIXTEEN = zlib.compress((b"\0" + bytes(3 * 16)) * 16)  # the pixels of a PNG of 16 × 16
-BOMBS: dict[str, bytes] = {  # and what they say of their size, in megapixels
+BOMBS: dict[str, bytes] = {  # name and stated megapixels → content
     "50,000.png 2,500.0": png(50_000, 50_000),
     "65,535.png 4,294.8": png(65_535, 65_535),
     "long.png 2,147.5": png(1, 2**31 - 1),
@@ -360,7 +362,7 @@ BOMBS: dict[str, bytes] = {  # and what they say of their size, in megapixels
     "wavelets.jp2 3,600.0": jpeg_2000(60_000, 60_000),
     "run.tga 3,600.0": patched(encoded("TGA"), b"\0\0\2", 12, "<HH", 60_000, 60_000),
 }
-# of whose size something else speaks; whether they are usable is no matter
+# Bombs whose header states a harmless or an impossible size. They may be usable.
 MORE_BOMBS: dict[str, bytes] = {
     "profile.png": png(16, 16, SIXTEEN, (b"iCCP", b"x\0\0" + inflating(2 << 30))),
     "text.png": png(16, 16, SIXTEEN, (b"zTXt", b"Comment\0\0" + inflating(2 << 30))),
@@ -409,7 +411,7 @@ def test_max_megapixels_is_the_limit(tmp_path, kind):
         assert (found.status[0] == USABLE) == (found.reason[0] == "")
         return found.reason[0]
 
-    # 0.2 is not more than 0.2
+    # 500 × 400 pixels are 0.2 megapixels, which is not above the limit.
     assert reason(0.2) == ("DALI can't decode this GIF file" if kind == "GIF" else "")
     assert reason(0.199) == "too large: 0.2 megapixels, the limit is 0.199 (render.max_megapixels)"
 
@@ -428,13 +430,13 @@ NAMES = [
     "a:b.jpg",
     "CON", "no extension", "x" * 246 + ".jpg", "é" * 123 + ".jpg",
 ]  # fmt: skip
-# all of C0 but the end of a line, delete, and C1, whose 0x9b begins a sequence too
+# C0 without the end of a line, delete, and C1, whose 0x9b begins a sequence too
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def tame(text: str) -> str:
-    """Asserts that nothing in a command's output is a control character, or begins a
-    line that a name began."""
+    """Require that a command's output holds no control character, and no line begun by
+    a name."""
     assert not CONTROL.search(text), repr(text)
     assert not re.search(rf"(?m)^[\s│]*{MARK}", text), text
     return text
@@ -442,8 +444,7 @@ def tame(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def odd(photos, config, teachers, tmp_path_factory) -> tuple[Commands, dict[str, Said], LabelStore]:
-    """Images of every name in classes of odd names, labelled, and so on by every
-    command."""
+    """Images of every name in classes of odd names, put through every command."""
     folder = tmp_path_factory.mktemp("odd")
     originals = sorted((photos / "train").glob("*/*.jpg"))
     for split in ("train", "val"):
@@ -476,8 +477,8 @@ def test_images_of_any_name_are_labelled_trained_from_verified_and_evaluated(odd
 
 
 def test_a_name_that_is_not_utf8_is_left_out_and_told_apart_from_one_that_looks_like_it(odd):
-    """latin-\\xe9.jpg in the manifest is a file that can't be named there; \\xe9.jpg is
-    the name of another."""
+    """In the manifest, latin-\\xe9.jpg stands for a name that is not UTF-8, while
+    \\xe9.jpg is the real name of another file."""
     _, said, store = odd
     left_out = store.images.path[store.images.status != USABLE]
     assert len(left_out) == 3 and all(path.endswith("/latin-\\xe9.jpg") for path in left_out)
@@ -510,8 +511,7 @@ def test_no_name_gets_a_second_line_or_a_control_character_into_what_is_said(odd
 
 @pytest.fixture(scope="module")
 def nasty(config, teachers, tmp_path_factory) -> Commands:
-    """One file that can't be used, of the worst name, which every command has reason to
-    name."""
+    """An unusable file of the worst name, which every command has reason to name."""
     folder = tmp_path_factory.mktemp("nasty")
     for split in ("train", "val"):
         small_photos(folder / "data" / split, 2, ("ant", "odd[", "cat"))
@@ -526,14 +526,14 @@ def nasty(config, teachers, tmp_path_factory) -> Commands:
 @pytest.mark.parametrize("name", ["generate", "train", "evaluate", "inspect", "facts"])
 def test_a_file_of_the_worst_name_is_left_out_in_one_line_that_names_it(nasty, name, tmp_path):
     command = getattr(nasty, name)
-    if name in ("generate", "train"):  # which say it while they make something
+    if name in ("generate", "train"):  # these name the file while they make something
         made = command.index("--store" if name == "generate" else "--out") + 1
         command = [*command[:made], tmp_path / "another", *command[made + 1 :]]
     said = run(*command)
     assert said.status == 0
     both = tame(said.out + said.err)
-    # The brackets are what Rich takes for its markup: a closing tag that nothing opened
-    # is an error to it.
+    # Rich takes brackets for markup, and a closing tag without an opening tag for an
+    # error.
     assert "odd[/]" in both and "[red]" in both
 
 
@@ -564,7 +564,7 @@ def test_an_image_of_an_odd_name_that_is_gone_is_named_in_one_line(odd, stage, f
         line for line in both.splitlines() if "1 of 108 images missing, the first is" in line
     ]
     visible = file if file.isprintable() else MARK if MARK in file else "31mred"
-    # spaces and brackets as they are, what can't be printed in some form that can
+    # Spaces and brackets appear as they are, unprintable characters in another form.
     assert visible in line
 
 
@@ -575,7 +575,7 @@ def test_what_the_library_says_of_odd_names_is_one_line_too(odd, recipe, tmp_pat
     for name in classes:
         (data / name / f"new\n{MARK} line.jpg").write_bytes(b"no image")
     found = stages.scan(data, classes, exif="ignore", threads=1)
-    assert len(unusable_summary(found)) == 2  # not UTF-8, not an image
+    assert len(unusable_summary(found)) == 2  # names that aren't UTF-8, files that are no image
     for line in unusable_summary(found):
         tame(line + "\n")
         assert "\n" not in line
@@ -592,8 +592,8 @@ def test_what_the_library_says_of_odd_names_is_one_line_too(odd, recipe, tmp_pat
 def test_links_lead_to_files_and_folders_wherever_they_are_and_end_where_they_turn(
     recipe, tmp_path
 ):
-    """A data set of links, as subsets are laid out; what leads nowhere is an unusable
-    file."""
+    """A data set may be laid out in links, as subsets are. A link that leads nowhere is
+    an unusable file."""
     data = small_photos(tmp_path / "data", 2)
     away = small_photos(tmp_path / "away", 3)
     ant, bee = data / "ant", data / "bee"
@@ -637,7 +637,7 @@ def test_links_lead_to_files_and_folders_wherever_they_are_and_end_where_they_tu
     before = tree(store.path)
     generate(recipe, data, tmp_path / "s.zarr", device=CPU)
     assert tree(store.path) == before and recheck(store.path, data, [], None)["trusted"]
-    # what a link leads to is the image
+    # The image is the file that the link leads to.
     (away / "cat/001.jpg").write_bytes((away / "ant/000.jpg").read_bytes())
     with pytest.raises(
         DataError,
@@ -682,8 +682,8 @@ def test_a_class_without_images_hidden_files_and_folders_in_folders_are_no_obsta
 
 
 def test_folders_in_folders_without_end_are_looked_through_or_refused_in_one_line(tmp_path):
-    """A path may have two thousand folders, and Python's functions call themselves a
-    thousand times; here it is less of both, which is quicker."""
+    """A path may have two thousand folders, and Python's recursion ends at a thousand
+    calls. The test lowers both numbers, to be quicker."""
     data = small_photos(tmp_path / "data", 2)
     deepest = data / "ant" / "/".join("d" * 200)
     deepest.mkdir(parents=True)
@@ -708,7 +708,7 @@ def another_picture(path: Path) -> None:
 
 
 def another_picture_of_as_many_bytes(path: Path) -> None:
-    """A JPEG may be followed by anything."""
+    """Replace a JPEG by another of the same size, since any bytes may follow a JPEG."""
     size = path.stat().st_size
     Image.new("RGB", (64, 64), (200, 10, 10)).save(path, quality=30)
     assert path.stat().st_size <= size
@@ -739,14 +739,14 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "deleted": Path.unlink,
     "a link to nowhere": instead(lambda path: path.symlink_to("nowhere")),
     "a folder": instead(Path.mkdir),
-    "a pipe": instead(os.mkfifo),  # reading which would wait for ever
+    "a pipe": instead(os.mkfifo),  # reading a pipe would wait for ever
 }
 
 
 @pytest.fixture
 def unfinished(photos, store_path, tmp_path) -> tuple[Path, Path, Path]:
-    """(data, store, image): copies, the last shard of the store without a record, and
-    an image of that shard."""
+    """Copies of data and store, the last shard of the store without a record, and the
+    path of an image of this shard."""
     data = Path(shutil.copytree(photos, tmp_path / "data"))
     store = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     (store / "records/c/1/2/0").unlink()
@@ -793,7 +793,7 @@ def test_an_image_that_changes_while_a_stage_is_at_work_is_named(
     original = image.read_bytes()
     before = tree(store)
     checked = []
-    # the last of the looks beforehand
+    # the last check before the work
     for place in (
         "pipeline.provenance.refusals.require_same_pixels",
         "pipeline.training.source.require_same_pixels",
@@ -823,7 +823,7 @@ def test_an_image_that_changes_while_a_stage_is_at_work_is_named(
 
 
 def with_head(path: Path, model: str, edit: Callable[[dict], object]) -> Path:
-    """A teacher's weights, changed."""
+    """Write a teacher's weights, changed by ``edit``."""
     weights = load_file(write_teacher(path, model, 1))
     edit(weights)
     save_file(weights, path)
@@ -844,7 +844,7 @@ def with_head(path: Path, model: str, edit: Callable[[dict], object]) -> Path:
 def test_a_teacher_whose_output_is_not_finite_is_named_with_the_image(
     photos, recipe, tmp_path, place, value, where
 ):
-    """Minus infinity too, though its softmax is a plain zero: it says that a class is
+    """Minus infinity counts as well, though its softmax is zero: it would call a class
     impossible."""
     specs = list(recipe.teachers)
     head = "fc" if place == 0 else "classifier"
@@ -874,8 +874,8 @@ def test_a_teacher_whose_output_is_not_finite_is_named_with_the_image(
 
 
 def pooled(store: LabelStore, folder: Path, spec: ModelSpec) -> np.ndarray:
-    """float32 [views, rows, features]: what the head of a teacher sees of every
-    crop."""
+    """Return the features that a teacher's head sees of every crop: float32 [views,
+    rows, features]."""
     teacher = load(spec)
     renderer = crop_renderer(
         [teacher.image_size],
@@ -903,13 +903,13 @@ def pooled(store: LabelStore, folder: Path, spec: ModelSpec) -> np.ndarray:
 def test_a_teacher_that_fails_on_one_image_leaves_nothing_of_its_shard(
     photos, recipe, store_path, tmp_path
 ):
-    """Its first output is near the largest float already; the image that has most of
-    one feature takes it beyond, and no other does."""
+    """The teacher's first output is near the largest float. Only the image with most of
+    one feature takes the output beyond."""
     store, spec = LabelStore.open(store_path), recipe.teachers[0]
     features = pooled(store, photos / "train", spec)
     most = features.max(axis=0)  # [rows, features]
     second, first = np.sort(most, axis=0)[-2:]
-    fit = (most.argmax(axis=0) >= 32) & (second > 0.15)  # not in the first shard
+    fit = (most.argmax(axis=0) >= 32) & (second > 0.15)  # an image after the first shard
     feature = int(np.argmax(np.where(fit, first / second.clip(0.15), 0)))
     row = int(most[:, feature].argmax())
     assert fit.any() and first[feature] > 1.01 * second[feature]
@@ -948,7 +948,7 @@ def test_a_teacher_that_fails_on_one_image_leaves_nothing_of_its_shard(
 
 
 def malformed(dice: random.Random) -> dict[str, Callable[[], bytes]]:
-    """Ways to make a file that is no image, though it may begin like one."""
+    """Return ways to make a file that is no image, though it may begin like one."""
     photo = Image.fromarray(load_sample_images().images[0][200:290, 200:331])
 
     def good(kind: str, **how: object) -> bytes:
@@ -1040,8 +1040,8 @@ def test_hundreds_of_malformed_files_of_many_kinds_are_left_out_and_the_good_one
     assert sum(kind["files"] for kind in json.loads(facts.out)["unusable"]) == 12 * len(kinds)
 
 
-# ---- stores from strangers: all that a store is trusted for is right (seal, records),
-# and what it says is nonsense
+# ---- stores from strangers: seal and records are right, the described values are
+# nonsense
 
 
 @pytest.fixture
@@ -1051,7 +1051,7 @@ def copy(store_path: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(store_path) -> dict[tuple[int, int], tuple[np.ndarray, list[np.ndarray]]]:
-    """(record, content) of every shard."""
+    """The record and the content of every shard."""
     store = LabelStore.open(store_path)
     return {
         place: (store.records()[place], store.content(*place)[0])
@@ -1060,7 +1060,7 @@ def shards(store_path) -> dict[tuple[int, int], tuple[np.ndarray, list[np.ndarra
 
 
 def set_in(document: dict, key: str, value: object) -> None:
-    """Set a value by a dotted key; Ellipsis takes it away."""
+    """Set a value by a dotted key; Ellipsis removes the key."""
     *parents, last = key.split(".")
     for name in parents:
         document = document[int(name) if isinstance(document, list) else name]
@@ -1090,7 +1090,7 @@ def forge(path: Path, shards: dict, changes: list[tuple[str, str, object]]) -> N
 
 
 def seal(path: Path) -> None:
-    """As schema does it, but of anything."""
+    """Seal a store as ``schema`` does, whatever the store describes."""
     write_seal(
         path,
         {
@@ -1102,12 +1102,12 @@ def seal(path: Path) -> None:
 
 
 def with_checksum(content: bytes) -> bytes:
-    """As Zarr's crc32c codec leaves a chunk."""
+    """Append the checksum as Zarr's crc32c codec does."""
     return content + struct.pack("<I", crc32c(content))
 
 
 def test_a_forgery_of_nothing_is_the_store(copy, store_path, shards):
-    """So that the tests below try what they mean to."""
+    """Without this promise the tests below might try something else than they mean."""
     forge(copy, shards, [])
     assert {**tree(copy), "zarr.json": b""} == {**tree(store_path), "zarr.json": b""} and verify(
         copy
@@ -1134,7 +1134,7 @@ COLUMNS = tuple(Images.__dataclass_fields__)
 
 
 def lengths(views: int = 2, rows: int = 90, chunk: int = 90) -> list[tuple[str, str, object]]:
-    """Arrays of other lengths, all agreeing with each other."""
+    """Return changes to other lengths, in which all arrays agree."""
     changes: list[tuple[str, str, object]] = [("zarr.json", "attributes.views", views)]
     for name in ("labels", "boxes", "flips"):
         changes += [(f"{name}/zarr.json", "shape.0", views), (f"{name}/zarr.json", "shape.1", rows)]
@@ -1151,7 +1151,7 @@ def lengths(views: int = 2, rows: int = 90, chunk: int = 90) -> list[tuple[str, 
 
 
 ACME = {"name": "acme.magic", "configuration": {}}
-# What no store can be: every command refuses it.
+# Values that no store can have: every command refuses them.
 ABSURD: dict[str, list[tuple[str, str, object]]] = {
     **attribute("views", 0, -1, 1.5, "2", None, True, 10**9),
     **attribute("provenance.layout.shard_rows", 0, -1, 10**30, "32", None),
@@ -1198,11 +1198,10 @@ ABSURD: dict[str, list[tuple[str, str, object]]] = {
     "boxes in an unknown codec": [(BOXES, "codecs.0", {"name": "acme.magic"})],
     "paths in an unknown codec": [("images/path/zarr.json", "codecs.0", ACME)],
 }  # fmt: skip
-# What training from the store, or labelling crops again, can't be done with. (key,
-# values)
+# Values that make training from the store impossible.
 ABSURD_IN_TRAINING: dict[str, list[tuple[str, str, object]]] = {
-    **codec_value("levels", 1, 100),  # and codes above
-    **attribute("provenance.data.manifest", ...),  # without it nothing vouches for the images
+    **codec_value("levels", 1, 100),  # while codes are above
+    **attribute("provenance.data.manifest", ...),  # without a digest of the images
     **attribute("fingerprint", [], {}, "x"),
     **attribute("fingerprint.rows", [10**9] * 64, [-1] * 64, ["a"] * 64, [], [0]),
     **attribute(
@@ -1259,7 +1258,7 @@ ABSURD_IN_LABELLING_AGAIN: dict[str, list[tuple[str, str, object]]] = {
 
 
 def word_of(what: str) -> str:
-    """The name of what is absurd, which a refusal must name."""
+    """Return the word that a refusal of this absurdity must contain."""
     return what.split("=")[0].rsplit(".")[-1] if "=" in what else ""
 
 
@@ -1353,7 +1352,7 @@ def test_generate_labels_puts_a_store_right_that_says_nonsense_or_refuses_it(
     ],
 )
 def test_crops_outside_their_images_are_not_trained_from(cage, commands, photos, copy, box):
-    """Whoever made the store vouches for them; decoders believe any number."""
+    """The maker of a store sealed these crops, and decoders believe any number."""
     writer = StoreWriter(copy)
     for view, shard in ((0, 0), (0, 2)):
         codes, crops = writer.store.content(view, shard)[0]
@@ -1419,7 +1418,7 @@ def test_versions_that_are_none_are_shown_or_refused_in_one_line(
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = str(mark)
@@ -1432,7 +1431,7 @@ class Payload:
 @pytest.mark.parametrize("name", ["images/path", "images/reason", "labels"])
 def test_no_pickle_of_a_store_is_loaded(commands, photos, copy, shards, tmp_path, name, codec):
     payload = pickle.dumps(Payload(tmp_path / "harm"))
-    pickle.loads(payload)  # it would
+    pickle.loads(payload)  # the payload does harm when it is loaded
     (tmp_path / "harm").rmdir()
     forge(
         copy,
@@ -1451,7 +1450,7 @@ def test_no_pickle_of_a_store_is_loaded(commands, photos, copy, shards, tmp_path
         "fill_value": None,
         "order": "C",
     }
-    # as Zarr 2 kept objects
+    # objects as Zarr 2 kept them
     (copy / name / ".zarray").write_text(json.dumps(old | {"filters": [{"id": "pickle"}]}))
     for chunk in (
         copy / name / "0",
@@ -1463,7 +1462,7 @@ def test_no_pickle_of_a_store_is_loaded(commands, photos, copy, shards, tmp_path
     assert "\n" not in str(refusal.value)
     c = commands(photos, copy)
     for command in (c.inspect, c.verify_data, c.train, c.generate):
-        # whether and how it refuses is for the tests above
+        # The tests above look at the refusal itself.
         CliRunner().invoke(main, list(map(str, command)))
         assert not (tmp_path / "harm").exists()
 
@@ -1544,13 +1543,13 @@ def test_json_that_is_nested_without_end_is_refused_in_one_line(
     for said in refusing:
         said.refused("is damaged", file)
     assert verified.status == 1 and file in verified.out and not verified.trace, verified.trace
-    # any other damage is put right, too
+    # generate-labels repairs this damage like any other.
     assert generated.status == 0 and tree(copy) == tree(store_path), generated.trace
 
 
 @pytest.mark.parametrize("depth", [300, 900])
 def test_a_nested_attribute_is_shown_or_refused_in_one_line(cage, commands, photos, copy, depth):
-    """Python's own functions call themselves less often than its JSON reader does."""
+    """Python's functions may recurse less deep than its JSON reader."""
     document = json.loads((copy / "zarr.json").read_text())
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(5000)
@@ -1570,8 +1569,8 @@ def test_a_nested_attribute_is_shown_or_refused_in_one_line(cage, commands, phot
 
 
 def zstd_of_zeros(size: int, says: int | None = None) -> bytes:
-    """Four bytes of Zstandard for every 128 KiB. says: the size that its header
-    names."""
+    """Make a Zstandard frame of ``size`` zeros: four bytes for every 128 KiB. says: the
+    size that the header names."""
     blocks = size >> 17
     header = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", says or size)
     run, last = (1 << 17) << 3 | 1 << 1, 1
@@ -1636,7 +1635,7 @@ HARMED = ("zarr.json", "labels/zarr.json", "images/path/c/0", "records/c/0/0/0",
 def test_a_file_of_a_store_that_is_no_file_is_refused_and_not_waited_for(
     cage, commands, photos, copy, kind, file
 ):
-    """An archive can hold links and pipes, and its unpacking makes them."""
+    """An archive can hold links and pipes, which unpacking makes."""
     STRANGE_FILES[kind](copy / file)
     c = commands(photos, copy)
     inspected, trained, verified = cage(c.inspect, c.train, c.verify, megabytes=2000, seconds=10)

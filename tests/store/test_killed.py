@@ -1,10 +1,10 @@
-"""Killed at any moment, stage one loses nothing that was finished, believes nothing
-that wasn't, and goes on to the same bytes.
+"""Killed at any moment, stage one loses no finished shard, believes no unfinished one,
+and goes on to the same bytes.
 
 A story is a store that is made, extended by two views, or mended, by a command that is
 killed again and again, in every phase, and then left alone. ``KILLS=500 python -m
-pytest tests/store/test_killed.py -s`` kills so often and prints in which states it left
-the store.
+pytest tests/store/test_killed.py -s`` kills 500 times and counts the states in which
+the kills left the store.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ STATES = (
 
 @dataclass
 class Whole:
-    """What uninterrupted runs make, and the events in which they do it."""
+    """The stores that uninterrupted runs make, and the events of these runs."""
 
     path: Path  # three views
     empty: Path  # by a run that was killed when it had made the empty store
-    one_view: Path  # the first of them, by a command that asked for no more
-    damaged: Path  # three views, with damage to what describes the store and to a shard
-    seconds: float  # that a run takes
+    one_view: Path  # the first view, by a command that asked for one view
+    damaged: Path  # three views, with damage to the store's description and to a shard
+    seconds: float  # seconds of a run
     making: list[Event]
     extending: list[Event]
     mending: list[Event]
@@ -66,8 +66,8 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def server(recipe, tmp_path_factory) -> Server:
-    """Runs of a small recipe: 15 photographs and a file that is none, in two shards a
-    view."""
+    """A server for runs of a small recipe: 15 photographs and a file that is no image,
+    in two shards a view."""
     folder = tmp_path_factory.mktemp("killed")
     write_photos(folder / "data", 5)
     (folder / "data" / "bee" / "notes.txt").write_text("no image")
@@ -122,7 +122,7 @@ def damage(path: Path) -> None:
 
 
 def place(event: Event) -> str:
-    """What an event touches."""
+    """Name the part of the store that an event touches."""
     first, _, rest = event.path.partition("/")
     if event.path == "image":
         return "images"
@@ -138,10 +138,10 @@ def place(event: Event) -> str:
 
 
 def phases(events: list[Event]) -> dict[tuple[str, str], list[int]]:
-    """The numbers of a run's events by the phase they belong to and what they do: each
-    of these is a moment of its own kind to be killed at."""
+    """Group the numbers of a run's events by phase and kind of call. Each group is one
+    kind of moment for a kill."""
     places = [place(event) for event in events]
-    # of the description of a store that is there
+    # the change that a run makes to the description of an existing store
     changing = "mending" if "mending" in places else "extension"
     places = [changing if place == "description" else place for place in places]
     made = events.index(Event("rename", "s.zarr")) if Event("rename", "s.zarr") in events else -1
@@ -162,20 +162,20 @@ def phases(events: list[Event]) -> dict[tuple[str, str], list[int]]:
             phase = "images, no store yet" if places[i] == "images" and i < made else places[i]
         what = event.what if event.what in ("open", "write", "fsync") else "names"
         if what == "write" and event.path.startswith("s.zarr/") and phase == changing:
-            # each of these files for itself: they are few, and what is left of one may
-            # stay
+            # Each of these few files is a kind of its own, since its remains may stay.
             what += f" {Path(event.path).parent}"
         found.setdefault((phase, what if phase == places[i] else ""), []).append(i)
     return found
 
 
 def names(folder: Path) -> set[str]:
-    """Everything in a folder, files and folders."""
+    """List all files and folders below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def state(path: Path, before: set[str], views: int) -> str:
-    """What a kill has left, of a run that found these names beside and in the store."""
+    """Name the state in which a kill has left the store. before: the names in and
+    beside the store when the run began."""
     after = names(path.parent)
     fresh = after - before
     if not path.exists():
@@ -220,9 +220,9 @@ def state(path: Path, before: set[str], views: int) -> str:
 def finished_files(
     path: Path, whole: Path, doubtful: Container[tuple[int, int]] = ()
 ) -> dict[str, tuple[int, int]]:
-    """Inode and time of every file of a finished shard, none of which may ever change.
-    What is believed must be what an uninterrupted run makes, but for doubtful
-    shards."""
+    """Return inode and time of every file of a finished shard, which may never change.
+    Requires each finished shard to be the shard of an uninterrupted run, but for
+    doubtful shards."""
     if not path.exists():
         return {}
     store = LabelStore.open(path)
@@ -245,8 +245,8 @@ def finished_files(
 
 
 def records_made(run: Run) -> Counter[str]:
-    """How often a run has finished which shard. Its last event may not have
-    happened."""
+    """Count how often a run has finished each shard. The run's last event is left out,
+    since it may not have happened."""
     return Counter(
         event.path
         for event in run.events()[:-1]
@@ -255,7 +255,7 @@ def records_made(run: Run) -> Counter[str]:
 
 
 def require_whole(path: Path, whole: Path) -> None:
-    """The store is the uninterrupted one, and nothing lies in it or beside it."""
+    """Require the store of an uninterrupted run, and no other file in or beside it."""
     left = names(path.parent) - {f"s.zarr/{name}" for name in names(whole)} - {"s.zarr"}
     assert not left, "left over"
     made, wanted = tree(path), tree(whole)
@@ -264,8 +264,7 @@ def require_whole(path: Path, whole: Path) -> None:
 
 
 class Story:
-    """One store, from its start to its end: ``start`` is a store that is copied, or
-    None."""
+    """One store from its start to its end. start: a store to copy, or None."""
 
     def __init__(self, server: Server, whole: Whole, start: Path | None, keep: Path) -> None:
         self.server, self.whole, self.keep = server, whole, keep
@@ -282,8 +281,8 @@ class Story:
         self.look()
 
     def killed(self, views: int, *, moment: Moment | None = None, after: float = 0.0) -> str | None:
-        """Run and be killed, at the moment or after some seconds from outside. The
-        state that is left; None if the run came to its end before."""
+        """Start a run that is killed, at ``moment`` or from outside after some seconds.
+        Returns the state that is left, or None if the run ended before the kill."""
         before = names(self.path.parent)
         run = self.server.start(self.path, f"--views={views}", moment=moment)
         if moment is None:
@@ -299,7 +298,7 @@ class Story:
         return state(self.path, before, views) if status else None
 
     def look(self, *runs: Run) -> None:
-        """What was finished is still there, as it was."""
+        """Require every finished shard to be there, unchanged."""
         for run in runs:
             self.made += records_made(run)
         try:
@@ -313,7 +312,7 @@ class Story:
         self.kept = kept
 
     def finish(self, views: int) -> None:
-        """Run, unmolested, and compare with what uninterrupted runs make."""
+        """Run without a kill, and compare with the store of an uninterrupted run."""
         run = self.server.start(self.path, f"--views={views}")
         self.told.append(f"{views} views, to the end")
         assert run.end() == 0, run.said()
@@ -335,7 +334,7 @@ class Story:
 
 
 def seeded() -> np.random.Generator:
-    """Other moments each time; a failure shows which."""
+    """Make a generator with a new seed, which a failing test shows."""
     seed = int(np.random.default_rng().integers(1 << 32))
     print(f"\nseed {seed}")
     return np.random.default_rng(seed)
@@ -359,7 +358,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
         with Story(server, whole, start, tmp_path / str(number)) as story:
             for again in range(rng.geometric(0.6)):
                 part, wait = rng.choice([0.0, 0.5]), rng.choice([None, rng.random() * 0.003])
-                if again == 0:  # as it was aimed, at once; the second time round with a wait
+                if again == 0:  # at the chosen event: at once, in the second round with a wait
                     cause, views = phase, VIEWS
                     left = story.killed(
                         views,
@@ -368,9 +367,9 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
                         ),
                     )
                 else:
-                    # a store may be extended before it is finished
+                    # A store may be extended before it is finished.
                     views = VIEWS if rng.random() < 0.7 else 1
-                    # early events often: they recover what the kill before has left
+                    # Mostly early events, which recover from the kill before.
                     if rng.random() < 0.7:
                         cause = "any event"
                         left = story.killed(
@@ -381,14 +380,14 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_is_wrong(server, whole
                         left = story.killed(views, after=rng.random() * whole.seconds)
                 if left:
                     seen.setdefault(cause, Counter())[left] += 1
-            # who was stopped while extending may do without
+            # A store may also do without the extension in which it was killed.
             story.finish(1 if "write " in what or number % 2 else VIEWS)
     print(table(seen))
     assert set(STATES) <= set(sum(seen.values(), Counter())), "a phase was never met"
 
 
 def table(seen: dict[str, Counter[str]]) -> str:
-    """Kills by the phase that was aimed at and the state that was left."""
+    """Tabulate kills by the phase that was aimed at and the state that was left."""
     rows = {**seen, "all": sum(seen.values(), Counter())}
     lines = [" " * 22 + "".join(f"{i + 1:>5}" for i in range(len(STATES))) + "  all"]
     lines += [
@@ -399,8 +398,8 @@ def table(seen: dict[str, Counter[str]]) -> str:
 
 
 def test_a_kill_is_no_matter_to_another_worker(server, whole, tmp_path):
-    """Two at once, on one share or on two; one is killed, and the other goes on to its
-    end."""
+    """Two workers run at once, on one share or on two. One is killed, and the other
+    goes on to its end."""
     rng = seeded()
     same, split, later = ("0/1", "0/1"), ("0/2", "1/2"), ("1/2", "0/2")
     pairs = [
@@ -422,7 +421,7 @@ def test_a_kill_is_no_matter_to_another_worker(server, whole, tmp_path):
             story.told.append(f"shares {shares}, the first {moment}")
             for run, share in zip((killed, other), shares, strict=True):
                 status = run.end()
-                # worker 0, which makes and extends a store, was killed before
+                # Worker 0, which makes and extends a store, may have been killed early.
                 nobody = share == "1/2" and "nobody has begun" in run.said()
                 assert (
                     status == 0 or (status == 1 and nobody) or (status == -9 and run is killed)
@@ -433,7 +432,7 @@ def test_a_kill_is_no_matter_to_another_worker(server, whole, tmp_path):
 
 
 def test_a_store_opens_while_another_worker_extends_it(tmp_path, monkeypatch):
-    """Whichever of its files a reader has read when the extension happens."""
+    """The extension comes at each read of a reader in turn."""
     path = tmp_path / "s.zarr"
     create(path)
     writer, real = StoreWriter(path), io.open
@@ -454,4 +453,4 @@ def test_a_store_opens_while_another_worker_extends_it(tmp_path, monkeypatch):
                 store.views * store.shards,
             )
         moment += 1
-    assert moment > 10  # until a reader reads no more files than that
+    assert moment > 10  # the loop ends at a moment after the reader's last read

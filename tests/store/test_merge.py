@@ -1,5 +1,5 @@
-"""Stores of the same crops as one: what was labelled apart is joined, labels of
-different teachers are averaged, anything else is refused."""
+"""Stores of the same crops become one store: shards labelled apart are joined, labels of
+different teachers are averaged, and other stores are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def taught_by(recipe: Config, *places: int, **sections: dict) -> Config:
 def apart(
     photos: Path, recipe: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Path]]:
-    """By codec: a store of the first teacher and one of the second, and one of both."""
+    """For each codec, three stores: of the first teacher, of the second, of both."""
     folder = tmp_path_factory.mktemp("apart")
     made: dict[str, list[Path]] = {}
     for codec in ("float32", "pow8"):
@@ -56,7 +56,7 @@ def test_averaged_labels_are_those_of_all_teachers_at_once(apart, tmp_path, code
     assert [t["model"] for t in store.provenance["teachers"]] == [
         t["model"] for t in wanted.provenance["teachers"]
     ]
-    # the two stores' own, theirs, and that of the labels compared with
+    # the codec's error three times: in the parts, in the average, in the wanted labels
     most = 3 * max_error(store.codec, 3)[1]
     for view in (0, 1):
         _, tv = divergence(
@@ -70,7 +70,7 @@ def test_averaged_labels_are_those_of_all_teachers_at_once(apart, tmp_path, code
 
 
 def test_each_teacher_counts_once(apart, photos, recipe, tmp_path, teachers):
-    """A store of two and a store of one: a third each."""
+    """Of a store of two teachers and a store of one, each teacher counts a third."""
     from support.small import write_teacher
 
     third = {
@@ -89,8 +89,8 @@ def test_each_teacher_counts_once(apart, photos, recipe, tmp_path, teachers):
         for path in (apart["float32"][2], tmp_path / "c.zarr")
     )
     assert np.abs(store.probabilities(0, slice(None)) - (2 * pair + single) / 3).max() < 1e-6
-    assert divergence(pair, single)[1].max() > 0.05  # so it would show
-    # And a store that was averaged already goes on counting by teachers.
+    assert divergence(pair, single)[1].max() > 0.05  # a wrong weight would show
+    # A store that is an average already counts as all of its teachers.
     step = merged(*apart["float32"][:2], out=tmp_path / "ab.zarr")
     again = merged(step.path, tmp_path / "c.zarr", out=tmp_path / "abc.zarr")
     assert (
@@ -144,7 +144,7 @@ def test_shares_of_workers_without_a_common_disk_are_joined(photos, recipe, stor
     merged(*(tmp_path / f"{i}.zarr" for i in range(2)), out=tmp_path / "m.zarr")
     done, of = LabelStore.open(tmp_path / "m.zarr").progress()
     assert 0 < done < of
-    # the third one arrives later
+    # The third store arrives later.
     merged(*(tmp_path / f"{i}.zarr" for i in range(3)), out=tmp_path / "m.zarr")
     assert tree(tmp_path / "m.zarr") == tree(store_path)
 
@@ -168,7 +168,7 @@ def test_a_damaged_shard_is_never_averaged(apart, tmp_path):
         ".*b.zarr: ",
     ):
         merged(apart["pow8"][0], broken, out=tmp_path / "m.zarr")
-    assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)  # the others were
+    assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)  # the other shards were merged
     shutil.copy(LabelStore.open(apart["pow8"][1]).file("labels", 1, 1), file)
     merged(apart["pow8"][0], broken, out=tmp_path / "m.zarr")
     merged(*apart["pow8"][:2], out=tmp_path / "whole.zarr")
@@ -224,7 +224,7 @@ def test_stores_of_one_teacher_that_differ_in_more_than_shards_are_refused_with_
 
 
 def test_a_teachers_tag_that_was_named_once_is_no_difference(photos, recipe, tmp_path):
-    """The weights say it better; a run that goes on with a store sees it likewise."""
+    """Teachers are compared by their weights, as in a run that continues a store."""
     four = changed(recipe, crops={"views": 4})
     tagged = [
         t.model_copy(update={"model": f"{t.model}.r160_in1k"}) if t.model == "test_resnet" else t
@@ -240,7 +240,7 @@ def test_a_teachers_tag_that_was_named_once_is_no_difference(photos, recipe, tmp
     )
     one, other = (LabelStore.open(tmp_path / name) for name in ("early.zarr", "late.zarr"))
     assert one.identity != other.identity
-    # the second time it is gone on with
+    # The second merge continues the store of the first.
     for paths in ((one.path, other.path), (other.path, one.path)):
         store = merged(*paths, out=tmp_path / "m.zarr")
         assert store.progress() == (12, 12) and verify(tmp_path / "m.zarr").sound
@@ -291,7 +291,7 @@ def test_stores_of_other_precision_average_into_one_that_is_trusted(
     )
     assert result["trusted"], result["problems"]
     full, half = ROUNDING["float32"], ROUNDING["bfloat16"]
-    now = (full, half)[order[0]]  # all are made again in the first one's precision
+    now = (full, half)[order[0]]  # all labels are computed again in the first store's precision
     allowed = sum(then if then == now else then + now for then in (full, half)) / 2
     assert result["sample"]["allowed"] == pytest.approx(allowed, abs=1e-3)
 

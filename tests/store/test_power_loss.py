@@ -1,8 +1,8 @@
-"""The power may fail at any moment: what a store believes afterwards is what was
-written, and what was done is still there.
+"""The power may fail at any moment: the store then believes only what was written, and
+still holds all that was done.
 
-The disk of these tests (disk.py) keeps of what wasn't forced to it what it likes: it
-shows the fsync that is missing, which no kill does.
+The disk of these tests (support/disk.py) keeps any part of the data that wasn't forced
+to it. So it shows a missing fsync, which no kill does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cache.system import claims
 from cache.writer import StoreWriter
 
 VIEWS = 3
-# (view, shard): shard 3 has no usable image, 4 is the short one at the end
+# (view, shard): shard 3 has no usable image, shard 4 is the short last shard
 FIRST, GROWN = (((0, 0), (1, 4)), ((2, 3), (0, 2)))
 
 Place = tuple[int, int]
@@ -36,15 +36,15 @@ Blocks = tuple[np.ndarray, ...]
 
 @dataclass
 class Truth:
-    """What may be read of a store."""
+    """The manifest and the shards that may be read of a store."""
 
-    manifest: str  # its digest
+    manifest: str  # the manifest's digest
     written: dict[Place, list[Blocks]]
 
 
 def make(path: Path, done: set) -> None:
-    """Make a store of two views, and extend it; what is there already is kept. What is
-    done goes into ``done``."""
+    """Make a store of two views, and extend it. Existing parts are kept. Each finished
+    step is added to ``done``."""
     if not path.exists():
         create(path)
     done.add("the store")
@@ -80,7 +80,7 @@ def truth(whole) -> Truth:
 
 
 def wrong(path: Path, done: frozenset, truth: Truth) -> str | None:
-    """What is wrong with a store after a crash, if anything is."""
+    """Say what is wrong with a store after a crash, or return None."""
     if not path.exists():
         return "the store is lost" if done else None
     try:
@@ -100,7 +100,7 @@ def wrong(path: Path, done: frozenset, truth: Truth) -> str | None:
                 for true in truth.written[view, shard]
             ):
                 return f"view {view}, shard {shard} is believed and wrong"
-    except StoreError as error:  # nor may half a store be under its name
+    except StoreError as error:  # half a store may not bear its name either
         return str(error)
     return None
 
@@ -111,8 +111,8 @@ LUCKS = ("none", "names", "late", "random")
 def outcomes(
     disk: Disk, moments: list[Moment], folder: Path, lucks: tuple[str, ...] = LUCKS
 ) -> Iterator[tuple[Moment, Path]]:
-    """Things that the disk may hold after a failure at one of the moments, in turn,
-    each made as ``folder``."""
+    """Yield contents that the disk may have after a failure at one of the moments, in
+    turn, each made as ``folder``."""
     rng = np.random.default_rng(0)
     for moment in moments:
         for luck in lucks:
@@ -123,8 +123,7 @@ def outcomes(
 
 
 def switched_on_again(folder: Path) -> None:
-    """The process that held the claims is gone, and the power was so too for some
-    time."""
+    """Make all claims old and their process dead, as after some time without power."""
     for file in folder.rglob("*.claims/*"):
         file.write_bytes(
             file.read_bytes().replace(b'"process": %d' % os.getpid(), b'"process": 99999999')
@@ -228,7 +227,7 @@ def test_data_is_on_the_disk_before_its_record_and_the_record_before_the_claim_i
         assert claimed < min(named) and max(named) == named[-1] < released
         for file, start, end in zip(files, named, [named[-1]] * 3 + [released], strict=True):
             forced = [place for what, place in calls[start:end] if what == "fsync"]
-            # up to s.zarr/labels, which exists since creation
+            # the folders up to s.zarr/labels, which exists since creation
             folders = [folder for folder in file.parents if len(folder.parts) > 1]
             assert str(file) in forced and {*map(str, folders)} <= set(forced)
 
@@ -295,7 +294,7 @@ def test_a_disk_keeps_what_was_forced_to_it_and_may_lose_the_rest(root, place):
     rng = np.random.default_rng(0)
     for number in range(200):
         outcome = tree(disk.rebuild(disk.moments[-2], place / str(number), rng))
-        # one of them, whole
+        # The old name or the new name is there, with the whole content.
         assert (outcome.pop("sure", b"") + outcome.pop("renamed", b"")) == b"sure"
         assert outcome.pop("kept/sure") == b"kept/sure"
         assert len(outcome.pop("kept/torn")) <= len("kept/torn")

@@ -1,5 +1,5 @@
-"""The store on disk: what was never written, or is broken, or is somebody else's, never
-passes for a label."""
+"""The store on disk: data that was never written, is broken, or is of another store or
+place, never passes for a label."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_zeros_are_written_as_files_too(path):
     writer = StoreWriter(path)
     codes, boxes, flips = blocks(writer, 0, 4)
     write(writer, 0, 4, codes, np.zeros_like(boxes), np.zeros_like(flips))
-    # no image of this shard is usable: all labels are zero
+    # No image of shard 3 is usable, so all its labels are zero.
     write(writer, 0, 3, *blocks(writer, 0, 3))
     for shard in (3, 4):
         for file in (
@@ -222,7 +222,7 @@ def test_data_without_its_record_does_not_count(full):
     (full / "records/c/1/2/0").unlink()
     store = LabelStore.open(full)
     assert store.progress() == (9, 10)
-    # the labels are there
+    # The labels themselves are there.
     assert np.array_equal(zarr.open_group(str(full), mode="r")["labels"][1, 32:48], wanted)
     with pytest.raises(StoreError, match=r"view 1 .* the first is 2"):
         store.probabilities(1, slice(32, 40))
@@ -292,7 +292,7 @@ def test_data_is_on_the_disk_before_the_record_exists(path, monkeypatch):
     after = [synced for synced, recorded in log if recorded]
     for name, file in (("labels", "c/1/4/0"), ("boxes", "c/1/4/0"), ("flips", "c/1/4")):
         file = path / name / file
-        assert before.index(file) < before.index(file.parent)  # the content, then its name
+        assert before.index(file) < before.index(file.parent)  # the content before the name
         folders = [folder for folder in file.parents if path / name in (folder, *folder.parents)]
         assert set(folders) <= set(before)
     assert record in after and record.parent in after and path / "records" in after
@@ -426,7 +426,7 @@ def test_a_file_that_a_copy_left_out_or_empty_is_an_error_and_never_a_label(full
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_file_that_is_lost_while_the_store_is_open_is_an_error(full, name):
     store = LabelStore.open(full)
-    store.codes(0, slice(0, 2))  # what is finished has been looked up
+    store.codes(0, slice(0, 2))  # the store has looked up its finished shards
     file = store.file(name, 1, 0)
     file.unlink()
     with pytest.raises(
@@ -437,8 +437,7 @@ def test_a_file_that_is_lost_while_the_store_is_open_is_an_error(full, name):
 
 
 def test_writing_a_shard_again_takes_its_record_away_first(full, monkeypatch):
-    """Otherwise a kill in between would leave new boxes that the old record vouches
-    for."""
+    """Otherwise a kill in between would leave new boxes under the old record."""
     store = LabelStore.open(full)
     rows = store.shard_slice(0)
     codes, (boxes, flips) = store.codes(1, rows), store.crops(1, rows)
@@ -458,8 +457,8 @@ def test_writing_a_shard_again_takes_its_record_away_first(full, monkeypatch):
 
 @pytest.mark.parametrize("name", ["labels", "boxes", "flips"])
 def test_a_shard_of_another_place_never_passes_for_this_one(full, name):
-    """Sound files by Zarr's checksums, of the recorded size or not: only the digest of
-    the record tells."""
+    """Zarr's checksums fit, and perhaps the recorded size. Only the record's digest
+    tells the shards apart."""
     store = LabelStore.open(full)
     here, there = store.file(name, 0, 0), store.file(name, 1, 0)
     content = here.read_bytes()
@@ -471,8 +470,8 @@ def test_a_shard_of_another_place_never_passes_for_this_one(full, name):
 
 
 def test_labels_written_by_other_hands_are_refused(full):
-    """A meddler with plain zarr can't change a label, even to one that compresses to as
-    many bytes."""
+    """Plain Zarr can't change a value unnoticed, even if the new value compresses to
+    as many bytes."""
     store = LabelStore.open(full)
     block = store.array("boxes")[1, 0:SHARD]
     block[0, 0] += 1
@@ -485,7 +484,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     document = json.loads((full / "zarr.json").read_text())
 
     def variant(name: str, **changes: object) -> Path:
-        """As another program would have made it: sealed."""
+        """Make a store as another program would have: sealed."""
         place = Path(shutil.copytree(full, tmp_path / name))
         (place / "zarr.json").write_text(
             json.dumps(document | {"attributes": document["attributes"] | changes})
@@ -567,7 +566,7 @@ def test_what_a_killed_creation_left_is_removed_and_that_of_others_kept(tmp_path
 
 
 def test_a_killed_creation_of_the_same_process_number_is_no_obstacle(tmp_path):
-    # in a container every run may be process 1
+    # In a container every run may be process 1.
     left = tmp_path / f".s.zarr.{socket.gethostname()}.{os.getpid()}.creating"
     zarr.create_group(str(left))
     assert create(tmp_path / "s.zarr")
@@ -645,7 +644,7 @@ def test_claimed_gives_the_unfinished_views_that_nobody_holds(path):
 def test_only_the_holder_of_a_shard_takes_its_record_away_and_only_of_a_damaged_one(full):
     writer = StoreWriter(full)
     record = writer.store.file("records", 1, 1)
-    assert not writer.discard(1, 1) and record.exists()  # it is sound
+    assert not writer.discard(1, 1) and record.exists()  # the shard is sound
     file = writer.store.file("labels", 1, 1)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with claim(writer.claims, "1-1"):
@@ -662,10 +661,10 @@ def test_only_the_holder_of_a_shard_takes_its_record_away_and_only_of_a_damaged_
     ],
 )
 def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypatch, error):
-    """A network's disk that doesn't answer, a limit of memory: no reason to throw
-    labels away that took hours."""
+    """A network disk that doesn't answer, or a limit of memory, is no reason to throw
+    away labels that took hours."""
     before, real = tree(full), zarr.Array.__getitem__
-    # otherwise it would be the file that asks for too much
+    # With room, a MemoryError would mean that the file asks for too much.
     monkeypatch.setattr("cache.reader._room", lambda size: False)
 
     def read(self: zarr.Array, selection: object) -> object:
@@ -695,7 +694,7 @@ def test_what_can_not_be_read_for_a_moment_is_not_called_damaged(full, monkeypat
 
 
 def test_want_of_memory_that_passes_is_nobodys_fault(full, monkeypatch):
-    """Another thread had it, and has given it back."""
+    """Another thread had the memory, and has given it back."""
     real, wants = zarr.Array.__getitem__, [MemoryError("no room")] * 2
 
     def read(self: zarr.Array, selection: object) -> object:

@@ -1,5 +1,5 @@
-"""Bit rot and meddling: whatever is done to any file of a store is found, named, never
-believed, and made anew by stage one alone."""
+"""Bit rot and meddling: any change to any file of a store is found, named and never
+believed, and stage one alone makes the file anew."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ DAMAGES: dict[str, Callable[[Path, random.Random], object]] = {
 
 
 def place_of(file: str) -> tuple[int, int] | None:
-    """(view, shard) of a file of a shard."""
+    """Return (view, shard) of a shard's file, or None for any other file."""
     name, *rest = file.split("/")
     return (int(rest[1]), int(rest[2])) if name in PER_SHARD and rest[0] == "c" else None
 
 
 def everything(path: Path) -> list[np.ndarray]:
-    """All that a student would be trained on."""
+    """Read all that a student would be trained on."""
     store = LabelStore.open(path)
     content = [
         np.asarray(getattr(store.images, name)) for name in store.images.__dataclass_fields__
@@ -68,7 +68,7 @@ def everything(path: Path) -> list[np.ndarray]:
 
 
 def found(verdict: Verdict, file: str, path: Path) -> None:
-    """Asserts that the verdict names this file's place, and no other."""
+    """Require that the verdict names this file's place and no other."""
     place = place_of(file)
     findings = verdict.damaged + verdict.missing
     assert findings, f"{file} of {path} is damaged and verify says nothing"
@@ -132,7 +132,7 @@ def test_damage_to_any_file_is_found_named_and_never_believed(copy, truth, damag
 def test_a_flipped_bit_anywhere_is_found(copy, truth):
     dice = random.Random(0)
     files = tree(copy)
-    for _ in range(250):  # files of all sizes alike, and all bits of a file alike
+    for _ in range(250):  # each file is equally likely, and each bit in a file
         file = dice.choice(sorted(files))
         (copy / file).write_bytes(flip(files[file], dice.randrange(8 * len(files[file]))))
         found(verify(copy), file, copy)
@@ -141,7 +141,7 @@ def test_a_flipped_bit_anywhere_is_found(copy, truth):
 
 
 def test_every_bit_of_a_stores_own_description_counts(copy):
-    """zarr.json is text, which has no checksum of its own: some flips leave it
+    """zarr.json is text without a checksum of its own, and some flips leave it
     well-formed."""
     for file in ("zarr.json", "labels/zarr.json", "records/zarr.json", "images/path/zarr.json"):
         content = (copy / file).read_bytes()
@@ -151,10 +151,9 @@ def test_every_bit_of_a_stores_own_description_counts(copy):
                 store = LabelStore.open(copy)
             except StoreError:
                 continue
-            # 1.3333333333333333 may end in a 2 and be the same number
+            # 1.3333333333333333 may end in 2 and be the same number.
             if json.loads((copy / file).read_bytes()) != json.loads(content):
-                # Only a length of the view axis may differ, where no view of the store
-                # is missing.
+                # Only the length of the view axis may differ, if no view is missing.
                 assert store.array(file.split("/")[0]).shape[0] > 2
                 assert verify(copy).damaged[0].file == file
         (copy / file).write_bytes(content)
@@ -205,7 +204,7 @@ def test_foreign_files_are_named_and_unfinished_ones_told_apart(copy):
 
 
 def test_labels_that_were_never_any_are_found_though_every_digest_is_right(copy):
-    """A store of somebody whose program is wrong: sealed, recorded, and nonsense."""
+    """The store comes from a wrong program: sealed and recorded, but nonsense."""
     writer = StoreWriter(copy)
     store = writer.store
     codes, (boxes, flips) = store.content(0, 0)[0].codes, store.content(0, 0)[0].crops.arrays()
@@ -230,7 +229,7 @@ def test_an_unfinished_store_is_sound_and_not_complete(photos, recipe, tmp_path)
 
 
 def untouched(path: Path, but: set[tuple[int, int]]) -> dict[str, int]:
-    """Modification times of the files of all shards but these."""
+    """Return the modification times of all shards' files but those of ``but``."""
     return {
         f: os.stat(path / f).st_mtime_ns
         for f in tree(path)
@@ -275,8 +274,8 @@ def test_each_worker_makes_its_own_share_anew(photos, recipe, store_path, copy):
 
 
 def test_unchecked_only_lost_files_are_noticed(photos, recipe, copy):
-    """check=False is for a worker that is stopped every hour; training and verify look
-    all the same."""
+    """check=False is for a worker that is stopped every hour. Training and verify still
+    compare digests."""
     file = LabelStore.open(copy).file("labels", 0, 0)
     file.write_bytes(flip(file.read_bytes(), 99))
     generate(recipe, photos, copy, device=CPU, check=False)
@@ -284,7 +283,7 @@ def test_unchecked_only_lost_files_are_noticed(photos, recipe, copy):
 
 
 def empty_copy(path: Path, fresh: Path) -> Path:
-    """The same store without any label, as creation makes it."""
+    """Copy a store without any label, as creation makes it."""
     return Path(
         shutil.copytree(
             path,
@@ -342,8 +341,7 @@ def test_a_description_of_another_recipe_is_not_put_over_these_labels(photos, re
 def test_rows_in_another_order_are_no_rows_of_this_store(
     photos, recipe, store_path, copy, tmp_path
 ):
-    """The manifest of a store of the same images with another seed is a right manifest,
-    by its own digest."""
+    """The manifest of the same images with another seed is sound by its own digest."""
     other = generate(
         changed(recipe, crops={"seed": 1}), photos, tmp_path / "other.zarr", device=CPU
     )
@@ -373,8 +371,8 @@ def test_a_description_is_made_anew_as_it_was_though_the_teacher_is_named_otherw
 def test_a_manifest_is_made_anew_in_its_own_order_whatever_the_commands_seed(
     photos, recipe, copy, sealed
 ):
-    """Shards' digests don't know of paths: labels of one image must not come to be
-    another's."""
+    """Digests of shards don't cover paths, so a wrong order would give an image the
+    labels of another."""
     edit_store(copy, lambda attributes: None if sealed else attributes.pop("row_order"))
     before = tree(copy)
     (copy / "images/width/c/0").write_bytes(b"")
@@ -384,12 +382,12 @@ def test_a_manifest_is_made_anew_in_its_own_order_whatever_the_commands_seed(
 
 
 def test_the_description_of_an_older_store_is_made_anew(photos, recipe, copy):
-    """Its provenance may hold less than a store's of today; its digests are bound to it
-    as it is."""
+    """An older provenance may have other keys than today's, and the store's digests are
+    bound to the provenance as it is."""
     edit_store(copy, lambda attributes: attributes["provenance"].update(extra="of another version"))
     document = json.loads((copy / "zarr.json").read_text())
     writer = StoreWriter(copy)
-    for view, shard in np.ndindex(2, 3):  # with digests of that provenance
+    for view, shard in np.ndindex(2, 3):  # with digests of the changed provenance
         content, _ = writer.store.content(view, shard)
         writer.write(view, shard, *content)
     for later in ("seal", "views", "row_order"):
@@ -425,7 +423,7 @@ def test_consolidated_metadata_is_compared_and_taken_away_when_it_is_wrong(
     photos, recipe, store_path, copy
 ):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is no part of Zarr's format yet
+        warnings.simplefilter("ignore")  # consolidation is no part of Zarr's format yet
         zarr.consolidate_metadata(str(copy))
     assert verify(copy).sound
     document = json.loads((copy / "zarr.json").read_text())
@@ -488,7 +486,7 @@ def test_a_path_that_leaves_the_data_folder_is_refused(copy, path):
 def test_codes_that_a_codec_does_not_have_are_not_trained_from(
     photos, recipe, tmp_path, codec, place, bad
 ):
-    """Whoever made the store wrote digests of them."""
+    """The store's digests cover these codes, so the digests fit."""
     path = tmp_path / "s.zarr"
     generate(changed(recipe, store={"codec": codec}), photos, path, device=CPU)
     writer = StoreWriter(path)
@@ -504,7 +502,7 @@ def test_codes_that_a_codec_does_not_have_are_not_trained_from(
 
 
 def test_the_plan_of_crops_is_what_the_store_holds(store_path, recipe):
-    """So that a re-made shard has the same crops."""
+    """A shard that is made anew must have the same crops."""
     store = LabelStore.open(store_path)
     plan = CropSampler(recipe.crops, store.images, store.shard_rows)
     for view in range(2):

@@ -1,11 +1,11 @@
-"""A disk that loses, when the power fails, what was not forced to it. A killed process
-can't show a missing fsync: the kernel keeps what it wrote.
+"""Simulate a disk that loses, when the power fails, all that was not forced to it. A
+killed process can't show a missing fsync, since the kernel keeps its writes.
 
-While a ``Disk`` watches a folder, every fsync below it, and every call that changes a
-folder, is noted. What a disk holds for certain is, of a file, its content at its last
-fsync, and, of a folder, its names at the last fsync of that folder. All else may have
-reached it or not, in any order: a ``Moment`` knows what, and ``Disk.rebuild`` makes a
-folder of one of the many things that the disk may hold then.
+A ``Disk`` watches a folder, and notes every fsync below it and every call that changes
+a folder. The disk holds for certain the content of a file at the file's last fsync, and
+the names in a folder at the folder's last fsync. Later contents and names may have
+reached the disk or not, in any order. A ``Moment`` knows both, and ``Disk.rebuild``
+makes a folder of one of the many contents that the disk may have at that moment.
 """
 
 from __future__ import annotations
@@ -21,44 +21,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# a folder for thousands of small folders, each of which takes a disk 2 ms to remove
+# A place in memory for thousands of small folders: a disk takes 2 ms to remove each.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-GONE = 0  # instead of an inode: the name is not there
+GONE = 0  # in place of an inode: the name does not exist
 CHANGES = ("rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir")
 
-Names = dict[str, int]  # of a folder: name → inode
+Names = dict[str, int]  # the names in a folder: name → inode
 
 
 @dataclass
 class Moment:
-    """What is on the disk for certain and what may be, just before a call."""
+    """The certain and the possible contents of the disk, just before a call."""
 
     call: str
-    done: frozenset  # what the program had been told is done: see ``Disk.done``
+    done: frozenset  # ``Disk.done`` at this moment
     names: dict[int, Names]  # folder → its names at its last fsync
-    # folder → name → what else it may stand for, oldest first
+    # folder → name → other inodes that the name may stand for, oldest first
     others: dict[int, dict[str, list[int]]]
     certain: dict[int, bytes]  # file → content at its last fsync
-    # file → content now, where that isn't certain; the youngest file is the last
+    # file → present content, if it isn't the certain content; the youngest file is last
     volatile: dict[int, bytes]
     folders: frozenset[int]
 
 
 @dataclass
 class Disk:
-    """Watches ``root``. What is there already has reached the disk."""
+    """A disk that watches ``root``. Files that are there at the start have reached the
+    disk."""
 
     root: Path
     # paths below root whose fsync does nothing, as if the program had left it out
     forgets: Callable[[Path], bool] = lambda path: False
-    done: set = field(default_factory=set)  # what must never be lost from now on; the test fills it
-    # (what, path below root), in order: fsync, rename, …, and what ``note`` is told
+    # results that the program was told are done, and that must never be lost from then
+    # on; the test adds them
+    done: set = field(default_factory=set)
+    # (call, path below root) in order: fsync, rename, …, and the entries of ``note``
     calls: list[tuple[str, str]] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
-        # inode → a descriptor, so that no later file gets the same number
+        # inode → an open descriptor, so that no later file gets the same inode
         self.held: dict[int, int] = {}
         self.names: dict[int, Names] = {}
         self.others: dict[int, dict[str, list[int]]] = {}
@@ -88,7 +91,7 @@ class Disk:
         self.held.clear()
 
     def moment(self, call: str) -> None:
-        """The power may fail now."""
+        """Record a moment at which the power may fail."""
         with self.lock:
             self._look()
             files = {
@@ -153,8 +156,8 @@ class Disk:
         return change
 
     def _look(self) -> None:
-        """Note what every name below the root stands for now, if the disk doesn't know
-        it."""
+        """Note every name below the root that stands for another inode than at the last
+        look."""
         folders = [(self.start, self.root)]
         while folders:
             folder, path = folders.pop()
@@ -200,11 +203,12 @@ class Disk:
         rng: np.random.Generator | None = None,
         luck: str = "random",
     ) -> Path:
-        """Make, as ``folder``, one of the things that the disk may hold.
+        """Make ``folder`` with one of the contents that the disk may have.
 
-        luck: "none", the disk has only what is certain; "names", also all that came
-        since, but of no file its content; "late", as if it wrote the youngest files
-        first: all names, and the contents of some of them; "random", any part of both.
+        luck: "none", only the certain names and contents; "names", also all later
+        names, but no later content of a file; "late", all names, and the contents of
+        some of the youngest files, as if the disk wrote these first; "random", any part
+        of the later names and contents.
         """
         young = (
             list(moment.volatile)[-int(rng.integers(1, len(moment.volatile) + 1)) :]
@@ -257,8 +261,9 @@ class Disk:
 
 
 def _renames_are_whole(picked: Names, certain: Names, others: dict[str, list[int]]) -> Names:
-    """File systems rename in one step: what has got another name in the same folder has
-    the old one or the new one, not both and not neither."""
+    """Correct picked names so that no rename is done in part. File systems rename in
+    one step: a file renamed within its folder has the old name or the new name, not
+    both and not neither."""
     names: dict[int, list[str]] = {}
     for name in picked:
         for inode in {certain.get(name, GONE), *others.get(name, [])} - {GONE}:

@@ -1,11 +1,11 @@
-"""Runs of commands, mostly ``generate-labels``, that are killed with SIGKILL at a
-chosen moment.
+"""Start commands, mostly ``generate-labels``, and kill them with SIGKILL at a chosen
+moment.
 
-A run takes half a second, not nine: it is forked from a server that has imported
-everything already. (DALI, torch and Zarr start no thread while they are imported, so
-forking is safe; ``Server`` looks.) An event is a call that changes something beside or
-in the store, or the reading of an image. A run writes its events to a log and can kill
-itself at the n-th of them, so every phase can be met on purpose.
+A run takes half a second instead of nine: it is forked from a server that has imported
+every module already. (DALI, torch and Zarr start no thread while they are imported, so
+forking is safe; ``Server`` counts the threads.) An event is a call that changes
+something beside or in the store, or the reading of an image. A run writes its events to
+a log and can kill itself at the n-th event, so every phase can be met on purpose.
 """
 
 from __future__ import annotations
@@ -52,22 +52,23 @@ HEAVY = [
         "support.killing",
     ),
 ]
-HANGS = 300  # seconds: no run takes that long
+HANGS = 300  # seconds; no run takes longer
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run kills itself."""
+    """The moment at which a run kills itself."""
 
     event: int  # the n-th event, from 0
-    wait: float | None = None  # seconds after the event; None: before it does anything
-    part: float = 0.0  # if the event is a write and the kill comes at once: how much of it is done
+    wait: float | None = None  # seconds after the event; None: before the event has an effect
+    part: float = 0.0  # if the event is a write and wait is None: the share that is written first
 
 
 @dataclass(frozen=True)
 class Event:
     what: str  # open, write, rename, mkdir, …
-    path: str  # relative to the store's parent folder; an image: "image"; of a rename the new name
+    # relative to the store's parent folder; an image: "image"; of a rename the new name
+    path: str
 
 
 class Run:
@@ -91,7 +92,7 @@ class Run:
         self.process.kill()
 
     def end(self) -> int:
-        """Wait for its end; its exit status, -9 if it was killed."""
+        """Wait for the run's end and return its exit status, -9 if it was killed."""
         self.process.join(HANGS)
         assert self.process.exitcode is not None, f"a run hangs:\n{self.said()}"
         return self.process.exitcode
@@ -105,7 +106,7 @@ class Run:
 
 
 class Server:
-    """Starts runs of one recipe on one data folder."""
+    """The server that runs of one recipe on one data folder are forked from."""
 
     def __init__(self, folder: Path, config: Path, data: Path) -> None:
         self.folder, self.config, self.data = folder, config, data
@@ -133,7 +134,7 @@ class Server:
         )
 
     def command(self, store: Path, command: list[str], moment: Moment | None = None) -> Run:
-        """Any command that takes --data and --store."""
+        """Start any command that takes --data and --store."""
         folder = self.folder / f"run{next(self.number)}"
         folder.mkdir()
         arguments = [*command, f"--data={self.data}", f"--store={store}"]
@@ -151,7 +152,7 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-# ---- what follows is done by the forked process
+# ---- the functions below run in the forked process
 
 
 def _state_of_the_server(pipe: Any) -> None:
@@ -173,7 +174,7 @@ def _run(
 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     torch.set_num_threads(1)
-    # of a worker whose neighbour was killed while it made the empty store
+    # seconds to wait for a neighbour that was killed while it made the empty store
     coordination.PATIENCE = 1.0
     _watch(beside, data, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), moment)
     cli.main(arguments)
@@ -186,12 +187,12 @@ def _die() -> None:
 
 def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
     """Note every event below the folder ``beside`` and every image read from ``data``,
-    and die at the moment."""
+    and kill the process at ``moment``."""
     counted = itertools.count()
 
     def happens(what: str, path: Any, folder: int = -1) -> bool:
-        """Note an event. Whether the run must die in it, which is left to the caller
-        where the event is half done by then."""
+        """Note an event, and return True if the run must die in it. The caller kills
+        the run, since the event may have to be half done by then."""
         path = os.fsdecode(path)
         if folder >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
@@ -225,8 +226,9 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
             _die()
 
     def opened(*given: Any, **named: Any) -> Any:
-        """Zarr and pathlib write a small file in one call: between its opening and the
-        end of the call lies a file that is empty or cut short."""
+        """Open a file that a kill can leave empty or cut short. Zarr and pathlib write
+        a small file in one call: the file is so between its opening and the end of the
+        call."""
         file = real_open(*given, **named)
         mode = given[1] if len(given) > 1 else named.get("mode", "r")
         if "r" not in mode or "+" in mode:
@@ -243,8 +245,8 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
         return file
 
     def fsync(descriptor: int) -> None:
-        """Nothing is forced to the disk, since a kill loses nothing that the kernel
-        has, and the disk takes half of the time."""
+        """Note an fsync, and force nothing to the disk. A kill loses nothing that the
+        kernel has, and the disk would take half of the time."""
         if happens("fsync", os.readlink(f"/proc/self/fd/{descriptor}")):
             _die()
 

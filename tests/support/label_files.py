@@ -1,4 +1,4 @@
-"""Label files as FKD's generator writes them."""
+"""Write label files as FKD's generator does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CROPS = 3
 
 def write_set(root: Path, images: Path, seed: int = 0, dtype: type = np.float32) -> Path:
     for i, file in enumerate(sorted(images.glob("*/*.jpg"))):
-        rng = np.random.default_rng((7, i))  # the same crops whatever the seed
+        rng = np.random.default_rng((7, i))  # the same crops for every seed
         with Image.open(file) as photo:
             width, height = photo.size
         boxes = []

@@ -1,4 +1,4 @@
-"""Where things are."""
+"""Paths of the checkout, its recipes and its test data."""
 
 from pathlib import Path
 

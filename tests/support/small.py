@@ -1,4 +1,4 @@
-"""Real parts in small: photographs, teachers, changed recipes, edited stores."""
+"""Make small real parts: photographs, teachers, changed recipes, edited stores."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def write_photos(folder: Path, per_class: int, seed: int = 0) -> Path:
-    """Tiles of scikit-learn's two sample photographs as JPEGs of many sizes, in class
-    folders."""
+    """Write tiles of scikit-learn's two sample photographs as JPEGs of many sizes, in
+    class folders."""
     rng = np.random.default_rng(seed)
     photos = load_sample_images().images
     for c, name in enumerate(CLASSES):
@@ -47,8 +47,8 @@ def write_photos(folder: Path, per_class: int, seed: int = 0) -> Path:
 def write_teacher(
     path: Path, model: str, seed: int, classes: int = len(CLASSES), **options: int
 ) -> Path:
-    """A tiny timm model with random weights and a head strong enough that its softmax
-    isn't flat."""
+    """Save a tiny timm model with random weights and a head strong enough that its
+    softmax isn't flat."""
     torch.manual_seed(seed)
     module = timm.create_model(model, num_classes=classes, **options)
     head = module.get_classifier()
@@ -58,12 +58,12 @@ def write_teacher(
     return path
 
 
-# of the demo; in full it is a minute and a half
+# Options of a short demo. The full demo takes a minute and a half.
 SHORT = ("--set=train.epochs=2", "--set=train.milestones=[]", "--set=crops.views=2")
 
 
 def changed(recipe: Config, **sections: dict) -> Config:
-    """The recipe with some values of some sections replaced."""
+    """Return the recipe with some values of some sections replaced."""
     document = recipe.model_dump(mode="json", exclude_unset=True)
     for section, values in sections.items():
         document[section] = document.get(section, {}) | values
@@ -71,7 +71,7 @@ def changed(recipe: Config, **sections: dict) -> Config:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by relative path."""
+    """Read every file below a folder: relative path → content."""
     return {
         os.path.relpath(os.path.join(place, name), folder): Path(place, name).read_bytes()
         for place, _, names in os.walk(folder)
@@ -80,8 +80,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
-    """Change a store's attributes as the program that made it would have written them:
-    sealed."""
+    """Change a store's attributes and seal them, as the program that made the store
+    would have."""
     document = json.loads((path / "zarr.json").read_text())
     edit(document["attributes"])
     (path / "zarr.json").write_text(json.dumps(document))
@@ -89,7 +89,7 @@ def edit_store(path: Path, edit: Callable[[dict], object]) -> None:
 
 
 def toy_provenance(codec: Codec, images: Images, layout: dict) -> dict:
-    """As a real store's, for one that no teacher has labelled."""
+    """Make up a provenance like a real store's, for a store without teachers."""
     return {
         "teachers": [
             {

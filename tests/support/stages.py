@@ -1,5 +1,5 @@
-"""The stages in one call each, as most tests want them: from a folder, on the CPU, in
-one process."""
+"""Run each stage in one call, as most tests need it: from a folder, on the CPU, in one
+process."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def centre_renderer(
 
 
 def stored_labels(store: LabelStore, views: int, *, hard: bool = False) -> StoredLabels:
-    """Take crops and labels from a store; ``make_replay`` says where the images are."""
+    """Take crops and labels from a store. ``make_replay`` sets the folder of images."""
     return StoredLabels(
         store,
         DataFolder(Path(), store.class_names),
@@ -130,7 +130,7 @@ def stored_labels(store: LabelStore, views: int, *, hard: bool = False) -> Store
 def drawn_crops(
     images: Images, names: Sequence[str], policy: CropPolicy, views: int, layout: tuple[int, int]
 ) -> DrawnCrops:
-    """Draw crops on the CPU; ``make_replay`` says where the images are."""
+    """Draw crops on the CPU. ``make_replay`` sets the folder of images."""
     return DrawnCrops(
         DataFolder(Path(), names),
         images,
@@ -161,5 +161,5 @@ def make_replay(
 
 
 def make_targets(config: Config, source: Source, teachers: Sequence = ()) -> Targets:
-    """Make the goals of one process on the CPU."""
+    """Make the training targets of one process on the CPU."""
     return Targets(config, source, list(teachers), Execution())

@@ -1,4 +1,4 @@
-"""Stores written by hand: 70 rows, labels and crops that every test can work out."""
+"""Write stores by hand: 70 rows, with labels and crops that a test can compute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.small import toy_provenance
 
 N, CLASSES, SHARD, CHUNK = 70, 5, 16, 4
 SHARDS = 5  # the last has 6 rows
-UNUSABLE = (3, 17, 40, *range(48, 64))  # all of shard 3
+UNUSABLE = (3, 17, 40, *range(48, 64))  # the range is all of shard 3
 USABLE = np.setdiff1d(np.arange(N), UNUSABLE)
 
 
@@ -50,7 +50,7 @@ def create(path: Path, codec: str = "pow8", views: int = 2) -> bool:
 
 
 def truth(view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Made-up probabilities, boxes and flips of a whole view."""
+    """Make up the probabilities, boxes and flips of a whole view."""
     rng = np.random.default_rng(view)
     return (
         rng.dirichlet([0.3] * CLASSES, N).astype("float32"),
@@ -69,8 +69,8 @@ def blocks(writer: StoreWriter, view: int, shard: int) -> tuple[np.ndarray, np.n
 
 
 def fill(path: Path, *places: tuple[int, int]) -> LabelStore:
-    """Write the shards (view, shard), all of them if none is given, and open the store
-    anew."""
+    """Write the shards (view, shard), or all shards if none is given, and open the
+    store anew."""
     writer = StoreWriter(path)
     for view, shard in places or np.ndindex(writer.store.views, writer.store.shards):
         write(writer, view, shard, *blocks(writer, view, shard))

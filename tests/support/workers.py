@@ -1,4 +1,4 @@
-"""Workers as real processes that are held, signalled and killed at a chosen moment."""
+"""Start workers as real processes, and hold, signal or kill them at a chosen moment."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from support.killing import HANGS, HEAVY
 from support.paths import ROOT
 
 VIEWS = 3
-ROWS = 4  # of a shard
+ROWS = 4  # rows of a shard
 SOON = 20.0  # seconds in which a signal is obeyed; it takes one or two
-CAP_DAC_OVERRIDE = 1  # linux/capability.h: what lets root write where permissions say no
-# seconds that a write takes more where a run must not be done before the others have
-# come
+CAP_DAC_OVERRIDE = 1  # linux/capability.h: root may write where permissions say no
+# seconds added to a write, where a run must not end before the other runs have come
 SLOW = 0.1
 FILLER = "filler"  # a file that fills a small disk
-# what else runs import
+# modules that runs import beside HEAVY
 ALSO = [
     *(
         "support.workers",
@@ -51,27 +50,28 @@ ALSO = [
 
 @dataclass(frozen=True)
 class When:
-    """The n-th time that a run does this to a file of such a path, and what happens to
-    the run just before it does."""
+    """The n-th event of a kind in a run, on a path that matches, and what happens to
+    the run just before the event."""
 
-    # read or write (it opens the file), rename, link, remove; or forget: its main
+    # read or write: the run opens the file; rename, link, remove; forget: its main
     # thread is done with a DALI pipeline
     what: str
     path: str  # regular expression
-    then: str  # a signal; hold, until it is released; full: the disk is so from now on
+    then: str  # a signal; hold: the run waits for release(); full: the disk is full from now on
     nth: int = 1
-    after: str = ""  # counted from when it has linked or renamed a file to such a path
+    # regular expression: events count once a file was linked or renamed to such a path
+    after: str = ""
 
 
 @dataclass(frozen=True)
 class Write:
-    """A shard as a run wrote it, whole."""
+    """One write of a shard by a run."""
 
     process: int
     view: int
     shard: int
     begins: float
-    ends: float  # infinity: it came to no end
+    ends: float  # infinity: the write came to no end
 
 
 class Run:
@@ -91,7 +91,8 @@ class Run:
         return self.text("stderr")
 
     def end(self) -> int:
-        """Wait for its end; its exit status, negative if a signal ended it."""
+        """Wait for the run's end and return its exit status, negative if a signal ended
+        it."""
         self.process.join(HANGS)
         self.ended = time.monotonic()
         assert self.process.exitcode is not None, f"a run hangs:\n{self.said()}"
@@ -116,7 +117,7 @@ class Run:
             time.sleep(0.005)
 
     def wait_for(self, text: str) -> None:
-        """Until it has said so."""
+        """Wait until the run has written ``text`` to stderr."""
         self.wait(lambda: text in self.said(), f"said {text!r}")
 
     def wait_held(self) -> None:
@@ -126,11 +127,11 @@ class Run:
         (self.folder / "go").touch()
 
     def stopped_after(self) -> float:
-        """Seconds between the first signal and its end."""
+        """Return the seconds between the first signal and the run's end."""
         return self.ended - float(self.text("signals").split()[0])
 
     def failed_with(self) -> str:
-        """The one line in which it said what is wrong."""
+        """Wait until the run fails, and return the one line that says why."""
         assert self.end() == 1, self.said()
         lines = [
             line for line in self.said().splitlines() if line.startswith(("error:", "stopped"))
@@ -141,14 +142,16 @@ class Run:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder. (Runs import this module too, and conftest, with
-    scikit-learn, would take them a second.)"""
+    """Read every file below a folder. (Runs import this module too, and an import of
+    scikit-learn at its top would take each run a second.)"""
+    from support import small
 
-    return tree(folder)
+    return small.tree(folder)
 
 
 def require_no_trace(run: Run) -> None:
-    """No traceback, not even one of a thread or of the interpreter's end."""
+    """Require that a run has printed no traceback, not even one of a thread or of the
+    interpreter's end."""
     assert not re.search(r"Traceback|Exception ignored|Error in|^\s+File ", run.said(), re.M), (
         run.said()
     )
@@ -182,14 +185,14 @@ class House:
         return self.runs[-1]
 
     def end(self) -> None:
-        """End what a failed test has left running."""
+        """Kill the runs that a failed test has left."""
         while self.runs:
             self.runs.pop().kill()
 
 
 @dataclass
 class Place:
-    """Where one test's store is to be: s.zarr, alone in a folder."""
+    """The place of one test's store: s.zarr, alone in a folder."""
 
     house: House
     whole: Path  # the store of a single undisturbed process
@@ -203,7 +206,7 @@ class Place:
         self.log.touch()
 
     def start(self, *options: object, data: Path | None = None, **how: Any) -> Run:
-        """generate-labels, with these options."""
+        """Start generate-labels with these options."""
         arguments = [
             "generate-labels",
             f"--config={self.house.config}",
@@ -213,15 +216,15 @@ class Place:
         return self.house.start(*arguments, "--device=cpu", *options, log=str(self.log), **how)
 
     def run(self, *options: object, **how: Any) -> str:
-        """generate-labels to its good end; what it said."""
+        """Run generate-labels to its good end, and return its stderr."""
         run = self.start(*options, **how)
         assert run.end() == 0, run.said()
         require_no_trace(run)
         return run.said()
 
     def begin(self, views: int, labelled: int | None = None) -> None:
-        """Put a store of so many views here, made by one process; of all its shards, or
-        of so many."""
+        """Put a store of ``views`` views here, made by one process. labelled: the
+        number of finished shards; None: all."""
         shutil.copytree(self.whole.with_name(f"{views}.zarr"), self.path)
         for number, record in enumerate(sorted((self.path / "records" / "c").glob("*/*/0"))):
             if labelled is not None and number >= labelled:
@@ -242,8 +245,8 @@ class Place:
         return found + [Write(*key, moment, np.inf) for key, moment in begun.items()]
 
     def kept(self) -> dict[str, tuple[int, int]]:
-        """Inode and time of every file of a finished shard, each of which is what a
-        single process makes."""
+        """Require every file of a finished shard to be the file of a single process,
+        and return the inode and time of each."""
         if not self.path.exists():
             return {}
         store, files = LabelStore.open(self.path), {}
@@ -258,7 +261,7 @@ class Place:
         return files
 
     def left(self) -> set[str]:
-        """What lies in the store or beside it that a finished store doesn't have."""
+        """List files in or beside the store that a finished store doesn't have."""
         left = {str(file.relative_to(self.folder)) for file in self.folder.rglob("*")}
         return (
             left
@@ -267,8 +270,8 @@ class Place:
         )
 
     def require_whole(self, *lost: Run) -> None:
-        """The store is the one of a single process, nothing else is there, and no shard
-        was written twice but those in flight in a run that was lost."""
+        """Require the store of a single process, no other file, and no shard written
+        twice except the shards in flight in a lost run."""
         assert not self.left()
         made, wanted = tree(self.path), tree(self.whole)
         assert sorted(made) == sorted(wanted)
@@ -277,8 +280,8 @@ class Place:
 
 
 def require_single_writers(writes: list[Write], broken: tuple[Run, ...] = ()) -> None:
-    """No shard was written by two at once, and none again once it was finished.
-    ``broken``: runs that were killed or failed in a write."""
+    """Require that no shard was written by two runs at once, or again once it was
+    finished. ``broken``: runs that were killed or failed in a write."""
     lost = {run.process.pid for run in broken}
     assert {write.process for write in writes if write.ends == np.inf} <= lost, (
         "a write came to no end"
@@ -297,7 +300,7 @@ def require_single_writers(writes: list[Write], broken: tuple[Run, ...] = ()) ->
             )
 
 
-# ---- what follows is done by the forked processes
+# ---- the functions below run in the forked processes
 
 
 def _run(arguments: list[str], folder: str, how: dict) -> None:
@@ -312,11 +315,12 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chmod(folder, 0o777)
     torch.set_num_threads(1)
-    # a kill loses nothing that the kernel has, and the disk takes half of the time
+    # Without fsync: a kill loses nothing that the kernel has, and the disk would take
+    # half of the time.
     os.fsync = lambda descriptor: None
     os.environ.update(how.get("environment", {}))
     coordination.PATIENCE = how.get("patience", 60.0)
-    if "host" in how:  # as if it ran there
+    if "host" in how:  # as if the run were on this host
         socket.gethostname = lambda: how["host"]
     claims.STALE, claims.BEAT = how.get("stale", STALE), min(BEAT, how.get("stale", 100.0) / 10)
     if "log" in how:
@@ -328,17 +332,17 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
 
 
 def obey_permissions() -> None:
-    """Let permissions stop this process, if it is root's, from writing, as they stop
-    its owner where that is somebody else.
+    """Let permissions stop this process from writing even if it is root's, as they stop
+    any other user.
 
-    It stays root and may read everything: as another user it could not import what is
-    only imported later, where the clone lies below a folder of mode 700.
+    The process stays root and may read everything. As another user it could not import
+    further modules from a checkout below a folder of mode 700.
     """
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-    sets = (ctypes.c_uint32 * 6)()  # twice effective, permitted, inheritable
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
     if libc.capget(header, sets):
         raise OSError(ctypes.get_errno(), "capget")
     for number in (0, 1):
@@ -348,8 +352,8 @@ def obey_permissions() -> None:
 
 
 def _log_writes(log: int, slow: float) -> None:
-    """Note when a shard's writing begins and ends, and let it take some seconds more,
-    so that two that wrote one would be seen to."""
+    """Note when each write of a shard begins and ends, and add ``slow`` seconds to it,
+    so that two writers of one shard are seen."""
     from cache.writer import StoreWriter
 
     def note(what: str, view: int, shard: int) -> None:
@@ -365,8 +369,9 @@ def _log_writes(log: int, slow: float) -> None:
 
 
 def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
-    """Let happen what is to happen. ``disk``: the small file system that is to be full;
-    without one, writing itself fails as it would on a full one."""
+    """Watch for the events of ``whens``, and do to this process what each says.
+    ``disk``: the small file system to fill; None: writing itself fails as it would on a
+    full disk."""
     from nvidia import dali
 
     counts = [itertools.count(1) for _ in whens]
@@ -418,10 +423,10 @@ def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
         return file
 
     def refuse(content: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name: write() knows none
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as from write()
 
     def __del__(self: dali.Pipeline) -> None:
-        # which is where signals are handled
+        # Signals are handled in the main thread.
         if threading.current_thread() is threading.main_thread():
             happens("forget", "pipeline")
         real_forget(self)

@@ -106,54 +106,81 @@ def test_every_option_in_the_readme_exists():
 
 
 class World:
-    """A folder in which commands are typed; what a section makes itself is made anew,
-    other things are there from sections before."""
+    """A folder in which commands are typed. The results of a section's own commands are
+    made anew, and everything else that a section names is prepared."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recipe: str, data: str) -> None:
+        self.folder, self.recipe, self.data = folder, recipe, data
 
     def make(self, name: str) -> None:
-        """What a command names and no other command makes."""
+        """Prepare a file or folder that a command names, unless it is there."""
         place = self.folder / name
-        if place.exists() or name not in PREPARED:
-            return
-        PREPARED[name](self, place)
+        if name in PREPARED and not place.exists():
+            PREPARED[name](self, place)
+
+    def command(self, *words: object) -> None:
+        status, _, err = run(*words)
+        assert status == 0, f"{words}\n{err}"
 
     def type(self, section: str) -> None:
-        made: set[tuple] = set()
+        made: set[tuple[str, str | None]] = set()
         for line in SECTIONS[section]:
             line = line.replace("$SLURM_ARRAY_TASK_ID/16", "0/1")  # all shares in one
             words = shlex.split(line.partition("cli.py ")[2])
             if words == ["demo"]:  # short_demo has run it, with models of its own
                 continue
+            results = results_of(words)
             for word in words:
-                self.make(word.partition("=")[2] or word)
-            for option, value in pairwise(words):
-                makes = option == "--out" or (
-                    option == "--store"
-                    and words[0] in ("generate-labels", "import-labels")
-                    and "--plan" not in words
-                )
-                if (
-                    makes
-                    and (
-                        what := (
-                            value,
-                            words[words.index("--data") + 1] if "--data" in words else None,
-                        )
-                    )
-                    not in made
-                ):
-                    made.add(what)
-                    shutil.rmtree(self.folder / value, ignore_errors=True)
-            status, _, err = run(*words)
-            assert status == 0, f"{line}\n{err}"
+                name = word.partition("=")[2] or word
+                if name not in results:
+                    self.make(name)
+            images = words[words.index("--data") + 1] if "--data" in words else None
+            for result in results - {name for name, of in made if of == images}:
+                shutil.rmtree(self.folder / result, ignore_errors=True)
+            made |= {(result, images) for result in results}
+            self.command(*words)
+
+
+def results_of(words: list[str]) -> set[str]:
+    """The files and folders that a command makes."""
+    fills = words[0] in ("generate-labels", "import-labels") and "--plan" not in words
+    options = {"--out", "--store"} if fills else {"--out"}
+    return {value for option, value in pairwise(words) if option in options}
+
+
+def store(world: World, place: Path) -> None:
+    """The label store of the READMEs."""
+    how = ["--config", world.recipe, "--data", world.data, "--store", place]
+    for teacher in ("teacher-resnet50", "teacher-efficientnet") if world.data == "data" else ():
+        world.make(teacher)
+    world.command("generate-labels", *how)
+
+
+def student(world: World, place: Path) -> None:
+    """The run of the READMEs, and the baseline, which sees the same crops."""
+    world.make("labels.zarr")
+    hard = ["--set", "train.labels=hard", "--set", "train.discriminator=null"]
+    how = ["--config", world.recipe, "--data", world.data, "--store", "labels.zarr"]
+    world.command(
+        "train-student", *how, "--out", place, *(hard if place.name == "baseline" else ())
+    )
+
+
+def teacher(model: str) -> Callable[[World, Path], None]:
+    """A teacher of an own data set."""
+
+    def make(world: World, place: Path) -> None:
+        how = ["--config", "configs/own_teacher.yaml", "--data", "data"]
+        world.command("train-student", *how, "--out", place, "--student", model)
+
+    return make
 
 
 def half(keep: int) -> Callable[[World, Path], None]:
     """A store of which another cluster has the other half."""
 
     def make(world: World, place: Path) -> None:
+        world.make("labels.zarr")
         shutil.copytree(world.folder / "labels.zarr", place)
         shutil.rmtree(place / "records" / "c" / str(1 - keep))
 
@@ -211,6 +238,17 @@ def label_files(world: World, place: Path) -> None:
 
 
 PREPARED: dict[str, Callable[[World, Path], None]] = {
+    "labels.zarr": store,
+    "run": student,
+    "baseline": student,
+    "reference": student,
+    "teacher-resnet50": teacher("resnet50"),
+    "teacher-efficientnet": teacher("tf_efficientnet_b4"),
+    "run/best.safetensors": lambda world, place: world.make("run"),
+    "teacher-resnet50/best.safetensors": lambda world, place: world.make("teacher-resnet50"),
+    "teacher-efficientnet/best.safetensors": lambda world, place: world.make(
+        "teacher-efficientnet"
+    ),
     "here.zarr": half(0),
     "there.zarr": half(1),
     "senet.zarr": by_one("senet154"),
@@ -267,9 +305,11 @@ def worlds(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_module, "_create", small)
         patch.setattr(plan, "SECONDS", 0.01)
+        own = tmp_path_factory.mktemp("own")
+        shutil.copytree(folder, own, symlinks=True, dirs_exist_ok=True)
         yield [
-            World(folder),
-            World(Path(shutil.copytree(folder, folder.with_name("own"), symlinks=True))),
+            World(folder, "configs/meal_v2_resnet50.yaml", "imagenet"),
+            World(own, "configs/own_data.yaml", "data"),
         ]
 
 

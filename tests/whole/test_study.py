@@ -49,7 +49,7 @@ def again() -> dict:
 
 
 def test_the_readme_tells_what_is_recorded(study, recorded, again):
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "tests" / "bench" / "study" / "README.md").read_text()
     for experiment in study.EXPERIMENTS:
         told = study.tell.table(experiment, recorded)
         assert told and told in readme, (

@@ -1,4 +1,4 @@
-"""How fast a GPU is at it: ratios of two things done in one run."""
+"""Measure how fast both stages are on a GPU: ratios of two timings in one run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.models.weights import load, load_teachers
 from pipeline.render.dali import CropRenderer
 from pipeline.runtime.precision import fixed_shapes
 
-AIM = "≥ 0.97 is the aim"  # of both stages, beside what their models do alone
-LEAST = 2.0  # seconds that decoding is timed for
+AIM = "≥ 0.97 is the aim"  # for each stage, beside its models alone
+LEAST = 2.0  # seconds that decoding is timed for, at least
 
 
 def bare_seconds(work: Callable[[], object]) -> float:
-    """Time a call three times after a first one, and return the least, in seconds."""
+    """Time a call three times after a first call, and return the least seconds."""
     work()
     return min(seconds(work) for _ in range(3))
 
@@ -137,7 +137,7 @@ def compiled(bench: Bench) -> Iterator[Finding]:
 
 def stage_two(bench: Bench) -> Iterator[Finding]:
     """Compare train-student with its bare step on data in the device's memory, and with
-    the paper's way, which asks live teachers."""
+    the paper's way of training, which asks live teachers."""
     config = bench.config(**bench.settings())
     source = stored(bench, bench.many, config)
     run = bench.training(
@@ -160,7 +160,7 @@ def stage_two(bench: Bench) -> Iterator[Finding]:
     rows = sum(len(p) for _, p in memory)
     with fixed_shapes():
         rates = [rows / bare_seconds(bare)]
-        of_a_pass(run)  # which makes threads and buffers
+        of_a_pass(run)  # the first pass makes threads and buffers
         taken = of_a_pass(run)
         rates.append(rows / bare_seconds(bare))
     images = len(source.images.usable)
@@ -182,8 +182,8 @@ def stage_two(bench: Bench) -> Iterator[Finding]:
 
 
 def online(bench: Bench, stored_rate: float) -> Iterator[Finding]:
-    """Compare a step with live teachers with the step from a store, whose images a
-    second are known."""
+    """Compare a step with live teachers with the step from a store. stored_rate: images
+    a second of the step from a store."""
     live = bench.config(
         **bench.settings(
             teachers=bench.teachers, store={"precision": bench.half}, train={"online": True}

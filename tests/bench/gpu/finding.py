@@ -1,4 +1,4 @@
-"""One thing that was found out, and what it was found out on."""
+"""Describe a finding, and provide the models and pictures that it is measured on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.render.hardware_jpeg import hardware_engines
 
 PAPER = Extent(256, 16, ("senet154", "resnet152s"), "resnet50", image_size=224)
 TINY = Extent(24, 1, ("test_resnet", "test_efficientnet"), "test_efficientnet", image_size=48)
-# standard deviation of the random teachers' logits, whose softmax would be flat
-# otherwise
+# Standard deviation of the random teachers' logits: their softmax would be flat
+# otherwise.
 SHARPNESS = 3.0
 
 
@@ -29,8 +29,8 @@ SHARPNESS = 3.0
 class Finding:
     what: str
     found: float | str
-    wanted: str = ""  # in words; empty: nothing is asked of it
-    holds: bool | None = None  # whether it is as wanted; None: nobody can say
+    wanted: str = ""  # in words; empty: the finding has no aim
+    holds: bool | None = None  # True: the finding is as wanted; None: nobody can say
     detail: dict = field(default_factory=dict)
 
     def row(self) -> str:
@@ -45,16 +45,16 @@ class Finding:
 
 
 def at_most(what: str, found: float, bound: float, **detail: object) -> Finding:
-    """Make a finding of a figure that must not exceed a bound."""
+    """Make a finding of a figure that must not exceed ``bound``."""
     return Finding(what, float(found), f"≤ {bound:.3g}", bool(found <= bound), detail)
 
 
 class Bench(Place):
-    """Where the measurements are done. Tiny models and pictures on a CPU, where they
-    show that the measurements work; the paper's on a GPU.
+    """The place of the measurements: the paper's models and sizes on a GPU; on a CPU
+    tiny models and pictures, which show that the measurements work.
 
-    given: real teachers of 1,000 classes as (timm name, file of weights), for how far
-    labels are apart; none: random ones.
+    given: real teachers of 1,000 classes as (timm name, file of weights), for the
+    distance between labels; empty: random teachers.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Bench(Place):
         ]
 
     def judges(self) -> tuple[list[Model], str]:
-        """Load the teachers whose labels are compared, on the CPU, and say whose
-        weights they have."""
+        """Load on the CPU the teachers whose labels are compared, and say whether
+        their weights are real."""
         if self.given:
             return [
                 load(ModelSpec(model=name, checkpoint=file)) for name, file in self.given

@@ -6,10 +6,10 @@ they are: one table, and JSON with the card's name.
     python tests/bench/gpu/prove.py --teacher MODEL=FILE ...  # real weights
     python tests/bench/gpu/prove.py --device cpu              # tiny models
 
-Every group of measurements runs in a process of its own, with a limit: one that hangs
-or crashes costs no other, and what it had found is kept. Groups come in the order of
-their worth, and what the nine minutes have no room for is left out and named. Exit
-status 1: something isn't as it must be.
+Every group of measurements runs in a process of its own, with a limit of time. A group
+that hangs or crashes costs no other group, and its findings until then are kept. Groups
+come in the order of their worth. Groups that don't fit into the nine minutes are left
+out and named. Exit status 1: a finding isn't as wanted.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ ROOT = Path(__file__).parents[3]
 HEAD = "| | found | wanted | holds | |\n|---|---|---|---|---|"
 PICTURES = (".jpg", ".jpeg")
 NO_TIME = "no time was left"
-LEAST = 10  # seconds that are worth beginning a group for
-# What each group measures, as module.function, and the seconds that it may take: more
-# than is expected, so their sum is more than there is.
+LEAST = 10  # seconds left that are worth beginning a group for
+# Of each group: the measurements as module.function, and the seconds that it may take.
+# Each limit is above the expected time, so the sum of the limits exceeds nine minutes.
 GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
     "pixels": (("right.the_machine", "right.pixels"), 80),
     "labels": (("right.labels", "right.step"), 120),
@@ -60,7 +60,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
     "teachers": (("fast.teachers",), 90),
     "compiled": (("fast.compiled",), 200),
 }
-SLOW_ON_CPU = ("tests", "compiled")  # there the tests of a GPU skip, and compiling takes a minute
+SLOW_ON_CPU = ("tests", "compiled")  # on a CPU tests of a GPU skip, and compiling takes a minute
 
 
 def tests(bench: Bench) -> Iterator[Finding]:
@@ -98,7 +98,7 @@ def measure(name: str, bench: Bench) -> Iterator[Finding]:
 
 
 def child(groups: list[str], into: Path, bench: Bench) -> None:
-    """Measure groups, and write each finding as soon as it is there."""
+    """Measure groups, and write each finding at once to the file ``into``."""
     keep_freed_memory()
     silence()
     with open(into, "a") as out:
@@ -121,8 +121,8 @@ def child(groups: list[str], into: Path, bench: Bench) -> None:
 
 
 def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
-    """Run a child for at most so many seconds; return the findings that it wrote, and
-    how it ended, empty if well."""
+    """Run a child for at most ``limit`` seconds. Returns the findings that it wrote,
+    and how it failed, or empty."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         status = process.wait(limit)
@@ -131,21 +131,21 @@ def run(command: list[str], into: Path, limit: float) -> tuple[list[dict], str]:
         ended = f"it was stopped after {limit:.0f} s"
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            os.killpg(process.pid, signal.SIGKILL)  # the child and its children
         process.wait()
     lines = into.read_text().splitlines() if into.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")], ended
 
 
 def measured(given: argparse.Namespace, folder: Path) -> Iterator[dict]:
-    """Have every group measured, and yield the findings, also about groups that came to
-    no end."""
+    """Have every group measured, and yield the findings, with one for each group that
+    came to no end."""
     begun = time.monotonic()
     groups = given.only or [
         group for group in GROUPS if given.device != "cpu" or group not in SLOW_ON_CPU
     ]
-    # On a GPU a process each; on a CPU one for all: importing takes longer than
-    # measuring.
+    # On a GPU each group has its process. On a CPU one process measures all groups,
+    # since importing takes longer than measuring.
     for number, several in enumerate(
         [[group] for group in groups] if given.device == "cuda" else [groups]
     ):

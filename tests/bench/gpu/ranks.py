@@ -1,5 +1,5 @@
 """Train a student in the processes that torchrun starts: RECIPE DATA STORE OUT DEVICE.
-On one GPU all of them are on it, and speak by gloo."""
+On a machine with one GPU all processes are on this GPU, and speak by gloo."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Is what a GPU does right? Its pixels, its labels beside float32 on the CPU, its
-training step beside the CPU's, and two processes beside one."""
+"""Find out whether a GPU's results are right: its pixels, its labels beside float32 on
+the CPU, its training step beside the CPU's, and two processes beside one."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from pipeline.runtime.precision import ROUNDING
 from pipeline.sampling import philox, random_crop
 
 FEW, BATCH = 96, 64  # photographs that are rendered in many ways; images of a batch
-# What a first gradient may be off by, in the Euclidean norm, relative to the CPU's in
-# float32: some ten times what rounding was seen to do on a CPU.
+# Bounds of the error of a first gradient, in the Euclidean norm, relative to the CPU's
+# gradient in float32: some ten times the effect of rounding that was seen on a CPU.
 GRADIENT = {"float32": 1e-3, "tf32": 3e-2, "bfloat16": 0.3}
-ALIKE = 1e-3  # losses of one process and of two that do the same, relative
+ALIKE = 1e-3  # relative difference between the losses of one process and of two, at most
 
 
 def the_machine(bench: Bench) -> Iterator[Finding]:
-    """Name the machine and its versions, and measure the most that its connection and
-    its arithmetic can do."""
+    """Name the machine and its versions, and measure the greatest speed of its
+    connection and of its arithmetic."""
     import nvidia.dali
     import timm
 
@@ -79,7 +79,7 @@ def the_machine(bench: Bench) -> Iterator[Finding]:
 
 
 def odd_kinds() -> dict[str, bytes]:
-    """Make pictures of many kinds, for hardware decoders and not."""
+    """Make pictures of many kinds, some for hardware decoders and some not."""
     photo = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (20, 27, 3), dtype=np.uint8)
     ).resize((270, 200))
@@ -109,8 +109,8 @@ def crops_of(blobs: list[bytes], views: int = 1) -> tuple[np.ndarray, np.ndarray
 
 
 def pixels(bench: Bench) -> Iterator[Finding]:
-    """Find out whether a crop's pixels depend on what else is rendered with it, and how
-    far they are from the CPU's."""
+    """Find out whether a crop's pixels depend on the other crops of its batch, and how
+    far they are from the CPU's pixels."""
     for backend in bench.backends():
         kinds = odd_kinds()
         look = WholeDecode(RenderSettings(backend=backend))
@@ -168,8 +168,8 @@ WAYS = (
 def moving(
     bench: Bench, backend: str, blobs: list[bytes], only: tuple[str, ...] = WAYS
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Render crops uint8 [n, size, size, 3] in batches of BATCH, and count by way of
-    rendering them again how many come out otherwise."""
+    """Render crops, uint8 [n, size, size, 3], in batches of BATCH, then again in other
+    ways, and count for each way the crops that come out otherwise."""
     boxes, flips = crops_of(blobs)
     own, mixed = np.arange(len(blobs)), np.random.default_rng(0).permutation(len(blobs))
 
@@ -209,7 +209,7 @@ def moving(
 
 
 def work_for(bench: Bench) -> Callable[[], object]:
-    """Return a function that keeps all of the GPU busy for some 30 ms a call, on a
+    """Return a function that keeps the whole GPU busy for some 30 ms a call, on a
     stream of its own."""
     stream, a = (
         torch.cuda.Stream(),
@@ -226,8 +226,8 @@ def work_for(bench: Bench) -> Callable[[], object]:
 
 @contextmanager
 def dalis_own_share() -> Iterator[None]:
-    """Give the largest 65 % of a batch to the hardware decoder meanwhile, as DALI would
-    have it."""
+    """Give the largest 65 % of a batch to the hardware decoder, as DALI does by
+    default."""
     real = dali.fn.decoders.image
 
     def image(encoded: object, **how: object) -> object:
@@ -276,7 +276,7 @@ def labels(bench: Bench) -> Iterator[Finding]:
             bound,
             the_same_again="equal" if torch.equal(again, p) else "not equal",
         )
-    # What torch does by itself, and what versions up to 0.6 called float32.
+    # Torch's own choice of arithmetic, which versions up to 0.6 called float32.
     if bench.gpu:
         with torch.inference_mode(), mock.patch.object(Model, "__call__", as_torch_has_it):
             tv = apart(ensemble(teachers, there, "float32", batch_size=batch)[0], exact)[1]
@@ -290,7 +290,7 @@ def labels(bench: Bench) -> Iterator[Finding]:
 
 
 def as_torch_has_it(model: Model, pixels: torch.Tensor, precision: str) -> torch.Tensor:
-    """Compute logits with torch's own settings."""
+    """Compute logits with torch's default settings."""
     return model.module(model.normalise(pixels)).float()
 
 
@@ -359,9 +359,9 @@ def off(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> floa
 
 
 def fused(bench: Bench, config: object, size: int) -> float:
-    """Step the same weights by the same gradients in one kernel for all weights and in
-    one step for each, and return how far the weights end apart, relative to how far
-    they went."""
+    """Step the same weights by the same gradients, once in one kernel for all weights
+    and once weight by weight. Returns the final distance between the weights, relative
+    to the way that they went."""
     model = load(config.student, classes=1000, image_size=size).to(bench.device).module
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ended = []
@@ -371,10 +371,10 @@ def fused(bench: Bench, config: object, size: int) -> float:
             for name, p in model.named_parameters():
                 p.copy_(start[name])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **how)
-        for rate in (0.1, 0.05, 0.01):  # which each step may change
+        for rate in (0.1, 0.05, 0.01):  # each step may have another rate
             optimizer.param_groups[0]["lr"] = rate
             for p in model.parameters():
-                p.grad = torch.empty_like(p).normal_(generator=draw)  # laid out as its weight is
+                p.grad = torch.empty_like(p).normal_(generator=draw)  # with its weight's layout
             optimizer.step()
         ended.append(
             {
@@ -391,7 +391,7 @@ def fused(bench: Bench, config: object, size: int) -> float:
 def ranks(bench: Bench) -> Iterator[Finding]:
     """Compare the loss of a student that two processes train with the loss of one
     process. On a machine with one GPU both processes are on it and speak by gloo, since
-    NCCL refuses two on one."""
+    NCCL refuses two processes on one GPU."""
     folder = bench.folder / "ranks"
     folder.mkdir()
     size = 64 if bench.gpu else 32
@@ -407,7 +407,7 @@ def ranks(bench: Bench) -> Iterator[Finding]:
     several = bench.gpu and torch.cuda.device_count() > 1
     by = "NCCL, two GPUs" if several else "gloo, one GPU" if bench.gpu else "gloo, a CPU"
     stored(bench, bench.few, bench.config(**base)).store.path.rename(folder / "s.zarr")
-    # without BatchNorm, and with one that looks at both
+    # a model without BatchNorm, and one whose BatchNorm sees both processes' batches
     for model, together in [("test_vit", False), *([("resnet10t", True)] if bench.gpu else [])]:
         losses = {}
         for n in (1, 2):

@@ -1,5 +1,5 @@
-"""What the study compares: two experiments, the rows of each, and the steps that make
-them, which are command lines of this tool."""
+"""Define the study: two experiments, the rows of each, and the steps that make a row,
+which are command lines of this tool."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from pipeline.config_file import load
 
 ROOT = Path(__file__).parents[3]
-FOLDER = "tests/bench/study"  # of configs
-WORK = "study"  # in which everything is made
-# Stores by way of label files: from which store, the classes that are kept, codec.
+FOLDER = "tests/bench/study"  # the folder of configs
+WORK = "study"  # the folder that everything is made in
+# Stores made by way of label files: name → source store, kept classes, codec.
 COPIES = {
     "top5": ("float16", "top5", "float16"),
     "top10": ("float16", "top10", "float16"),
@@ -28,10 +28,10 @@ COPIES = {
 class Step:
     """Command lines that are run once, one after the other.
 
-    recipe: what their configs say, with what the commands set; needs: steps that come
-    before; makes: what is removed if it was begun and not finished, since half of it
-    would be timed (a training goes on instead: its metrics say its time); run: the
-    folder of a training.
+    recipe: the configs of the commands, with the values that the commands set. needs:
+    the steps before this step. makes: folders that are removed if the step was begun
+    and not finished, since only half of the work would be timed. (A training goes on
+    instead, since its metrics hold its time.) run: the folder of a training.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Step:
 
     @property
     def identity(self) -> str:
-        """Another one if the commands differ, what their configs set, or a step before.
-        Defaults of the program and the images aren't in it."""
+        """The digest of the commands, of the values that their configs set, and of all
+        steps before. Defaults of the program and the images aren't part of it."""
         told = json.dumps([self.commands, self.recipe, [step.identity for step in self.needs]])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def with_needs(steps: Iterable[Step]) -> list[Step]:
-    """Each after what it needs, and once."""
+    """List the steps and all that they need, each once and after its needs."""
     found: dict[str, Step] = {}
 
     def visit(step: Step) -> None:
@@ -66,9 +66,10 @@ def with_needs(steps: Iterable[Step]) -> list[Step]:
 
 @dataclass(frozen=True)
 class Row:
-    """A student, trained once a seed. sets: what it changes in the config. store: the
-    labels it learns from, or None. start: the row whose students it starts from, or
-    None for the config's. against: the row it is compared with."""
+    """A student, trained once a seed. sets: values that it changes in the config.
+    store: the labels that it learns from, or None. start: the row whose students it
+    starts from, or None for the config's student. against: the row that it is compared
+    with."""
 
     name: str
     sets: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """Rows that answer one question."""
+    """A question, and the rows that answer it."""
 
     question: str
     rows: tuple[Row, ...]
@@ -89,8 +90,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """teachers: MODEL=CHECKPOINT. made: what each one's training sets; empty if the
-    checkpoints are given. small_training: words that make every training short."""
+    """One student and two teachers on one data set. teachers: MODEL=CHECKPOINT. made:
+    the values that each teacher's training sets; empty if the checkpoints are given.
+    small_training: words that make every training short."""
 
     name: str
     student: str
@@ -112,7 +114,8 @@ class Experiment:
         return next(row for row in self.rows if row.name == name)
 
     def step(self, name: str, *commands: tuple[str, ...], **more: object) -> Step:
-        """With what its commands' configs say; stage one reads two sections of them."""
+        """Make a step whose recipe holds its commands' configs. Of a config, stage one
+        reads two sections."""
         told = []
         for words in commands:
             if "--config" in words:
@@ -129,8 +132,8 @@ class Experiment:
         return Step(f"{self.name}/{name}", commands, json.dumps(told), **more)
 
     def training(self, config: str, out: str, *words: str) -> tuple[str, ...]:
-        """Trains on the folder of training images alone, so that it doesn't validate;
-        evaluation comes after it."""
+        """Return a command that trains on the folder of training images alone, so that
+        it doesn't validate. Evaluation comes after the training."""
         where = (
             "--config",
             f"{FOLDER}/{config}.yaml",
@@ -165,7 +168,7 @@ class Experiment:
         )
 
     def taught(self) -> tuple[Step, ...]:
-        """The teachers' training."""
+        """Return the steps that train the teachers."""
         steps = []
         for teacher, sets in zip(self.teachers, self.made, strict=bool(self.made)):
             model, _, checkpoint = teacher.partition("=")
@@ -176,13 +179,14 @@ class Experiment:
         return tuple(steps)
 
     def teachers_alone(self) -> Step:
-        """How good the teachers and their ensemble are."""
+        """Return the step that evaluates the teachers and their ensemble."""
         words = [word for teacher in self.teachers for word in ("--model", teacher)]
         return self.step("teachers", self.evaluation(*words), needs=self.taught())
 
     def store(self, name: str) -> Step:
-        """Stage one. Each teacher labels alone, in float32, and the labels are averaged
-        into stores of several codecs, so that no teacher runs twice."""
+        """Return the step of stage one. Each teacher labels alone, in float32, and the
+        labels are averaged into stores of several codecs, so that no teacher runs
+        twice."""
         path = f"{self.folder}/{name}.zarr"
         made = {"makes": (path, f"{path}.claims")}
         if name in ("first", "second"):
@@ -231,7 +235,8 @@ class Experiment:
         return f"{self.folder}/runs/{row.name.replace(' ', '-')}-{seed}"
 
     def trained(self, row: Row, seed: int) -> Step:
-        """A row: stage two, and its evaluation beside the teachers."""
+        """Return the step of a row: stage two, and the evaluation beside the
+        teachers."""
         model, run = self.student.partition("=")[0], self.run(row, seed)
         teachers = [word for teacher in self.teachers for word in ("--teacher", teacher)]
         student, needs = self.student, list(self.taught())
@@ -363,7 +368,7 @@ EXPERIMENTS = (
             for model in ("test_resnet", "resnet10t")
         ),
         CIFAR10,
-        # other crops than those that are labelled
+        # other crops than the labelled crops
         made=(("crops.seed=2",), ("crops.seed=3", "train.image_size=32", "train.epochs=32")),
     ),
     Experiment(

@@ -1,5 +1,5 @@
-"""Does it work? The paper's claims, and this project's, tried on CIFAR-10 and on
-photographs: every row of the README's table, over three seeds.
+"""Try the paper's claims, and this project's, on CIFAR-10 and on photographs: every row
+of the README's table, over three seeds.
 
     make study CIFAR10=cifar10.tar
     python tests/bench/study/study.py --cifar10 cifar10.tar --only online
@@ -7,18 +7,18 @@ photographs: every row of the README's table, over three seeds.
     python tests/bench/study/study.py --show "hard label 0.5"
     python tests/bench/study/study.py
 
-In this order: all of CIFAR-10's rows, which take one to two hours on two cores; one
-row, with what it needs; the rows with 1,000 classes; the command lines that a row is
-made with; the tables, from results.json and again.json.
+The commands do, in this order: all of CIFAR-10's rows, which take one to two hours on
+two cores; one row, with the steps that it needs; the rows with 1,000 classes; print the
+command lines that make a row; print the tables, from results.json and again.json.
 
-Everything is made in study/ (2 GB), with a record of each step that is done; kill it as
-often as you like. A step counts as done if its commands, what its config says and all
+Everything is made in study/ (2 GB), with a record of each step that is done. Kill the
+study as often as you like. A step counts as done if its commands, its config and all
 steps before it are the same. Each of --jobs processes has its own cores. results.json
 and again.json hold the records of the README's tables.
 
-cifar10: a folder, or a tar of one, with train/ and val/ of class folders of images, of
-which the first 1,000 a class are trained on. photographs: class folders named by
-WordNet id, of which two in five are for evaluation. weights:
+cifar10: a folder, or a tar of a folder, with train/ and val/ of class folders of
+images, of which the first 1,000 a class are trained on. photographs: class folders
+named by WordNet id, of which two in five are for evaluation. weights:
 tf_efficientnet_lite0.safetensors, …lite1…, …lite2…, of ImageNet.
 """
 
@@ -52,16 +52,17 @@ from tell import beside, draw, table
 
 ROOT = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results.json"
-# the whole of CIFAR-10 on another machine, whose teachers therefore are others
+# All of CIFAR-10's rows on another machine, which therefore has other teachers.
 AGAIN = Path(__file__).parent / "again.json"
-TRAINING = 1_000  # images of a class of CIFAR-10
-# that a process does, since what it has freed it keeps: evaluating photographs comes to
-# 7 GB, and grows
+TRAINING = 1_000  # training images of each class of CIFAR-10
+# Steps that a process does before another process takes its place. A process keeps the
+# memory that it has freed: evaluating photographs comes to 7 GB, and grows.
 STEPS = 8
 
 
 class Records:
-    """What is done, by step, in a file that several studies may change."""
+    """The records of finished steps, by name, in a file that several studies may
+    change."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -70,7 +71,7 @@ class Records:
     def _read(self) -> dict:
         if not self.file.exists():
             return {}
-        with suppress(ValueError):  # of what is no JSON
+        with suppress(ValueError):  # the file is no JSON
             if isinstance(read := json.loads(self.file.read_text()), dict):
                 return read
         sys.exit(f"error: {self.file} is no file of records; move it away, or name another one")
@@ -79,7 +80,7 @@ class Records:
         return self.of.get(step.name, {}).get("identity") == step.identity
 
     def change(self, added: dict[str, dict], removed: Iterable[str] = ()) -> None:
-        """Whole or not at all."""
+        """Add and remove records in the file, whole or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file.with_name(f".{self.file.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,24 +93,24 @@ class Records:
 
 
 def _told(error: BaseException) -> object:
-    """An error of a command is its message; of anything else the trace is wanted."""
+    """Return the message of a command's error, or the trace of any other error."""
     return error if isinstance(error, RuntimeError) else "".join(traceback.format_exception(error))
 
 
 def perform(step: Step, work: Path) -> dict:
-    """Run a step's commands in this process; its record. Raises RuntimeError with the
-    command's last line if one fails."""
+    """Run a step's commands in this process, and return the step's record. Raises
+    RuntimeError with the command's last line if a command fails."""
     from machine import machine
 
     from cli import main
 
-    # a step may be named like the rows below it
+    # with an ending, since a step may have the name of a folder of further steps
     log, begun = (work / "logs" / f"{step.name}.log", work / "begun" / f"{step.name}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     begun.parent.mkdir(parents=True, exist_ok=True)
     for made in step.makes:
         shutil.rmtree(placed(made, work), ignore_errors=True)
-    # a training that was another one
+    # a training that was begun by another step of this name
     if step.run and (not begun.exists() or begun.read_text() != step.identity):
         shutil.rmtree(placed(step.run, work), ignore_errors=True)
     begun.write_text(step.identity)
@@ -132,7 +133,7 @@ def perform(step: Step, work: Path) -> dict:
         if "--json" in words:
             record["figures"] = json.loads(out.getvalue())
             for model in record["figures"]["models"]:
-                del model["checkpoint"]  # a path of this machine
+                del model["checkpoint"]  # the path is this machine's
     record["machine"] = machine()
     if step.run:
         passes = [
@@ -150,7 +151,7 @@ def perform(step: Step, work: Path) -> dict:
 
 
 def placed(word: str, work: Path) -> str:
-    """A word of a command line, with the work folder where it is."""
+    """Return a word of a command line, with the real path of the work folder."""
     return (
         word.replace(f"{WORK}/", f"{work}/")
         if word.startswith(f"{WORK}/") or f"={WORK}/" in word
@@ -159,7 +160,7 @@ def placed(word: str, work: Path) -> str:
 
 
 def begin(cores: multiprocessing.Queue) -> None:
-    """A process that runs steps, on cores of its own, as long as its parent lives."""
+    """Begin a process that runs steps on cores of its own, and ends with its parent."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -167,7 +168,7 @@ def begin(cores: multiprocessing.Queue) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     mine = cores.get()
-    # for the process that comes after it
+    # The cores go back to the queue, for the process that comes after this process.
     multiprocessing.util.Finalize(None, cores.put, (mine,), exitpriority=0)
     os.sched_setaffinity(0, mine)
     os.chdir(ROOT)
@@ -177,8 +178,8 @@ def begin(cores: multiprocessing.Queue) -> None:
 
 
 def run(steps: list[Step], work: Path, jobs: int, records: Records) -> int:
-    """Run the steps, each when those before it are done. Returns how many failed; a
-    line says why."""
+    """Run the steps, each when the steps before it are done. Prints a line for each
+    step, and returns the number of steps that failed."""
     every = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
@@ -192,7 +193,7 @@ def run(steps: list[Step], work: Path, jobs: int, records: Records) -> int:
             for step in ready[: jobs - len(running)]:
                 waiting.remove(step)
                 running[pool.submit(perform, step, work)] = step
-            if not running:  # what is left needs what failed
+            if not running:  # the waiting steps need a failed step
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 step = running.pop(future)
@@ -234,7 +235,7 @@ def weights_files(folder: Path) -> list[Path]:
 
 
 def amiss(given: argparse.Namespace) -> str | None:
-    """What is wrong with the data that is given, or None."""
+    """Say what is wrong with the given data, or return None."""
     for option, place in (
         ("--cifar10", given.cifar10),
         ("--photographs", given.photographs),
@@ -268,8 +269,8 @@ def amiss(given: argparse.Namespace) -> str | None:
 
 
 def _plain(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """List the files and folders of a tar that stay in the folder they are unpacked in,
-    and no links."""
+    """List the files and folders of a tar that stay in the folder that they are
+    unpacked in. Links are left out."""
     return [
         m
         for m in tar
@@ -280,14 +281,14 @@ def _plain(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
 
 
 def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
-    """Copy the images that the study uses, the first so many of each class, whole or
-    not at all."""
+    """Copy the study's images whole or not at all. most: for each split the number of
+    images of a class, from the first on; None: all."""
     scratch, unpacked = place.with_name("data.partial"), place.with_name("unpacked")
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(unpacked, ignore_errors=True)  # perhaps of another tar
+    shutil.rmtree(unpacked, ignore_errors=True)  # perhaps from another tar
     if source.is_file():
         with tarfile.open(source) as tar:
-            # Python 3.11.4 brought it
+            # Python 3.11.4 introduced the filter.
             safely = (
                 {"filter": "data"} if hasattr(tarfile, "data_filter") else {"members": _plain(tar)}
             )
@@ -313,7 +314,7 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
 
 
 def lay_photographs(source: Path, weights: Path, place: Path, most: int | None) -> None:
-    """Copy the first so many classes, two in five of them to be evaluated on, and the
+    """Copy the first ``most`` classes, two in five of them for evaluation, and the
     models' weights."""
     scratch = place.with_name("data.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -326,7 +327,7 @@ def lay_photographs(source: Path, weights: Path, place: Path, most: int | None) 
 
 
 def lay(experiment: Experiment, given: argparse.Namespace) -> None:
-    """The experiment's images into its folder, if they aren't there yet."""
+    """Copy the experiment's images into its folder, if they aren't there yet."""
     place = Path(placed(f"{experiment.folder}/data", given.work))
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists():
@@ -342,8 +343,8 @@ def lay(experiment: Experiment, given: argparse.Namespace) -> None:
 
 
 def chosen(words: list[str]) -> list[tuple[Experiment, Row]]:
-    """Rows with one of these names, and where none has it those with it in their
-    name."""
+    """Choose the rows that have one of these words as their name. A word that is no
+    row's name chooses the rows that contain it."""
     rows = {
         f"{experiment.name}/{row.name}": (experiment, row)
         for experiment in EXPERIMENTS
@@ -445,7 +446,7 @@ def main() -> None:
             print(beside(experiments["cifar10"], Records(RESULTS).of, Records(AGAIN).of))
         return
     records = Records(given.work / "records.json")
-    wanted: list[tuple[int, Step]] = []  # by seed, so that what is there at any time is of all rows
+    wanted: list[tuple[int, Step]] = []  # by seed: every row gets its first seed early
     for experiment in experiments.values():
         rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
         if rows and (given.cifar10 if experiment.name == "cifar10" else given.photographs):

@@ -1,13 +1,14 @@
-"""What came out, of the records: a table for the README, and a figure.
+"""Tell the study's results from its records: a table for the README, and a figure.
 
 A difference is between a row and the row that it is compared with, seed by seed: with
-the same seed both begin with the same student and see the images in the same order. How
-much chance is in one is taken from all rows of an experiment together, since the few
-seeds of one tell little: figures are row + seed + chance, whose variance s² is that of
-what row and seed means leave, with (rows − 1)(seeds − 1) degrees of freedom. A mean
-difference over n seeds beyond t₀.₉₇₅ · s · √(2/n) is called one; what is below lies
-within the spread. So is one in twenty beyond it by chance, and since most rows are
-compared with the same one, such errors come together.
+the same seed both begin with the same student and see the images in the same order. The
+part of chance in a difference is estimated from all rows of an experiment together,
+since the few seeds of one row tell little. A figure is modelled as row + seed + chance.
+The variance s² of chance is the variance of the residuals of row and seed means, with
+(rows − 1)(seeds − 1) degrees of freedom. A mean difference over n seeds counts as a
+difference beyond t₀.₉₇₅ · s · √(2/n), and lies within the spread below. One in twenty
+differences is beyond by chance alone. Such errors come together, since most rows are
+compared with the same row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from scipy import stats
 
 from pipeline.runs.curves import COLOURS
 
-SAME = 1e-4  # nats by which the ensemble's own loss may differ between records of the same teachers
+SAME = 1e-4  # nats between losses of the ensemble in records of the same teachers, at most
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ TOP1, KL, AGREEMENT = (
 
 
 class Outcome:
-    """The records of an experiment's rows that are those of its present commands and
+    """The records of an experiment's rows that were made with its present commands and
     configs."""
 
     def __init__(self, experiment: Experiment, records: dict) -> None:
@@ -69,14 +70,14 @@ class Outcome:
         return found if found and found["identity"] == step.identity else None
 
     def values(self, row: Row, measure: Measure) -> dict[int, float]:
-        """By seed."""
+        """Return a row's figures by seed."""
         return {
             seed: record["figures"]["models"][0][measure.key]
             for seed, record in self.of[row.name].items()
         }
 
     def differences(self, row: Row, measure: Measure) -> np.ndarray:
-        """Of the seeds that both rows have."""
+        """Return a row's differences, for the seeds that both rows have."""
         if row.against is None:
             return np.zeros(0)
         ours, theirs = (
@@ -86,8 +87,9 @@ class Outcome:
         return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     def margin(self, measure: Measure, n: int) -> float:
-        """Half-width of the 95 % interval of a mean difference of n seeds; NaN if one
-        can't be told. Rows that start elsewhere don't count: they see other crops."""
+        """Return half the width of the 95 % interval of a mean difference of n seeds,
+        or NaN with too few records. Rows with another start don't count, since they see
+        other crops."""
         start = self.experiment.row("soft").start
         found = [self.values(row, measure) for row in self.experiment.rows if row.start == start]
         most = max(map(len, found))
@@ -99,7 +101,7 @@ class Outcome:
         return float(stats.t.ppf(0.975, freedom) * np.sqrt((left**2).sum() / freedom * 2 / n))
 
     def told_difference(self, row: Row, measure: Measure) -> str:
-        """Bold beyond the margin."""
+        """Return a row's mean difference as text, bold beyond the margin."""
         found = self.differences(row, measure)
         if not len(found):
             return ""
@@ -112,8 +114,8 @@ class Outcome:
         return f"{np.mean(found):.{measure.digits}f}{spread}" if found else ""
 
     def labelling_seconds(self, row: Row) -> float | None:
-        """Stage one, from the teachers to the row's store. None for rows that need no
-        labels, or not all of the store's."""
+        """Return the seconds of stage one, from the teachers to the row's store. None
+        for rows that need no labels, or only some of the store's labels."""
         if (
             not row.store
             or "train.labels=hard" in row.sets
@@ -128,7 +130,7 @@ class Outcome:
         return None if None in records else sum(record["seconds"] for record in records)
 
     def training_seconds(self, row: Row) -> float | None:
-        """Stage two, as the mean over the seeds."""
+        """Return the seconds of stage two, as the mean over the seeds."""
         found = [
             record["training"]["seconds"]
             for record in self.of[row.name].values()
@@ -142,7 +144,7 @@ class Outcome:
 
 
 def differs(row: Row, experiment: Experiment) -> str:
-    """What a row's command lines have that the recipe's haven't."""
+    """Tell the parts of a row's command lines that the recipe's don't have."""
     labels = {
         None: "",
         "both": "",
@@ -167,7 +169,7 @@ def differs(row: Row, experiment: Experiment) -> str:
 
 
 def table(experiment: Experiment, records: dict) -> str:
-    """Markdown; empty without records."""
+    """Return an experiment's table in Markdown; empty without records."""
     outcome = Outcome(experiment, records)
     if not any(outcome.of.values()):
         return ""
@@ -216,8 +218,8 @@ def table(experiment: Experiment, records: dict) -> str:
 
 
 def beside(experiment: Experiment, records: dict, again: dict) -> str:
-    """Markdown: the differences that the whole found twice, each in bold beyond its own
-    spread; empty without both."""
+    """Return a table in Markdown of the differences in two runs of an experiment, each
+    in bold beyond the spread of its run; empty unless both have records."""
     outcomes = Outcome(experiment, records), Outcome(experiment, again)
     rows = [
         row
@@ -251,7 +253,7 @@ def beside(experiment: Experiment, records: dict, again: dict) -> str:
 
 
 def costs(outcome: Outcome) -> str:
-    """What further students cost, where one was trained online too."""
+    """Tell the cost of further students, if a student was trained online too."""
     names = {row.name for row in outcome.experiment.rows}
     if not {"soft", "online"} <= names:
         return ""
@@ -283,8 +285,8 @@ def machines(outcome: Outcome) -> str:
 
 
 def draw(experiments: tuple[Experiment, ...], records: dict, file: Path) -> None:
-    """Every row's seeds and their mean, beside the paper's recipe with its margin: a
-    row of panels for each experiment that has records."""
+    """Draw every row's seeds and their mean, beside the paper's recipe with its margin:
+    a row of panels for each experiment that has records."""
     from matplotlib.figure import Figure
 
     outcomes = [
