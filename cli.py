@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -486,9 +487,7 @@ def evaluate_models(
         looking=Looking(RenderSettings(exif=exif), batch_size),
         execution=Execution(_device(device)),
     )
-    for entry, given in zip(result["models"], models, strict=True):
-        entry["checkpoint"] = given["checkpoint"]
-    click.echo(_json(result)) if as_json else evaluation_table(result)
+    click.echo(_json(result.document())) if as_json else evaluation_table(result)
 
 
 @main.command(short_help="Show what a label store holds, who made it, and how complete it is.")
@@ -569,7 +568,7 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
     else:
         facts, page = store_facts(store), store_page
     if as_json:
-        click.echo(_json(facts))
+        click.echo(_json(facts if image else asdict(facts)))
     elif page:
         page(facts)
 
@@ -681,7 +680,7 @@ def compare_runs(runs, figure, as_json):
 
     result = compare(runs)
     draw(result, figure)
-    click.echo(_json(result)) if as_json else comparison_page(result)
+    click.echo(_json(asdict(result))) if as_json else comparison_page(result)
     say(f"wrote {figure}")
 
 

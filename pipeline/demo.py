@@ -101,25 +101,23 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     val = DataFolder.find(data, "val")
     found = scan(val, RenderSettings())
     ensemble = [load(spec).to(device) for spec in teachers]
-    students = [load(spec).to(device) for spec in (soft, hard)]
+    pupils = [load(spec).to(device) for spec in (soft, hard)]
     shown: dict[str, Any] = {"looking": Looking(batch_size=256), "execution": Execution(device)}
     taught = evaluate(ensemble, val, found, **shown)
-    learned = evaluate(students, val, found, teachers=ensemble, **shown)
+    learned = evaluate(pupils, val, found, teachers=ensemble, **shown)
     facts = store_facts(store)
-    rows = dict(zip(names, taught["models"], strict=True)) | {"ensemble": taught["ensemble"]}
-    rows |= dict(
-        zip(
-            ("student from soft labels", "student from hard labels"), learned["models"], strict=True
-        )
-    )
+    told, heard = taught.document(), learned.document()
+    rows = dict(zip(names, told["models"], strict=True)) | {"ensemble": told["ensemble"]}
+    students = ("student from soft labels", "student from hard labels")
+    rows |= dict(zip(students, heard["models"], strict=True))
     result = {
         "rows": [
             {**figures, "name": name, "seconds": seconds.get(name)}
             for name, figures in rows.items()
         ],
         "label_seconds": seconds["soft labels"],
-        "labelled_crops": facts["labelled_crops"],
-        "label_bytes_per_crop": facts["label_bytes_per_crop"],
+        "labelled_crops": facts.labelled_crops,
+        "label_bytes_per_crop": facts.label_bytes_per_crop,
         "seconds": time.monotonic() - started,
     }
     if not quiet:

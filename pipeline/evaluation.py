@@ -4,7 +4,7 @@ ensemble, and each model's distance from a teacher ensemble."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -66,24 +66,65 @@ class Figures:
         for name, count in zip(names, counts.tolist(), strict=True):
             setattr(self, name, type(getattr(self, name))(count))
 
-    def report(self, compared: bool) -> dict:
-        """Return percentages and means per image, as --json prints them.
-
-        compared: include the comparison with the teachers.
-        """
+    def score(self, *, compared: bool = False) -> Score:
+        """Return percentages and means per image. compared: with the teachers too."""
         n = max(1, self.images)
-        figures = {
-            "name": self.name,
-            "top1": 100 * self.top1_hits / n,
-            "top5": 100 * self.top5_hits / n,
-            "loss": self.loss / n,
-        }
-        if compared:
-            figures |= {
-                "teacher_kl": self.teacher_kl / n,
-                "teacher_agreement": 100 * self.teacher_hits / n,
-            }
-        return figures
+        return Score(
+            self.name,
+            top1=100 * self.top1_hits / n,
+            top5=100 * self.top5_hits / n,
+            loss=self.loss / n,
+            teacher_kl=self.teacher_kl / n if compared else None,
+            teacher_agreement=100 * self.teacher_hits / n if compared else None,
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model, or an ensemble, reached.
+
+    top1, top5: % of the images. loss: mean cross-entropy against the class folders,
+    nats. teacher_kl: mean KL(teachers‖model), nats. teacher_agreement: % of the images
+    for which model and teachers have the same top-1 class. Both are None without
+    teachers. checkpoint: the file that the user named, if there was one.
+    """
+
+    name: str
+    top1: float
+    top5: float
+    loss: float
+    teacher_kl: float | None = None
+    teacher_agreement: float | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of each model, of their ensemble if there are several, and of the teachers
+    if there are any; and how many images count, or don't, being unusable."""
+
+    images: int
+    unusable: int
+    models: list[Score]
+    ensemble: Score | None = None
+    teachers: Score | None = None
+
+    def document(self) -> dict:
+        """Return the evaluation as --json prints it, without what there isn't."""
+        kept = {key: value for key, value in asdict(self).items() if value is not None}
+        compared = ("teacher_kl", "teacher_agreement")
+
+        def plain(score: dict, *, named: bool) -> dict:
+            left = () if score["teacher_kl"] is not None else compared
+            dropped = (*left, *(() if named else ("checkpoint",)))
+            return {key: value for key, value in score.items() if key not in dropped}
+
+        models = [plain(score, named=True) for score in kept.pop("models")]
+        several = {key: plain(kept.pop(key), named=False) for key in SEVERAL if key in kept}
+        return {**kept, "models": models, **several}
+
+
+SEVERAL = ("ensemble", "teachers")
 
 
 @dataclass(frozen=True)
@@ -109,7 +150,7 @@ def evaluate(
     teachers: Sequence[Model] = (),
     looking: Looking = Looking(),
     execution: Execution | None = None,
-) -> dict:
+) -> Evaluation:
     """Evaluate each model, their ensemble if there are several, and the teachers if
     there are any.
 
@@ -176,17 +217,13 @@ def evaluate(
                 progress.advance(len(cut))
     for entry in (*figures, *(figure for figure in (together, taught) if figure)):
         entry.add_up(processes)
-    compared = bool(teachers)
-    result = {
-        "images": len(rows),
-        "unusable": len(images) - len(rows),
-        "models": [f.report(compared) for f in figures],
-    }
-    if together:
-        result["ensemble"] = together.report(compared)
-    if taught:
-        result["teachers"] = taught.report(False)
-    return result
+    return Evaluation(
+        images=len(rows),
+        unusable=len(images) - len(rows),
+        models=[one.score(compared=bool(teachers)) for one in figures],
+        ensemble=together.score(compared=bool(teachers)) if together else None,
+        teachers=taught.score() if taught else None,
+    )
 
 
 def evaluate_checkpoints(
@@ -197,7 +234,7 @@ def evaluate_checkpoints(
     interpolation: str | None = None,
     looking: Looking = Looking(),
     execution: Execution | None = None,
-) -> dict:
+) -> Evaluation:
     """Load models, scan a folder for its images, and evaluate (``evaluate``).
 
     interpolation: of the resize, for every model; None: each model's own.
@@ -211,7 +248,14 @@ def evaluate_checkpoints(
     found = scan(data, looking.settings)
     for line in unusable_summary(found):
         say(line)
-    return evaluate(pupils, data, found, teachers=references, looking=looking, execution=execution)
+    result = evaluate(
+        pupils, data, found, teachers=references, looking=looking, execution=execution
+    )
+    named = [
+        replace(score, checkpoint=spec.checkpoint)
+        for score, spec in zip(result.models, models, strict=True)
+    ]
+    return replace(result, models=named)
 
 
 @dataclass

@@ -15,7 +15,6 @@ from pipeline import config_file
 from pipeline.config import Config
 from pipeline.runs.curves import Curves
 
-
 # Files whose tests measure times, and so need the whole machine.
 ALONE = {"test_overlap", "test_profiling"}
 # Files that take more than seconds; ``make check`` leaves them out.

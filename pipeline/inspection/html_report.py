@@ -19,7 +19,7 @@ from pipeline.images.folders import DataFolder, require_same_files
 from pipeline.inspection import statistics
 from pipeline.inspection.contact_sheets import sheets
 from pipeline.inspection.statistics import DAMAGED, DONE, LABELS, MISSING, Survey
-from pipeline.inspection.store_facts import store_facts, store_lines
+from pipeline.inspection.store_facts import StoreFacts, store_facts, store_lines
 from pipeline.models.names import class_titles
 
 WORST, ALL = 15, 1000  # rows of a table of classes or pairs of classes; of a folded table
@@ -41,7 +41,7 @@ class Histogram:
 
 def write_report(
     path: Path, file: Path, *, data: Path | None = None, labels: int = LABELS, check: bool = True
-) -> dict:
+) -> StoreFacts:
     """Write the report on the store at ``path`` to ``file``, whole or not at all, and
     return the facts that ``inspect`` prints (``store_facts``).
 
@@ -81,7 +81,7 @@ def write_report(
         histograms=_histograms(store, found),
         by_area=_by_area(store, found),
         views=_views(found),
-        classes=_classes(store, found, titles) if facts["agreement"] is not None else None,
+        classes=_classes(store, found, titles) if facts.agreement is not None else None,
         sheets=sheets(store, found, data, titles) if data else [],
         data=data,
         worst=WORST,

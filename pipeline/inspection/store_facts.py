@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,44 @@ def _look(folders: list[str]) -> tuple[int, list[str]]:
 NAMES = 5000  # paths among which the closest one is looked for, at most
 
 
-def store_facts(path: Path) -> dict:
+PROVENANCE = ("teachers", "crops", "renderer", "compute", "data", "layout")
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """The facts of a store. Lists and dicts are as the store's attributes have them."""
+
+    store: str
+    format_version: int
+    images: int
+    usable: int
+    unusable: list[dict]  # kinds of unusable files
+    classes: int
+    views: int
+    complete_views: int
+    finished_shards: int
+    shards: int
+    complete: bool
+    labelled_crops: int
+    label_bytes_per_crop: float | None
+    store_bytes: int
+    entropy: float | None  # mean of the labels, nats
+    agreement: float | None  # % of the labels whose top-1 class is the class folder
+    codec: dict
+    teachers: list[dict]
+    crops: dict
+    renderer: dict
+    compute: dict
+    data: dict
+    layout: dict
+    merged: list[dict]
+    imported: dict | None
+    made_by: str
+    made_with: dict
+    identity: str
+
+
+def store_facts(path: Path) -> StoreFacts:
     """Collect everything that ``inspect`` prints, from attributes, manifest and
     completion records. No label is read, however large the store is."""
     store = LabelStore.open(path)
@@ -62,36 +100,33 @@ def store_facts(path: Path) -> dict:
         label_bytes += sum(
             store.size("tail", int(view), int(shard)) for view, shard in np.argwhere(finished)
         )
-    return {
-        "store": str(path),
-        "format_version": store.attributes["format_version"],
-        "images": len(status),
-        "usable": int((status == USABLE).sum()),
-        "unusable": _reasons(store, unusable),
-        "classes": store.classes,
-        "views": store.views,
-        "complete_views": int(finished.all(axis=1).sum()),
-        "finished_shards": int(finished.sum()),
-        "shards": finished.size,
-        "complete": bool(finished.all()),
-        "labelled_crops": labelled,
-        "label_bytes_per_crop": label_bytes / labelled if labelled else None,
-        "store_bytes": stored_bytes(path),
-        "entropy": float(records["entropy"].sum() / labelled) if labelled else None,
-        "agreement": float(100 * records["agreeing"].sum() / labelled)
+    return StoreFacts(
+        store=str(path),
+        format_version=store.attributes["format_version"],
+        images=len(status),
+        usable=int((status == USABLE).sum()),
+        unusable=_reasons(store, unusable),
+        classes=store.classes,
+        views=store.views,
+        complete_views=int(finished.all(axis=1).sum()),
+        finished_shards=int(finished.sum()),
+        shards=finished.size,
+        complete=bool(finished.all()),
+        labelled_crops=labelled,
+        label_bytes_per_crop=label_bytes / labelled if labelled else None,
+        store_bytes=stored_bytes(path),
+        entropy=float(records["entropy"].sum() / labelled) if labelled else None,
+        agreement=float(100 * records["agreeing"].sum() / labelled)
         if labelled and classified
         else None,
-        "codec": store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
-        **{
-            key: store.provenance[key]
-            for key in ("teachers", "crops", "renderer", "compute", "data", "layout")
-        },
-        "merged": store.provenance.get("merged", []),
-        "imported": store.provenance.get("imported"),
-        "made_by": store.made_by,
-        "made_with": store.attributes.get("made_with", {}),
-        "identity": store.identity.hex(),
-    }
+        codec=store.attributes["codec"] | {"largest_kl": kl, "largest_tv": tv},
+        **{key: store.provenance[key] for key in PROVENANCE},
+        merged=store.provenance.get("merged", []),
+        imported=store.provenance.get("imported"),
+        made_by=store.made_by,
+        made_with=store.attributes.get("made_with", {}),
+        identity=store.identity.hex(),
+    )
 
 
 def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
@@ -107,45 +142,44 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
     ]
 
 
-def store_lines(facts: dict) -> list[tuple[str, str]]:
+def store_lines(facts: StoreFacts) -> list[tuple[str, str]]:
     """Put the facts of ``store_facts`` into words: lines of (name, text). A line whose
     name is empty continues the line above."""
-    lines: list[tuple[str, str]] = [("store", facts["store"])]
+    lines: list[tuple[str, str]] = [("store", facts.store)]
     state = (
         "complete"
-        if facts["complete"]
-        else f"NOT COMPLETE: run the same {facts['made_by']} command again"
+        if facts.complete
+        else f"NOT COMPLETE: run the same {facts.made_by} command again"
     )
     lines.append(
         (
             "state",
-            f"{state} ({facts['finished_shards']} of {facts['shards']} shards, "
-            f"{facts['complete_views']} of {facts['views']} views)",
+            f"{state} ({facts.finished_shards} of {facts.shards} shards, "
+            f"{facts.complete_views} of {facts.views} views)",
         )
     )
     lines.append(
         (
             "images",
-            f"{facts['usable']:,} usable of {facts['images']:,} files, {facts['classes']:,} "
-            f"classes",
+            f"{facts.usable:,} usable of {facts.images:,} files, {facts.classes:,} classes",
         )
     )
     lines += [
         ("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})")
-        for kind in facts["unusable"]
+        for kind in facts.unusable
     ]
-    for i, teacher in enumerate(facts["teachers"]):
+    for i, teacher in enumerate(facts.teachers):
         lines.append(("" if i else "teachers", _teacher(teacher)))
-    if facts["imported"]:
-        several = [part["imported"] for part in facts["merged"] if "imported" in part] or [
-            facts["imported"]
+    if facts.imported:
+        several = [part["imported"] for part in facts.merged if "imported" in part] or [
+            facts.imported
         ]
         kinds = [
             one["labels"] + (" in half precision" if one.get("half_precision") else "")
             for one in several
         ]
         told = (
-            f"{facts['imported']['format']} label files, {', '.join(dict.fromkeys(kinds))}; the "
+            f"{facts.imported['format']} label files, {', '.join(dict.fromkeys(kinds))}; the "
             "teachers are named as the user told"
         )
         lines.append(("imported", told))
@@ -156,7 +190,7 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
                 "drawn; pixels were rendered by other code",
             )
         )
-    crops = facts["crops"]
+    crops = facts.crops
     drawn = (
         ""
         if crops["scale"] is None
@@ -167,7 +201,7 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
     lines.append(
         (
             "crops",
-            f"{facts['views']} views of {crops['policy']}, {drawn}{crops['interpolation']}, EXIF "
+            f"{facts.views} views of {crops['policy']}, {drawn}{crops['interpolation']}, EXIF "
             f"{crops['exif']}",
         )
     )
@@ -177,7 +211,7 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
             f"the teachers saw the mixed pictures"
         )
         lines.append(("CutMix", what))
-    codec = facts["codec"]
+    codec = facts.codec
     kl = "" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, "
     lines.append(
         (
@@ -186,7 +220,7 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
             f"{codec['largest_tv']:.2g}",
         )
     )
-    if parts := facts["merged"]:
+    if parts := facts.merged:
         lines.append(
             (
                 "averaged",
@@ -194,35 +228,35 @@ def store_lines(facts: dict) -> list[tuple[str, str]]:
                 f"teachers",
             )
         )
-    if facts["labelled_crops"]:
+    if facts.labelled_crops:
         lines.append(
             (
                 "size",
-                f"{facts['label_bytes_per_crop']:.0f} bytes per crop, "
-                f"{facts['store_bytes'] / 2**20:,.1f} MiB in all",
+                f"{facts.label_bytes_per_crop:.0f} bytes per crop, "
+                f"{facts.store_bytes / 2**20:,.1f} MiB in all",
             )
         )
-        lines.append(("entropy", f"{facts['entropy']:.3f} nats on average"))
-        if facts["agreement"] is not None:
+        lines.append(("entropy", f"{facts.entropy:.3f} nats on average"))
+        if facts.agreement is not None:
             lines.append(
                 (
                     "agreement",
-                    f"{facts['agreement']:.2f} % of the labels put the class folder first",
+                    f"{facts.agreement:.2f} % of the labels put the class folder first",
                 )
             )
-    compute = facts["compute"]
-    if not facts["imported"]:
+    compute = facts.compute
+    if not facts.imported:
         labelled = (
             f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, "
         )
-        lines.append(("made on", f"{labelled}rendered on {facts['renderer']['backend']}"))
+        lines.append(("made on", f"{labelled}rendered on {facts.renderer['backend']}"))
     lines.append(
         (
             "made with",
-            ", ".join(f"{name} {version}" for name, version in facts["made_with"].items()),
+            ", ".join(f"{name} {version}" for name, version in facts.made_with.items()),
         )
     )
-    return [*lines, ("identity", facts["identity"])]
+    return [*lines, ("identity", facts.identity)]
 
 
 def _teacher(teacher: dict) -> str:

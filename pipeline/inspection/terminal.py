@@ -8,19 +8,20 @@ from rich.text import Text
 
 from cache.errors import printable
 from cache.verify import Finding
-from pipeline.inspection.store_facts import store_lines
+from pipeline.evaluation import Evaluation
+from pipeline.inspection.store_facts import StoreFacts, store_lines
 from pipeline.runtime.progress import results
 
 FINDINGS = 20  # lines of each kind on a page, at most
 
 
-def store_page(facts: dict) -> None:
+def store_page(facts: StoreFacts) -> None:
     """Print the facts of a store (``store_facts``)."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in store_lines(facts):
-        style = ("green" if facts["complete"] else "red") if name == "state" else ""
+        style = ("green" if facts.complete else "red") if name == "state" else ""
         table.add_row(name, Text(printable(text), style))  # Text: a name may look like markup
     results().print(table)
 
@@ -96,35 +97,26 @@ def verdict_page(result: dict) -> None:
     )
 
 
-def evaluation_table(result: dict) -> None:
+def evaluation_table(result: Evaluation) -> None:
     """Print top-1 and top-5 of each model, of the ensemble and of the teachers."""
-    compared = "teacher_kl" in result["models"][0]
+    compared = result.models[0].teacher_kl is not None
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for name in (
-        "top-1 %",
-        "top-5 %",
-        "loss",
-        *(("KL to teachers", "agreement %") if compared else ()),
-    ):
+    comparison = ("KL to teachers", "agreement %") if compared else ()
+    for name in ("top-1 %", "top-5 %", "loss", *comparison):
         table.add_column(name, justify="right")
-    for entry in [
-        *result["models"],
-        *(result[key] for key in ("ensemble", "teachers") if key in result),
-    ]:
-        cells = [f"{entry['top1']:.2f}", f"{entry['top5']:.2f}", f"{entry['loss']:.4f}"]
-        if "teacher_kl" in entry:
-            cells += [f"{entry['teacher_kl']:.4f}", f"{entry['teacher_agreement']:.2f}"]
-        name = (
-            f"{entry['name']}={entry['checkpoint']}" if entry.get("checkpoint") else entry["name"]
-        )
+    for score in (*result.models, result.ensemble, result.teachers):
+        if score is None:
+            continue
+        cells = [f"{score.top1:.2f}", f"{score.top5:.2f}", f"{score.loss:.4f}"]
+        if score.teacher_kl is not None:
+            cells += [f"{score.teacher_kl:.4f}", f"{score.teacher_agreement:.2f}"]
+        name = f"{score.name}={score.checkpoint}" if score.checkpoint else score.name
         table.add_row(Text(printable(name)), *cells)
     console = results()
     console.print(table)
-    console.print(
-        f"{result['images']:,} images"
-        + (f", {result['unusable']:,} unusable ones left out" if result["unusable"] else "")
-    )
+    left_out = f", {result.unusable:,} unusable ones left out" if result.unusable else ""
+    console.print(f"{result.images:,} images{left_out}")
 
 
 def image_page(facts: dict) -> None:

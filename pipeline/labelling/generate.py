@@ -19,8 +19,8 @@ from pipeline.config import Config, ConfigError
 from pipeline.images.folders import DataFolder, require_same_files
 from pipeline.images.reader import Reader
 from pipeline.labelling.coordination import grown, naming, once, opened
-from pipeline.labelling.create import create_store, repair_store
-from pipeline.labelling.labelling import Labelling
+from pipeline.labelling.create_store import create_store, repair_store
+from pipeline.labelling.inputs import Labelling
 from pipeline.labelling.shares import Share
 from pipeline.labelling.stream import Labeller, place_of
 from pipeline.models.weights import load_teachers

@@ -23,7 +23,7 @@ from cache.format.manifest import USABLE
 from cache.writer import StoreWriter
 from pipeline.images import reader
 from pipeline.images.reader import Reader
-from pipeline.labelling.labelling import Labelling
+from pipeline.labelling.inputs import Labelling
 from pipeline.labelling.shares import Unit
 from pipeline.models.model import ModelError, ensemble
 from pipeline.render.dali import BLANK, CropRenderer

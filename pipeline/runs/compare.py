@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -30,29 +31,53 @@ KINDS = ("png", "pdf", "svg")  # file endings of a picture
 LEGEND_CHARACTERS, LEGEND_INCHES = 48, 0.19
 
 
-def compare(runs: Sequence[Path]) -> dict:
-    """Compare run directories.
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run reached. None stands for a figure that the run doesn't have.
 
-    Returns ``runs``, a dict per run in the order given, and ``differences``, dotted
-    config key → {run's name: value}. top1, top5 and agreement are in per cent, losses
-    and KL in nats; seconds are those of training without validation. None stands for a
-    figure that a run doesn't have. Raises RunError.
+    name: the shortest end of its path that no other run has. epochs, of: done, and to
+    be done. top1, top5, agreement: %. losses and KL: nats. seconds: of training,
+    without validation. metrics: of each pass over the images.
     """
+
+    name: str
+    path: str
+    student: str | None
+    labels: str
+    epochs: int
+    of: int
+    best_top1: float | None
+    best_epoch: int | None
+    top1: float | None
+    top5: float | None
+    val_loss: float | None
+    loss: float
+    kl: float | None
+    agreement: float | None
+    images_per_second: float | None
+    seconds: float
+    metrics: list[dict]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs in the order given, and the settings in which they differ: dotted config key
+    → {run's name: value}."""
+
+    runs: list[RunFacts]
+    differences: dict[str, dict[str, object]]
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """Compare run directories. Raises RunError."""
     folders = [Path(os.path.abspath(run)) for run in runs]
     if twice := next((folder for i, folder in enumerate(folders) if folder in folders[:i]), None):
         raise RunError(f"{twice} is named twice; name each run once")
     names = _names(folders)
     read = [RunFolder(folder, "leave this run out, or bring the file back") for folder in folders]
     configs, histories = [run.config() for run in read], [run.metrics() for run in read]
-    return {
-        "runs": [
-            {"name": name, "path": str(folder), **_facts(config, metrics)}
-            for name, folder, config, metrics in zip(
-                names, folders, configs, histories, strict=True
-            )
-        ],
-        "differences": _differences(names, configs),
-    }
+    told = zip(names, folders, configs, histories, strict=True)
+    return Comparison([_facts(*one) for one in told], _differences(names, configs))
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -72,27 +97,29 @@ def _names(folders: list[Path]) -> list[str]:
     return names
 
 
-def _facts(config: Config, metrics: list[dict]) -> dict:
+def _facts(name: str, folder: Path, config: Config, metrics: list[dict]) -> RunFacts:
     last, best = metrics[-1], best_of(metrics)
     seconds = sum(m["seconds"] for m in metrics)
     images = sum(images_of(m) for m in metrics)
-    return {
-        "student": config.student.model if config.student else None,
-        "labels": labels_of(config),
-        "epochs": last["epoch"] + 1,
-        "of": config.train.epochs,
-        "best_top1": best and best[1],
-        "best_epoch": best and best[0],
-        "top1": last.get("val_top1"),
-        "top5": last.get("val_top5"),
-        "val_loss": last.get("val_loss"),
-        "loss": last["loss"],
-        "kl": last.get("kl"),
-        "agreement": last.get("agreement"),
-        "images_per_second": images / seconds if seconds else None,
-        "seconds": seconds,
-        "metrics": metrics,
-    }
+    return RunFacts(
+        name=name,
+        path=str(folder),
+        student=config.student.model if config.student else None,
+        labels=labels_of(config),
+        epochs=last["epoch"] + 1,
+        of=config.train.epochs,
+        best_top1=best and best[1],
+        best_epoch=best and best[0],
+        top1=last.get("val_top1"),
+        top5=last.get("val_top5"),
+        val_loss=last.get("val_loss"),
+        loss=last["loss"],
+        kl=last.get("kl"),
+        agreement=last.get("agreement"),
+        images_per_second=images / seconds if seconds else None,
+        seconds=seconds,
+        metrics=metrics,
+    )
 
 
 def _differences(names: list[str], configs: list[Config]) -> dict[str, dict[str, object]]:
@@ -108,7 +135,7 @@ def _differences(names: list[str], configs: list[Config]) -> dict[str, dict[str,
     }
 
 
-def draw(result: dict, file: Path) -> None:
+def draw(result: Comparison, file: Path) -> None:
     """Draw the runs' curves, with a panel for each figure that any run has.
 
     Each run's best top-1 is marked. file: a PNG, PDF or SVG, by its ending. Raises
@@ -123,11 +150,11 @@ def draw(result: dict, file: Path) -> None:
             f"{file} must end in {', '.join(f'.{k}' for k in KINDS)}, which says what kind of "
             f"picture it is to be; name another file"
         )
-    runs = result["runs"]
+    runs = result.runs
     shown = [
         curve
         for curve in CURVES
-        if not curve.beside and any(points(run["metrics"], curve.key)[0] for run in runs)
+        if not curve.beside and any(points(run.metrics, curve.key)[0] for run in runs)
     ]
     names = [_legend(run) for run in runs]
     # A panel is some 55 characters wide.
@@ -136,18 +163,18 @@ def draw(result: dict, file: Path) -> None:
     figure, places = small_multiples(
         len(shown), title, LEGEND_INCHES * math.ceil(len(runs) / across)
     )
-    span = min(run["metrics"][0]["epoch"] for run in runs) + 1, max(run["epochs"] for run in runs)
+    span = min(run.metrics[0]["epoch"] for run in runs) + 1, max(run.epochs for run in runs)
     looks: list[dict[str, Any]] = [
         {"color": colour, "linestyle": style}
         for _, colour, style in zip(runs, cycle(COLOURS), cycle(STYLES))
     ]
     for curve, axes in zip(shown, places, strict=True):
         for run, look in zip(runs, looks, strict=True):
-            line(axes, *points(run["metrics"], curve.key), **look)
-            if curve.key == "val_top1" and run["best_epoch"]:
+            line(axes, *points(run.metrics, curve.key), **look)
+            if curve.key == "val_top1" and run.best_epoch:
                 axes.plot(
-                    run["best_epoch"],
-                    run["best_top1"],
+                    run.best_epoch,
+                    run.best_top1,
                     marker="o",
                     markersize=6,
                     color=look["color"],
@@ -174,23 +201,23 @@ def draw(result: dict, file: Path) -> None:
         durable.write(file.absolute(), lambda scratch: figure.savefig(scratch, format=kind))
 
 
-def _legend(run: dict) -> str:
+def _legend(run: RunFacts) -> str:
     """Return a run's name for the legend. A blank comes first, since matplotlib leaves
     out names that begin with an underscore."""
-    name = printable(run["name"])
+    name = printable(run.name)
     short = name if len(name) <= LEGEND_CHARACTERS else f"…{name[1 - LEGEND_CHARACTERS :]}"
-    return f" {short}" + (f" (best {run['best_top1']:.2f})" if run["best_top1"] is not None else "")
+    return f" {short}" + (f" (best {run.best_top1:.2f})" if run.best_top1 is not None else "")
 
 
-def comparison_page(result: dict) -> None:
+def comparison_page(result: Comparison) -> None:
     """Print the figures that any run has, then the settings that differ, with a column
     for each run."""
-    runs, console = result["runs"], results()
+    runs, console = result.runs, results()
     figures = _table("", runs, "right")
     for name, told in (
-        ("student", [run["student"] or "" for run in runs]),
-        ("labels", [run["labels"] for run in runs]),
-        ("epochs", [f"{run['epochs']} of {run['of']}" for run in runs]),
+        ("student", [run.student or "" for run in runs]),
+        ("labels", [run.labels for run in runs]),
+        ("epochs", [f"{run.epochs} of {run.of}" for run in runs]),
         ("best top-1 %", _numbers(runs, "best_top1", ".2f")),
         ("  after epoch", _numbers(runs, "best_epoch", "d")),
         ("top-1 %", _numbers(runs, "top1", ".2f")),
@@ -200,14 +227,14 @@ def comparison_page(result: dict) -> None:
         ("KL to labels", _numbers(runs, "kl", ".4f")),
         ("agreement %", _numbers(runs, "agreement", ".2f")),
         ("images/s", _numbers(runs, "images_per_second", ",.0f")),
-        ("time", [duration(run["seconds"]) for run in runs]),
+        ("time", [duration(run.seconds) for run in runs]),
     ):
         if any(told):
             figures.add_row(name, *(Text(printable(one)) for one in told))
     console.print(figures)
-    if result["differences"]:
+    if result.differences:
         settings = _table("setting", runs, "left")
-        for key, values in result["differences"].items():
+        for key, values in result.differences.items():
             settings.add_row(key, *(Text(printable(_value(value))) for value in values.values()))
         console.print()
         console.print(settings)
@@ -215,16 +242,16 @@ def comparison_page(result: dict) -> None:
         console.print("\nthe settings are the same")
 
 
-def _table(first: str, runs: list[dict], justify: Literal["left", "right"]) -> Table:
+def _table(first: str, runs: list[RunFacts], justify: Literal["left", "right"]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for run in runs:
-        table.add_column(Text(printable(run["name"])), justify=justify, overflow="fold")
+        table.add_column(Text(printable(run.name)), justify=justify, overflow="fold")
     return table
 
 
-def _numbers(runs: list[dict], key: str, form: str) -> list[str]:
-    return ["" if run[key] is None else format(run[key], form) for run in runs]
+def _numbers(runs: list[RunFacts], key: str, form: str) -> list[str]:
+    return ["" if getattr(run, key) is None else format(getattr(run, key), form) for run in runs]
 
 
 def _value(value: object) -> str:

@@ -292,8 +292,9 @@ class Run:
             validation.images,
             looking=looking,
             execution=self.execution,
-        )["models"][0]
-        return {"val_top1": result["top1"], "val_top5": result["top5"], "val_loss": result["loss"]}
+        )
+        (score,) = result.models
+        return {"val_top1": score.top1, "val_top5": score.top5, "val_loss": score.loss}
 
     def _save(self) -> None:
         """Save the checkpoints and the metrics, then the state that the run resumes

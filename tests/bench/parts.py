@@ -36,8 +36,8 @@ from pipeline.config import Config
 from pipeline.config_file import validate
 from pipeline.images.folders import DataFolder
 from pipeline.images.reader import Reader
-from pipeline.labelling import create, stream
-from pipeline.labelling.labelling import Labelling
+from pipeline.labelling import create_store, stream
+from pipeline.labelling.inputs import Labelling
 from pipeline.labelling.shares import Share, Unit
 from pipeline.labelling.stream import Labeller
 from pipeline.models.model import Model
@@ -267,7 +267,7 @@ class Place:
     def empty(self, config: Config, data: Path, teachers: list[Model]) -> Path:
         self.number += 1
         path = self.folder / f"{self.number}.zarr"
-        create.create_store(self.labelling(config, data, teachers), path)
+        create_store.create_store(self.labelling(config, data, teachers), path)
         return path
 
     def labelling(self, config: Config, data: Path, teachers: list[Model]) -> Labelling:

@@ -43,7 +43,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.stages import stored_labels
+from support.stages import store_facts, stored_labels
 from support.stores import write
 
 from cache import LabelStore, verify
@@ -53,7 +53,6 @@ from cache.format.codec import CODECS, DEFAULT
 from cache.format.manifest import USABLE, Images
 from cache.writer import StoreWriter
 from pipeline.config import CropPolicy
-from pipeline.inspection.store_facts import store_facts
 from pipeline.labelling.shares import Share
 from pipeline.provenance.description import policy_of
 from pipeline.sampling.crop_sampler import CropSampler

@@ -1,5 +1,5 @@
-"""An exported student is the student: timm and ONNX Runtime make it of the folder
-alone, and its card tells what the run tells, no more."""
+"""An exported student is the trained student: timm and ONNX Runtime load it from the
+folder alone, and its card holds facts of the run and no others."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def soft(photos, recipe, store_path, tmp_path_factory) -> Path:
-    """A run from a store: a test_vit that is built for 32 px, and not for its own
-    160."""
+    """A run from a store, of a test_vit that is built for 32 px in place of its own
+    160 px."""
     run = tmp_path_factory.mktemp("soft") / "run"
     train(
         changed(recipe, train={"discriminator": {"lr": 1e-4}}),
@@ -60,8 +60,8 @@ def soft(photos, recipe, store_path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hard(photos, recipe, tmp_path_factory) -> Path:
-    """A run without a store, with BatchNorm, whose last epoch is far from its best: its
-    learning rate has exploded."""
+    """A run without a store and with BatchNorm, whose last epoch is far from its best,
+    since its learning rate explodes."""
     run = tmp_path_factory.mktemp("hard") / "run"
     baseline = {"labels": "hard", "batch_size": 15, "lr": 0.05, "milestones": [1], "gamma": 100.0}
     train(
@@ -74,8 +74,8 @@ def hard(photos, recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def online(photos, recipe, tmp_path_factory) -> Path:
-    """A run with live teachers and without validation, that was stopped after the first
-    of two epochs."""
+    """A run with live teachers and without validation, stopped after the first of two
+    epochs."""
     run = tmp_path_factory.mktemp("online") / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "_summary", stop)
@@ -105,7 +105,7 @@ def passes(run: Path) -> list[dict]:
 
 
 def card(out: Path) -> tuple[dict, str]:
-    """Its head, and its text with single spaces."""
+    """Read the card: its head, and its text with single spaces."""
     _, head, text = (out / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(head), " ".join(text.split())
 
@@ -115,16 +115,16 @@ def noise(images: int, size: int) -> torch.Tensor:
 
 
 def student(run: Path, model: str, weights: str = "best") -> torch.nn.Module:
-    """As this tool loads it, but laid out as timm does, since a convolution rounds
-    otherwise in another layout."""
+    """Load a student as this tool does, but in timm's memory layout, since a
+    convolution rounds otherwise in another layout."""
     return load(ModelSpec(model=model, checkpoint=str(run / f"{weights}.safetensors"))).module.to(
         memory_format=torch.contiguous_format
     )
 
 
 def test_the_cards_own_code_runs_in_the_folder_alone(folder, soft, photos, tmp_path):
-    """Both pieces, as a stranger would paste them, in a process that can't import this
-    project."""
+    """Both pieces of code run as a stranger would paste them, in a process that can't
+    import this project."""
     there = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     shutil.copy(photos / "val" / "bee" / "000.jpg", there / "photo.jpg")
     with_timm, with_onnx = re.findall(
@@ -179,7 +179,7 @@ def test_timm_makes_the_very_student(which, model, size, weights, request, tmp_p
         "center",
     )
     assert list(theirs.pretrained_cfg["label_names"]) == ["ant", "bee", "cat"]
-    # of timm's own weights
+    # keys of timm's own weights
     assert theirs.pretrained_cfg.keys().isdisjoint(
         {"tag", "license", "url", "hf_hub_id", "test_input_size"}
     )
@@ -215,8 +215,8 @@ def test_onnx_runtime_gives_the_students_logits_at_any_batch_size(folder, soft):
 def test_an_export_says_nothing_but_its_result_and_no_path_of_the_machine(
     hard, tmp_path, monkeypatch, capfd, recwarn
 ):
-    """Made as a network is whose weights are more than a file of ONNX can hold, so that
-    they lie beside it."""
+    """The export is made as for a network with more weights than an ONNX file can hold,
+    so that the weights lie beside the file."""
     monkeypatch.setattr(onnx_module, "INSIDE", 1_000)
     result = export(hard, tmp_path / "out")
     assert capfd.readouterr() == ("", "") and not recwarn.list
@@ -368,7 +368,7 @@ def test_the_card_of_imported_labels_says_what_is_unknown_of_them(photos, recipe
 
 def test_how_many_images_were_validated_is_said_only_if_the_run_tells(copied, tmp_path):
     kept = dict(np.load(copied / "validation-images.npz"))
-    # another start found two images less
+    # Another start of the run found two images less.
     with open(copied / "validation-images.npz", "wb") as file:
         np.savez(file, **kept | {"bytes": kept["bytes"][:-2]})
     for out in ("other", "none"):
@@ -441,7 +441,8 @@ def foreign(run: Path, *_: object) -> None:
 
 
 def redone(run: Path, *_: object) -> None:
-    """The epoch was done again, to another end, and its first try is still the best."""
+    """Change the metrics as if the best epoch had been done again with another end,
+    while the best weights are of its first try."""
     lines = [line | {"val_top1": line["val_top1"] / 2} for line in passes(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -465,7 +466,7 @@ def a_file(run: Path, scratch: Path, *_: object) -> None:
 
 
 def nearly(run: Path, scratch: Path, store: Path, patch: pytest.MonkeyPatch) -> dict:
-    """ONNX Runtime's logits are off by a thousandth."""
+    """Make ONNX Runtime's logits off by a thousandth."""
     patch.setattr(onnx_module, "translate", lambda *_: {})
     patch.setattr(
         onnx_module,
@@ -586,7 +587,7 @@ def test_killed_in_the_middle_it_leaves_no_folder_and_does_not_hinder_the_next(h
         and not (tmp_path / "out").exists()
         and len(os.listdir(tmp_path)) == 2
     )
-    (tmp_path / "out").mkdir()  # an empty one may be there
+    (tmp_path / "out").mkdir()  # an empty folder may be there
     export(hard, tmp_path / "out", onnx=False)
     assert os.listdir(tmp_path) == ["out"]
 

@@ -1,5 +1,5 @@
-"""Labels from others and to others: FKD's label files become a store and a store
-becomes such files, with the same crops and labels; nothing in them is run."""
+"""Labels from others and for others: FKD's label files become a store, and a store
+becomes FKD's label files, with the same crops and labels. No code in a file is run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from pipeline.exchange.export_labels import export_labels
 
 @pytest.fixture(scope="module")
 def published(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A label set as FKD's generator saves it: numpy's arrays, two classes of three,
-    and what is left for the third."""
+    """A label set as FKD's generator saves it: NumPy arrays, two classes of three, and
+    the remaining probability for the third class."""
     return write_set(tmp_path_factory.mktemp("published") / "labels" / "imagenet", photos / "train")
 
 
@@ -48,7 +48,7 @@ def test_a_store_has_the_crops_and_labels_of_the_files(imported, published, phot
     assert store.views == CROPS and store.progress() == (3, 3) and len(store.usable) == 90
     for row in store.usable[::7]:
         path = store.images.path[row]
-        # these files can't be read by torch.load alone without trusting them
+        # torch.load alone can't read these files without trusting them.
         with pytest.raises(Exception, match="weights_only"):
             torch.load(
                 published / "imagenet" / "train" / path.replace(".jpg", ".tar"), weights_only=True
@@ -360,7 +360,7 @@ def test_a_bad_label_file_is_named(published, photos, tmp_path, spoil, says):
 
 
 def a_bomb(path: Path) -> None:
-    """A label file that is small on the disk and large in memory."""
+    """Write a label file that is small on the disk and large in memory."""
     torch.save(
         [
             torch.zeros(3, 4),
@@ -427,13 +427,13 @@ def test_a_hostile_label_file_neither_hangs_nor_fills_the_memory(
 
 
 def test_labels_of_two_classes_are_not_guessed():
-    """[0, 0.999]: the first class almost surely, or the second one?"""
+    """[0, 0.999] may mean the first class or the second, almost surely."""
     assert fkd_format.kind_of(np.array([[0.0, 0.999], [1.0, 0.8]], np.float32), 2) is None
     assert fkd_format.kind_of(np.array([[0.3, 0.7], [0.5, 0.5]], np.float32), 2) == "full"
 
 
 def test_labels_of_another_split_are_not_taken(published, photos, tmp_path):
-    """Images of both may have the same names and sizes."""
+    """Images of both splits may have the same names and sizes."""
     for folder in (published, published / "imagenet", published / "imagenet" / "train"):
         with pytest.raises(MealError, match="has no label file for any of the 21 images"):
             import_labels(folder, photos, tmp_path / "s.zarr", split="val")
@@ -504,7 +504,7 @@ def test_an_imported_store_of_a_stranger_must_make_sense(imported, tmp_path, edi
 
 
 class Program:
-    """A pickle that runs something when it is read."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -525,7 +525,7 @@ def test_a_program_in_a_label_file_is_not_run(published, photos, tmp_path, wrap)
         import_labels(tmp_path / "labels", photos, tmp_path / "s.zarr")
     assert not mark.exists() and not (tmp_path / "s.zarr").exists()
     torch.load(tmp_path / "labels" / "imagenet" / "train" / "ant" / "000.tar", weights_only=False)
-    assert mark.exists()  # as it would have
+    assert mark.exists()  # a trusting reader runs the program
 
 
 def test_half_precision_and_old_files_are_read(photos, tmp_path):
@@ -582,8 +582,8 @@ def test_what_is_left_is_even_over_the_other_classes(kept):
 
 
 def test_an_exported_set_is_what_fkds_loader_reads(store_path, photos, tmp_path):
-    """Its own steps, on files read by torch.load as it is today: the crop in shares,
-    resized as torchvision does, flipped."""
+    """FKD's steps run on files read by today's torch.load: crops in shares of the
+    image, resized by torchvision, flipped."""
     store = LabelStore.open(store_path)
     assert export_labels(store_path, tmp_path / "out", labels="full") == 90
     for row in store.usable[::11]:
@@ -611,7 +611,7 @@ def test_from_a_store_to_files_and_back(store_path, photos, tmp_path):
         import_labels(tmp_path / "out", photos, tmp_path / "back.zarr", codec="float32"),
         LabelStore.open(store_path),
     )
-    assert np.array_equal(back.images.path, store.images.path)  # the same seed, the same order
+    assert np.array_equal(back.images.path, store.images.path)  # the same seed gives the same order
     for view in (0, 1):
         assert all(
             map(np.array_equal, back.crops(view, back.usable), store.crops(view, store.usable))
@@ -696,7 +696,7 @@ def test_mixed_pictures_are_not_exported(photos, recipe, tmp_path):
 
 
 def test_memory_decides_how_many_views_are_held(imported, published, photos, tmp_path, monkeypatch):
-    """Whatever the group of views, the store is the same."""
+    """The store is the same for any group of views."""
     monkeypatch.setattr(import_labels_module, "AT_ONCE", 1)
     import_labels(
         published, photos, tmp_path / imported.name, codec="float32", teachers=["somebody's b4"]

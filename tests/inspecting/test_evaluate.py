@@ -1,9 +1,10 @@
-"""Evaluation is exact: every image once, the last partial batch too, each model in its
-own size and normalisation."""
+"""Evaluation is exact: every image counts once, also in the last partial batch, and each
+model has its own size and normalisation."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def models(teachers: list[dict]) -> list[Model]:
 
 
 def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarray:
-    """float [models, images, classes], each image alone."""
+    """Compute probabilities of each image alone: float [models, images, classes]."""
     rows = []
     for row in manifest.usable:
         blob = (folder / manifest.path[row]).read_bytes()
@@ -40,7 +41,7 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
     return np.array(rows).transpose(1, 0, 2)
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 21, 64])  # 21 images: 8 leaves a partial batch of 5
+@pytest.mark.parametrize("batch_size", [1, 8, 21, 64])  # of 21 images, 8 leaves a batch of 5
 def test_top_1_and_ensemble_are_exact_for_every_batch_size(photos, models, batch_size):
     folder = photos / "val"
     manifest = scan(folder, folders.class_names(folder), exif="ignore")
@@ -72,7 +73,7 @@ def test_top_5_counts_the_five_first_of_more_classes():
     p = torch.tensor([[0.3, 0.25, 0.15, 0.1, 0.08, 0.07, 0.05]])
     for target in range(7):
         figures.add(p, torch.tensor([target]), None)
-    report = figures.report(False)
+    report = asdict(figures.score())
     assert (report["top1"], report["top5"]) == (pytest.approx(100 / 7), pytest.approx(500 / 7))
 
 

@@ -1,5 +1,5 @@
-"""verify with images: are they the ones that were labelled, and do the teachers say
-again what the store says they said?"""
+"""verify with images: the images are the labelled images, and the teachers give the
+stored labels again."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_labels_of_other_crops_are_noticed_though_every_digest_is_right(photos, 
 def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(
     photos, recipe, tmp_path, codec, what
 ):
-    """Right in every digest and sum, and with tail40 well within what the codec may
-    lose."""
+    """The changed labels fit every digest and sum, and with tail40 are well within the
+    codec's error."""
     path = tmp_path / "s.zarr"
     generate(changed(recipe, store={"codec": codec}), photos, path, device=CPU)
     assert looked_at(path, photos, recipe, 180)["trusted"]
@@ -110,7 +110,7 @@ def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(
 def test_a_teacher_that_a_store_names_by_a_place_is_not_looked_up(photos, copy, name):
     edit_store(copy, lambda attributes: attributes["provenance"]["teachers"][0].update(model=name))
     writer = StoreWriter(copy)
-    (writer.store.path / "records/c/0/0/0").unlink()  # whatever its shards are: it isn't looked up
+    (writer.store.path / "records/c/0/0/0").unlink()  # no label is needed for a refusal
     with pytest.raises(StoreError, match="names a teacher by a place .*; pass it with --teacher"):
         relabel._teachers(writer.store, [], CPU)
 

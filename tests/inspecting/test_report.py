@@ -1,5 +1,5 @@
-"""Looking at a store: the report's numbers are the labels', its page needs nothing
-else, and a real browser shows it at every width, light and dark."""
+"""The report on a store: its numbers are the labels', its page needs no other file, and
+a real browser shows the page at every width, light and dark."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_agreement_and_confusions_are_counted_by_class_folder(store):
     assert (
         table["labels"].sum() == 180 and table["agreeing"].sum() == (found.first == folders).sum()
     )
-    assert (np.diff(table["agreeing"] / table["labels"]) >= 0).all()  # the worst first
+    assert (np.diff(table["agreeing"] / table["labels"]) >= 0).all()  # the least agreeing first
     for row in statistics.confusions(found, folders):
         wrong = (folders == row["folder"]) & (found.first == row["first"])
         assert row["folder"] != row["first"] and row["labels"] == wrong.sum()
@@ -91,7 +91,7 @@ def test_a_part_of_a_large_store_is_looked_at_in_several_views(store):
     found = statistics.survey(store, labels=40)
     assert len(found.row) == 40 and sorted(set(found.view)) == [0, 1]
     assert np.array_equal(np.sort(found.row[found.view == 0]), np.sort(found.row[found.view == 1]))
-    assert len(set(found.row // store.shard_rows)) == 3  # all over the images
+    assert len(set(found.row // store.shard_rows)) == 3  # images of all shards
 
 
 def test_missing_and_damaged_shards_are_shown_where_they_are(store_path, tmp_path):
@@ -122,7 +122,7 @@ def test_a_store_that_was_just_begun_is_looked_at_where_it_has_labels(store_path
         (path / "records" / "c" / "0" / str(shard) / "0").unlink()
     found = statistics.survey(LabelStore.open(path), labels=1)
     assert found.row.tolist() == [64] and not found.faults
-    assert len(found.loyalty) == len(found.divergence) == 0  # of one view there is nothing to tell
+    assert len(found.loyalty) == len(found.divergence) == 0  # one view can't be compared
     assert len(statistics.survey(LabelStore.open(path)).row) == 26
 
 
@@ -220,7 +220,7 @@ def test_photographs_of_other_images_are_refused(store_path, photos, tmp_path):
 
 
 class Addresses(HTMLParser):
-    """Whatever a page would load or run."""
+    """The addresses and scripts that a page would load or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_a_page_needs_nothing_else(report):
 
 
 def test_names_of_strangers_stay_text(store_path, tmp_path):
-    """A class or a teacher may be called anything."""
+    """A class or a teacher may have any name."""
     path = tmp_path / "s.zarr"
     shutil.copytree(store_path, path)
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -317,7 +317,7 @@ def test_one_image_is_shown_with_its_views_and_labels(store, store_path, photos)
 
 
 def test_the_keys_of_inspect_stay(store_path):
-    """Other people's scripts read them: a new key may join, none may go."""
+    """Other people's scripts read the keys: a new key may join, no key may go."""
     facts = json.loads(run("inspect", store_path, "--json")[1])
     assert {
         *(
@@ -348,7 +348,7 @@ def test_the_keys_of_inspect_stay(store_path):
         *("data", "layout", "merged", "made_with", "identity"),
     } <= facts.keys()
     out = run("inspect", store_path)[1]
-    assert len(out.splitlines()) < 24 and "\x1b" not in out  # a screen, and no colours in a pipe
+    assert len(out.splitlines()) < 24 and "\x1b" not in out  # fits a screen; a pipe has no colours
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +366,8 @@ def browser() -> Iterator:
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_the_page(browser, report, width, scheme):
-    """Nothing on the console, nothing from the network, nothing wider than the window,
-    every picture decoded, every box on its photograph."""
+    """The console stays empty, the network silent, the page as wide as the window, every
+    picture is decoded, and every box is on its photograph."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
@@ -394,7 +394,7 @@ def test_a_browser_shows_the_page(browser, report, width, scheme):
         ]
         for what in ("backgroundColor", "color")
     )
-    # readable
+    # The text is readable on its ground.
     assert (sum(ground) > sum(text)) == (scheme == "light") and abs(sum(ground) - sum(text)) > 400
     assert (
         page.evaluate(

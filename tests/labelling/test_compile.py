@@ -1,5 +1,5 @@
-"""torch.compile makes models faster and leaves what they say the same to rounding; a
-store remembers that it was used."""
+"""torch.compile makes models faster, outputs stay the same to rounding, and a store
+records that its teachers were compiled."""
 
 from __future__ import annotations
 

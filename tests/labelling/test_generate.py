@@ -1,5 +1,5 @@
-"""Stage one: labels are what they claim to be, and a store can be stopped, gone on
-with, extended and shared."""
+"""Stage one: labels are the mean softmax of the teachers, and a store can be stopped,
+continued, extended and shared."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from pipeline.models.model import ModelError
 def by_hand(
     store: LabelStore, teachers: list[dict], folder: Path, view: int, rows: np.ndarray
 ) -> np.ndarray:
-    """The mean softmax by timm and torch alone, on crops that DALI rendered one at a
-    time."""
+    """Compute the mean softmax by timm and torch alone, on crops that DALI rendered one
+    at a time."""
     boxes, flips = store.crops(view, rows)
     total = 0
     for teacher in teachers:
@@ -77,7 +77,7 @@ def test_a_stored_label_is_the_mean_softmax_of_the_teachers_within_the_stated_er
     if codec == "float32":
         assert tv.max() < 1e-5  # only the order of float additions differs
     other, _ = divergence(store.probabilities(0, rows), store.probabilities(1, rows))
-    assert other.max() > 10 * most_kl  # so the comparison would notice labels of other crops
+    assert other.max() > 10 * most_kl  # the comparison would notice labels of other crops
 
 
 def test_running_again_touches_nothing_that_is_done(photos, recipe, store_path):
@@ -195,7 +195,7 @@ def test_unusable_files_are_left_out_and_named_and_move_no_other_label(
 def test_an_image_that_changes_later_is_named(photos, recipe, tmp_path):
     shutil.copytree(photos / "train", tmp_path / "data")
     generate(recipe, tmp_path / "data", tmp_path / "s.zarr", device=CPU, worker=(0, 3))
-    # not among the fingerprint's first rows
+    # an image after the fingerprint's first rows
     victim = tmp_path / "data" / LabelStore.open(tmp_path / "s.zarr").images.path[80]
     content = bytearray(victim.read_bytes())
     content[-5] ^= 1
@@ -338,8 +338,8 @@ def test_a_lost_file_is_made_again_to_the_same_bytes_and_only_that_shard(
 def test_a_store_of_an_earlier_version_is_finished_and_extended(
     photos, recipe, tmp_path, version, cutmix
 ):
-    """Before version 3 there was no seal, and the length of ``records`` was the number
-    of views."""
+    """Before version 3 a store had no seal, and the length of ``records`` was the
+    number of views."""
     path, mixed = tmp_path / "s.zarr", changed(recipe, crops={"cutmix": cutmix})
     generate(mixed, photos, path, device=CPU, worker=(0, 2))
     document = json.loads((path / "zarr.json").read_text())

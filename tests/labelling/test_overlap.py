@@ -1,10 +1,10 @@
-"""Both stages keep their model busy: crops are rendered ahead of it, labels coded and
-written behind it, units follow each other without a gap. And when one of these fails,
-the others end, no thread is left, and no claim.
+"""Both stages keep their model busy: crops are rendered ahead of it, labels are coded
+and written behind it, and units follow each other without a gap. If one of these parts
+fails, the other parts end, and no thread and no claim is left.
 
-Nothing here is timed. Each part waits for another that must be at work at the same
-time; a loop that does one thing after the other would wait for ever, which these tests
-cut short.
+Nothing here is timed. Each part waits for another part that must be at work at the same
+time. A loop that does one thing after the other would wait for ever, and these tests
+end the waiting.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from pipeline.runtime.threads import ahead, behind
 from pipeline.training import loop
 from pipeline.training.loop import Run
 
-FINGERPRINT = 1 + OTHER_BATCHES  # batches in which its crops are rendered
-PATIENCE = 20.0  # seconds, after which a part that waits for another gives up
+FINGERPRINT = 1 + OTHER_BATCHES  # batches in which the fingerprint's crops are rendered
+PATIENCE = 20.0  # seconds after which a part gives up waiting for another
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 class Counted:
-    """How often something has happened."""
+    """The number of times that something has happened."""
 
     def __init__(self) -> None:
         self.n, self.changed = 0, threading.Condition()
@@ -79,8 +79,8 @@ class Counted:
 
 @pytest.fixture
 def small(recipe: Config) -> Config:
-    """90 photographs, two views: three units of two batches (the last of one), each of
-    both views from one decode."""
+    """A recipe for 90 photographs in two views: three units of two batches, each batch
+    with both views from one decode."""
     return changed(recipe, store={"shard_rows": 32, "batch_size": 16})
 
 
@@ -91,7 +91,7 @@ def spied(
     before: Callable[[int], object],
     after: Callable[[], object] = lambda: None,
 ) -> None:
-    """Call ``before`` with the call's number, from 1, and ``after``, around every
+    """Wrap every call: ``before`` gets the call's number, from 1; ``after`` follows the
     call."""
     real, calls = getattr(place, name), Counted()
 
@@ -108,20 +108,20 @@ def test_crops_are_rendered_and_labels_written_while_the_teachers_work(
     photos, small, store_path, tmp_path, monkeypatch
 ):
     rendered, begun, written = Counted(), Counted(), Counted()
-    fingerprint = 2 * FINGERPRINT  # rendered when the store is made, and again when it is filled
+    fingerprint = 2 * FINGERPRINT  # rendered when the store is made and when it is filled
 
     def forward(call: int) -> None:  # of 12: two views × (2 + 2 + 2) batches
         begun.happens()
-        # the batch after this one is there already, also where another unit begins
+        # The next batch is rendered already, also where another unit begins.
         rendered.wait_for(min(6, (call + 1) // 2 + 1) + fingerprint)
         if call == 12:
-            # the first unit has been written while the second and third were labelled
+            # The first unit was written while the second and third were labelled.
             written.wait_for(2)
 
     monkeypatch.setattr(stream, "BEHIND", 2)
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
     spied(monkeypatch, stream, "ensemble", forward)
-    # the next unit's labels are being made
+    # A unit is written while the next unit's labels are made.
     spied(
         monkeypatch,
         StoreWriter,
@@ -140,7 +140,7 @@ def test_pictures_are_rendered_while_the_student_trains(
     rendered = Counted()
     epochs = changed(small, train={"epochs": 1})
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
-    # 6 batches, and the fingerprint
+    # 6 batches and the fingerprint
     spied(monkeypatch, Run, "_step", lambda call: rendered.wait_for(min(6, call + 1) + FINGERPRINT))
     train(epochs, photos, tmp_path / "run", store=store_path, device=CPU)
     assert rendered.n == 6 + FINGERPRINT
@@ -151,7 +151,7 @@ def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(
 ):
     rendered = Counted()
     spied(monkeypatch, CropRenderer, "__call__", lambda call: None, rendered.happens)
-    # 6 batches an epoch, and the fingerprint
+    # 6 batches an epoch and the fingerprint
     spied(
         monkeypatch,
         loop,
@@ -165,7 +165,7 @@ def test_the_next_epochs_pictures_are_rendered_while_the_student_is_validated(
 def test_what_is_sent_to_a_device_as_copies_makes_the_same_store_and_student(
     photos, small, store_path, tmp_path, monkeypatch
 ):
-    """As it is on a GPU, where every tensor arrives as another one."""
+    """On a GPU every tensor arrives as another tensor."""
 
     def sent(self: Sender, what: object) -> Sent:
         return Sent(device_transfer._each(lambda tensor: tensor.clone(), what))
@@ -220,8 +220,8 @@ def test_what_fails_ends_all_of_stage_one_and_is_told_and_goes_on_to_the_same_st
 
 
 def test_what_is_whole_when_something_fails_is_written(photos, small, tmp_path, monkeypatch):
-    """The teachers fail in the second unit; the first one's labels are all there, and
-    waiting."""
+    """The teachers fail in the second unit, while all labels of the first unit wait to
+    be written."""
 
     def fail(call: int) -> None:
         if call == 5:
@@ -237,15 +237,15 @@ def test_what_is_whole_when_something_fails_is_written(photos, small, tmp_path, 
 def test_a_renderer_that_waits_for_room_ends_when_there_will_never_be_any(
     photos, recipe, tmp_path, monkeypatch, what
 ):
-    """Units of one batch: the fourth can't be begun before the first is written, which
-    it never is."""
+    """Units are of one batch. The fourth unit can't begin before the first is written,
+    and the first never is."""
     one_batch = changed(recipe, store={"shard_rows": 16, "batch_size": 16})
     begun = Counted()
     place, name, _, error, kind = FAILURES[what]
 
     def fail(call: int) -> None:
         begun.wait_for(UNITS)
-        time.sleep(0.3)  # until the renderer waits
+        time.sleep(0.3)  # so that the renderer waits by then
         raise error
 
     spied(monkeypatch, Labeller, "_claimed", lambda call: begun.happens())
@@ -283,7 +283,7 @@ def test_ahead_is_bounded_and_keeps_the_order():
             assert item == i
             if i == 10:
                 time.sleep(0.2)
-                # what has been given, the queue, and one on its way into it
+                # items given, the queue's items, and one on its way into the queue
                 assert made.n <= 10 + 1 + 3 + 2
     assert made.n == 50
 
@@ -314,7 +314,7 @@ def test_behind_deals_with_everything_in_order_before_it_is_left():
     with behind(deal_with, depth=2) as give:
         for i in range(50):
             give(i)
-            assert i - 3 <= len(seen) + 1  # at most two wait, and one is in hand
+            assert i - 3 <= len(seen) + 1  # two items wait at most, and one is in hand
     assert seen == list(range(50))
     with pytest.raises(KeyError), behind(deal_with, depth=2) as give:
         give(50)
@@ -337,7 +337,7 @@ def test_an_error_behind_is_raised_where_the_next_is_given_or_at_the_end_and_the
     assert seen == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="three"), behind(deal_with, depth=5) as give:
         give(3)
-    with pytest.raises(KeyError), behind(deal_with, depth=5) as give:  # the one that came first
+    with pytest.raises(KeyError), behind(deal_with, depth=5) as give:  # the first error
         give(3)
         raise KeyError
     assert np.array_equal(seen, [0, 1, 2, 3, 3, 3])

@@ -1,5 +1,5 @@
-"""What stage one will take: ``generate-labels --plan`` counts what is to be labelled,
-times what it can, and writes nothing."""
+"""The cost of stage one: ``generate-labels --plan`` counts the crops to label, times
+the parts of the work, and writes nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from support import stages
 from support.command import SMOKE, run
 from support.small import CPU, changed, tree, write_teacher
+from support.stages import store_facts
 
 from cache import LabelStore
-from pipeline.inspection.store_facts import store_facts
 from pipeline.labelling import cost, plan
 from pipeline.labelling.cost import BYTES_PER_CROP
 from pipeline.labelling.plan import Plan
@@ -45,7 +45,7 @@ def test_crops_hours_and_bytes_are_those_of_the_store(recipe, photos, store_path
         told["bytes_measured"]
         and 0.5 < told["bytes_per_crop"] / (facts["label_bytes_per_crop"] + 12) < 2
     )
-    # on a CPU they share the cores
+    # On a CPU teachers and loader share the cores.
     assert told["teachers_per_second"] > told["crops_per_second"] < told["loader_per_second"]
     assert told["hours"] == pytest.approx(180 / told["crops_per_second"] / 3600)
 
@@ -86,7 +86,7 @@ def test_bad_images_are_left_out_as_stage_one_leaves_them_out(recipe, photos, tm
 
 
 def test_own_teachers_count_at_their_own_size(recipe, photos, tmp_path):
-    """A checkpoint of this tool knows it, and the config says nothing."""
+    """A checkpoint of this tool holds the size, and the config doesn't."""
     from support.stages import train
 
     hard = {"labels": "hard", "epochs": 1, "milestones": []}

@@ -1,6 +1,6 @@
-"""In which arithmetic models run: what is asked for is what a GPU is told, a store says
-which it was, and verify allows what that explains. Tried on a CPU, where a GPU is only
-pretended; test_gpu.py has what needs one."""
+"""The arithmetic that models run in: a GPU is told the precision that was asked for, a
+store records the precision, and verify allows the rounding that it explains. These
+tests pretend a GPU on a CPU; test_gpu.py needs one."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ CUDA = torch.device("cuda")
 
 
 def flags() -> tuple[bool, bool]:
-    """Whether a GPU's convolutions, and its matrix products, may be TF32."""
+    """Return two switches of a GPU: TF32 in convolutions, TF32 in matrix products."""
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that says it has a GPU of this name."""
+    """A machine that claims to have a GPU of this name."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-# ---- what a GPU is told
+# ---- the settings of a GPU
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_backward_pass_has_the_same(recipe, photos, store_path, tmp_path, monk
         device=CPU,
     )
     tf32 = precision == "tf32"
-    assert set(seen) == {(tf32, tf32, True)}  # and cuDNN tries its algorithms, shapes being fixed
+    assert set(seen) == {(tf32, tf32, True)}  # cuDNN tries algorithms: shapes are fixed
     assert not torch.backends.cudnn.benchmark
 
 
@@ -218,7 +218,7 @@ def test_arithmetic_is_as_before_after_an_error():
     assert flags() == before
 
 
-# ---- what a store says of it, and what verify allows
+# ---- the records in a store, and the bounds of verify
 
 
 def test_a_gpu_is_recorded_by_name_capability_and_versions(h100, store_path, tmp_path):
@@ -231,7 +231,7 @@ def test_a_gpu_is_recorded_by_name_capability_and_versions(h100, store_path, tmp
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     edit_store(copy, lambda attributes: attributes.update(made_with=facts))
     assert LabelStore.open(copy).attributes["made_with"]["gpu"] == "NVIDIA H100"
-    assert not {"gpu", "capability", "cudnn"} & description.made_with().keys()  # of what a CPU made
+    assert not {"gpu", "capability", "cudnn"} & description.made_with().keys()  # made on a CPU
     assert "gpu" not in LabelStore.open(store_path).attributes["made_with"]
 
 
@@ -278,14 +278,14 @@ def test_float32_of_a_version_that_recorded_no_gpu_may_have_been_tf32(h100):
 
 
 def test_what_rounding_explains_is_less_than_labels_of_other_crops_are_apart(store_path):
-    """Otherwise verify would let them pass."""
+    """Otherwise verify would let labels of other crops pass."""
     p = LabelStore.open(store_path).probabilities(0, slice(0, 90))
     apart = np.abs(p - np.roll(p, 1, axis=0)).sum(axis=1) / 2
     assert np.median(apart) > 2 * ROUNDING["float16"]
 
 
 def on_a_gpu(path: Path, precision: str, made: dict) -> LabelStore:
-    """The store as if it had been made on a GPU, its records bound to that."""
+    """Turn a store into one made on a GPU, with records bound to the new provenance."""
     store = LabelStore.open(path)
     shards = {
         (view, shard): store.content(view, shard)[0]
@@ -337,7 +337,7 @@ def test_an_average_is_judged_by_its_parts(photos, recipe, tmp_path, h100):
     on_a_gpu(parts[1], "tf32", {"gpu": "NVIDIA H100"})
     both = merge(parts, tmp_path / "both.zarr", say=print, progress=lambda n: None)
     assert [part.get("gpu") for part in both.provenance["merged"]] == [None, "NVIDIA H100"]
-    assert both.attributes["format_version"] == 5  # since older programs don't know TF32
+    assert both.attributes["format_version"] == 5  # older programs don't know TF32
     assert relabel._arithmetic(both.provenance, {}, CPU, "float32") == pytest.approx(
         (1e-3 + 2.1e-2) / 2
     )
@@ -376,7 +376,7 @@ def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):
 
 
 def test_a_bit_that_flips_in_the_number_of_the_new_format_is_damage(store_path, tmp_path):
-    """And not a version that somebody else could read."""
+    """The damaged number isn't taken for a version that another program could read."""
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     assert on_a_gpu(copy, "tf32", {"gpu": "NVIDIA H100"}).attributes["format_version"] == 5
     description = copy / "zarr.json"
@@ -395,7 +395,7 @@ def test_going_on_with_a_store_on_another_gpu_is_told(h100, store_path, tmp_path
         "0.04 in total variation at most"
     )
     assert refusals.changed_gpu(store, CUDA) == line
-    assert refusals.changed_gpu(store, CPU) is None  # which is refused
+    assert refusals.changed_gpu(store, CPU) is None  # a CPU is refused elsewhere
     edit_store(copy, lambda attributes: attributes["made_with"].update(gpu="NVIDIA H100"))
     assert refusals.changed_gpu(LabelStore.open(copy), CUDA) is None
     edit_store(copy, lambda attributes: attributes["made_with"].pop("gpu"))
@@ -408,7 +408,7 @@ def test_going_on_with_a_store_on_another_gpu_is_told(h100, store_path, tmp_path
 def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(
     recipe, store_path, tmp_path
 ):
-    """As versions before made them with render.backend gpu."""
+    """Earlier versions made such stores with render.backend gpu."""
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     edit_store(copy, lambda attributes: attributes["provenance"]["renderer"].update(backend="gpu"))
     teachers = [load(spec) for spec in recipe.teachers]
@@ -420,7 +420,7 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(
         refusals.require_same_recipe(
             LabelStore.open(copy), changed(recipe, render={"backend": "gpu"}), teachers, CPU
         )
-    # of a CPU's store nothing is new
+    # A store made on a CPU has no new key.
     assert "decoder" not in LabelStore.open(store_path).provenance["renderer"]
     how = {"renderer": {"backend": "gpu", "steps": "as now"}}
     with pytest.raises(
@@ -433,14 +433,14 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(
         )
 
 
-# ---- what else is set for the device
+# ---- other settings for the device
 
 
 def test_a_run_of_another_device_goes_on_with_this_ones_way_to_step(
     recipe, photos, store_path, tmp_path
 ):
-    """``fused`` is kept with the optimizer's state; a GPU's run that goes on here isn't
-    fused."""
+    """``fused`` is kept with the optimizer's state. A GPU's run that goes on on a CPU
+    isn't fused."""
     short = changed(recipe, train={"epochs": 1})
     train(short, photos, tmp_path / "run", store=store_path, device=CPU)
     file = tmp_path / "run" / "state.pt"
@@ -479,8 +479,8 @@ def test_what_is_on_the_cpu_has_returned_already():
     [({}, {8, 16}), ({"compile": True}, {16}), ({"compile": True, "batch_size": 100}, {100})],
 )
 def test_the_plan_times_what_will_run(recipe: Config, photos, monkeypatch, settings, sizes):
-    """Compiled teachers in the store's precision, and in whole batches, since another
-    size would be compiled on its own."""
+    """The plan times compiled teachers in the store's precision and in whole batches,
+    since another batch size would be compiled on its own."""
     monkeypatch.setattr(plan, "SECONDS", 0.01)
     compiled, seen = [], []
     real = model_module.Model.__call__

@@ -1,10 +1,10 @@
-"""Many workers on one store, and what stops them: signals, a full disk, no permission.
-Whatever happens, no shard is written by two at once, what is finished stays, what went
-wrong is said in one line, and the store ends as the one that a single undisturbed
-process makes.
+"""Many workers on one store, stopped by signals, a full disk or missing permissions.
+Whatever happens, no shard is written by two workers at once, finished shards stay, an
+error is told in one line, and the store ends as the store of a single undisturbed
+process.
 
 The workers are real processes that run the real command line. They are forked from a
-server that has imported everything (see killing.py).
+server that has imported every module (see support/killing.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from cache.verify import verify
 
 @pytest.fixture(scope="module")
 def house(recipe, teachers) -> Iterator[House]:
-    """18 photographs and a file that is none, in five shards a view; one teacher."""
+    """18 photographs and a file that is no image, five shards a view, one teacher."""
     from support.small import changed, write_photos
 
     folder = Path(tempfile.mkdtemp(prefix="workers."))
@@ -78,8 +78,8 @@ def house(recipe, teachers) -> Iterator[House]:
 
 @pytest.fixture(scope="module")
 def whole(house) -> Path:
-    """The store of a single undisturbed process; beside it those of one view, of two
-    and of four."""
+    """The store of a single undisturbed process, beside stores of one, two and four
+    views."""
     for views in (1, 2, VIEWS, 4):
         Place(house, Path(), house.folder / f"{views} views").run(f"--views={views}")
         (house.folder / f"{views} views" / "s.zarr").rename(house.folder / f"{views}.zarr")
@@ -98,7 +98,7 @@ def place(house, whole) -> Iterator[Place]:
 
 
 def torchrun(rank: int, world: int) -> dict[str, str]:
-    """What torchrun tells a process."""
+    """Return the environment that torchrun gives a process."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -135,7 +135,7 @@ def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is
         worker.said() for worker in workers
     )
     place.require_whole()
-    assert len({write.process for write in place.writes()}) > 1  # they did share it
+    assert len({write.process for write in place.writes()}) > 1  # several workers shared the store
     said = [worker.said().splitlines()[-1] for worker in workers]
     ends = [
         re.search(r"is complete: 15 of 15 shards|this worker's share is done", line)
@@ -143,7 +143,7 @@ def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is
     ]
     assert all(ends), said
     assert any("is complete" in line for line in said), said
-    if way == "by hand":  # there are no shares, and nobody waits for this one
+    if way == "by hand":  # without shares nobody waits for a share
         assert not any("this worker's share" in line for line in said), said
 
 
@@ -159,14 +159,14 @@ def test_a_second_run_on_a_store_shares_the_work_and_says_who_else_is_at_it(plac
     assert [first.end(), second.end()] == [0, 0]
     assert all("is complete: 15 of 15 shards" in run.said() for run in (first, second))
     before = tree(place.path)
-    assert "is complete: 15 of 15 shards" in place.run()  # the last one out
+    assert "is complete: 15 of 15 shards" in place.run()  # a run on a complete store
     assert tree(place.path) == before
     place.require_whole()
 
 
 def test_what_a_run_passed_by_because_another_had_it_is_not_forgotten_when_that_one_dies(place):
-    """Two started by hand: the second passes by what the first is at, the first is
-    killed. Nobody else is left to do it."""
+    """Of two runs started by hand, the second passes by the first one's unit. When the
+    first is killed, only the second is left to label the unit."""
     first = place.start(whens=(When("rename", r"s\.zarr/labels/c/0/1/0$", "hold"),))
     first.wait_held()
     second = place.start(whens=(When("rename", r"s\.zarr/records/c/2/4/0$", "hold"),))
@@ -192,13 +192,13 @@ def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, 
     again = [place.start(f"--worker={i}/{workers}") for i in range(workers)]
     assert [run.end() for run in again] == [0] * workers, "\n\n".join(run.said() for run in again)
     now = place.kept()
-    assert {name: now[name] for name in kept} == kept  # nothing that was finished was touched
+    assert {name: now[name] for name in kept} == kept  # no finished file was touched
     place.require_whole(dead)
 
 
 def claimed_elsewhere(place: Place, name: str) -> Path:
-    """A claim of a process of another machine, of the same host name and number as this
-    one."""
+    """Leave a claim of another machine's process, with the host name and the process
+    number of this process."""
     from cache.system.claims import _me
 
     claims_of(place.path).mkdir()
@@ -210,8 +210,8 @@ def claimed_elsewhere(place: Place, name: str) -> Path:
 def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over_once_it_is_stale(
     place,
 ):
-    """Same process number, same host name: a container elsewhere can't be asked whether
-    it lives."""
+    """A container elsewhere may have this host name and process number, and can't be
+    asked whether it lives."""
 
     place.begin(VIEWS, labelled=0)
     theirs = claimed_elsewhere(place, "1-2")
@@ -228,8 +228,8 @@ def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over
 
 
 def test_a_living_worker_of_another_host_keeps_its_shards_and_a_killed_one_loses_them(place):
-    """Its heart goes on beating while it takes its time; once it is killed nobody here
-    can know, until its claims are stale."""
+    """The worker's claims beat while it takes its time. When it is killed, other hosts
+    notice once its claims are stale."""
     place.begin(VIEWS, labelled=0)
     stale = 2.0
     elsewhere = place.start(
@@ -263,8 +263,8 @@ def test_a_worker_that_waits_for_another_stops_at_once_when_it_is_asked_to(place
 
 
 def test_a_damaged_shard_that_another_holds_is_not_called_complete(place):
-    """A dead container's claim, which nobody here can tell from a living one's until it
-    is stale."""
+    """The claim is a dead container's. Until it is stale, it looks like a living
+    container's."""
     place.begin(VIEWS)
     file = place.path / "labels/c/1/2/0"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -278,8 +278,8 @@ def test_a_damaged_shard_that_another_holds_is_not_called_complete(place):
 
 
 def test_a_sleeper_whose_shard_was_taken_over_drops_it(place):
-    """Stopped for longer than its claim lives, as by a laptop's lid or a file system
-    that hangs."""
+    """The process is stopped for longer than its claim lives, as by a laptop's lid or a
+    file system that hangs."""
     place.begin(VIEWS, labelled=13)
     stale = 2.0
     sleeper = place.start(
@@ -306,7 +306,7 @@ def test_a_sleeper_whose_shard_was_taken_over_drops_it(place):
 def test_a_store_that_is_called_by_two_names_has_one_set_of_claims(place, tmp_path):
     link = tmp_path / "home" / "mine.zarr"
     link.parent.mkdir()
-    link.symlink_to(place.path)  # which is not there yet
+    link.symlink_to(place.path)  # the store is not there yet
     arguments = [
         "generate-labels",
         f"--config={place.house.config}",
@@ -340,7 +340,7 @@ def test_nobody_extends_a_store_that_is_being_mended(place):
 
 
 def test_what_a_killed_mender_left_is_in_nobodys_way(place):
-    """It was at it with another recipe, and killed while its links to the labels were
+    """The mender had another recipe, and was killed while its links to the labels were
     there."""
     place.begin(VIEWS)
     (place.path / "zarr.json").write_text("{}")
@@ -360,7 +360,7 @@ def test_what_a_killed_mender_left_is_in_nobodys_way(place):
 
 @pytest.mark.parametrize("shares", [("0/1", "0/1"), ("0/2", "1/2")])
 def test_of_two_that_make_one_store_at_once_one_creates_it_and_both_fill_it(place, shares):
-    """Both are held at the first claim, and let go at once."""
+    """Both runs are held at the first claim, and released at once."""
     both = [
         place.start(
             f"--worker={share}", slow=SLOW, whens=(When("link", r"s\.zarr\.claims/", "hold"),)
@@ -402,7 +402,7 @@ def test_a_worker_waits_for_worker_0_and_goes_on_when_that_is_killed_and_started
 
 
 def test_a_run_that_waits_for_another_to_make_the_store_makes_it_itself_when_that_one_dies(place):
-    """Started by hand, both are worker 0: no other will come."""
+    """Started by hand, both runs are worker 0, and no other worker will come."""
     first = place.start(whens=(When("read", r"data/train/.*jpg$", "hold", nth=10),))
     first.wait_held()
     second = place.start(patience=3.0)
@@ -430,8 +430,8 @@ def test_a_store_may_be_extended_while_another_run_still_labels_it(place):
 
 @pytest.mark.parametrize("views", [(4, 3), (3, 4)])
 def test_two_that_extend_a_store_at_once_extend_it_once_and_to_the_larger_number(place, views):
-    """The second comes in the middle of the first one's growth: it waits, or refuses in
-    a line that says when to come again."""
+    """The second run comes in the middle of the first run's growth. It waits, or
+    refuses in a line that says when to run again."""
     place.begin(2)
     before = place.path / "labels" / "c" / "0" / "0" / "0"
     inode = before.stat().st_ino
@@ -511,8 +511,8 @@ MOMENTS: dict[str, When] = {
 
 
 def either(moments: dict[str, When], both: str) -> list[tuple[str, str]]:
-    """Each moment with one of the signals, which are handled alike, and one moment with
-    both."""
+    """Pair each moment with one of the signals, which are handled alike, and the moment
+    ``both`` with both."""
     names = itertools.cycle(["SIGTERM", "SIGINT"])
     return sorted(
         {*zip(moments, names, strict=False), (both, "SIGTERM"), (both, "SIGINT")},
@@ -556,7 +556,7 @@ def test_asked_to_stop_it_does_so_in_order_and_goes_on_to_the_same_bytes(place, 
 
 
 def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
-    """The moments above are met on purpose; these are not."""
+    """The moments above are met on purpose, these by chance."""
     rng = np.random.default_rng()
     started = time.monotonic()
     place.run()
@@ -570,7 +570,7 @@ def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
         time.sleep(rng.random() * seconds / 2)
         with suppress(ProcessLookupError):
             run.signal(str(rng.choice(["SIGTERM", "SIGINT"])))
-        # the second: it was stopped on its way out
+        # The second condition: the run was stopped on its way out.
         if run.end() == 0 or "is complete" in run.said():
             break
         stopped += 1
@@ -632,8 +632,8 @@ def test_asked_to_stop_while_it_extends_a_store_it_leaves_nothing_half(place, mo
 
 
 def test_asked_to_stop_while_something_is_thrown_away_it_hears_it(place):
-    """Python ignores errors in destructors, and with them a signal whose handler raises
-    one there. DALI's take their time."""
+    """Python ignores an error in a destructor, also the error that a signal's handler
+    raises there. DALI's destructors take their time."""
     run = place.start(whens=(When("forget", "pipeline", "SIGTERM"),))
     require_stopped(run, "SIGTERM")
     assert not place.left()
@@ -649,7 +649,7 @@ def test_asked_to_stop_while_it_checks_what_is_finished_it_does_so(place):
 
 
 def test_a_job_of_several_workers_that_is_preempted_goes_on_with_another_number(place):
-    """SIGTERM to all, as SLURM and torchrun send it."""
+    """All workers get SIGTERM, as from SLURM and torchrun."""
     workers = [place.start(environment=torchrun(rank, 3), slow=SLOW) for rank in range(3)]
     for worker in workers:
         worker.wait(
@@ -683,7 +683,7 @@ def test_one_of_several_workers_is_stopped_and_the_others_go_on(place):
 
 
 def test_asked_twice_to_stop_it_does_not_finish_the_shard(place):
-    """A disk that hangs must not keep a process alive that is asked again."""
+    """A disk that hangs must not keep a process alive that is asked to stop again."""
     run = place.start(whens=(When("write", r"s\.zarr/labels/c/1/1/.*partial$", "hold"),))
     run.wait_held()
     run.signal("SIGTERM")
@@ -736,12 +736,12 @@ class Training:
         return self.house.start(*arguments, f"--out={self.out}", "--device=cpu", **how)
 
     def files(self) -> set[str]:
-        """Names of what is in the run's folder; those of events have time and process
-        in them."""
+        """List the names in the run's folder, without time and process in the names of
+        event files."""
         return {name.partition("tfevents")[0] for name in os.listdir(self.out)}
 
     def result(self) -> tuple[bytes, bytes, list[dict]]:
-        """Both models, and the metrics without times."""
+        """Return both models, and the metrics without times."""
         timed = ("seconds", "images_per_second")
         metrics = [
             json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()
@@ -766,7 +766,7 @@ def trained(house, whole) -> Training:
 TRAINING: dict[str, When] = {
     "at its start": When("read", r"3\.zarr/images/path/c/", ""),
     "the first epoch": When("read", r"data/train/.*jpg$", "", nth=10, after=r"run/config\.yaml$"),
-    # of 18 pictures; while the first one is validated
+    # An epoch has 18 pictures. The first epoch is validated at this moment.
     "the second epoch": When("read", r"data/train/.*jpg$", "", nth=28, after=r"run/config\.yaml$"),
     "writing the state": When("rename", r"run/state\.pt$", ""),
     "writing the metrics": When("write", r"run/\.metrics\.jsonl\.partial$", "", nth=2),
@@ -830,7 +830,7 @@ def test_on_a_full_disk_nothing_is_lost_and_it_goes_on_once_there_is_room(
 ):
     with ExitStack() as stack:
         if disk == "real":
-            with suppress(pytest.skip.Exception):  # where none may be mounted, errors are injected
+            with suppress(pytest.skip.Exception):  # without a mount, errors are injected
                 stack.enter_context(
                     mounted(place.folder, "-t", "tmpfs", "-o", "size=4m", "workers")
                 )
@@ -852,8 +852,8 @@ def test_on_a_full_disk_nothing_is_lost_and_it_goes_on_once_there_is_room(
 
 
 def test_a_disk_that_is_full_again_and_again_loses_nothing(place):
-    """It gets a few pages more each time, so that the disk is full wherever it happens
-    to be."""
+    """The disk gets a few pages more each time, so that it is full at ever other
+    moments."""
     with mounted(place.folder, "-t", "tmpfs", "-o", "size=32k", "workers"):
         kept: dict[str, tuple[int, int]] = {}
         lines, runs = [], []
@@ -878,8 +878,8 @@ def test_a_disk_that_is_full_again_and_again_loses_nothing(place):
 
 @contextmanager
 def read_only(place: Place, how: str) -> Iterator[dict]:
-    """Make the store, or all of its folder, read-only; what a run needs to be told so
-    that it is to it."""
+    """Make the store, or its whole folder, read-only. Yields the arguments that make a
+    run obey permissions."""
     if how == "read-only file system":
         with mounted(place.folder, "--bind", str(place.folder)):
             subprocess.run(["mount", "-o", "remount,bind,ro", str(place.folder)], check=True)

@@ -1,5 +1,5 @@
-"""Crops: the random numbers are Philox's, the crop is that of (seed, image, view)
-alone, and its distribution is torchvision's."""
+"""Crops: the random numbers are Philox's, a crop depends on seed, image and view alone,
+and the distribution of crops is torchvision's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.config import CropPolicy
 from pipeline.sampling import philox, random_crop
 
 POLICY = CropPolicy()
-SIZES = [(375, 500), (500, 333), (224, 224), (300, 900)]  # the last one often needs the fallback
-DRAWS = 10_000  # of each size
+SIZES = [(375, 500), (500, 333), (224, 224), (300, 900)]  # the last often needs the fallback
+DRAWS = 10_000  # crops drawn for each size
 
 
 def some_images(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Identities, heights and widths."""
+    """Make up identities, heights and widths of images."""
     rng = np.random.default_rng(seed)
     return (
         philox.identities(np.array([f"class/{i}.jpg" for i in range(n)], object)),
@@ -49,7 +49,7 @@ def some_images(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarr
 )
 def test_the_random_words_are_those_of_random123(counter, key, drawn):
     c, k = [int(word, 16) for word in counter.split()], [int(word, 16) for word in key.split()]
-    # in a batch, beside another counter
+    # The counter is drawn in a batch, beside another counter.
     words = philox.words(k[0] | k[1] << 32, np.array([7, c[0]]), *c[1:])
     assert " ".join(f"{word:08x}" for word in words[1]) == drawn
 
@@ -77,7 +77,7 @@ def test_another_seed_view_or_path_moves_the_crop(what):
     others, other_flips = random_crop.draw(
         CropPolicy(seed=seed), identity, height, width, 4 if what == "view" else 3
     )
-    # a few images have the fallback's crop in every view
+    # A few images have the fallback's crop in every view.
     assert (others != boxes).any(axis=1).mean() > 0.9
     assert 60 < (flips != other_flips).sum() < 140
 
@@ -103,7 +103,7 @@ def test_boxes_lie_inside_the_image(size):
 
 
 def features(boxes: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """What the distribution of boxes is compared by."""
+    """Return the values by which distributions of boxes are compared."""
     top, left, h, w = boxes.astype(float).T
     return {
         "area": h * w / (size[0] * size[1]),
@@ -115,7 +115,7 @@ def features(boxes: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def torchvisions() -> dict[tuple[int, int], np.ndarray]:
-    """Boxes [draws, 4] that torchvision draws for each size."""
+    """The boxes [draws, 4] that torchvision draws for each size."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return {
@@ -146,8 +146,8 @@ def test_boxes_are_distributed_like_torchvisions(torchvisions, size):
 
 
 def sampler(size: tuple[int, int], uniform_ratio: bool) -> np.ndarray:
-    """RandomResizedCrop once more, with numpy's random numbers: rightly, or with a
-    ratio that is uniform itself and not its logarithm."""
+    """Draw boxes by RandomResizedCrop with numpy's random numbers. uniform_ratio: make
+    the ratio uniform in place of its logarithm, which is wrong."""
     rng, (low, high), boxes = np.random.default_rng(0), POLICY.ratio, []
     while len(boxes) < DRAWS:
         area = size[0] * size[1] * rng.uniform(*POLICY.scale)

@@ -1,5 +1,5 @@
-"""CutMix: what is drawn, that teachers and student see one and the same mix, that a
-mixed store behaves as any store, and the mix by area."""
+"""CutMix: the mixes are drawn as in the paper, teachers and student see the same mix, a
+mixed store behaves as any store, and a mix by area weighs labels by pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from pipeline.sampling.epoch_order import blocks_of, side_by_side
 from pipeline.training.batches import Batch
 from pipeline.training.source import DrawnCrops, StoredLabels, choose_source
 
-SIZES = (64, 48)  # of conftest's teachers
+SIZES = (64, 48)  # pixels, of conftest's teachers
 BAD = {
     "cut.jpg": b"\xff\xd8\xff\xe0 no more",
     "empty.jpg": b"",
@@ -51,7 +51,7 @@ BAD = {
 PEOPLE = philox.identities(np.array([f"c{i % 7}/{i}.jpg" for i in range(20_000)], object))
 
 
-# What is drawn.
+# ---- rectangles
 
 
 def test_a_rectangle_is_a_function_of_seed_image_and_view():
@@ -69,8 +69,8 @@ def test_a_rectangle_is_a_function_of_seed_image_and_view():
 
 
 def paper(rng: np.random.Generator, beta: float, n: int) -> np.ndarray:
-    """rand_bbox of Yun et al. on a picture of side one: [n, 4] top, left, bottom,
-    right."""
+    """Draw rectangles by rand_bbox of Yun et al. on a picture of side one: [n, 4] top,
+    left, bottom, right."""
     side = np.sqrt(1.0 - rng.beta(beta, beta, n))
     y, x = rng.uniform(size=n), rng.uniform(size=n)
     return np.clip(np.stack([y - side / 2, x - side / 2, y + side / 2, x + side / 2], axis=1), 0, 1)
@@ -102,8 +102,8 @@ def test_lambda_is_uniform_for_beta_1_where_no_edge_cuts_the_rectangle_off():
     assert 1000 < whole.sum() < len(box) / 2
     height, width = (box[whole, 2:] - box[whole, :2]).T
     np.testing.assert_allclose(height, width, atol=1e-6)
-    # A square of side s stays whole with probability (1 − s)²: weighted by its inverse,
-    # the area 1 − λ is uniform.
+    # A square of side s stays whole with probability (1 − s)². Weighted by the inverse
+    # of this probability, the area 1 − λ is uniform.
     weight = (height < 0.7) / (1 - height) ** 2
     for area in (0.05, 0.1, 0.2, 0.3, 0.4):
         assert (weight * (height**2 < area)).sum() / len(box) == pytest.approx(area, abs=0.015)
@@ -138,17 +138,17 @@ def test_a_mix_tells_nothing_of_its_crop():
     )
     among = np.abs(np.corrcoef(drawn))[:4]
     among[:4, :4][np.tril_indices(4)] = 0
-    among[0, 1:3] = 0  # a large rectangle begins at an edge
+    among[0, 1:3] = 0  # but large rectangles begin at an edge
     among[1, 2] = 0
     assert among.max() < 0.03
 
 
-# Partners.
+# ---- partners
 
 
 def some_usable(rows: int) -> np.ndarray:
     usable = np.random.default_rng(1).random(rows) < 0.9
-    usable[GROUP] ^= usable[GROUP : 2 * GROUP].sum() % 2 == 0  # the second group's number is odd
+    usable[GROUP] ^= usable[GROUP : 2 * GROUP].sum() % 2 == 0  # an odd number in the second group
     return usable
 
 
@@ -184,7 +184,7 @@ def test_what_is_alone_is_its_own_partner():
     assert cutmix.pairs(np.array([7, 3, 9, 1, 4])).tolist() == [3, 7, 1, 9, 7]
 
 
-# Pixels.
+# ---- pixels
 
 
 def test_a_rectangles_pixels_are_rounded_half_up_in_double_precision():
@@ -199,13 +199,13 @@ def test_a_rectangles_pixels_are_rounded_half_up_in_double_precision():
     assert cutmix.pixel_box(box, 10).tolist() == [[3, 0, 8, 10], [2, 3, 3, 3], [0, 0, 10, 10]]
     assert cutmix.pixel_box(box[:2], 8).tolist() == [[2, 0, 6, 8], [2, 2, 3, 3]]
     below_half = np.full((1, 4), np.nextafter(np.float32(0.5), np.float32(0)))
-    # in single precision its sum with ½ is 1
+    # In single precision the sum of this edge and ½ is 1.
     assert cutmix.pixel_box(below_half, 1).tolist() == [[0, 0, 0, 0]]
 
 
 def slices(box: np.ndarray, size: int) -> tuple[slice, slice]:
-    """The rule of how_to_read, in Python's own arithmetic: the rows and columns that
-    are pasted."""
+    """Return the pasted rows and columns by the rule of how_to_read, in Python's own
+    arithmetic."""
     top, left, bottom, right = (math.floor(edge * size + 0.5) for edge in box.tolist())
     return slice(top, bottom), slice(left, right)
 
@@ -220,7 +220,7 @@ def test_pasting_is_an_assignment_of_slices_and_area_is_the_share_of_pixels_it_c
             np.zeros((1, 4)),
         ]
     ).astype(np.float32)
-    # no pixel in common
+    # Crops and partners have no pixel value in common.
     ours, theirs = (
         rng.integers(low, low + 128, (len(box), size, size, 3), dtype=np.uint8) for low in (0, 128)
     )
@@ -235,7 +235,7 @@ def test_pasting_is_an_assignment_of_slices_and_area_is_the_share_of_pixels_it_c
         and np.shares_memory(given.numpy(), ours)
         and not np.shares_memory(got, ours)
     )
-    assert (given.numpy() < 128).all()  # what others paste from stays unmixed
+    assert (given.numpy() < 128).all()  # the given crops stay unmixed, since others paste from them
     changed_pixels = (got != ours).all(axis=3).sum(axis=(1, 2))
     np.testing.assert_array_equal(
         cutmix.area(box, size), (changed_pixels / size**2).astype(np.float32)
@@ -243,13 +243,13 @@ def test_pasting_is_an_assignment_of_slices_and_area_is_the_share_of_pixels_it_c
     assert changed_pixels[-2:].tolist() == [size**2, 0]
 
 
-# Stores.
+# ---- stores
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 photographs and four files that are none: with shards of 16 rows three groups
-    of partners are odd or small."""
+    """48 photographs and four files that are no image: with shards of 16 rows three
+    groups of partners are odd or small."""
     data = tmp_path_factory.mktemp("data")
     write_photos(data, 16)
     for place, (name, content) in zip(("ant", "bee", "cat", "bee"), BAD.items(), strict=True):
@@ -272,7 +272,7 @@ def mixing(recipe: Config) -> Config:
 def stores(
     data: Path, mixing: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[float, Path]:
-    """Mixed stores of two views by the probability of mixing."""
+    """Mixed stores of two views, by their probability of mixing."""
     folder = tmp_path_factory.mktemp("mixed")
     for prob, beta in ((1.0, 1.0), (0.6, 0.5)):
         generate(
@@ -285,7 +285,7 @@ def stores(
 
 
 class ByHand:
-    """A view of a mixed store as how_to_read says: its crops rendered one at a time,
+    """A view of a mixed store, read by how_to_read: the crops rendered one at a time,
     and pasted with numpy."""
 
     def __init__(self, path: Path, folder: Path, view: int) -> None:
@@ -344,7 +344,7 @@ def test_a_stored_label_is_the_teachers_mean_softmax_on_the_mixed_picture(by_han
             atol=1e-5,
         )
         unmixed = mean_softmax(teachers, {s: p[rows] for s, p in view.alone.items()})
-        assert np.abs(view.labels[rows] - unmixed).max() > 0.1  # so the comparison notices a mix
+        assert np.abs(view.labels[rows] - unmixed).max() > 0.1  # the comparison would notice a mix
 
 
 def test_stage_one_mixes_within_every_group_of_a_shard_whatever_its_batches(
@@ -383,7 +383,7 @@ def test_a_store_keeps_the_mix_of_every_crop_and_none_for_an_unusable_image(stor
         assert not np.array_equal(views[0].partner, views[1].partner) and not np.array_equal(
             views[0].mix_box, views[1].mix_box
         )
-    # the fixture has an odd group
+    # The fixture has an odd group.
     assert any(
         np.isin(kept.usable, range(first, first + 16)).sum() % 2 for first in range(0, 52, 16)
     )
@@ -397,7 +397,7 @@ def batches(
         return list(made)
 
 
-# 45: a last batch of three, which every process has whole
+# 45 leaves a last batch of three, which every process has whole.
 @pytest.mark.parametrize("batch_size", [8, 7, 45])
 @pytest.mark.parametrize("prob", [1.0, 0.6])
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -492,7 +492,7 @@ def drawn(photos: Path, policy: CropPolicy, shard_rows: int = 32) -> DrawnCrops:
 def asked_for(
     source: DrawnCrops, folder: Path, epoch: int, batch_size: int, **how: object
 ) -> list[np.ndarray]:
-    """The rows that every batch of an epoch reads, and so decodes."""
+    """List the rows that each batch of an epoch reads, and so decodes."""
     replay = make_replay(
         source,
         folder,
@@ -529,7 +529,7 @@ def test_with_odd_batches_a_pair_that_is_parted_is_decoded_twice_and_no_other(ph
     source = drawn(photos, CropPolicy(cutmix=CutMix()))
     asked = asked_for(source, photos / "train", 0, 15)
     assert all(len(np.unique(rows)) == len(rows) for rows in asked)
-    assert [len(rows) for rows in asked] == [16] * 6  # of six batches every two part one pair
+    assert [len(rows) for rows in asked] == [16] * 6  # every two batches part one pair
 
 
 def test_a_mixed_store_says_so_and_a_plain_one_has_nothing_of_it(stores, store_path):
@@ -584,7 +584,7 @@ def test_a_damaged_mix_is_never_believed(stores, tmp_path, damage, says):
         with pytest.raises(StoreError, match=says) as refusal:
             read(0, np.array([20]))
         assert "\n" not in str(refusal.value)
-    store.mixes(0, np.array([3]))  # another shard's rows are as before
+    store.mixes(0, np.array([3]))  # rows of another shard can still be read
 
 
 def test_a_mixed_store_that_was_interrupted_goes_on_to_the_same_bytes(
@@ -594,7 +594,7 @@ def test_a_mixed_store_that_was_interrupted_goes_on_to_the_same_bytes(
     generate(mixing, data, path, device=CPU, worker=(0, 2))
     store = LabelStore.open(path)
     assert store.progress() == (4, 8)
-    store.file("records", 0, 0).unlink()  # killed after its data, before its record
+    store.file("records", 0, 0).unlink()  # as killed between data and record
     store.file("mix_partner", 0, 0).write_bytes(b"torn")
     generate(mixing, data, path, device=CPU)
     assert tree(path) == tree(stores[1.0])
@@ -608,11 +608,11 @@ def test_more_views_extend_a_mixed_store_to_what_one_run_would_have_made(
     assert tree(tmp_path / "s.zarr") == tree(stores[1.0])
 
 
-# By area.
+# ---- mixes by area
 
 
 @pytest.mark.parametrize("crops_per_image", [1, 2])
-@pytest.mark.parametrize("batch_size", [16, 30])  # 30: with two crops per image odd
+@pytest.mark.parametrize("batch_size", [16, 30])  # 30 is odd with two crops per image
 def test_by_area_pictures_and_labels_are_mixed_with_the_neighbours_in_the_batch(
     photos, recipe, store_path, crops_per_image, batch_size
 ):
@@ -699,7 +699,7 @@ def test_by_area_every_number_of_processes_sees_the_same_global_batches(
 
 def test_by_area_a_process_decodes_no_neighbour_that_it_does_not_paste(photos):
     source, mix = drawn(photos, CropPolicy()), CutMix(prob=0.5)
-    # Of a batch of 30 each of two processes has 15: the pair in the middle is parted.
+    # Two processes have 15 each of a batch of 30, so the pair in the middle is parted.
     parts = [
         asked_for(source, photos / "train", 0, 30, mix=mix, rank=rank, world=2) for rank in (0, 1)
     ]
@@ -738,14 +738,14 @@ def test_by_area_training_mixes_what_the_student_is_trained_on(
     assert plain["loss"] != mixed["loss"] and plain["images"] == mixed["images"]
 
 
-# What is refused, and what is said.
+# ---- refusals and messages
 
 
 def test_a_recipe_without_cutmix_replays_the_mix_of_a_store_and_says_so(
     stores, data, mixing, tmp_path, capsys
 ):
     silent = changed(mixing, crops={"cutmix": None})
-    # its file doesn't speak of CutMix
+    # The recipe's file doesn't name CutMix.
     silent = silent.model_copy(update={"crops": CropPolicy(views=2)})
     ours = train(silent, data, tmp_path / "silent", store=stores[1.0], device=CPU)
     assert "CutMix, its label as the teachers saw it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The manifest: every file of the class folders is seen, the bad ones are named with a
+"""The manifest: every file of the class folders is seen, bad files are named with a
 reason, and later changes are noticed."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def encoded(photo: Image.Image, kind: str, **how: object) -> bytes:
 
 
 def good_files() -> dict[str, bytes]:
-    """One file of each kind that the renderer must read."""
+    """Make one file of each kind that the renderer must read."""
     photo = Image.fromarray(load_sample_images().images[0][200:290, 200:331])  # 90 × 131
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -77,7 +77,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One class folder of good files and one of bad ones."""
+    """One class folder of good files and one of bad files."""
     data = tmp_path_factory.mktemp("zoo")
     write(data / "good", good_files() | {".hidden.jpg": b"never looked at"})
     write(data / "bad", bad_files())
@@ -103,7 +103,7 @@ def manifest(photos: Path) -> Images:
 def test_good_files_are_usable_with_the_dimensions_that_pillow_sees(zoo, exif):
     found = scan(zoo, ["bad", "good"], exif=exif, threads=2)
     good = found.take(np.flatnonzero(found.class_index == 1))
-    assert set(good.path) == {f"good/{name}" for name in good_files()}  # and no hidden file
+    assert set(good.path) == {f"good/{name}" for name in good_files()}  # hidden files are left out
     for path, height, width, status, reason in zip(
         good.path, good.height, good.width, good.status, good.reason, strict=True
     ):
@@ -146,7 +146,7 @@ def test_sizes_and_digests_are_those_of_the_files(zoo, photos, manifest):
         (zoo, scan(zoo, ["bad", "good"], exif="ignore", threads=1)),
     ):
         for path, size, digest in zip(found.path, found.bytes, found.digest, strict=True):
-            # not the dangling link, nor the name that the manifest can only describe
+            # But for the dangling link and the name that a manifest can only describe.
             if (folder / path).exists():
                 assert size == os.stat(folder / path).st_size
                 assert (
@@ -171,8 +171,8 @@ print(len(found), int((found.status != 0).sum()), len(good), len(unnamed))
 
 
 def test_hundreds_of_malformed_files_dont_stop_the_scan(tmp_path):
-    """In a process of its own: what they threaten is a segmentation fault inside
-    DALI."""
+    """The scan runs in a process of its own, since the threat is a segmentation fault
+    inside DALI."""
     rng = np.random.default_rng(0)
     kinds = {
         name: content
@@ -212,7 +212,7 @@ def test_hundreds_of_malformed_files_dont_stop_the_scan(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     total, bad, usable, unnamed = map(int, done.stdout.split())
     assert (total, usable, unnamed) == (500, 80, 0)
-    assert bad >= 300  # some changed bytes leave an image that can be decoded
+    assert bad >= 300  # some changes leave an image that can be decoded
 
 
 def test_row_order_is_a_function_of_seed_and_path(photos, manifest, data):
@@ -350,7 +350,7 @@ def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
         victim.unlink()
         with pytest.raises(DataError, match=f"{victim} can't be read any more .*No such file"):
             read(rows)
-        assert len(read([5, 50])) == 2  # the others can still be had
+        assert len(read([5, 50])) == 2  # the other files can still be read
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""On real ImageNet photographs with real weights, where they are at hand."""
+"""Labels and evaluation on real ImageNet photographs with real weights, where a machine
+has them."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
-    """With Pillow's resize, which differs from DALI's by 0.17/255 on average: another
-    decoder, another resizer, other code."""
+    """Decoder, resizer and code are others: Pillow's resize differs from DALI's by
+    0.17/255 on average."""
     recipe = config_file.validate({"store": {"batch_size": 25, "codec": "float32"}}, "test")
     recipe = recipe.model_copy(update={"teachers": (spec(shared, 1), spec(shared, 2))})
     store = generate(
@@ -83,7 +84,7 @@ def test_top_1_is_what_timms_own_transform_gives(shared, sample):
         )
     target = torch.from_numpy(manifest.class_index.astype(np.int64))
     theirs = 100 * (logits.argmax(1) == target).double().mean().item()
-    # one image of fifty may fall to the other side
+    # One image of fifty may be right for one and wrong for the other.
     assert abs(result["top1"] - theirs) <= 2 and result["top1"] > 75
     assert result["loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(logits, target).item(), abs=0.02

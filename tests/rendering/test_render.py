@@ -1,5 +1,5 @@
-"""The renderer: the student's pixels are the teachers', a crop shows what its box says,
-and evaluation's view is torchvision's."""
+"""The renderer: the student's pixels are the teachers', a crop shows the content of its
+box, and evaluation's view is torchvision's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def encoded(photo: Image.Image, kind: str, **how: object) -> bytes:
 
 
 def cut(height: int, width: int, photo: int = 0, top: int = 100, left: int = 60) -> Image.Image:
-    """A piece of one of scikit-learn's two photographs."""
+    """Cut a piece out of one of scikit-learn's two photographs."""
     return Image.fromarray(
         load_sample_images().images[photo][top : top + height, left : left + width]
     )
@@ -70,7 +70,7 @@ def as_teachers(
     threads: int,
     **how: str,
 ) -> Rendered:
-    """As stage one does: every view and size from one whole decode."""
+    """Render as stage one does: every view and size from one whole decode."""
     how = {"interpolation": "bilinear", "exif": "ignore"} | how
     renderer = crop_renderer(sizes, len(boxes), batch_size, threads=threads, **how)
     starts = range(0, len(blobs), batch_size)
@@ -95,8 +95,8 @@ def as_students(
     threads: int,
     **how: str,
 ) -> torch.Tensor:
-    """As stage two does: one view (boxes [n, 4], flips [n]), one size, only the crop's
-    region decoded."""
+    """Render as stage two does: one view (boxes [n, 4], flips [n]), one size, only the
+    crop's region decoded."""
     return as_teachers(blobs, boxes[None], flips[None], [size], batch_size, threads, **how)[0][size]
 
 
@@ -108,7 +108,7 @@ def store(store_path: Path) -> LabelStore:
 @pytest.fixture(scope="module")
 def teachers_pixels(store: LabelStore, photos: Path) -> Rendered:
     """Both views of every image of the store, in row order, at the teachers' sizes and
-    another one."""
+    another size."""
     blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
     boxes, flips = (
         np.stack(column)
@@ -120,7 +120,7 @@ def teachers_pixels(store: LabelStore, photos: Path) -> Rendered:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, batch_size, threads):
-    """A whole epoch of each view, bit for bit."""
+    """Whole epochs are compared bit for bit."""
     for epoch, size in ((0, 64), (1, 64), (2, 48), (3, 33)):
         replay = make_replay(
             stored_labels(store, 2),
@@ -139,7 +139,7 @@ def test_the_student_sees_the_teachers_pixels(store, photos, teachers_pixels, ba
                 )
                 seen += len(batch.rows)
         assert seen == 90
-    # so other crops would be noticed
+    # Other crops would be noticed, since the two views differ.
     assert (teachers_pixels[0][64] != teachers_pixels[1][64]).any(dim=(1, 2, 3)).all()
 
 
@@ -223,9 +223,9 @@ def test_evaluation_sees_torchvisions_centre_crop(size, shape, interpolation):
     )
     assert ours.shape == (size, size, 3)
     difference = np.abs(ours - theirs).mean()
-    assert difference < 1  # of 255
+    assert difference < 1  # level of 255
     for axis in (0, 1):
-        for step in (-1, 1):  # one pixel beside the centre is much further away
+        for step in (-1, 1):  # a shift by one pixel is much further away
             assert np.abs(ours - np.roll(theirs, step, axis)).mean() > 3 * difference
 
 
@@ -312,19 +312,19 @@ def test_an_image_that_fails_later_is_an_error_of_one_line_and_the_renderer_live
     assert torch.equal(renderer([blob], box, flips)[0][32], before)
     first = before.clone()
     renderer([blob], np.array([[[3, 3, 37, 37]]]), flips)
-    assert torch.equal(before, first)  # what was handed out is a copy
+    assert torch.equal(before, first)  # the pixels handed out are a copy
 
 
-# ---- what decides pixels on a GPU, tried where there is none
+# ---- rules that decide pixels on a GPU, tried without one
 
 
 def test_baseline_jpegs_are_known_by_their_header():
-    """What a GPU's hardware decoder is for: of these files all that are sequential
-    JPEGs of one or three components."""
+    """A GPU's hardware decoder gets the sequential JPEGs of one or three components,
+    and no other of these files."""
     files = odd_files()
     photo = cut(151, 203)
     files |= {
-        # which looks like a progressive frame
+        # a comment that looks like a progressive frame
         "long comment": encoded(photo, "JPEG", comment=b"\xff\xc2" * 30_000),
         "filled": b"\xff\xd8"
         + b"\xff" * 7
@@ -389,8 +389,8 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
     ],
 )
 def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
-    """And is told as other want of memory is, from which the command line's advice
-    comes."""
+    """The error is torch's for want of memory, to which the command line adds its
+    advice."""
     renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
     blobs = [encoded(cut(40, 50), "JPEG")] * 2
     renderer(blobs, *crops_of(blobs, 1))
@@ -416,8 +416,8 @@ def crops_of(blobs: list[bytes], views: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
-    """As with render.backend gpu-hardware: batches of baseline JPEGs filled up, the
-    others apart."""
+    """With render.backend gpu-hardware, batches of baseline JPEGs are filled up, and
+    other images are rendered apart."""
     kinds = list(odd_files().values())
     boxes, flips = crops_of(kinds, views)
     plain = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(
@@ -445,7 +445,7 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
 
 
 def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied():
-    """It writes without waiting for what the GPU was told before."""
+    """The hardware decoder writes without waiting for the GPU's earlier work."""
     blobs = [encoded(cut(40, 50), "JPEG"), encoded(cut(40, 50), "PNG")]
     renderer = crop_renderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
     renderer.divides = True
@@ -483,8 +483,8 @@ def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
 
 
 def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, monkeypatch):
-    """As one that a GPU's decoder refuses and the CPU's doesn't: first all are looked
-    at on the CPU, then as the renderer does it."""
+    """A GPU's decoder may refuse an image that the CPU's decodes. All images are then
+    decoded on the CPU, and after that by the renderer's own decoder."""
     blobs = [encoded(cut(40, 50), "JPEG", quality=80 + i) for i in range(5)]
     boxes, flips = crops_of(blobs, 1)
     looked: list[str] = []
@@ -545,7 +545,7 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
         }
         (output,) = renderer.run(blobs[here], **given)
         assert renderer.pipes[False].exec_dynamic
-        made.append(torch.from_dlpack(output.as_tensor()))  # not copied
+        made.append(torch.from_dlpack(output.as_tensor()))  # without a copy
     assert torch.equal(torch.cat(made), teachers_pixels[0][48])
 
 
@@ -553,8 +553,8 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
 def test_pixels_that_depend_on_other_images_make_no_fingerprint(
     store, photos, monkeypatch, depends_on
 ):
-    """What DALI's default share of the hardware decoder would do on a GPU, done here to
-    one pixel of one crop."""
+    """One pixel of one crop changes, as with DALI's default share of the hardware
+    decoder on a GPU."""
     real = CropRenderer.__call__
 
     def shifty(

@@ -1,5 +1,5 @@
-"""What a scan found is kept beside a run: a restart decodes only what has changed
-since, and finds the same as a scan of everything."""
+"""A scan is kept beside a run: a restart decodes only the files that have changed, and
+finds the same as a scan of everything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.images.scan_cache import Scanned
 
 @pytest.fixture
 def data(photos: Path, tmp_path: Path) -> Path:
-    """A copy of the photographs that a test may change, with one file that is none."""
+    """A copy of the photographs that a test may change, and a file that is no image."""
     folder = Path(shutil.copytree(photos / "train", tmp_path / "data" / "train"))
     shutil.copytree(photos / "val", tmp_path / "data" / "val")
     (folder / "ant" / "notes.txt").write_text("no image at all")
@@ -32,7 +32,7 @@ def data(photos: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that scans have read, below their folders."""
+    """The names, below their folders, of the files that scans have read."""
     seen = []
     whole = _read_any
     monkeypatch.setattr(
@@ -52,7 +52,7 @@ def kept(data: Path, tmp_path: Path) -> Path:
     """A kept scan of the data."""
     before = Scanned(tmp_path / "images.npz")
     scan(data, before)
-    assert not before.file.exists()  # not before the command knows that it can begin
+    assert not before.file.exists()  # a command keeps it when it knows that it can begin
     before.keep()
     return before.file
 
@@ -172,7 +172,7 @@ def test_with_a_store_the_validation_images_are_decoded_once(
 
 
 def test_an_image_that_changed_unnoticed_is_refused_when_it_is_read(data, recipe, tmp_path):
-    """As rsync leaves one: of the same size and time. Its digest is another."""
+    """The image has its old size and time, as rsync may leave it, but a new digest."""
     hard = {"labels": "hard", "epochs": 1}
     train(changed(recipe, train=hard), data.parent, tmp_path / "run", device=CPU)
     victim = data / "bee" / "003.jpg"

@@ -1,5 +1,5 @@
-"""Stores of the same crops become one store: shards labelled apart are joined, labels of
-different teachers are averaged, and other stores are refused."""
+"""Stores of the same crops become one store: shards labelled apart are joined, labels
+of different teachers are averaged, and other stores are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.small import CPU, changed, tree, write_teacher
-from support.stages import generate
+from support.stages import generate, store_facts
 
 from cache import LabelStore, StoreError
 from cache.format.codec import CODECS, divergence
@@ -18,7 +18,6 @@ from cache.merge import merge
 from cache.verify import verify
 from pipeline.config import Config, ConfigError
 from pipeline.inspection.relabel import recheck
-from pipeline.inspection.store_facts import store_facts
 from pipeline.runtime.precision import ROUNDING
 
 

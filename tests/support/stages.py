@@ -16,6 +16,7 @@ from pipeline.config import Config, CropPolicy, Render
 from pipeline.exchange import import_labels as imports
 from pipeline.images import scan as scans
 from pipeline.images.folders import DataFolder
+from pipeline.inspection import store_facts as facts
 from pipeline.labelling import generate as stage_one
 from pipeline.labelling import plan
 from pipeline.labelling.shares import Share
@@ -86,7 +87,8 @@ def evaluate(models: Sequence, folder: Path, images: Images, classes: int, **how
         RenderSettings(**_split(how, *SETTINGS)), **_split(how, "batch_size", "precision", "what")
     )
     data = DataFolder(folder, [str(i) for i in range(classes)])
-    return evaluation.evaluate(models, data, images, looking=looking, execution=execution, **how)
+    result = evaluation.evaluate(models, data, images, looking=looking, execution=execution, **how)
+    return result.document()
 
 
 def scan(folder: Path, classes: Sequence[str], **how: object) -> Images:
@@ -163,3 +165,8 @@ def make_replay(
 def make_targets(config: Config, source: Source, teachers: Sequence = ()) -> Targets:
     """Make the training targets of one process on the CPU."""
     return Targets(config, source, list(teachers), Execution())
+
+
+def store_facts(path: Path) -> dict:
+    """The facts of a store, as --json prints them."""
+    return asdict(facts.store_facts(path))

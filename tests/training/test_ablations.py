@@ -1,5 +1,5 @@
-"""The README's switches: each is one change of a command line, runs, and changes what
-is learned."""
+"""The README's switches: each is one change of a command line, runs, and changes the
+student."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SWITCHES = re.findall(
 
 @pytest.fixture(scope="module")
 def base(recipe: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config file with a discriminator, as the paper's recipes have one, and a
-    student that starts from a checkpoint."""
+    """A config file with a discriminator, as in the paper's recipes, and with a student
+    that starts from a checkpoint."""
     document = yaml.safe_load(
         changed(recipe, train={"epochs": 2, "discriminator": {"lr": 0.01}}).to_yaml()
     )
@@ -106,7 +106,7 @@ def test_the_loss_with_temperatures_and_hard_label_by_hand(recipe):
     np.testing.assert_allclose(
         aim.loss(torch.tensor(z, dtype=torch.float32), goal).numpy(), by_hand, rtol=1e-5
     )
-    np.testing.assert_allclose(goal.soft.numpy(), p, rtol=1e-6)  # KL is reported against this
+    np.testing.assert_allclose(goal.soft.numpy(), p, rtol=1e-6)  # the labels that KL is reported against
     np.testing.assert_allclose(losses.temper(torch.tensor(p), 2.0).numpy(), softer, rtol=1e-12)
 
 
@@ -141,7 +141,7 @@ def test_the_rate_of_every_step_follows_the_schedule(
     train(cosine, photos, tmp_path / "run", store=store_path, device=CPU)
     epoch = np.array([e + start / 90 for e in (0, 1) for start in range(0, 90, 16)])
     ends = np.append(epoch[1:], 2.0)
-    # no step is lost at rate zero
+    # The warm-up ends each step above zero, so that no step is lost at rate zero.
     by_hand = (1 + np.cos(np.pi * epoch / 2)) / 2 * np.minimum(1, ends)
     np.testing.assert_allclose(np.array(seen), by_hand[:, None] * [0.01, 0.1], rtol=1e-12)
 
@@ -169,7 +169,7 @@ def test_a_cosine_run_is_not_prolonged(photos, recipe, store_path, tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on(photos, recipe, store_path, tmp_path):
-    """Its config says nothing of what came later; that has its default."""
+    """An old config lacks later keys, which have their defaults."""
     train(
         changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
     )

@@ -1,5 +1,5 @@
-"""Several crops of each decoded image in a batch (FKD): the same crops and labels as
-one at a time, and a run that counts epochs in crops."""
+"""Several crops of each decoded image in a batch (FKD): crops and labels are the same as
+one at a time, and a run counts epochs in crops."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def batches(source: Source, photos: Path, epoch: int, **how: object) -> list[Bat
 
 
 def by_view(batch: Batch, column: torch.Tensor, crops_per_image: int) -> torch.Tensor:
-    """[crops, …] of a batch → [crops per image, images, …]: crop j of image i is at j ·
-    images + i."""
+    """Split a batch's column by crop of an image: [crops, …] → [crops per image,
+    images, …]. Crop j of image i is at j · images + i."""
     return column.unflatten(0, (crops_per_image, len(batch.rows)))
 
 
@@ -76,7 +76,7 @@ def test_a_pass_shows_every_image_once_with_labels_of_the_views_that_follow(
     assert np.array_equal(
         np.sort(np.concatenate([batch.rows for batch in made])), source.images.usable
     )
-    assert sum(map(len, made)) == 90 * crops_per_image  # as many crops as so many epochs of one
+    assert sum(map(len, made)) == 90 * crops_per_image  # as in so many epochs of one crop
     assert {len(batch) for batch in made[:-1]} == {12}
     for batch in made:
         assert len(batch) == batch.total == crops_per_image * len(batch.rows)
@@ -130,7 +130,7 @@ def test_images_are_decoded_once_for_all_crops_of_a_batch(sources, photos, kind)
     for rows, needed in zip(shown, asked, strict=True):
         if kind == "plain":
             assert np.array_equal(rows, needed)
-        else:  # and each partner once, in whatever views it is pasted in
+        else:  # each partner is decoded once too, for all views in which it is pasted
             wanted = {row for view in range(3) for row in source.mixes(view, rows)[0].tolist()} - {
                 -1
             } | set(rows.tolist())
@@ -158,11 +158,11 @@ def test_every_number_of_processes_sees_the_same_global_batches(sources, photos,
                 assert torch.equal(by_view(whole, column(whole), 3), got)
 
 
-# Training, which counts epochs in crops.
+# ---- training, which counts epochs in crops
 
 
 def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The learning rate of every step from now on."""
+    """Collect the learning rate of every step from now on."""
     seen, step = [], Run._step
 
     def noting(run: Run, batch: Batch) -> torch.Tensor:
@@ -215,8 +215,8 @@ def test_epochs_and_milestones_are_counted_in_crops(photos, recipe, path, tmp_pa
     assert [m["epoch"] for m in passes] == [1, 3]
     assert [m["view"] for m in passes] == [0, 2]
     assert [m["images"] for m in passes] == [180, 180]
-    # A pass is nine steps of ten images; half of the images are behind it from the
-    # sixth step on (5 · 20 of 180 crops; 4 · 20 are not yet 90).
+    # A pass has nine steps of ten images. From the sixth step on, half of its crops are
+    # done (5 · 20 of 180; 4 · 20 are not yet 90).
     assert seen == [0.08] * 5 + [0.04] * 4 + [0.02] * 5 + [0.01] * 4
     assert [m["lr"] for m in passes] == [0.04, 0.01]
 
@@ -258,7 +258,7 @@ def test_a_run_resumed_between_passes_ends_with_the_same_bytes(photos, recipe, p
     assert whole == parts
 
 
-# What is refused.
+# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -321,13 +321,13 @@ def test_more_crops_of_an_image_than_views_are_refused(
 def test_more_crops_of_an_image_than_views_are_refused_without_a_store_too(
     photos, recipe, tmp_path, how
 ):
-    """Otherwise a batch holds the very same crop several times."""
+    """Otherwise a batch would hold the same crop several times."""
     asks = changed(recipe, crops={"views": 1}, train={"crops_per_image": 2, "views": 1} | how)
     with pytest.raises(MealError, match="crops_per_image is 2"):
         train(asks, photos, tmp_path / "run", device=CPU)
 
 
-# The schedule.
+# ---- the schedule
 
 
 def recipe_of(**values: object) -> configs.Train:

@@ -1,5 +1,5 @@
-"""A run's curves are its metrics, whatever stopped it and whoever goes on with it; and
-runs are compared by what their folders say."""
+"""A run's curves show its metrics, also after a kill and in another version; runs are
+compared by the files in their folders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +45,14 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def events_in(run: Path) -> list[int]:
-    """Sizes of the files with events, by their age."""
+    """Return the sizes of a run's event files, the oldest first."""
     return [
         (run / name).stat().st_size for name in sorted(os.listdir(run)) if name.startswith(EVENTS)
     ]
 
 
 def as_events(metrics: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """Tag → (epochs done, figure) of what the metrics have, rounded as events are."""
+    """Turn metrics into events: tag → (epochs done, figure), rounded as events are."""
     told = {
         c.tag: [
             (m["epoch"] + 1, float(np.float32(m[c.key])))
@@ -72,7 +73,7 @@ def read(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
 
 
 def as_after_a_kill(run: Path, config: Config, epochs: int) -> None:
-    """Leave events of so many epochs, more than the run has saved."""
+    """Leave events of ``epochs`` epochs, more than the run has saved."""
     newest = metrics_of(run)[-1]
     Curves(run, changed(config, train={"epochs": 100})).show(
         [newest | {"epoch": epoch} for epoch in range(epochs)]
@@ -258,7 +259,7 @@ def test_curves_draw_no_random_numbers_and_take_figures_that_are_not_finite(
 def test_a_comparison_says_what_the_metrics_say(judged, plain):
     metrics = metrics_of(judged)
     result = compare([judged, plain])
-    soft, hard = result["runs"]
+    soft, hard = (asdict(run) for run in result.runs)
     assert (soft["name"], hard["name"]) == ("soft", "hard") and soft["metrics"] == metrics
     assert (soft["student"], soft["labels"], soft["epochs"], soft["of"]) == (
         "test_vit",
@@ -280,7 +281,7 @@ def test_a_comparison_says_what_the_metrics_say(judged, plain):
     assert [hard[key] for key in ("best_top1", "best_epoch", "top1", "top5", "val_loss", "kl")] == [
         None
     ] * 6
-    differences = result["differences"]
+    differences = result.differences
     assert differences["train.lr"] == {"soft": 0.01, "hard": 0.02} and differences[
         "train.labels"
     ] == {"soft": "soft", "hard": "hard"}
@@ -290,7 +291,7 @@ def test_a_comparison_says_what_the_metrics_say(judged, plain):
         and "train.batch_size" not in differences
         and "teachers.0.model" not in differences
     )
-    assert json.loads(json.dumps(result)) == result
+    assert json.loads(json.dumps(asdict(result))) == asdict(result)
 
 
 def test_of_the_best_epochs_the_newest_counts_as_in_the_checkpoint(judged, tmp_path):
@@ -298,7 +299,7 @@ def test_of_the_best_epochs_the_newest_counts_as_in_the_checkpoint(judged, tmp_p
     first = metrics_of(run)[0] | {"val_top1": 50.0}
     told = [first, first | {"epoch": 1}, first | {"epoch": 2, "val_top1": 40.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in told))
-    (facts,) = compare([run])["runs"]
+    (facts,) = (asdict(run) for run in compare([run]).runs)
     assert (facts["best_epoch"], facts["best_top1"], facts["top1"]) == (2, 50.0, 40.0)
 
 
@@ -306,14 +307,14 @@ def test_runs_are_named_by_the_shortest_ends_of_their_paths(judged, tmp_path, mo
     places = [tmp_path / name for name in ("a/soft/run", "b/soft/run", "run", "other")]
     for place in places:
         shutil.copytree(judged, place)
-    assert [run["name"] for run in compare(places)["runs"]] == [
+    assert [run.name for run in compare(places).runs] == [
         "a/soft/run",
         "b/soft/run",
         f"{tmp_path.name}/run",
         "other",
     ]
     monkeypatch.chdir(places[0])
-    assert [run["name"] for run in compare([Path("."), Path("../../../other")])["runs"]] == [
+    assert [run.name for run in compare([Path("."), Path("../../../other")]).runs] == [
         "run",
         "other",
     ]
@@ -321,7 +322,7 @@ def test_runs_are_named_by_the_shortest_ends_of_their_paths(judged, tmp_path, mo
 
 def test_a_page_and_a_picture_show_any_runs(judged, plain, tmp_path, capsys):
     odd = Path(shutil.copytree(judged, tmp_path / "_$x$ [red]学\n"))
-    # as 0.1.0 wrote them
+    # metrics as version 0.1.0 wrote them
     older = [
         {k: v for k, v in m.items() if k not in ("agreement", "images")} for m in metrics_of(odd)
     ]
@@ -336,8 +337,8 @@ def test_a_page_and_a_picture_show_any_runs(judged, plain, tmp_path, capsys):
         rows = {
             name: cells for name, *cells in (re.split(r" {2,}", line.strip()) for line in lines)
         }
-        assert rows["loss"] == [f"{run['loss']:.4f}" for run in result["runs"]]
-        assert rows["epochs"] == [f"{run['epochs']} of {run['of']}" for run in result["runs"]]
+        assert rows["loss"] == [f"{run.loss:.4f}" for run in result.runs]
+        assert rows["epochs"] == [f"{run.epochs} of {run.of}" for run in result.runs]
         assert ("best top-1 %" in rows) == ("KL to labels" in rows) == (judged in runs)
         figures = lines[: lines.index("")] if len(runs) > 1 else lines
         assert len({cell_len(line) for line in figures}) == 1
@@ -420,17 +421,17 @@ def test_a_config_of_an_older_version_differs_in_what_it_says_alone(judged, tmp_
     document = yaml.safe_load((run / "config.yaml").read_text())
     del document["train"]["sync_bn"], document["store"]["compile"]
     (run / "config.yaml").write_text(yaml.safe_dump(document))
-    assert compare([judged, run])["differences"] == {}
+    assert compare([judged, run]).differences == {}
     gone = document["teachers"].pop()
     (run / "config.yaml").write_text(yaml.safe_dump(document))
-    differences = compare([judged, run])["differences"]
+    differences = compare([judged, run]).differences
     assert differences["teachers.1.model"] == {"soft": gone["model"], "older": None}
     assert all(key.startswith("teachers.1.") for key in differences)
 
 
 def test_no_training_ends_for_want_of_a_picture(tmp_path, recipe, monkeypatch, capsys):
-    """A broken library, a font that isn't there: it is said, and the next pass makes
-    everything anew."""
+    """A broken library or a missing font is told, and the next pass draws everything
+    anew."""
     passes = [
         {
             "epoch": epoch,

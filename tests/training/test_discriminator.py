@@ -1,5 +1,5 @@
-"""The discriminator can't tell labels from their teachers by their coding, tells apart
-what truly differs, and trains as its options say."""
+"""The discriminator can't tell stored labels from teachers' outputs by their coding,
+tells truly different outputs apart, and trains as its options say."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def real_logits(low: float, high: float, seed: int = 0) -> torch.Tensor:
-    """float64 [rows, 1000]: log-probabilities of real teachers, of two pictures mixed
-    by a random share, times a random sharpness.
+    """Make logits from real teachers: float64 [rows, 1000], log-probabilities of two
+    pictures mixed by a random share, times a random sharpness.
 
-    The rows to learn from and those held out are of different pictures. At sharpness 1
-    the least probability of all is 1.2e-6.
+    The rows to learn from and the held-out rows are of different pictures. At sharpness
+    1 the least probability of all is 1.2e-6.
     """
     with np.load(SOFT_LABELS) as file:
         logs = np.log(file["probabilities"].astype("float64"))
@@ -56,15 +56,15 @@ def real_logits(low: float, high: float, seed: int = 0) -> torch.Tensor:
 
 
 def made_up_logits(classes: int, low: float, high: float, seed: int = 0) -> torch.Tensor:
-    """float64 [rows, classes]: normal, of a random width per row."""
+    """Make up normal logits with a random width per row: float64 [rows, classes]."""
     rng = np.random.default_rng(seed)
     n = LEARNT + HELD_OUT
     return torch.from_numpy(rng.normal(0, 1, (n, classes)) * rng.uniform(low, high, (n, 1)))
 
 
 def sharp_logits(classes: int, codec: Codec, seed: int = 0) -> torch.Tensor:
-    """Of which every codec codes a like share as zero, near half or more: the finer the
-    codec, the sharper."""
+    """Make logits of which every codec codes a similar share as zero, near half or
+    more: the finer the codec, the sharper the logits."""
     finer = np.log(codec.floor) / np.log(CODECS["pow8"].floor)
     return (
         real_logits(2 * finer, 6 * finer, seed)
@@ -75,15 +75,15 @@ def sharp_logits(classes: int, codec: Codec, seed: int = 0) -> torch.Tensor:
 
 @dataclass
 class Stored:
-    """Labels that a store gave back, and what the code that trains makes of them."""
+    """Labels read back from a store, and the goals that training makes of them."""
 
-    logits: torch.Tensor  # float64 [n, classes], the teachers' own
+    logits: torch.Tensor  # float64 [n, classes], of the teachers
     goal: Goal
     targets: Targets
 
     def judged(self, floor: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both sides as the discriminator sees them: a student who has the teachers'
-        very logits but for an offset per row, and the labels."""
+        """Return both sides as the discriminator sees them: a student with the
+        teachers' logits but for an offset per row, and the labels."""
         targets = copy(self.targets)
         targets.floor = floor or targets.floor
         offsets = 5 * torch.randn(
@@ -93,7 +93,7 @@ class Stored:
 
 
 def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
-    """Labels written to a store on the disk and read back."""
+    """Write labels to a store on the disk, and read them back."""
     n, classes = logits.shape
     words = {
         "path": np.array([f"c/{i:05}.jpg" for i in range(n)], dtype=object),
@@ -139,11 +139,11 @@ def stored(path: Path, codec: Codec, logits: torch.Tensor) -> Stored:
 
 
 def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
-    """Share of right answers on rows held out, the last HELD_OUT of either side, after
-    learning from the others: 0.5 is guessing."""
+    """Train a discriminator, and return its share of right answers on held-out rows,
+    the last HELD_OUT of either side. 0.5 is guessing."""
     torch.manual_seed(seed)
     seen = torch.cat([student[:-HELD_OUT], teachers[:-HELD_OUT]])
-    # the first layer could do so itself
+    # Standardise both sides, as the first layer could do itself.
     student, teachers = (
         (side - seen.mean(dim=0)) / seen.std(dim=0) for side in (student, teachers)
     )
@@ -159,7 +159,7 @@ def told(student: torch.Tensor, teachers: torch.Tensor, seed: int = 0) -> float:
         return judge(student[-HELD_OUT:], teachers[-HELD_OUT:])[1].mean().item()
 
 
-# ---- what the coding gives away
+# ---- traces of the coding
 
 
 @pytest.fixture(
@@ -187,7 +187,8 @@ def test_below_the_floor_both_sides_look_exactly_alike(sharp):
     below = sharp.logits.softmax(dim=1) < sharp.targets.floor * (1 - 1e-5)
     assert below.double().mean() > 0.4
     different = student[below] != teachers[below]
-    # few zeros whose mass was rounded up may share a little more than the floor
+    # With a tail, a few zeros may share a little more than the floor, since their mass
+    # was rounded up.
     if sharp.targets.decode.tail:
         assert different.double().mean() < 0.01 and (student - teachers)[below].abs().max() < 0.5
     else:
@@ -203,7 +204,7 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
         "tail80": (0.75 / 80) ** 1.5,
         "tail40": (1.5 / 40) ** 1.5,
         "float16": 2.0**-25,  # half the smallest float16
-        "float32": 2.0**-126,  # what smaller ones decode to
+        "float32": 2.0**-126,  # the value that smaller ones decode to
         "few": (1.5 / 31) ** 2,
     }
     for name, codec in ALL.items():
@@ -217,13 +218,13 @@ def test_the_floor_is_that_of_the_stores_codec_by_hand(tmp_path):
 
 
 def test_with_few_levels_the_flat_tails_of_real_labels_need_the_higher_floor(tmp_path):
-    # near all classes have code 1, of 2.6e-4 to 2.3e-3
+    # Nearly all classes have code 1, which stands for 2.6e-4 to 2.3e-3.
     labels = stored(tmp_path / "s.zarr", FEW, real_logits(0.6, 1))
     rightly, with_lower = told(*labels.judged()), told(*labels.judged((0.5 / 31) ** 2))
     assert rightly <= 0.55 and with_lower > 0.6  # measured over five seeds: 0.50, and 0.70 or more
 
 
-# ---- what it is there for
+# ---- true differences
 
 
 @pytest.mark.parametrize(("classes", "least"), [(10, 0.9), (2, 0.65)])
@@ -339,7 +340,7 @@ def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, 
             on_teachers += int((theirs > 0).sum())
     assert metrics["discriminator_loss"] == pytest.approx(loss / 90, rel=1e-5)
     parts = metrics["discriminator_accuracy_student"], metrics["discriminator_accuracy_teachers"]
-    # a row on the edge may go either way
+    # A row on the edge may go either way.
     assert parts == pytest.approx((100 * on_student / 90, 100 * on_teachers / 90), abs=1.2)
     assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(
         sum(parts) / 2

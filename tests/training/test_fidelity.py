@@ -1,7 +1,8 @@
-"""What a codec costs the student: one step's gradient within a stated bound, a whole
-training within the spread of seeds.
+"""The cost of a codec to the student: one step's gradient stays within a stated bound,
+and a whole training within the spread of seeds.
 
-A float32 store costs nothing at all: tests/training/test_online.py."""
+A float32 store costs nothing at all: tests/training/test_online.py.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ LOSSY = [name for name in CODECS if name != "float32"]
 SEEDS, EPOCHS = range(4), 6
 COMPARED = ("loss", "kl", "val_loss", "val_top1")
 
-# so that rows don't meddle with each other
+# A student without BatchNorm, whose rows don't depend on each other.
 WITHOUT_BATCHNORM = ModelSpec(model="test_vit", pretrained=False)
 
 every_lossy_codec = pytest.mark.parametrize("codec", LOSSY)
@@ -39,8 +40,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class World:
-    """3 × 32 photographs, two teachers who have learnt their classes, and a store per
-    codec, made when it is first asked for."""
+    """3 × 32 photographs, two teachers trained on their classes, and a store per codec,
+    made at its first use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "data"
@@ -102,8 +103,8 @@ class World:
         return path
 
     def finals(self, codec: str | None, **values: object) -> np.ndarray:
-        """float64 [seeds, COMPARED] of the last epoch, trained from a store; None:
-        online."""
+        """Train a student for each seed, and return the metrics of the last epoch:
+        float64 [seeds, COMPARED]. codec: of the store; None: train online."""
         rows = []
         for seed in SEEDS:
             recipe = self.recipe_of(codec or "float32", seed=seed, online=codec is None, **values)
@@ -187,8 +188,8 @@ def norm(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def stepped(world: World, codec: str, out: Path) -> dict[str, torch.Tensor]:
-    """Weights after an epoch that is one step of all 96 pictures, at learning rate 1:
-    the start minus the gradient."""
+    """Return the weights after an epoch of one step, with all 96 pictures at learning
+    rate 1: the start minus the gradient."""
     one_step = world.recipe_of(codec, epochs=1, batch_size=96, lr=1.0, milestones=[])
     train(
         one_step.model_copy(update={"student": WITHOUT_BATCHNORM}),
@@ -204,8 +205,8 @@ def stepped(world: World, codec: str, out: Path) -> dict[str, torch.Tensor]:
 def test_one_steps_gradient_is_off_by_the_labels_error_times_the_students_slope_and_no_more(
     world, start, tmp_path, codec
 ):
-    """Off by (1/n) Σ_rows Σ_classes (p̂ − p) · ∂ logit / ∂ weights: at most (1/n)
-    Σ_rows 2 TV(p, p̂) · max_classes ‖∂ logit / ∂ weights‖."""
+    """The gradient is off by (1/n) Σ_rows Σ_classes (p̂ − p) · ∂ logit / ∂ weights,
+    which is at most (1/n) Σ_rows 2 TV(p, p̂) · max_classes ‖∂ logit / ∂ weights‖."""
     ours, exact = (stepped(world, name, tmp_path / name) for name in (codec, "float32"))
     p, decoded = (
         LabelStore.open(world.store(name)).probabilities(0, start.rows)
@@ -214,7 +215,7 @@ def test_one_steps_gradient_is_off_by_the_labels_error_times_the_students_slope_
     weighted = (torch.from_numpy(decoded - p) * start.logits).sum() / 96
     by_hand = torch.autograd.grad(weighted, list(start.weights.values()), retain_graph=True)
     off = [ours[name] - exact[name] for name in start.weights]
-    rounding = 1e-5  # of weights near one; measured: 1.6e-6
+    rounding = 1e-5  # in weights near one; measured: 1.6e-6
     assert norm(a - b for a, b in zip(off, by_hand, strict=True)) < 0.01 * norm(by_hand) + rounding
     tv, stated = divergence(p, decoded)[1], max_error(CODECS[codec], 3)[1]
     assert 0 < norm(off) <= (2 * tv * start.slopes).mean() + rounding
@@ -226,13 +227,13 @@ def test_training_from_a_store_ends_within_the_spread_of_seeds_of_online_trainin
     world, online, codec
 ):
     off = np.abs(world.finals(codec).mean(axis=0) - online.mean(axis=0))
-    # measured over three sets of seeds: a 20th or less of the loss's, a 6th of the
-    # others'
+    # Measured over three sets of seeds: at most a 20th of the loss's spread, and a 6th
+    # of the other metrics' spreads.
     assert (off <= np.ptp(online, axis=0)).all()
 
 
 def test_online_training_learns_and_flattened_labels_would_show(world, online):
     assert online[:, COMPARED.index("val_top1")].mean() > 50  # measured: 78; chance: 33
     off = np.abs(world.finals("pow8", label_temperature=4.0).mean(axis=0) - online.mean(axis=0))
-    # measured over three sets of seeds: 3.0 times or more
+    # Measured over three sets of seeds: at least 3.0 times the spread.
     assert off[0] > np.ptp(online, axis=0)[0]

@@ -1,5 +1,5 @@
-"""Online training, teachers live in the loop, is what training from a store is measured
-against."""
+"""Online training, with live teachers in the loop, is the measure of training from a
+store: with exact labels both end with the same weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipeline.config import Config
 from pipeline.models.model import Model
 from pipeline.runs.folder import RunError
 
-# Teachers' batches of 16 in both; the last ones of a shard, and of an epoch, are filled
-# up. (At odd sizes a row's last bit depends on its place.)
+# Teachers have batches of 16 in both ways, with the last batch of a shard or an epoch
+# filled up. (At odd batch sizes a row's last bit depends on its place.)
 CUT = {
     "store": {"codec": "float32", "shard_rows": 32, "batch_size": 16},
     "train": {"batch_size": 16, "epochs": 4, "milestones": [3], "views": 2},
@@ -124,7 +124,7 @@ def test_online_training_goes_on_with_the_same_teachers_alone(photos, recipe, tm
 def test_a_teacher_is_given_no_more_than_a_small_batch_of_the_students(
     photos, recipe, tmp_path, monkeypatch
 ):
-    """Only an epoch's last batch is filled up, whatever the store's batch size."""
+    """Only an epoch's last batch is filled up, for any batch size of the store."""
     seen = []
     forward = Model.__call__
     monkeypatch.setattr(

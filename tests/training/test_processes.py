@@ -1,9 +1,10 @@
-"""Training in several processes: for every number of them the same global batches, the
-same gradients to rounding, exact evaluation, one that writes and speaks, and one line
-where something goes wrong in any of them, with nobody left waiting.
+"""Training in several processes: any number of processes has the same global batches,
+the same gradients to rounding, and exact evaluation. One process writes and prints. If
+any process fails, one line says why, and no process is left waiting.
 
-They are real processes that run the real command line and speak by gloo, forked from a
-server that has imported everything (see killing.py); one test starts the real torchrun.
+The processes are real, run the real command line and speak by gloo. They are forked
+from a server that has imported every module (see support/killing.py). One test starts
+the real torchrun.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pipeline.models.weights import load
 from pipeline.provenance.fingerprint import FINGERPRINT_CROPS
 from pipeline.runtime import distributed
 
-SOON = 30.0  # seconds in which the others notice that one is gone
+SOON = 30.0  # seconds in which processes notice that another is gone
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Bench:
         port: int | None = None,
         only: int | None = None,
     ) -> list[Run]:
-        """per_rank: further options of each. port: where they meet. only: so many of
-        them."""
+        """Start the processes of one training. per_rank: further options of each. port:
+        of the meeting point. only: start only the first ``only`` processes."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = port or probe.getsockname()[1]
@@ -92,7 +93,7 @@ class Bench:
         ]
 
     def train(self, world: int, out: Path, *options: object) -> list[str]:
-        """To a good end; what each said."""
+        """Train to a good end, and return the stderr of each process."""
         runs = self.start(world, out, *options)
         assert [run.end() for run in runs] == [0] * world, "\n".join(run.said() for run in runs)
         for run in runs:
@@ -126,8 +127,8 @@ FIGURES = {
 
 
 def require_same(one: Path, other: Path, *, weights: float) -> None:
-    """Equal metrics and weights, but for rounding: ``weights`` is the largest
-    difference of one."""
+    """Require equal metrics and weights but for rounding. weights: the largest allowed
+    difference of a weight."""
     assert len(metrics(one)) == len(metrics(other))
     for mine, theirs in zip(metrics(one), metrics(other), strict=True):
         assert mine.keys() == theirs.keys()
@@ -148,8 +149,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_epoch_of_any_number_of_processes_is_that_of_one(bench, tmp_path, variant):
-    """Without BatchNorm. A last batch of two rows among three processes; 90 = 2 · 44 +
-    2."""
+    """The student has no BatchNorm. One variant leaves a last batch of two rows to
+    three processes: 90 = 2 · 44 + 2."""
     options = [f"--set={setting}" for setting in VARIANTS[variant]]
     bench.train(1, tmp_path / "1", *options)
     for world in (2, 3) if variant in ("plain", "a last batch of two") else (2,):
@@ -159,13 +160,13 @@ def test_an_epoch_of_any_number_of_processes_is_that_of_one(bench, tmp_path, var
         ModelSpec(model="test_vit", pretrained=False), classes=3, image_size=32, seed=0
     ).module.state_dict()
     ended = load_file(tmp_path / "1" / "last.safetensors")
-    # so that this says something
+    # The weights have moved, so that equal weights prove something.
     assert max((started[name] - ended[name]).abs().max().item() for name in started) > 2e-3
 
 
 def test_the_gradient_of_a_step_is_that_of_one_process(bench, tmp_path):
-    """One step over all 90 images at rate 1 and without momentum: the weights move by
-    the gradient."""
+    """In one step over all 90 images, at rate 1 and without momentum, the weights move
+    by the gradient."""
     whole = [f"--set=train.{setting}" for setting in ("batch_size=90", "lr=1.0", "momentum=0.0")]
     bench.train(1, tmp_path / "1", *whole)
     started = load(
@@ -175,7 +176,7 @@ def test_the_gradient_of_a_step_is_that_of_one_process(bench, tmp_path):
         name: started[name] - tensor
         for name, tensor in load_file(tmp_path / "1" / "last.safetensors").items()
     }
-    for world in (2, 4):  # of four 23, 23, 22 and 22: a mean of means would be wrong
+    for world in (2, 4):  # four have 23, 23, 22 and 22: a mean of means would be wrong
         bench.train(world, tmp_path / str(world), *whole)
         for name, tensor in load_file(tmp_path / str(world) / "last.safetensors").items():
             torch.testing.assert_close(started[name] - tensor, expected[name], rtol=1e-4, atol=1e-6)
@@ -188,8 +189,8 @@ def test_live_teachers_in_several_processes_teach_as_in_one(bench, tmp_path):
 
 
 def test_batchnorm_sees_the_images_of_its_own_process_and_its_memory_is_averaged(bench, tmp_path):
-    """One step, by hand: each half of the batch normalised by itself, the gradients'
-    mean, the running statistics' mean."""
+    """One step is repeated by hand: each half of the batch is normalised by itself, and
+    gradients and running statistics are averaged."""
     bench.train(
         2,
         tmp_path / "run",
@@ -244,8 +245,8 @@ class _Rendering:
 
 
 def test_validation_counts_every_image_once_whatever_the_number_of_processes(bench, tmp_path):
-    """Rate zero, nearly: the model is the same, so are the counts. 21 images in batches
-    of 2 for each of 3 processes leave some with one batch less."""
+    """At a rate near zero the model is the same, and so are the counts. With 21 images
+    in batches of 2 for each of 3 processes, some processes have one batch less."""
     still = ["--set=train.lr=1e-12", "--set=train.batch_size=6"]
     found = {}
     for world in (1, 2, 3):
@@ -282,7 +283,7 @@ def test_a_run_goes_on_with_another_number_of_processes(bench, tmp_path):
 def test_what_all_would_refuse_is_refused_once(bench, tmp_path):
     runs = bench.start(2, tmp_path / "run", "--set=train.views=9")
     assert "train.views is 9" in runs[0].failed_with()
-    assert (runs[1].end(), runs[1].said()) == (1, "")  # though each finds it by itself
+    assert (runs[1].end(), runs[1].said()) == (1, "")  # though each process finds the fault
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     runs = bench.start(3, tmp_path / "full")
@@ -305,7 +306,7 @@ def test_a_run_that_diverges_says_so_once(bench, tmp_path):
 
 
 def test_what_one_finds_wrong_before_the_first_step_is_said_by_that_one(bench, tmp_path):
-    """One of two machines has other photographs of the same names, and no val/."""
+    """One of two machines has its photographs in another folder, without a val/."""
     shutil.copytree(bench.house.data / "train", tmp_path / "data" / "train")
     runs = bench.start(2, tmp_path / "run", per_rank=[(), (f"--data={tmp_path / 'data'}",)])
     assert "has no val/ here, and has one where the first process runs" in runs[1].failed_with()
@@ -337,10 +338,10 @@ def test_when_one_process_is_killed_the_others_end_in_a_line(bench, tmp_path, lo
     began, other = time.monotonic(), runs[1 - lost]
     assert other.end() == 1 and time.monotonic() - began < SOON
     require_no_trace(other)
-    # only the first one speaks
+    # Only the first process prints.
     assert ("another process of this run has ended" in other.said()) == (lost == 1)
     epochs = len(metrics(tmp_path / "run"))
-    # nothing that was finished is lost
+    # No finished epoch is lost.
     said = bench.train(2, tmp_path / "run", f"--epochs={epochs + 1}")
     assert f"after {epochs} epochs" in said[0] or f"after {epochs + 1} epochs" in said[0]
 
@@ -361,10 +362,10 @@ def test_an_image_that_changes_in_one_processs_part_is_named_by_that_one(bench, 
         world=2,
     )
     with replay.epoch(0) as batches:
-        # which nobody looks at before
+        # images that no check reads before training
         theirs = [row for batch in batches for row in batch.rows if row >= FINGERPRINT_CROPS]
     photo = data / store.images.path[theirs[0]]
-    photo.write_bytes(photo.read_bytes()[:-1] + b"x")  # of the same size: seen when it is read
+    photo.write_bytes(photo.read_bytes()[:-1] + b"x")  # of the same size: noticed at reading
     runs = bench.start(2, tmp_path / "run", f"--store={tmp_path / 's.zarr'}", f"--data={data}")
     assert f"{photo} has changed since the manifest was made" in runs[1].failed_with()
     assert runs[0].end() == 1
@@ -374,7 +375,7 @@ def test_an_image_that_changes_in_one_processs_part_is_named_by_that_one(bench, 
 def test_asked_to_stop_all_stop(bench, tmp_path):
     runs = bench.start(3, tmp_path / "run", "--epochs=5000")
     runs[0].wait_for("epoch 1/5000")
-    for run in runs:  # as torchrun hands it on
+    for run in runs:  # as torchrun passes the signal on
         run.signal("SIGTERM")
     assert [run.end() for run in runs] == [1] * 3
     for run in runs:
@@ -386,14 +387,15 @@ def test_asked_to_stop_all_stop(bench, tmp_path):
 
 
 def test_one_that_is_asked_to_stop_while_the_others_have_gone_already_says_so(monkeypatch):
-    """A signal comes to all, and whom it reaches last has lost the others by then."""
+    """A signal comes to all processes. The last to get it has lost the others by
+    then."""
     with signals.on_signals(), pytest.raises(Stopped), distributed._naming_the_dead():
         monkeypatch.setattr(signals, "_asked", signal.SIGTERM)
         raise RuntimeError("Connection closed by peer")
 
 
 def test_torchrun_fills_one_store_and_trains_one_student(bench, tmp_path, recipe):
-    """The README's lines, with two processes."""
+    """The README's command lines run with two processes."""
     store, out = tmp_path / "labels.zarr", tmp_path / "run"
 
     def torchrun(*arguments: object) -> str:

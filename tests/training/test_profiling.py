@@ -17,7 +17,7 @@ from pipeline.render.dali import CropRenderer
 from pipeline.runtime.profiling import Clock, advice_on_labelling, advice_on_training
 from pipeline.training.loop import Learner
 
-SLOW = 0.3  # seconds more that a call takes
+SLOW = 0.3  # seconds added to a call
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> None:
@@ -31,7 +31,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, place: object, name: str) -> None:
 
 
 def parts(said: str) -> dict[str, float]:
-    """Seconds by part."""
+    """Read the seconds of each part from the printed profile."""
     return {
         name.strip(): float(seconds)
         for name, seconds in re.findall(r"^  (\D+?) +([\d.]+) s +[\d.]+ %$", said, re.M)

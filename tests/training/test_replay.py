@@ -1,5 +1,5 @@
-"""Replay: every image once an epoch, in the same order for every number of processes,
-with the stored crops and labels of its view."""
+"""Replay: every image comes once an epoch, in the same order for any number of
+processes, with the stored crops and labels of the epoch's view."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_order_is_a_good_shuffle(rows, block_rows):
         row = order(position, block_rows, 0, epoch)
         assert abs(np.corrcoef(position, row)[0, 1]) < 0.06
         assert np.abs(position - row).mean() == pytest.approx(rows / 3, rel=0.06)
-        # neighbours in the store are no neighbours in the epoch
+        # Neighbours in the store are no neighbours in the epoch.
         assert (np.abs(np.diff(row)) == 1).mean() < 0.01
 
 
@@ -78,7 +78,7 @@ def test_the_order_is_a_good_shuffle(rows, block_rows):
 def test_no_process_has_a_single_image_of_a_batch_and_together_they_have_it_once_or_each_whole(
     store_path, photos, world
 ):
-    """BatchNorm needs two."""
+    """BatchNorm needs two images."""
     source = stored_labels(LabelStore.open(store_path), 2)
     each = [
         make_replay(
@@ -218,8 +218,8 @@ def test_work_ahead_keeps_the_order_and_stays_within_its_depth():
             while i == 10 and len(produced) < 14 and time.monotonic() < deadline:
                 time.sleep(0.01)
             if i == 10:
-                assert len(produced) == 14  # it does work ahead
-            assert len(produced) <= i + 3 + 1  # three that wait, and one in the producer's hands
+                assert len(produced) == 14  # the thread works ahead
+            assert len(produced) <= i + 3 + 1  # three waiting, and one being made
             assert next(made) == i
         assert next(made, "end") == "end"
 

@@ -1,5 +1,5 @@
-"""Stage two: the student learns from the stored labels, a stopped run ends where an
-unstopped one does, and a wrong store is refused."""
+"""Stage two: the student learns from the stored labels, a stopped and resumed run ends
+with the weights of an undisturbed run, and a wrong store is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_soft_cross_entropy_is_equation_3_by_hand():
     assert losses.soft_cross_entropy(logits, targets).item() == pytest.approx(by_hand, rel=1e-6)
     entropy = -(0.2 * np.log(0.2) + 0.7 * np.log(0.7) + 0.1 * np.log(0.1))
     assert losses.entropy(targets).item() == pytest.approx(entropy, rel=1e-6)
-    # the loss's floor
+    # The entropy of the labels is the least loss.
     assert losses.soft_cross_entropy(targets.log(), targets).item() == pytest.approx(
         entropy, rel=1e-6
     )
@@ -108,7 +108,7 @@ def test_the_discriminator_is_equations_4_and_5_by_hand():
         [(students < 0.5).float().mean().item(), (theirs > 0.5).float().mean().item()]
     )
     moved = judge(losses.log_floored((logits + 7).softmax(1), 0.02), seen[1])
-    torch.testing.assert_close(moved, (loss, accuracy))  # the logits' offset tells nothing
+    torch.testing.assert_close(moved, (loss, accuracy))  # an offset of the logits changes nothing
 
 
 def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(
@@ -129,7 +129,7 @@ def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(
         changed(recipe, train=judged), photos, tmp_path / "parts", store=store_path, device=CPU
     )
     state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
-    # the ratio stays
+    # The ratio of the rates stays.
     assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx(
         [0.001, 0.01]
     )
@@ -442,8 +442,8 @@ def test_a_run_with_other_images_or_settings_than_it_began_with_is_refused(
 def test_dropout_too_draws_the_same_after_a_resumption(
     photos, recipe, store_path, tmp_path, monkeypatch
 ):
-    """The tiny models have none, so one is given some: what an epoch draws must not
-    depend on the epochs before it in the process."""
+    """The tiny models have no dropout, so the test adds some. An epoch's draws must not
+    depend on earlier epochs in the same process."""
     import pipeline.training.train
 
     def with_dropout(*arguments: object, **options: object) -> object:

@@ -1,4 +1,4 @@
-"""The benchmarks work; what it says of speed is no matter of a test."""
+"""The benchmarks work. Their speeds are no matter of a test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_every_ratio_is_measured_and_written(tmp_path):
-    # compiling takes a minute
+    # all but the compiled teacher, since compiling takes a minute
     measured = ("teachers", "stand-in", "student", "online", "loader", "labels")
     done = run(
         "speed.py",
@@ -112,7 +112,8 @@ def test_a_group_that_hangs_costs_its_own_time_and_keeps_what_it_found(tmp_path,
 
 
 def test_a_bound_that_is_broken_is_a_failure(tmp_path, monkeypatch, capsys):
-    """Of any kind of number, as it comes back from the process that measured."""
+    """A broken bound is noticed for any kind of number that a measuring process
+    returns."""
     gpu = gpu_tools(monkeypatch)
     from finding import at_most
 

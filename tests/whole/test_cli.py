@@ -1,5 +1,5 @@
-"""The command line: exit statuses, one line for what a user can mend, JSON alone on
-stdout, and help with examples."""
+"""The command line: exit statuses, one line for an error that a user can mend, JSON
+alone on stdout, and help with examples."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def test_inspect_says_how_complete_a_store_is(store_path, tmp_path):
 
 
 def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
-    """As a user types it: labels, student, evaluation, inspection, each a process of
-    its own in an empty folder."""
+    """The commands run as a user types them: labels, student, evaluation, inspection,
+    each in a process of its own, in an empty folder."""
     chosen = [f"--teacher={t['model']}={t['checkpoint']}" for t in teachers]
     common = ["--config", SMOKE, "--data", photos, "--store", "labels.zarr", "--device", "cpu"]
     small = ["--set", "teachers.0.image_size=64", "--set", "teachers.1.image_size=48"]
@@ -230,8 +230,8 @@ def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
 
 
 def test_the_demo_tells_the_whole_story(short_demo):
-    """Shortened to two epochs and two views; the table itself is measured by running it
-    in full."""
+    """The demo is shortened to two epochs and two views. The README's table is of a full
+    run."""
     folder, out = short_demo
     result = json.loads(out)
     assert result["labelled_crops"] == 2 * 1297
@@ -249,6 +249,6 @@ def test_the_demo_tells_the_whole_story(short_demo):
     ]
     for name in runs:
         last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
-        # Top-1 after two epochs is another one on another processor. It has learned
-        # something: there are ten classes.
+        # Top-1 after two epochs differs between processors. Beyond 30 % of ten classes
+        # the model has learned something.
         assert last["agreement"] > 30

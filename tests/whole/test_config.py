@@ -1,4 +1,5 @@
-"""A config refuses at load what makes no sense, with one line that names it."""
+"""A config refuses senseless values when it is loaded, with one line that names the
+value."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What the README and the helps say to type can be typed: every command line of theirs
-is run, in a folder that has what it names.
+"""Every command line of the READMEs and helps can be typed: each is run, in a folder
+with the files that it names.
 
-Big models are stood in for by tiny ones, weights of the hub by random ones, and the
-recipes' numbers by small ones; the command lines are untouched, but for torchrun.
+Tiny models stand in for big models, random weights for weights of the hub, and small
+numbers for the recipes' numbers. The command lines are unchanged but for torchrun.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMMANDS = tuple(main.commands)
 
 
 def lines_of(text: str) -> list[str]:
-    """Command lines of the program in a text, continued lines joined."""
+    """List the program's command lines in a text, with continued lines joined."""
     joined = re.sub(r"\\\n\s*", "", text)
     return [
         line.split("  #")[0].strip()
@@ -55,7 +55,7 @@ EVERYTHING = "\n".join(TEXTS.values())
 
 
 def sections() -> dict[str, list[str]]:
-    """Command lines of the READMEs by file and heading, and of the helps by command."""
+    """Collect command lines of READMEs by file and heading, of helps by command."""
     found: dict[str, list[str]] = {}
     for file, text in TEXTS.items():
         for part in re.split(r"^#+ ", text, flags=re.M)[1:]:
@@ -94,7 +94,7 @@ def test_every_option_in_the_readme_exists():
             }
             assert {word.partition("=")[0] for word in words if word.startswith("--")} <= own, line
     named = set(re.findall(r"`(--[a-z][a-z_-]+)", EVERYTHING))
-    # of FKD, of torchrun, of all
+    # options of FKD, of torchrun, of every command
     assert named - known <= {
         "--ff",
         "--lf",
@@ -106,14 +106,14 @@ def test_every_option_in_the_readme_exists():
 
 
 class World:
-    """A folder in which commands are typed. The results of a section's own commands are
-    made anew, and everything else that a section names is prepared."""
+    """A folder in which commands are typed. A section's own commands make their results
+    anew, and all other files that the section names are prepared."""
 
     def __init__(self, folder: Path, recipe: str, data: str) -> None:
         self.folder, self.recipe, self.data = folder, recipe, data
 
     def make(self, name: str) -> None:
-        """Prepare a file or folder that a command names, unless it is there."""
+        """Prepare a file or folder that a command names, unless it exists."""
         place = self.folder / name
         if name in PREPARED and not place.exists():
             PREPARED[name](self, place)
@@ -127,7 +127,7 @@ class World:
         for line in SECTIONS[section]:
             line = line.replace("$SLURM_ARRAY_TASK_ID/16", "0/1")  # all shares in one
             words = shlex.split(line.partition("cli.py ")[2])
-            if words == ["demo"]:  # short_demo has run it, with models of its own
+            if words == ["demo"]:  # short_demo runs the demo, with the demo's own models
                 continue
             results = results_of(words)
             for word in words:
@@ -142,14 +142,14 @@ class World:
 
 
 def results_of(words: list[str]) -> set[str]:
-    """The files and folders that a command makes."""
+    """Return the files and folders that a command makes."""
     fills = words[0] in ("generate-labels", "import-labels") and "--plan" not in words
     options = {"--out", "--store"} if fills else {"--out"}
     return {value for option, value in pairwise(words) if option in options}
 
 
 def store(world: World, place: Path) -> None:
-    """The label store of the READMEs."""
+    """Make the READMEs' label store."""
     how = ["--config", world.recipe, "--data", world.data, "--store", place]
     for teacher in ("teacher-resnet50", "teacher-efficientnet") if world.data == "data" else ():
         world.make(teacher)
@@ -157,7 +157,7 @@ def store(world: World, place: Path) -> None:
 
 
 def student(world: World, place: Path) -> None:
-    """The run of the READMEs, and the baseline, which sees the same crops."""
+    """Train the READMEs' run, or the baseline, which sees the same crops."""
     world.make("labels.zarr")
     hard = ["--set", "train.labels=hard", "--set", "train.discriminator=null"]
     how = ["--config", world.recipe, "--data", world.data, "--store", "labels.zarr"]
@@ -167,7 +167,7 @@ def student(world: World, place: Path) -> None:
 
 
 def teacher(model: str) -> Callable[[World, Path], None]:
-    """A teacher of an own data set."""
+    """Return a function that trains a teacher on an own data set."""
 
     def make(world: World, place: Path) -> None:
         how = ["--config", "configs/own_teacher.yaml", "--data", "data"]
@@ -177,7 +177,7 @@ def teacher(model: str) -> Callable[[World, Path], None]:
 
 
 def half(keep: int) -> Callable[[World, Path], None]:
-    """A store of which another cluster has the other half."""
+    """Return a function that makes a store whose other half another cluster has."""
 
     def make(world: World, place: Path) -> None:
         world.make("labels.zarr")
@@ -314,7 +314,7 @@ def worlds(
 
 
 def smaller(document: dict) -> dict:
-    """A recipe that takes seconds."""
+    """Shrink a recipe to one that takes seconds."""
     for teacher in document.get("teachers", ()):
         if "checkpoint" not in teacher:
             teacher["image_size"] = 32
@@ -340,7 +340,7 @@ def test_the_make_targets_of_the_readme_exist():
 
 
 def prose(text: str) -> list[str]:
-    """Lines of a README that are neither table, link, picture nor code."""
+    """List a README's lines of prose: no table, link, picture or code."""
     lines, code = [], False
     for line in text.splitlines():
         code ^= line.startswith("```")
@@ -350,7 +350,7 @@ def prose(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Headings as GitHub names them in addresses."""
+    """Return the headings as GitHub names them in addresses."""
     heads = re.findall(r"^#+ (.*)", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 

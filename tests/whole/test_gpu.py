@@ -1,5 +1,5 @@
-"""What both stages do on a GPU: the labels of a CPU to a stated bound, pixels that
-arrive whole, and a student that learns. Skipped where there is none."""
+"""Both stages on a GPU: labels are a CPU's to a stated bound, pixels arrive whole, and a
+student learns. The tests are skipped on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ AMPERE = pytest.mark.skipif(
 
 
 def apart(a: LabelStore, b: LabelStore) -> np.ndarray:
-    """Total variation between the labels of two stores, a row."""
+    """Return the total variation between the labels of two stores, by row."""
     rows = slice(0, len(a.images))
     return np.abs(a.probabilities(0, rows) - b.probabilities(0, rows)).sum(axis=1) / 2
 
@@ -63,13 +63,13 @@ def test_tensors_arrive_whole_while_the_device_is_busy():
 
 
 def test_labels_that_come_back_are_those_of_their_own_pass():
-    """However much is started behind it."""
+    """Later work on the GPU doesn't change them."""
     busy = torch.randn(2000, 2000, device=CUDA)
     returning = []
     for i in range(20):
         made = torch.full((64, 100), float(i), device=CUDA)
         returning.append(Returning(made, made > 10))
-        del made  # whose memory may be another tensor's now
+        del made  # its memory may go to another tensor
         for _ in range(5):
             busy = busy @ busy.T / 2000
     for i, one in enumerate(returning):
@@ -77,8 +77,8 @@ def test_labels_that_come_back_are_those_of_their_own_pass():
         assert not numbers.is_cuda and (numbers == i).all() and (larger == (i > 10)).all()
 
 
-# The largest that the tests' teachers were seen to move, emulated on a CPU: 3.6e-4 in
-# TF32, 3.0e-3 in bfloat16, 5.0e-4 in float16.
+# Total variation. The largest seen for the tests' teachers, emulated on a CPU, was
+# 3.6e-4 in TF32, 3.0e-3 in bfloat16, 5.0e-4 in float16.
 BOUNDS = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2, "float16": 2e-3}
 PRECISIONS = [pytest.param(p, marks=AMPERE) if p == "tf32" else p for p in BOUNDS]
 
@@ -92,7 +92,7 @@ def test_labels_are_those_of_a_cpu_to_a_bound(photos, recipe, tmp_path, precisio
     on_gpu = generate(exact, photos, tmp_path / "gpu.zarr", device=CUDA)
     assert apart(on_cpu, on_gpu).max() < BOUNDS[precision]
     assert on_gpu.attributes["made_with"]["gpu"] == torch.cuda.get_device_name()
-    for device in (CUDA, CPU):  # on which it is judged by what rounding explains there
+    for device in (CUDA, CPU):  # each device allows the rounding that it explains
         assert recheck(
             tmp_path / "gpu.zarr",
             photos / "train",
@@ -123,8 +123,8 @@ def rendered(
     batch: int,
     *more: int,
 ) -> np.ndarray:
-    """Crops at 64 px, rendered in an order and in batches, perhaps beside other sizes;
-    in their own order again."""
+    """Render crops at 64 px in an order and in batches, perhaps beside other sizes, and
+    return them in their own order."""
     renderer = crop_renderer(
         [64, *more], 1, batch, interpolation="bilinear", exif="ignore", backend=backend
     )
@@ -159,16 +159,16 @@ def test_a_gpus_pixels_depend_on_no_batch_order_or_size(photos, store_path, back
         )
     busy, stream = torch.randn(4096, 4096, device=CUDA), torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for _ in range(200):  # while others have the GPU, many batches are under way at once
+        for _ in range(200):  # many batches are under way while others use the GPU
             torch.mm(busy, busy)
     assert (rendered(blobs, boxes, flips, backend, mixed, 8) == base).all()
     cpu = rendered(blobs, boxes, flips, "cpu", own, 32)
-    assert np.abs(base.astype(int) - cpu).mean() < 2  # levels: other rounding, and not other crops
+    assert np.abs(base.astype(int) - cpu).mean() < 2  # levels: other rounding, but the same crops
 
 
 def test_one_kernel_steps_all_weights_as_one_for_each_does(recipe):
-    """In the layout that models have here, with weights of depthwise and of 1 × 1
-    convolutions."""
+    """The weights have the memory layout of the project's models, among them depthwise
+    and 1 × 1 convolutions."""
     ended = []
     for how in ({"fused": True}, {"foreach": False}):
         model = load(recipe.teachers[1]).to(CUDA).module

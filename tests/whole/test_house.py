@@ -37,13 +37,14 @@ SOURCES = [
 
 
 def wing_of(module: str) -> str:
-    """The wing of a module of ours; the file itself where it lies in pipeline/."""
+    """Return the wing of a module of ours, or the module's name if it lies directly in
+    pipeline/."""
     first, *rest = module.split(".")
     return first if first != "pipeline" else rest[0] if rest else "pipeline"
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in the file."""
+    """Yield every module that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -54,7 +55,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def running_up(path: Path, modules: Iterator[str]) -> list[str]:
-    """Modules of ours that a file may not import."""
+    """List the modules of ours that a file may not import."""
     own = wing_of(".".join(path.with_suffix("").parts))
     others = [module for module in modules if module.split(".")[0] in ("cache", "pipeline", "cli")]
     return [m for m in others if wing_of(m) != own and FLOOR[wing_of(m)] >= FLOOR[own]]
@@ -104,7 +105,7 @@ def test_one_file_knows_dali():
 
 
 def long_lists(text: str) -> list[str]:
-    """Functions of too many parameters."""
+    """List the functions with too many parameters."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

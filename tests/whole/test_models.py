@@ -1,5 +1,5 @@
-"""Models by the paper's names, the authors' checkpoints, and what is said of weights
-that don't fit."""
+"""Models by the paper's names, the authors' checkpoints, and the refusal of weights that
+don't fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.models.weights import _create, load, load_teachers
 def authors_file(
     path: Path, architecture: str, classes: int = 1000, *, legacy: bool = False, **wrapped: object
 ) -> nn.Module:
-    """A checkpoint as the authors publish them: the state dict of a model under
+    """Write a checkpoint as the authors publish it: the state dict of a model under
     DataParallel, in torch's own format."""
     torch.manual_seed(7)
     module = timm.create_model(architecture, num_classes=classes).eval()
@@ -44,10 +44,10 @@ def authors_file(
         ("resnet152_v1s", "resnet152s.gluon_in1k"),
         ("efficientnet_b4_ns", "tf_efficientnet_b4.ns_jft_in1k"),
         ("efficientnet_b4", "tf_efficientnet_b4.aa_in1k"),
-        # timm's of today is the Noisy Student
+        # today's default of timm is the Noisy Student
         ("tf_efficientnet_b4", "tf_efficientnet_b4.aa_in1k"),
         ("gluon_senet154", "senet154.gluon_in1k"),
-        ("resnet50", "resnet50.ram_in1k"),  # timm's of today is a1
+        ("resnet50", "resnet50.ram_in1k"),  # today's default of timm is a1
         ("tf_efficientnet_b0", "tf_efficientnet_b0.aa_in1k"),
     ],
 )
@@ -71,13 +71,13 @@ def test_timms_own_names_stay_what_they_are():
 
 
 def test_own_weights_keep_the_architecture_that_was_named():
-    # the paper's, from the hub or from a file
+    # the paper's model, from the hub or from a file
     assert resolve("efficientnet_b4", hub=False) == "tf_efficientnet_b4"
-    # timm's of today
+    # today's default of timm
     assert resolve("efficientnet_b4.ra2_in1k", hub=False) == "efficientnet_b4.ra2_in1k"
     # a tag also names a normalisation
     assert resolve("inception_v3.gluon_in1k", hub=False) == "inception_v3.gluon_in1k"
-    # and no tag, which would name other weights
+    # without a tag, which would name other weights
     assert resolve("resnet50", hub=False) == "resnet50"
     assert resolve("resnet152_v1s", hub=False) == "resnet152s"
     assert resolve("gluon_senet154", hub=False) == "senet154"
@@ -121,7 +121,7 @@ def test_a_file_that_holds_no_named_tensors_is_refused_in_one_line(tmp_path, con
 def test_a_tag_is_no_difference_where_the_weights_are_the_same(
     photos, recipe, store_path, tmp_path
 ):
-    """Stores of version 0.1.0 named timm's default tag even for own weights."""
+    """Stores of version 0.1.0 name timm's default tag even for own weights."""
     document = recipe.model_dump(mode="json")
     document["teachers"][0]["model"] = "test_resnet.r160_in1k"
     shutil.copytree(store_path, tmp_path / "s.zarr")

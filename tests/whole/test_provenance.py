@@ -1,5 +1,5 @@
-"""Provenance: whatever a store was made from and a command is not is refused in one
-line, before anything changes; whatever doesn't matter is taken.
+"""Provenance: a command with other data, teachers or settings than the store's is
+refused in one line, before anything changes. Differences that don't matter are taken.
 
 Mismatches of CutMix are in test_cutmix.py.
 """
@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.small import CPU, changed, edit_store, tree, write_teacher
-from support.stages import generate, train
+from support.stages import generate, store_facts, train
 
 from cache import LabelStore
 from cache.errors import MealError
@@ -28,13 +28,12 @@ from cache.verify import verify
 from cli import main
 from pipeline.config import Config, ModelSpec
 from pipeline.inspection.relabel import recheck
-from pipeline.inspection.store_facts import store_facts
 from pipeline.models.weights import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# a row of the last shard, which the fingerprint doesn't render and which no digest is
-# compared of before the row is read
+# A row of the last shard: the fingerprint doesn't render it, and no digest of it is
+# compared before the row is read.
 LATE = 80
 SAME_TEACHERS, SAME_CROPS = (
     "; pass the same teachers and checkpoints",
@@ -47,7 +46,7 @@ PUT_IT_BACK = "; put the image back as it was, or begin anew, with another store
 
 @dataclass(frozen=True)
 class Command:
-    """What one of the two stages is run with."""
+    """The recipe, data and store that one of the two stages is run with."""
 
     recipe: Config
     data: Path  # a copy of the photographs
@@ -90,7 +89,7 @@ def settings(**sections: dict) -> Change:
 
 
 def teacher(place: int, make: Callable[[Command], dict] | None = None, **values: object) -> Change:
-    """Other values of one teacher in the config."""
+    """Change values of one teacher in the config."""
 
     def change(c: Command) -> Command:
         teachers = [spec.model_dump(exclude_unset=True) for spec in c.recipe.teachers]
@@ -106,7 +105,7 @@ def teacher(place: int, make: Callable[[Command], dict] | None = None, **values:
 
 
 def renamed(c: Command) -> dict:
-    """The first teacher's weights in a file of another name."""
+    """Copy the first teacher's weights to a file of another name."""
     copied = shutil.copy(c.recipe.teachers[0].checkpoint, c.scratch / "x.safetensors")
     return {"checkpoint": str(copied)}
 
@@ -118,7 +117,7 @@ def teachers(choose: Callable[[list], list]) -> Change:
 
 
 def files(edit: Callable[[Path], object]) -> Change:
-    """Something is done to the folder of the class folders."""
+    """Edit the folder of class folders."""
 
     def change(c: Command) -> Command:
         edit(c.data / "train")
@@ -139,7 +138,7 @@ def late_image(edit: Callable[[bytes], bytes]) -> Change:
 
 
 def made(edit: Callable[[dict], object]) -> Change:
-    """The store was made otherwise."""
+    """Edit the store's attributes, as if the store had been made otherwise."""
 
     def change(c: Command) -> Command:
         edit_store(c.store, edit)
@@ -179,9 +178,9 @@ def swap(first: Path, second: Path) -> None:
     second.write_bytes(content)
 
 
-# What is changed: (how, what generate-labels must say, what train-student must say).
-# None: a store decides it, and train-student doesn't ask. {late} is the path of the
-# changed image, {then} and {now} its bytes.
+# Name of a change → (change, words of generate-labels, words of train-student). None: the
+# store decides, and train-student takes the change. {late} is the path of the changed
+# image, {then} and {now} its bytes.
 REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     "a teacher of another architecture": (
         teacher(
@@ -425,7 +424,7 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
 
 
 def described(c: Command, **facts: object) -> str:
-    """The first teacher's weights as this tool writes a checkpoint, which says more of
+    """Save the first teacher's weights as this tool writes a checkpoint, with facts of
     the model."""
     path = c.scratch / "described.safetensors"
     save_file(
@@ -437,8 +436,8 @@ def described(c: Command, **facts: object) -> str:
 
 
 def require_refusal(command: Command, run: Callable[[], object], wanted: list[str]) -> None:
-    """The command is refused in one line that holds all that is wanted, and leaves the
-    store and its folder as they were."""
+    """Require that the command is refused in one line that holds all wanted words, and
+    that the store and its folder stay as they were."""
     store = LabelStore.open(command.store)
     known = {"late": store.images.path[LATE], "then": store.images.bytes[LATE]}
     known["now"] = command.late.stat().st_size if command.late.exists() else None
@@ -453,7 +452,7 @@ def require_refusal(command: Command, run: Callable[[], object], wanted: list[st
 
 
 def leave_a_shard_to_do(store: Path) -> None:
-    """So that a command that isn't refused has something to change."""
+    """Remove a record, so that a command that isn't refused would change the store."""
     (store / "records/c/1/2/0").unlink()
 
 
@@ -509,8 +508,8 @@ def test_a_store_rendered_on_a_gpu_is_refused_in_one_line_where_there_is_none(co
     [("levels", 127), ("exponent", 0.5), ("zero", 1e-3), ("dtype", "uint16"), ("name", "cbrt8")],
 )
 def test_a_codec_that_is_not_the_provenances_decodes_nothing(command, key, value):
-    """The attribute ``codec`` is what labels are decoded by; completion records are
-    bound to the provenance, which has it too."""
+    """Labels are decoded by the attribute ``codec``, while completion records are bound
+    to the provenance, which holds the codec too."""
     command = made(lambda attributes: attributes["codec"].update({key: value}))(command)
     before = tree(command.store)
     for read in (
@@ -563,7 +562,7 @@ def test_every_stage_refuses_another_format_kindly(command, stage, version, says
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_newer_format_is_refused_kindly_whatever_it_looks_like_inside(command, stage):
-    """It isn't damaged, and above all not to be mended."""
+    """A newer store isn't damaged, and must not be mended."""
     shutil.rmtree(command.store)
     command.store.mkdir()
     attributes = {
@@ -584,7 +583,7 @@ def test_a_newer_format_is_refused_kindly_whatever_it_looks_like_inside(command,
         ):
             STAGES[stage](command)
         assert tree(command.store) == before
-        (command.store / "records").mkdir(exist_ok=True)  # now it has folders that ours have
+        (command.store / "records").mkdir(exist_ok=True)  # now with folders that our stores have
         (command.store / "labels").mkdir(exist_ok=True)
 
 
@@ -614,7 +613,7 @@ def test_a_refusal_is_one_line_and_status_1_on_the_command_line(command):
         assert tree(command.store) == before
 
 
-# ---- what doesn't matter
+# ---- differences that don't matter
 
 
 def elsewhere(c: Command) -> Command:
@@ -628,8 +627,7 @@ def behind_a_link(c: Command) -> Command:
 
 
 def by_links(train: Path) -> None:
-    """Images that are links to files elsewhere, as subsets of large data sets are laid
-    out."""
+    """Replace images by links to files elsewhere, as in subsets of large data sets."""
     away = train.parent / ".away"
     shutil.copytree(train, away)
     for image in away.glob("*/*.jpg"):
@@ -638,12 +636,12 @@ def by_links(train: Path) -> None:
 
 
 def in_another_order(c: Command) -> Command:
-    """A file system lists its files in any order."""
+    """Shuffle the lists of files, since a file system lists files in any order."""
 
     scandir, dice = os.scandir, random.Random(0)
 
     class Shuffled:
-        """As os.scandir's, an iterator that is a context."""
+        """An iterator that is a context, like os.scandir's."""
 
         def __init__(self, path: str = ".") -> None:
             with scandir(path) as entries:
@@ -696,7 +694,7 @@ def as_pth(wrapped: bool) -> Callable[[Command], dict]:
 
 
 def with_counters(count: int | None) -> Callable[[Command], dict]:
-    """Weights whose BatchNorms counted other steps, or none at all."""
+    """Save weights whose BatchNorms counted other steps, or no steps (None)."""
 
     def make(c: Command) -> dict:
         weights = load_file(c.recipe.teachers[0].checkpoint)
@@ -728,7 +726,7 @@ NO_MATTER: dict[str, Change] = {
 NO_MATTER_TO_LABELS: dict[str, Change] = {
     **NO_MATTER,
     "one view per decode": settings(store={"views_per_decode": 1}),
-    # which are usable is settled with the manifest
+    # The manifest has settled which images are usable.
     "a lower limit for large pictures": settings(render={"max_megapixels": 0.001}),
     "other rows of a shard": settings(store={"shard_rows": 16}),  # the store keeps its own
     "another student": settings(student={"model": "test_resnet"}, train={"lr": 1.0, "epochs": 9}),
@@ -755,7 +753,7 @@ def test_generate_labels_goes_on_to_the_same_bytes_with_what_does_not_matter(
 
 @pytest.fixture(scope="module")
 def trained(one_thread, photos, recipe, store_path, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """What an epoch makes of the student."""
+    """The student's weights after an epoch."""
     out = tmp_path_factory.mktemp("trained") / "run"
     train(changed(recipe, train={"epochs": 1}), photos, out, store=store_path, device=CPU)
     return load_file(out / "last.safetensors")

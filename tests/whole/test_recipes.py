@@ -1,5 +1,5 @@
-"""Every recipe in configs/: it loads, its head says what it is and costs, its models
-exist, and one step of both stages runs."""
+"""Every recipe in configs/ loads, names its purpose and its cost in its head, has models
+that exist, and runs one step of both stages."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from pipeline.runs import checkpoint
 
 RECIPES = sorted((ROOT / "configs").glob("meal_v2_*.yaml"))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Paper and authors' model list: students with their published top-1, where there is
-# one.
+# Recipe → (student, published top-1 if there is one), from the paper and the authors'
+# list of models.
 PUBLISHED = {
     "meal_v2_resnet50": ("resnet50", "80.67"),
     "meal_v2_resnet50_380": ("resnet50", "81.72"),
@@ -43,7 +43,7 @@ each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.ste
 
 @pytest.fixture(scope="module")
 def without_weights() -> pytest.MonkeyPatch:
-    """Models of the recipes with random weights instead of the hub's, each built
+    """The recipes' models with random weights in place of the hub's, each built
     once."""
     built: dict[str, nn.Module] = {}
     create = weights._create
@@ -66,7 +66,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores() -> dict:
-    """Stores made so far, by what they are made from: several recipes share one."""
+    """The stores made so far, by teachers and crops, which several recipes share."""
     return {}
 
 
@@ -99,7 +99,7 @@ def test_a_recipes_head_names_figure_teachers_cost_and_commands(path):
 def test_a_recipe_is_the_papers(path):
     recipe = config_file.load(path)
     for spec in (*recipe.teachers, recipe.student):
-        # a tag, not timm's choice of today
+        # The name has a tag, and so doesn't depend on timm's default.
         assert resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()
         assert (spec.mean, spec.std) == IMAGENET
     paper = Train(image_size=recipe.train.image_size, discriminator=Discriminator())

@@ -1,5 +1,5 @@
-"""The study of the README: it runs, goes on after a kill, says what it recorded, and
-calls nothing a difference that is none."""
+"""The study of the README runs, goes on after a kill, tells its records, and calls a
+difference only one beyond the spread."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ STUDY = ROOT / "tests" / "bench" / "study"
 def study() -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STUDY))
-        # No import statements: the linters would want another order of them wherever a
-        # folder called study lies.
+        # No import statements: linters would sort them otherwise beside a folder that is
+        # called study.
         study, rows, tell = map(importlib.import_module, ("study", "rows", "tell"))
         study.rows, study.tell = rows, tell
         yield study
@@ -96,7 +96,7 @@ def test_another_config_command_or_step_before_makes_another_step(study, tmp_pat
     assert one.identity == experiment.trained(row, 0).identity
     assert one.identity != experiment.trained(row, 1).identity
     assert one.identity != experiment.trained(replace(row, sets=("train.lr=0.5",)), 0).identity
-    # a teacher's
+    # another training of a teacher
     assert (
         one.identity
         != replace(experiment, made=(experiment.made[0], ("crops.seed=5",)))
@@ -110,7 +110,7 @@ def test_another_config_command_or_step_before_makes_another_step(study, tmp_pat
     labels = experiment.store("both").identity
     config.write_text(config.read_text() + "render: {threads: 7}\n")
     assert one.identity != experiment.trained(row, 0).identity
-    assert labels == experiment.store("both").identity  # stage one reads other sections
+    assert labels == experiment.store("both").identity  # stage one doesn't read this section
     config.write_text(config.read_text().replace("views: 16", "views: 5"))
     assert labels != experiment.store("both").identity
 
@@ -148,15 +148,15 @@ def test_a_difference_is_called_one_beyond_the_spread_of_all_rows(study):
     noise = {"soft": 0.0, "online": 3.0, "hard": -3.0} | dict.fromkeys(
         ("float16", "tail40", "top-5", "1 view", "4 views", "2 crops"), 0.0
     )
-    starts = rng.normal(50, 5, 3)  # good and bad seeds, which pairing takes out
+    starts = rng.normal(50, 5, 3)  # good and bad seeds, which pairing removes
     figures = {name: tuple(starts + mean + rng.normal(0, 0.2, 3)) for name, mean in noise.items()}
-    figures["hard from scratch"] = (10.0, 90.0, 50.0)  # sees other crops
+    figures["hard from scratch"] = (10.0, 90.0, 50.0)  # this row sees other crops
     outcome = study.tell.Outcome(experiment, records_of(study, experiment, figures))
     table = np.array([figures[name] for name in noise])
     effects = table - table.mean(axis=1, keepdims=True)
     chance = ((effects - effects.mean(axis=0)) ** 2).sum() / (8 * 2)
     margin = outcome.margin(study.tell.TOP1, 3)
-    # Student's t of 16 degrees of freedom, from a table
+    # Student's t with 16 degrees of freedom, from a table.
     assert margin == pytest.approx(2.1199 * np.sqrt(chance * 2 / 3), rel=1e-4)
     told = {row.name: outcome.told_difference(row, study.tell.TOP1) for row in experiment.rows}
     assert (
@@ -189,10 +189,10 @@ def test_a_record_of_other_commands_is_left_out(study):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes, as CIFAR-10 has: top-5 labels need more than five."""
+    """Pictures of ten classes, as in CIFAR-10: top-5 labels need more than five."""
     folder = tmp_path_factory.mktemp("ten")
     for split, each in (("train", 8), ("val", 4)):
-        for part in range(4):  # of three classes each
+        for part in range(4):  # three classes each
             write_photos(folder / "made" / split / str(part), each, seed=part)
         (folder / split).mkdir()
         for c, made in enumerate(sorted((folder / "made" / split).glob("*/*"))[:10]):
@@ -214,7 +214,8 @@ def command(pictures: Path, work: Path, *words: str) -> list[str]:
 
 
 def alive(session: int) -> list[str]:
-    """Processes of a session, but for dead ones that nobody has waited for."""
+    """List the processes of a session, without dead processes that nobody has waited
+    for."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -232,13 +233,13 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         command(pictures, work, *only), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as begun:
         try:
-            # more steps to come than a process does
+            # More steps follow than one process does.
             next(line for line in begun.stdout if "/teachers: " in line)
             begun.send_signal(signal.SIGKILL)
             deadline = time.monotonic() + 60
             while alive(begun.pid) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert not alive(begun.pid)  # its processes end with it
+            assert not alive(begun.pid)  # the study's processes end with it
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(begun.pid, signal.SIGKILL)
@@ -281,9 +282,9 @@ def test_the_study_runs_goes_on_after_a_kill_and_does_nothing_twice(pictures, tm
         "cifar10/online/0",
     ]
     anew_record = json.loads((work / "records.json").read_text())["cifar10/online/0"]
-    # it was trained
+    # The row was trained again, to the same figures.
     assert anew_record["training"]["seconds"] != after["cifar10/online/0"]["training"]["seconds"]
-    assert anew_record["figures"] == after["cifar10/online/0"]["figures"]  # to the same weights
+    assert anew_record["figures"] == after["cifar10/online/0"]["figures"]  # from the same weights
 
 
 def test_what_fails_is_told_and_what_needs_it_is_left(pictures, tmp_path):
@@ -341,7 +342,7 @@ def test_what_is_not_there_is_refused_in_a_line(study, words, line, tmp_path, mo
     (tmp_path / "hollow").mkdir()
     (tmp_path / "note.txt").write_text("no tar")
     (tmp_path / "list.json").write_text("[1]")
-    for split in ("train", "val"):  # unpacked of another tar, by a study that was killed
+    for split in ("train", "val"):  # unpacked from another tar by a killed study
         (tmp_path / "made" / "cifar10" / "unpacked" / split / "class").mkdir(parents=True)
     with tarfile.open(tmp_path / "hollow.tar", "w") as tar:
         tar.add(tmp_path / "hollow", "hollow")

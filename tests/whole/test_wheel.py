@@ -1,5 +1,5 @@
-"""What is installed from a wheel works without the folder it was built from: every
-module, the recipes, the templates, the command."""
+"""An installed wheel works without the folder that it was built from: every module, the
+recipes, the templates, the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS = ("cache", "configs", "pipeline")
 
 
 def sources() -> list[Path]:
-    """Every Python file of the program, relative to the root."""
+    """List the program's Python files, relative to the root."""
     return [
         Path("cli.py"),
         *(path.relative_to(ROOT) for wing in OURS for path in sorted((ROOT / wing).rglob("*.py"))),
@@ -29,8 +29,8 @@ def sources() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh environment that has a wheel of the project, and the
-    running environment's other packages."""
+    """The Python of a fresh environment with a wheel of the project and the running
+    environment's other packages."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
     copy.mkdir()

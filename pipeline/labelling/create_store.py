@@ -14,7 +14,7 @@ from pipeline.config import ConfigError
 from pipeline.images.folders import DataError, DataFolder
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.labelling.coordination import opened
-from pipeline.labelling.labelling import Labelling
+from pipeline.labelling.inputs import Labelling
 from pipeline.provenance import description
 from pipeline.provenance.fingerprint import fingerprint_rows
 from pipeline.provenance.refusals import require_class_count
