@@ -487,8 +487,8 @@ class LabelStore:
         return f"view {view}, rows {rows.start} to {rows.stop - 1}"
 
     def file(self, name: str, view: int, shard: int) -> Path:
-        """Return the path at which Zarr keeps a shard. Its folders are the shard's
-        indices in the grid; the last axes are one chunk each."""
+        """Return the path of the file in which Zarr keeps a shard of an array:
+        ARRAY/c/VIEW/SHARD, and a 0 for every further axis, which is a single chunk."""
         return Path(
             self.path, name, "c", str(view), str(shard), *["0"] * (self.array(name).ndim - 2)
         )

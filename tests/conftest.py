@@ -48,8 +48,9 @@ def shared() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures() -> Iterator[Callable]:
-    """Training without pictures of its curves, which take a third of a second each.
-    Yields the function that draws, for the tests of curves. Separate processes draw."""
+    """Training without the picture of its curves, which takes a third of a second each
+    time. Yields the function that draws, for tests of curves. Processes of their own
+    still draw."""
     draw = Curves._draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Curves, "_draw", lambda self, metrics: None)

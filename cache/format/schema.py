@@ -17,9 +17,9 @@ shard's data has reached the disk.
 Nothing in a store is trusted without a check. A shard is bound to its place by the
 digest in its record, the manifest (images/) by its digest in the provenance, the
 manifest's order by the attribute ``row_order``, and every zarr.json by the attribute
-``seal``. Only the number of views, the attribute ``views``, has no digest of its own.
-It is sealed too, and counts where an array has another length (after a growth that was
-stopped half way).
+``seal``. The seal doesn't cover the lengths of the arrays' view axes, but it covers the
+attribute ``views``. So ``views`` is the number of views that counts, if an array has
+another length after a growth that was stopped half way.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def architecture(name: str) -> str:
 
 
 def format_version(provenance: dict[str, Any]) -> int:
-    """Return the format version of a store of this provenance: the lowest version whose
-    readers know everything that the provenance names."""
+    """Return the format version of a new store of this provenance: the lowest version,
+    from ``VERSION`` on, whose readers know everything that the provenance names."""
     on_gpu = (
         provenance.get("renderer", {}).get("backend") == "gpu-hardware"
         or provenance["compute"].get("precision") == "tf32"

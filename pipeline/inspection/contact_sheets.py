@@ -60,8 +60,8 @@ class Sheet:
 
 
 def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]) -> list[Sheet]:
-    """Make sheets of the surveyed crops that are the most certain, the most uncertain,
-    and the surest of another class than the folder's.
+    """Make sheets of surveyed crops: the most certain, the most uncertain, and crops
+    whose labels most favour another class than the folder's.
 
     A sheet shows at most one crop of an image, and an empty sheet is left out. folder:
     holds the store's images. titles: of the classes. Pixels are rendered on the CPU.
@@ -98,8 +98,8 @@ def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]
 
 
 def _first_of_each_image(found: Survey, key: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    """Choose the entries of the survey with the least ``key``, at most one of an image.
-    among: bool [labels], the entries to choose from; None: all."""
+    """Choose the CARDS entries of the survey with the least ``key``, at most one of an
+    image. among: bool [labels], the entries to choose from; None: all."""
     entries = np.arange(len(key)) if among is None else np.flatnonzero(among)
     entries = entries[np.lexsort((entries, key[entries]))][: CARDS * 64]
     _, first = np.unique(found.row[entries], return_index=True)
@@ -165,7 +165,7 @@ def _fitted(height: int, width: int) -> tuple[int, int]:
 
 
 def _address(pixels: torch.Tensor, size: tuple[int, int]) -> str:
-    """Encode pixels as a JPEG in a data: address, which asks no network. pixels: uint8
+    """Encode pixels as a JPEG in a data: address, which needs no network. pixels: uint8
     [height, width, 3]. size: (width, height) of the JPEG."""
     picture = io.BytesIO()
     Image.fromarray(pixels.numpy()).resize(size, Image.Resampling.LANCZOS).save(

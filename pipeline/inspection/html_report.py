@@ -22,7 +22,7 @@ from pipeline.inspection.statistics import DAMAGED, DONE, LABELS, MISSING, Surve
 from pipeline.inspection.store_facts import StoreFacts, store_facts, store_lines
 from pipeline.models.names import class_titles
 
-WORST, ALL = 15, 1000  # rows of a table of classes or pairs of classes; of a folded table
+WORST, ALL = 15, 1000  # rows of a table of classes or pairs of classes, of the folded table
 LARGEST_SIDE = 1024  # cells on a side of the coverage picture, at most
 # done, missing, damaged
 COLOURS = np.array([[24, 138, 128], [137, 143, 150], [214, 48, 49]], np.uint8)
@@ -55,11 +55,11 @@ def write_report(
         )
     if path.resolve() in file.resolve().parents:
         raise StoreError(
-            f"{file} is inside the store, where only its own files may be; name another place for "
-            f"--report"
+            f"{file} is inside the store, where only its own files may be; "
+            f"name another place for --report"
         )
     facts, store = store_facts(path), LabelStore.open(path)
-    if data is not None:  # before the store is read, which may take an hour
+    if data is not None:  # first, since reading the store may take an hour
         require_same_files(DataFolder(data, store.class_names), store.images, str(path))
     make_folder(file.absolute().parent)
     found = statistics.survey(store, labels=labels, check=check)

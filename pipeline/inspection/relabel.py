@@ -1,5 +1,5 @@
 """Check a store against its images and its teachers: the images are unchanged, and the
-teachers give a sample of crops the stored labels again."""
+teachers reproduce the stored labels of a sample of crops."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def recheck(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict:
-    """Verify a store's files (``cache.verify``) and, with ``folder``, its images: all
-    of them (``require_same_images``), or with ``sample`` the images and labels of that
-    many crops (``relabel``).
+    """Verify a store's files (``cache.verify``) and, with ``folder``, its images.
 
-    Returns the facts that ``verify`` prints. ``problems`` lists images and labels that
-    aren't the store's, a line each. ``trusted`` is the verdict on everything: the store
-    is sound and complete, and ``problems`` is empty. Raises StoreError if there is no
-    store.
+    Without ``sample``, every image is read (``require_same_images``). With ``sample``,
+    the images of that many crops are read, and their labels are computed again
+    (``relabel``). Returns the facts that ``verify`` prints. ``problems`` lists images
+    and labels that aren't the store's, a line each. ``trusted`` is the verdict on
+    everything: the store is sound and complete, and ``problems`` is empty. Raises
+    StoreError if there is no store.
     """
     made_by = "generate-labels, merge or import-labels"
     try:
@@ -117,11 +117,11 @@ def relabel(
     """Render ``sample`` random crops of the store again, run the teachers on them and
     compare the new labels p with the stored labels p̂.
 
-    specs: the store's teachers, in its order; empty if their weights are timm's of the
-    recorded names. seed: of the choice of crops. Returns mean and largest KL(p‖p̂) in
-    nats and total variation beside the stated maxima, the share of equal codes (0 … 1),
-    the worst crops, and ``agrees``. Raises MealError if images, teachers or pixels
-    aren't the store's.
+    specs: the store's teachers, in its order; empty if their weights are timm's under
+    the recorded names. seed: of the choice of crops. Returns mean and largest KL(p‖p̂)
+    in nats and total variation beside the stated maxima, the share of equal codes
+    (0 … 1), the worst crops, and ``agrees``. Raises MealError if images, teachers or
+    pixels aren't the store's.
 
     A crop's ``unexplained`` is the total variation between p and the nearest label with
     the stored codes (``codec_bounds.distance``). ``allowed`` is the total variation
@@ -216,7 +216,8 @@ def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: 
 
 def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:
     """Load the store's teachers as its provenance describes them. Raises StoreError if
-    ``specs`` or the loaded weights are other teachers'."""
+    ``specs`` names another number of teachers, or if weights aren't the recorded ones.
+    A teacher that is recorded by a place (hf-hub:…) is loaded only from ``specs``."""
     made = store.provenance["teachers"]
     if specs and len(specs) != len(made):
         raise StoreError(

@@ -29,7 +29,7 @@ class Survey:
     states another shape."""
 
     coverage: np.ndarray  # uint8 [views, shards]: DONE, MISSING or DAMAGED
-    faults: list[tuple[int, int, str]]  # view, shard, what is wrong
+    faults: list[tuple[int, int, str]]  # view, shard, fault
     checked: bool  # every finished shard was compared with its digest
     view: np.ndarray  # int32
     row: np.ndarray  # int64
@@ -54,7 +54,7 @@ def survey(
 
     check: compare every finished shard with its digest, which reads the whole store;
     False: compare only the shards of the surveyed labels. Raises StoreError if there is
-    no label yet, or if a label can't be read for the moment.
+    no label yet, or if a label can't be read at the moment.
     """
     finished = store.finished()
     begun = np.flatnonzero(finished.any(axis=1))
@@ -170,8 +170,8 @@ def _look(
     store: LabelStore, view: int, shard: int, rows: np.ndarray, spread: np.ndarray
 ) -> tuple[str | None, dict, np.ndarray]:
     """Survey those of ``rows`` that lie in a shard. Returns the shard's fault, if any;
-    the survey's columns for its rows; and the labels of its first rows, namely of those
-    that are in ``spread`` too."""
+    the survey's columns for these rows; and the labels of the first of these rows, as
+    far as ``spread`` holds them."""
     content, fault = store.content(view, shard)
     here = store.shard_slice(shard)
     rows = rows[(rows >= here.start) & (rows < here.stop)]

@@ -1,4 +1,4 @@
-"""Collect what is known of a store, and of one image in it."""
+"""Collect the known facts of a store, and of one image in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stored_bytes(path: Path) -> int:
     """Add up the bytes of all files of a store."""
     total, folders = 0, [str(path)]
     with ThreadPoolExecutor(LOOKS) as pool:
-        while folders:  # level by level
+        while folders:  # one level of folders at a time
             found = list(pool.map(_look, (folders[i::LOOKS] for i in range(LOOKS))))
             total += sum(size for size, _ in found)
             folders = [folder for _, below in found for folder in below]
@@ -44,7 +44,7 @@ def _look(folders: list[str]) -> tuple[int, list[str]]:
     return size, below
 
 
-NAMES = 5000  # paths among which the closest one is looked for, at most
+NAMES = 5000  # paths searched for the closest name, at most
 
 
 PROVENANCE = ("teachers", "crops", "renderer", "compute", "data", "layout")
@@ -201,8 +201,8 @@ def store_lines(facts: StoreFacts) -> list[tuple[str, str]]:
     lines.append(
         (
             "crops",
-            f"{facts.views} views of {crops['policy']}, {drawn}{crops['interpolation']}, EXIF "
-            f"{crops['exif']}",
+            f"{facts.views} views of {crops['policy']}, "
+            f"{drawn}{crops['interpolation']}, EXIF {crops['exif']}",
         )
     )
     if mix := crops.get("cutmix"):
@@ -224,8 +224,8 @@ def store_lines(facts: StoreFacts) -> list[tuple[str, str]]:
         lines.append(
             (
                 "averaged",
-                f"of {len(parts)} stores, of {', '.join(str(part['teachers']) for part in parts)} "
-                f"teachers",
+                f"of {len(parts)} stores, "
+                f"of {', '.join(str(part['teachers']) for part in parts)} teachers",
             )
         )
     if facts.labelled_crops:

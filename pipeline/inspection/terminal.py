@@ -79,8 +79,8 @@ def verdict_page(result: dict) -> None:
         )
     elif result["sound"]:
         summary = (
-            "the files are sound, and the labels are NOT TO BE TRUSTED with these images and "
-            "teachers"
+            "the files are sound, "
+            "and the labels are NOT TO BE TRUSTED with these images and teachers"
         )
     elif not (result["damaged"] or result["foreign"]):
         summary = "NOT ALL OF IT COULD BE READ: mend that, and verify again"

@@ -17,7 +17,7 @@ class RenderSettings:
 
     interpolation: "bilinear" or "bicubic". exif: "apply" turns photographs by their
     EXIF orientation, "ignore" doesn't. backend: "cpu", "gpu" or "gpu-hardware".
-    threads: number of threads that read and decode; None: one per core
+    threads: number of threads that read and decode; None: one per core, at most 16
     (``threads_for``). max_megapixels: a larger image is unusable.
     """
 

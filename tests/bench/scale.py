@@ -550,8 +550,8 @@ def table(sizes: dict[str, dict], varied: dict, whole: dict) -> None:
     if ratios:
         worst = max(ratios, key=ratios.get)
         print(
-            f"\nNo step costs more than ×{ratios[worst]:.2f} beyond {base['crops']:,} crops "
-            f"({worst})"
+            f"\nNo step costs more than ×{ratios[worst]:.2f} "
+            f"beyond {base['crops']:,} crops ({worst})"
         )
     if BASE in sizes:
         more = ", ".join(

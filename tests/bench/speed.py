@@ -241,8 +241,8 @@ def the_stand_in_student(place: Place) -> Iterator[Figure]:
         with serial():
             theirs = [bare / of_a_pass(run)]
     detail = (
-        f"{len(loader.sizes)} batches of 64 at 224 px, {64 / alone:,.0f} images/s from the "
-        f"loader alone"
+        f"{len(loader.sizes)} batches of 64 at 224 px, "
+        f"{64 / alone:,.0f} images/s from the loader alone"
     )
     yield Figure("stage two / stand-in student", ours, 0.95, detail)
     yield Figure(
@@ -347,8 +347,8 @@ def the_loader(place: Place) -> Iterator[Figure]:
             f"loader / Pillow + torchvision, {crops} crop{'s' * (crops > 1)} per decode",
             [a / b for a, b in timed],
             None,
-            f"{rates[1]:,.0f} and {rates[0]:,.0f} crops/s at 224 px, {processes} threads or "
-            f"processes",
+            f"{rates[1]:,.0f} and {rates[0]:,.0f} crops/s at 224 px, "
+            f"{processes} threads or processes",
         )
 
 
@@ -392,8 +392,8 @@ def labels(place: Place) -> Iterator[Figure]:
         "a file per image (FKD) / labels of an epoch",
         [a / b for a, b in timed],
         None,
-        f"seconds a row: {1e6 * each[0]:.0f} µs and {1e6 * each[1]:.1f} µs, {1 / each[1]:,.0f} "
-        f"rows/s, 1,000 classes",
+        f"seconds a row: {1e6 * each[0]:.0f} µs and {1e6 * each[1]:.1f} µs, "
+        f"{1 / each[1]:,.0f} rows/s, 1,000 classes",
     )
 
 

@@ -262,8 +262,8 @@ def test_the_card_has_the_figures_of_its_own_epoch(hard, tmp_path, weights):
         f"| top-5 (of 3 classes: says nothing) | {mine['val_top5']:.2f} % |",
         f"| cross-entropy to the class folders | {mine['val_loss']:.4f} nats |",
         f"| loss | {mine['loss']:.4f} nats | 90 training crops |",
-        f"| agreement: class folder and student put the same class first | {mine['agreement']:.2f} "
-        f"% |",
+        f"| agreement: class folder and student put the same class first "
+        f"| {mine['agreement']:.2f} % |",
         "| gamma | `100.0` |",
         f"those of epoch {mine['epoch'] + 1}, the ",
     ):
@@ -275,8 +275,8 @@ def test_the_card_has_the_figures_of_its_own_epoch(hard, tmp_path, weights):
         assert line is mine or f"{line['loss']:.4f} nats" not in text
     seconds, images = (sum(line[key] for line in lines) for key in ("seconds", "images"))
     assert (
-        f"The run has done 2 of 2 epochs: 180 crops in {seconds:.0f} s, {images / seconds:,.1f} "
-        f"images per second" in text
+        f"The run has done 2 of 2 epochs: "
+        f"180 crops in {seconds:.0f} s, {images / seconds:,.1f} images per second" in text
     )
     assert (
         "(hard labels)" in text
@@ -571,9 +571,9 @@ def test_stopped_in_the_middle_it_leaves_nothing(hard, tmp_path, monkeypatch):
 
 def test_killed_in_the_middle_it_leaves_no_folder_and_does_not_hinder_the_next(hard, tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from pipeline.exchange import "
-        "export_student "
-        "as export\nexport.require_onnx = lambda: None\n"
+        "import os, sys; from pathlib import Path; "
+        "from pipeline.exchange import export_student as export\n"
+        "export.require_onnx = lambda: None\n"
     )
     code += (
         "export.write_onnx = lambda *_: os.kill(os.getpid(), "

@@ -1,4 +1,4 @@
-"""Evaluation is exact: every image counts once, also in the last partial batch, and each
+"""Evaluation is exact: every image counts once, also in a last partial batch, and each
 model has its own size and normalisation."""
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_labels_that_nobody_said_are_noticed_however_coarse_the_codec(
 def test_a_teacher_that_a_store_names_by_a_place_is_not_looked_up(photos, copy, name):
     edit_store(copy, lambda attributes: attributes["provenance"]["teachers"][0].update(model=name))
     writer = StoreWriter(copy)
-    (writer.store.path / "records/c/0/0/0").unlink()  # no label is needed for a refusal
+    (writer.store.path / "records/c/0/0/0").unlink()  # shards don't matter to the refusal
     with pytest.raises(StoreError, match="names a teacher by a place .*; pass it with --teacher"):
         relabel._teachers(writer.store, [], CPU)
 

@@ -366,8 +366,8 @@ def browser() -> Iterator:
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_the_page(browser, report, width, scheme):
-    """The console stays empty, the network silent, the page as wide as the window, every
-    picture is decoded, and every box is on its photograph."""
+    """The page writes nothing to the console, asks nothing of the network and fits the
+    window. Every picture is decoded, and every box is on its photograph."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))

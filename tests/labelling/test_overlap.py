@@ -72,8 +72,8 @@ class Counted:
         with self.changed:
             if not self.changed.wait_for(lambda: self.n >= n, PATIENCE):
                 raise AssertionError(
-                    f"it happened {self.n} times and never {n}: nothing is done beside anything "
-                    f"else"
+                    f"it happened {self.n} times and never {n}: "
+                    f"nothing is done beside anything else"
                 )
 
 

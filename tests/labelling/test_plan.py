@@ -147,13 +147,13 @@ def test_teachers_whose_weights_are_not_at_hand_are_timed_with_random_ones(monke
     )
     assert (
         status == 0
-        and "timed with random weights instead: the weights of test_resnet.r160_in1k can't be "
-        "fetched"
+        and "timed with random weights instead: "
+        "the weights of test_resnet.r160_in1k can't be fetched"
         in err
     )
     assert (
-        f"{BYTES_PER_CROP} bytes a crop (pow8, of real labels of that many classes, not measured "
-        f"here)" in out
+        f"{BYTES_PER_CROP} bytes a crop "
+        f"(pow8, of real labels of that many classes, not measured here)" in out
     )
     tail = run(
         "generate-labels",

@@ -151,8 +151,8 @@ def test_batchnorm_is_not_folded_into_weights_of_half_precision(
 
 def test_tf32_is_refused_where_there_is_none(recipe, photos, store_path, tmp_path, monkeypatch):
     line = (
-        "{} tf32 needs a GPU of compute capability 8.0 or later, and this runs on a CPU; set "
-        "{}=float32"
+        "{} tf32 needs a GPU of compute capability 8.0 or later, "
+        "and this runs on a CPU; set {}=float32"
     )
     with pytest.raises(PrecisionError) as refused:
         generate(
@@ -425,8 +425,8 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(
     how = {"renderer": {"backend": "gpu", "steps": "as now"}}
     with pytest.raises(
         RunError,
-        match="started with renderer.decoder None, this is CUDA .*; pass the same to go on, or "
-        "choose another --out",
+        match="started with renderer.decoder None, this is CUDA .*; "
+        "pass the same to go on, or choose another --out",
     ):
         resume._require_same_teachers(
             tmp_path, how, {"renderer": how["renderer"] | DECODERS["gpu"]}

@@ -1,5 +1,5 @@
-"""CutMix: the mixes are drawn as in the paper, teachers and student see the same mix, a
-mixed store behaves as any store, and a mix by area weighs labels by pixels."""
+"""CutMix: mixes are drawn as in the paper, teachers and student see the same mix, a
+mixed store behaves as any store, and labels may be mixed by area."""
 
 from __future__ import annotations
 
@@ -771,8 +771,8 @@ def test_training_with_a_mix_that_the_store_has_not_is_refused(
     out = tmp_path / "run"
     asks = changed(recipe, crops={"cutmix": {}})
     says = (
-        r"crops.cutmix is .*, .* was made with null; set it so, leave it out, or generate "
-        r"another store"
+        r"crops.cutmix is .*, .* was made with null; "
+        r"set it so, leave it out, or generate another store"
     )
     refused(ConfigError, says, train, asks, photos, out, store=store_path, device=CPU)
     other = changed(mixing, crops={"cutmix": {"beta": 0.3}})

@@ -572,8 +572,8 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(
         return require_same_pixels(store, photos / "train", 2)
     with pytest.raises(
         RenderError,
-        match=r"other pixels of an image when others are rendered with it \([12] of \d+ crops "
-        r"differ at 48 px\)",
+        match=r"other pixels of an image when others are rendered with it "
+        r"\([12] of \d+ crops differ at 48 px\)",
     ):
         require_same_pixels(store, photos / "train", 2)
     return None

@@ -183,8 +183,8 @@ def test_an_image_that_changed_unnoticed_is_refused_when_it_is_read(data, recipe
     os.utime(victim, ns=(when, when))
     with pytest.raises(
         DataError,
-        match="bee/003.jpg has changed since .*; put the image back as it was, or begin anew, with "
-        "another store or --out",
+        match="bee/003.jpg has changed since .*; "
+        "put the image back as it was, or begin anew, with another store or --out",
     ):
         train(
             changed(recipe, train=hard | {"epochs": 2}), data.parent, tmp_path / "run", device=CPU

@@ -239,8 +239,8 @@ def test_a_row_that_codes_to_nothing_but_zeros_is_refused():
     rows[0, 0], rows[1] = 1, 1 / classes
     with pytest.raises(
         StoreError,
-        match="row 1 of a batch has no probability large enough for codec sqrt8 at 400000 classes; "
-        "choose a finer",
+        match="row 1 of a batch has no probability large enough "
+        "for codec sqrt8 at 400000 classes; choose a finer",
     ):
         CODECS["sqrt8"].encode(rows)
     assert CODECS["pow8"].encode(rows).any(axis=1).all()

@@ -806,8 +806,8 @@ def test_an_image_that_changes_while_a_stage_is_at_work_is_named(
     ):
         with pytest.raises(
             DataError,
-            match=rf"{image} (has changed since|can't be read any more).*; put the image back as "
-            rf"it was, or",
+            match=rf"{image} (has changed since|can't be read any more).*; "
+            rf"put the image back as it was, or",
         ):
             stage()
         assert tree(store) == before and not store.with_name("s.zarr.claims").exists()
@@ -856,8 +856,8 @@ def test_a_teacher_whose_output_is_not_finite_is_named_with_the_image(
     specs[place] = specs[place].model_copy(update={"checkpoint": str(path)})
     with pytest.raises(
         ModelError,
-        match=rf"^teacher {specs[place].model} gives no finite output for \w+/\d+\.jpg \(.*; check "
-        rf"its",
+        match=rf"^teacher {specs[place].model} gives no finite output "
+        rf"for \w+/\d+\.jpg \(.*; check its",
     ) as refusal:
         generate(
             recipe.model_copy(update={"teachers": tuple(specs)}),

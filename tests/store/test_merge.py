@@ -163,8 +163,8 @@ def test_a_damaged_shard_is_never_averaged(apart, tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(
         StoreError,
-        match="1 shards could not be merged, being damaged, the first is view 1, rows 32 to 63 of "
-        ".*b.zarr: ",
+        match="1 shards could not be merged, being damaged, "
+        "the first is view 1, rows 32 to 63 of .*b.zarr: ",
     ):
         merged(apart["pow8"][0], broken, out=tmp_path / "m.zarr")
     assert LabelStore.open(tmp_path / "m.zarr").progress() == (5, 6)  # the other shards were merged
@@ -205,8 +205,8 @@ def test_a_teacher_never_counts_twice(apart, tmp_path):
     one, _, both = apart["pow8"]
     with pytest.raises(
         StoreError,
-        match="both have labels of test_resnet, which would count twice; leave one of them out .* "
-        "differ in teachers",
+        match="both have labels of test_resnet, which would count twice; "
+        "leave one of them out .* differ in teachers",
     ):
         merged(one, both, out=tmp_path / "m.zarr")
 

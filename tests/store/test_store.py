@@ -508,13 +508,13 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     for place, says in (
         (
             newer,
-            "has label store format 6, this program reads 1 to 5; it was made by a newer version: "
-            "update this program",
+            "has label store format 6, this program reads 1 to 5; "
+            "it was made by a newer version: update this program",
         ),
         (
             older,
-            "has label store format 0, this program reads 1 to 5; use the version of this program "
-            "that made it",
+            "has label store format 0, this program reads 1 to 5; "
+            "use the version of this program that made it",
         ),
         (other, "not a label store .*'something'"),
         (tmp_path / "plain.zarr", "not a label store .*None"),

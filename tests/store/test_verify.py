@@ -331,8 +331,8 @@ def test_a_description_of_another_recipe_is_not_put_over_these_labels(photos, re
     before = tree(copy)
     with pytest.raises(
         StoreError,
-        match="were made from other images, teachers or another recipe .* run the command that "
-        "made it",
+        match="were made from other images, "
+        "teachers or another recipe .* run the command that made it",
     ):
         generate(changed(recipe, crops={"seed": 1}), photos, copy, device=CPU)
     assert tree(copy) == before

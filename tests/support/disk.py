@@ -1,11 +1,11 @@
-"""Simulate a disk that loses, when the power fails, all that was not forced to it. A
-killed process can't show a missing fsync, since the kernel keeps its writes.
+"""Simulate a disk that loses all data not forced to it when the power fails. A killed
+process can't show a missing fsync, since the kernel keeps its writes.
 
 A ``Disk`` watches a folder, and notes every fsync below it and every call that changes
 a folder. The disk holds for certain the content of a file at the file's last fsync, and
 the names in a folder at the folder's last fsync. Later contents and names may have
-reached the disk or not, in any order. A ``Moment`` knows both, and ``Disk.rebuild``
-makes a folder of one of the many contents that the disk may have at that moment.
+reached the disk or not, in any order. A ``Moment`` records the certain and the possible
+ones, and ``Disk.rebuild`` makes a folder with one of the disk's possible contents.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ class Disk:
     disk."""
 
     root: Path
-    # paths below root whose fsync does nothing, as if the program had left it out
+    # paths below root whose fsync does nothing, as if it were missing in the program
     forgets: Callable[[Path], bool] = lambda path: False
-    # results that the program was told are done, and that must never be lost from then
-    # on; the test adds them
+    # results that must never be lost from now on; the test adds them
     done: set = field(default_factory=set)
     # (call, path below root) in order: fsync, rename, …, and the entries of ``note``
     calls: list[tuple[str, str]] = field(default_factory=list)

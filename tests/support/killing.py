@@ -60,8 +60,8 @@ class Moment:
     """The moment at which a run kills itself."""
 
     event: int  # the n-th event, from 0
-    wait: float | None = None  # seconds after the event; None: before the event has an effect
-    part: float = 0.0  # if the event is a write and wait is None: the share that is written first
+    wait: float | None = None  # seconds after the event; None: at once, before its effect
+    part: float = 0.0  # of a write, if wait is None: the share of the content that is written
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
 
     def happens(what: str, path: Any, folder: int = -1) -> bool:
         """Note an event, and return True if the run must die in it. The caller kills
-        the run, since the event may have to be half done by then."""
+        the run, perhaps after half of the event."""
         path = os.fsdecode(path)
         if folder >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
@@ -226,9 +226,9 @@ def _watch(beside: str, data: str, log: int, moment: Moment | None) -> None:
             _die()
 
     def opened(*given: Any, **named: Any) -> Any:
-        """Open a file that a kill can leave empty or cut short. Zarr and pathlib write
-        a small file in one call: the file is so between its opening and the end of the
-        call."""
+        """Open a file whose writing a kill can cut short. Zarr and pathlib write a
+        small file in one call: from its opening to the end of the call, the file is
+        empty or cut short."""
         file = real_open(*given, **named)
         mode = given[1] if len(given) > 1 else named.get("mode", "r")
         if "r" not in mode or "+" in mode:

@@ -33,10 +33,10 @@ VIEWS = 3
 ROWS = 4  # rows of a shard
 SOON = 20.0  # seconds in which a signal is obeyed; it takes one or two
 CAP_DAC_OVERRIDE = 1  # linux/capability.h: root may write where permissions say no
-# seconds added to a write, where a run must not end before the other runs have come
+# seconds added to a write, so that no run ends before the other runs begin
 SLOW = 0.1
 FILLER = "filler"  # a file that fills a small disk
-# modules that runs import beside HEAVY
+# modules that runs import in addition to HEAVY
 ALSO = [
     *(
         "support.workers",
@@ -50,8 +50,8 @@ ALSO = [
 
 @dataclass(frozen=True)
 class When:
-    """The n-th event of a kind in a run, on a path that matches, and what happens to
-    the run just before the event."""
+    """The n-th event of a kind on a matching path, and what happens to the run just
+    before the event."""
 
     # read or write: the run opens the file; rename, link, remove; forget: its main
     # thread is done with a DALI pipeline
@@ -369,9 +369,8 @@ def _log_writes(log: int, slow: float) -> None:
 
 
 def _watch(folder: str, whens: tuple[When, ...], disk: str | None) -> None:
-    """Watch for the events of ``whens``, and do to this process what each says.
-    ``disk``: the small file system to fill; None: writing itself fails as it would on a
-    full disk."""
+    """Watch for the events of ``whens``, and carry out the ``then`` of each. ``disk``:
+    the small file system to fill; None: writing itself fails as on a full disk."""
     from nvidia import dali
 
     counts = [itertools.count(1) for _ in whens]

@@ -106,7 +106,7 @@ def test_the_loss_with_temperatures_and_hard_label_by_hand(recipe):
     np.testing.assert_allclose(
         aim.loss(torch.tensor(z, dtype=torch.float32), goal).numpy(), by_hand, rtol=1e-5
     )
-    np.testing.assert_allclose(goal.soft.numpy(), p, rtol=1e-6)  # the labels that KL is reported against
+    np.testing.assert_allclose(goal.soft.numpy(), p, rtol=1e-6)  # KL is reported against p
     np.testing.assert_allclose(losses.temper(torch.tensor(p), 2.0).numpy(), softer, rtol=1e-12)
 
 
@@ -141,7 +141,7 @@ def test_the_rate_of_every_step_follows_the_schedule(
     train(cosine, photos, tmp_path / "run", store=store_path, device=CPU)
     epoch = np.array([e + start / 90 for e in (0, 1) for start in range(0, 90, 16)])
     ends = np.append(epoch[1:], 2.0)
-    # The warm-up ends each step above zero, so that no step is lost at rate zero.
+    # Warm-up takes the rate at the end of a step, so that no step is lost at rate zero.
     by_hand = (1 + np.cos(np.pi * epoch / 2)) / 2 * np.minimum(1, ends)
     np.testing.assert_allclose(np.array(seen), by_hand[:, None] * [0.01, 0.1], rtol=1e-12)
 
@@ -205,8 +205,8 @@ def test_a_run_of_an_older_version_goes_on(photos, recipe, store_path, tmp_path)
     [
         (
             ["train.discriminator.input=mean_logits"],
-            "needs live teachers, since a store holds no logits; set it to log_mean, or train "
-            "--online",
+            "needs live teachers, since a store holds no logits; "
+            "set it to log_mean, or train --online",
         ),
         (["train.labels=hard"], "train.discriminator needs soft labels"),
         (
@@ -257,8 +257,8 @@ def test_a_config_that_asks_for_what_the_store_does_not_hold_is_refused_with_the
         (
             "crops",
             {"scale": [0.5, 1.0]},
-            r"crops.scale is .* was made with .*; set it so, leave it out, or generate another "
-            r"store",
+            r"crops.scale is .* was made with .*; "
+            r"set it so, leave it out, or generate another store",
         ),
         ("train", {"views": 3}, "extend it with generate-labels --views 3, or lower train.views"),
         ("train", {"online": True}, "takes no --store; leave one of them out"),

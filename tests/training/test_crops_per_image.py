@@ -1,5 +1,5 @@
-"""Several crops of each decoded image in a batch (FKD): crops and labels are the same as
-one at a time, and a run counts epochs in crops."""
+"""Several crops of each decoded image in a batch (FKD): crops and labels are those of
+one crop at a time, and a run counts epochs in crops."""
 
 from __future__ import annotations
 
@@ -271,8 +271,8 @@ def test_a_run_resumed_between_passes_ends_with_the_same_bytes(photos, recipe, p
         ),
         (
             {"batch_size": 2},
-            r"train.batch_size .* a multiple of train.crops_per_image \(2\), twice it at least, "
-            r"got 2",
+            r"train.batch_size .* a multiple of train.crops_per_image \(2\), "
+            r"twice it at least, got 2",
         ),
         (
             {"epochs": 3},
@@ -309,8 +309,7 @@ def test_more_crops_of_an_image_than_views_are_refused(
     )
     says = (
         rf"crops_per_image is {there + 1}, but the run replays {there} of .*'s views; "
-        rf"{repair}, "
-        rf"or lower train.crops_per_image$"
+        rf"{repair}, or lower train.crops_per_image$"
     )
     with pytest.raises(StoreError, match=says) as refusal:
         train(asks, photos, tmp_path / "run", store=path, device=CPU)

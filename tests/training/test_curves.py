@@ -1,4 +1,4 @@
-"""A run's curves show its metrics, also after a kill and in another version; runs are
+"""A run's curves are its metrics, however the run was stopped and continued. Runs are
 compared by the files in their folders."""
 
 from __future__ import annotations
@@ -371,14 +371,14 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_line(judged, tmp_path):
     refuses(
         "config.yaml",
         None,
-        r"run is no run of train-student \(it has no config.yaml\); check the path, or leave this "
-        r"run out",
+        r"run is no run of train-student \(it has no config.yaml\); "
+        r"check the path, or leave this run out",
     )
     refuses(
         "config.yaml",
         "train: {lr: -1}",
-        r"config.yaml is damaged \(.*train.lr must be above 0, got -1\); leave this run out, or "
-        r"bring",
+        r"config.yaml is damaged \(.*train.lr must be above 0, got -1\); "
+        r"leave this run out, or bring",
     )
     for text in ("", "a: [", b"\xff"):
         refuses("config.yaml", text, "config.yaml is damaged")

@@ -351,8 +351,8 @@ def test_mean_logits_are_refused_without_live_teachers():
     document = {"train": {"discriminator": {"input": "mean_logits"}}}
     with pytest.raises(
         ConfigError,
-        match="mean_logits needs live teachers, since a store holds no logits; set it to log_mean, "
-        "or train --online",
+        match="mean_logits needs live teachers, since a store holds no logits; "
+        "set it to log_mean, or train --online",
     ):
         config_file.validate(document, "test")
     document["train"]["online"] = True

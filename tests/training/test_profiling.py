@@ -49,8 +49,8 @@ def most(found: dict[str, float]) -> str:
             stream,
             "ensemble",
             "teachers",
-            "the teachers are the limit, the loader keeps up: set store.compile=true for a new "
-            "store",
+            "the teachers are the limit, the loader keeps up: "
+            "set store.compile=true for a new store",
         ),
         (
             CropRenderer,
@@ -95,8 +95,8 @@ def test_what_limits_labelling_is_named(photos, recipe, tmp_path, monkeypatch, c
             CropRenderer,
             "__call__",
             "render",
-            "the student waits for crops, and decoding takes most of that: show several crops of "
-            "each decoded image",
+            "the student waits for crops, and decoding takes most of that: "
+            "show several crops of each decoded image",
         ),
     ],
 )

@@ -293,8 +293,8 @@ def test_a_store_of_other_images_is_refused(photos, recipe, store_path, tmp_path
     others = write_photos(tmp_path / "others", 30, seed=5)
     with pytest.raises(
         DataError,
-        match=r"is not the data set that .* was made from: 90 of 90 images of another size.*; pass "
-        r"the folder",
+        match=r"is not the data set that .* was made from: "
+        r"90 of 90 images of another size.*; pass the folder",
     ):
         train(recipe, others, tmp_path / "run", store=store_path, device=CPU)
     shutil.copytree(photos / "train", tmp_path / "data")
@@ -309,8 +309,8 @@ def test_a_store_of_other_classes_is_refused(photos, recipe, store_path, tmp_pat
     (tmp_path / "data" / "dog").mkdir()
     with pytest.raises(
         StoreError,
-        match=r"has labels for 3 classes, .* has 4 class folders of which 1 .* \(the first is "
-        r"dog\); pass",
+        match=r"has labels for 3 classes, .* has 4 class folders "
+        r"of which 1 .* \(the first is dog\); pass",
     ):
         train(recipe, tmp_path / "data", tmp_path / "run", store=store_path, device=CPU)
 
@@ -374,8 +374,8 @@ def test_a_run_directory_of_something_else_is_refused(photos, recipe, store_path
     )
     with pytest.raises(
         RunError,
-        match=r"was started with train.lr 0.01, this is 0.02; pass the same to go on, or choose "
-        r"another --out",
+        match=r"was started with train.lr 0.01, this is 0.02; "
+        r"pass the same to go on, or choose another --out",
     ):
         train(
             changed(recipe, train={"lr": 0.02}),

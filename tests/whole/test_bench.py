@@ -162,8 +162,8 @@ def test_a_bound_that_is_broken_is_a_failure(tmp_path, monkeypatch, capsys):
             True,
         ),
         (
-            "tests/test_gpu.py::a PASSED\ntests/test_gpu.py::b[x] FAILED\n=== 1 failed, 1 passed "
-            "in 4.20s ===\n",
+            "tests/test_gpu.py::a PASSED\ntests/test_gpu.py::b[x] FAILED\n"
+            "=== 1 failed, 1 passed in 4.20s ===\n",
             "1 passed, 1 failed",
             False,
         ),

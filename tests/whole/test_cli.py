@@ -230,8 +230,8 @@ def test_the_whole_line_by_its_commands(photos, teachers, tmp_path):
 
 
 def test_the_demo_tells_the_whole_story(short_demo):
-    """The demo is shortened to two epochs and two views. The README's table is of a full
-    run."""
+    """The demo is shortened to two epochs and two views. Its table in the README is of
+    a full run."""
     folder, out = short_demo
     result = json.loads(out)
     assert result["labelled_crops"] == 2 * 1297

@@ -48,8 +48,8 @@ def test_the_papers_recipe_is_the_papers():
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        "teachers: [{model: resnet18}, {model: resnet50}]\ncrops: {views: 2}\ntrain: {lr: 1e-3, "
-        "milestones: []}\n"
+        "teachers: [{model: resnet18}, {model: resnet50}]\n"
+        "crops: {views: 2}\ntrain: {lr: 1e-3, milestones: []}\n"
     )
     return file
 

@@ -1,5 +1,5 @@
-"""Both stages on a GPU: labels are a CPU's to a stated bound, pixels arrive whole, and a
-student learns. The tests are skipped on a machine without a GPU."""
+"""Both stages on a GPU: labels are a CPU's to a stated bound, pixels arrive whole, and
+a student learns. The tests are skipped on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tensors_arrive_whole_while_the_device_is_busy():
 
 
 def test_labels_that_come_back_are_those_of_their_own_pass():
-    """Later work on the GPU doesn't change them."""
+    """Later work on the GPU doesn't change labels on their way back."""
     busy = torch.randn(2000, 2000, device=CUDA)
     returning = []
     for i in range(20):

@@ -1,5 +1,5 @@
-"""Models by the paper's names, the authors' checkpoints, and the refusal of weights that
-don't fit."""
+"""Models by the paper's names, the authors' checkpoints, and the refusal of weights
+that don't fit."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def test_a_file_that_holds_no_named_tensors_is_refused_in_one_line(tmp_path, con
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(
         ModelError,
-        match=r"odd.pth holds no weights that can be read .*; pass a .safetensors, .pth or .pt "
-        r"file",
+        match=r"odd.pth holds no weights that can be read .*; "
+        r"pass a .safetensors, .pth or .pt file",
     ):
         load(ModelSpec(model="resnet18", checkpoint=str(tmp_path / "odd.pth")))
 

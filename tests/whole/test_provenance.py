@@ -178,9 +178,9 @@ def swap(first: Path, second: Path) -> None:
     second.write_bytes(content)
 
 
-# Name of a change → (change, words of generate-labels, words of train-student). None: the
-# store decides, and train-student takes the change. {late} is the path of the changed
-# image, {then} and {now} its bytes.
+# Change: (its function, words of generate-labels' refusal, words of train-student's).
+# None: the store decides, and train-student doesn't ask. {late} is the path of the
+# changed image, {then} and {now} its bytes.
 REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     "a teacher of another architecture": (
         teacher(
@@ -201,8 +201,8 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     "a teacher more": (
         third_teacher,
         [
-            "['test_resnet', 'test_efficientnet'], this is ['test_resnet', 'test_efficientnet', "
-            "'test_resnet']",
+            "['test_resnet', 'test_efficientnet'], "
+            "this is ['test_resnet', 'test_efficientnet', 'test_resnet']",
             SAME_TEACHERS,
         ],
         None,
@@ -366,13 +366,13 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     "an image of the same pixels in as many other bytes": (
         late_image(with_other_density),
         [
-            "{late} has changed since the manifest was made (other contents: {now} bytes now, "
-            "{then} then)",
+            "{late} has changed since the manifest was made (other contents: "
+            "{now} bytes now, {then} then)",
             PUT_IT_BACK,
         ],
         [
-            "{late} has changed since the manifest was made (other contents: {now} bytes now, "
-            "{then} then)",
+            "{late} has changed since the manifest was made (other contents: "
+            "{now} bytes now, {then} then)",
             PUT_IT_BACK,
         ],
     ),
@@ -578,8 +578,8 @@ def test_a_newer_format_is_refused_kindly_whatever_it_looks_like_inside(command,
     for _ in range(2):
         with pytest.raises(
             MealError,
-            match="has label store format 70, .*; it was made by a newer version: update this "
-            "program",
+            match="has label store format 70, .*; "
+            "it was made by a newer version: update this program",
         ):
             STAGES[stage](command)
         assert tree(command.store) == before

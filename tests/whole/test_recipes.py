@@ -1,4 +1,4 @@
-"""Every recipe in configs/ loads, names its purpose and its cost in its head, has models
+"""Every recipe in configs/ loads, tells its purpose and cost in its head, has models
 that exist, and runs one step of both stages."""
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ STUDY = ROOT / "tests" / "bench" / "study"
 def study() -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(STUDY))
-        # No import statements: linters would sort them otherwise beside a folder that is
-        # called study.
+        # No import statements: where a folder called study lies, linters would sort
+        # them otherwise.
         study, rows, tell = map(importlib.import_module, ("study", "rows", "tell"))
         study.rows, study.tell = rows, tell
         yield study

@@ -186,8 +186,8 @@ def photographs(folder: Path | None) -> list[Path] | None:
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not found:
         raise SystemExit(
-            f"prove.py: --photographs {folder} holds no .jpg or .jpeg file; name another folder, "
-            f"or leave it out"
+            f"prove.py: --photographs {folder} holds no .jpg or .jpeg file; "
+            f"name another folder, or leave it out"
         )
     return found
 
@@ -221,8 +221,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error(
-            "torch finds no GPU here; check nvidia-smi, or see with --device cpu that the "
-            "measurements work"
+            "torch finds no GPU here; "
+            "check nvidia-smi, or see with --device cpu that the measurements work"
         )
     files = photographs(given.photographs)
     if given.child:

@@ -251,8 +251,8 @@ def amiss(given: argparse.Namespace) -> str | None:
         and not all(classes(given.cifar10 / split) for split in ("train", "val"))
     ):
         return (
-            f"--cifar10: {given.cifar10} has no train/ and val/ with a folder of images for "
-            f"each class"
+            f"--cifar10: {given.cifar10} has no train/ and val/ "
+            f"with a folder of images for each class"
         )
     if bool(given.photographs) != bool(given.weights):
         return "--photographs and --weights go together: the rows with 1,000 classes need both"
@@ -300,8 +300,8 @@ def lay_cifar10(source: Path, place: Path, most: dict[str, int | None]) -> None:
         ]
         if not found:
             sys.exit(
-                f"error: --cifar10: {source} has no train/ and val/ with a folder of images for "
-                f"each class"
+                f"error: --cifar10: {source} has no train/ and val/ "
+                f"with a folder of images for each class"
             )
         source = found[0]
     for split in ("train", "val"):

@@ -210,8 +210,7 @@ def table(experiment: Experiment, records: dict) -> str:
     n = max(map(len, outcome.of.values()))
     spread = (
         f"Within the spread: a mean difference of {n} seeds below "
-        f"{outcome.margin(TOP1, n):.2f} points of top-1 and {outcome.margin(KL, n):.4f} of "
-        f"KL."
+        f"{outcome.margin(TOP1, n):.2f} points of top-1 and {outcome.margin(KL, n):.4f} of KL."
     )
     told = spread if n > 1 else "One seed: how far seeds scatter isn't known."
     return "\n".join(lines) + f"\n\n{told} {costs(outcome)}{machines(outcome)}.\n"
