@@ -14,6 +14,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUFF := $(BIN)/ruff
+# A test a core, each with one thread: more would only wait for each other.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: setup demo bench gpu study test check lint format
 setup: .venv/installed
@@ -30,11 +32,11 @@ study: .venv/installed
 	$(BIN)/python tests/bench/study/study.py $(if $(CIFAR10),--cifar10 $(CIFAR10)) $(if $(PHOTOGRAPHS),--photographs $(PHOTOGRAPHS) --weights $(WEIGHTS))
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone"
+	$(PARALLEL) -n auto --dist worksteal -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 check: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone and not slow"
+	$(PARALLEL) -n auto --dist worksteal -m "not alone and not slow"
 
 lint: .venv/installed
 	$(RUFF) check .

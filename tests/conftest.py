@@ -27,15 +27,25 @@ SLOW = {
     *("test_label_files", "test_precision", "test_gpu"),
     *("test_crops_per_image", "test_ablations"),
 }
+# Files with the longest tests. Each of two parallel workers begins with some of them,
+# so that no worker is left alone with a long test at the end.
+LONG = (
+    {"test_study", "test_killed", "test_docs", "test_student"},
+    {"test_bench", "test_power_loss", "test_recipes", "test_cli", "test_generate"},
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of these files."""
+    """Mark the tests of these files, and put the long tests first."""
     for item in items:
         if item.path.stem in ALONE:
             item.add_marker("alone")
         if item.path.stem in SLOW:
             item.add_marker("slow")
+    first, second = ([item for item in items if item.path.stem in files] for files in LONG)
+    others = [item for item in items if item.path.stem not in LONG[0] | LONG[1]]
+    middle = len(items) // 2 - len(first)
+    items[:] = [*first, *others[:middle], *second, *others[middle:]]
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -88,4 +89,6 @@ def _handle(number: int, frame: FrameType | None) -> None:
         if frame.f_code.co_name == "__del__":  # Python would only print Stopped here
             return
         frame = frame.f_back
+    # A call of Zarr that the signal interrupts may leave a coroutine that never began.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     raise Stopped(signal.Signals(number).name)

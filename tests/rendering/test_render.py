@@ -588,3 +588,12 @@ def test_views_of_one_rendering_lie_behind_each_other():
     whole = made.all_views[32]
     assert whole.shape == (2, 3, 32, 32, 3) and torch.equal(whole[1], made[1][32])
     assert whole.flatten(0, 1).data_ptr() == made[0][32].data_ptr()
+
+
+def test_a_crop_is_resized_with_antialiasing():
+    """Noise becomes nearly grey, since every pixel counts: 64 of them make one."""
+    noise = np.random.default_rng(0).integers(0, 2, (256, 256)).astype(np.uint8) * 255
+    blob = encoded(Image.fromarray(noise).convert("RGB"), "PNG")
+    renderer = crop_renderer([32], 1, 1, interpolation="bilinear", exif="ignore", threads=1)
+    (pixels,) = renderer([blob], np.array([[[0, 0, 256, 256]]]), np.zeros((1, 1), bool))
+    assert pixels[32].float().std() < 20  # 64 where four pixels make one

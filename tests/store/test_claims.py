@@ -357,3 +357,20 @@ def test_what_is_being_finished_is_finished_and_a_second_signal_is_obeyed_at_onc
         os.kill(os.getpid(), signal.SIGINT)
         done.append("never")
     assert done == ["finished"]
+
+
+def test_a_call_that_a_signal_interrupts_before_it_begins_leaves_no_warning():
+    """Zarr's calls are coroutines: Python warns of a coroutine that nobody awaits."""
+    code = """
+import os, signal
+from cache.system.signals import on_signals
+async def read(): pass
+def call(coroutine): os.kill(os.getpid(), signal.SIGINT)
+try:
+    with on_signals():
+        call(read())
+except KeyboardInterrupt as stop:
+    print(stop)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("SIGINT\n", "")
