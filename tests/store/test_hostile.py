@@ -1227,7 +1227,7 @@ ABSURD_IN_TRAINING: dict[str, list[tuple[str, str, object]]] = {
         {"abc": "0" * 64},
         None,
     ),
-    **attribute("provenance.crops.scale", [5, -1], "x", None),
+    **attribute("provenance.crops.scale", [5, -1], [1, 0.5], "x", None),
     **attribute("provenance.crops.seed", -1, 10**40, "0"),
     **attribute("provenance.crops.flip", NAN, 7),
     **attribute("provenance.crops.interpolation", "lanczos", 5),
