@@ -380,7 +380,7 @@ def train_student(
     with joining(place) as processes:
         train(
             recipe,
-            _data(data, "train", class_map),
+            processes.together(lambda: _data(data, "train", class_map)),
             out,
             store=store,
             validation=val_data,
@@ -473,7 +473,7 @@ def evaluate_models(
       python cli.py eval --data imagenet --model resnet50=run/best.safetensors \\
           --teacher senet154 --teacher resnet152_v1s
     """
-    from pipeline.evaluation import Looking, evaluate_checkpoints
+    from pipeline.evaluation import EvaluationSettings, evaluate_checkpoints
     from pipeline.inspection.terminal import evaluation_table
     from pipeline.render.settings import RenderSettings
     from pipeline.runtime.execution import Execution
@@ -484,7 +484,7 @@ def evaluate_models(
         _specs(models, own),
         teachers=_specs(teachers, own),
         interpolation=interpolation,
-        looking=Looking(RenderSettings(exif=exif), batch_size),
+        settings=EvaluationSettings(RenderSettings(exif=exif), batch_size),
         execution=Execution(_device(device)),
     )
     click.echo(_json(result.document())) if as_json else evaluation_table(result)

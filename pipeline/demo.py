@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from cache.format.manifest import Images
 from pipeline.config import Config, ModelSpec
-from pipeline.evaluation import Looking, evaluate
+from pipeline.evaluation import EvaluationSettings, evaluate
 from pipeline.images.folders import DataFolder
 from pipeline.images.scan import scan
 from pipeline.inspection.store_facts import store_facts
@@ -102,18 +101,19 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     found = scan(val, RenderSettings())
     ensemble = [load(spec).to(device) for spec in teachers]
     pupils = [load(spec).to(device) for spec in (soft, hard)]
-    shown: dict[str, Any] = {"looking": Looking(batch_size=256), "execution": Execution(device)}
-    taught = evaluate(ensemble, val, found, **shown)
-    learned = evaluate(pupils, val, found, teachers=ensemble, **shown)
+    settings, execution = EvaluationSettings(batch_size=256), Execution(device)
+    taught = evaluate(ensemble, val, found, settings=settings, execution=execution)
+    learned = evaluate(
+        pupils, val, found, teachers=ensemble, settings=settings, execution=execution
+    )
     facts = store_facts(store)
-    told, heard = taught.document(), learned.document()
-    rows = dict(zip(names, told["models"], strict=True)) | {"ensemble": told["ensemble"]}
+    rows = dict(zip(names, taught.models, strict=True)) | {"ensemble": taught.ensemble}
     students = ("student from soft labels", "student from hard labels")
-    rows |= dict(zip(students, heard["models"], strict=True))
+    rows |= dict(zip(students, learned.models, strict=True))
     result = {
         "rows": [
-            {**figures, "name": name, "seconds": seconds.get(name)}
-            for name, figures in rows.items()
+            {**score.document(), "name": name, "seconds": seconds.get(name)}
+            for name, score in rows.items()
         ],
         "label_seconds": seconds["soft labels"],
         "labelled_crops": facts.labelled_crops,

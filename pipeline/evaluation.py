@@ -97,6 +97,10 @@ class Score:
     teacher_agreement: float | None = None
     checkpoint: str | None = None
 
+    def document(self) -> dict:
+        """Return the figures that there are."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -110,33 +114,26 @@ class Evaluation:
     teachers: Score | None = None
 
     def document(self) -> dict:
-        """Return the evaluation as --json prints it, without what there isn't."""
-        kept = {key: value for key, value in asdict(self).items() if value is not None}
-        compared = ("teacher_kl", "teacher_agreement")
-
-        def plain(score: dict, *, named: bool) -> dict:
-            left = () if score["teacher_kl"] is not None else compared
-            dropped = (*left, *(() if named else ("checkpoint",)))
-            return {key: value for key, value in score.items() if key not in dropped}
-
-        models = [plain(score, named=True) for score in kept.pop("models")]
-        several = {key: plain(kept.pop(key), named=False) for key in SEVERAL if key in kept}
-        return {**kept, "models": models, **several}
-
-
-SEVERAL = ("ensemble", "teachers")
+        """Return the evaluation as --json prints it: only the figures that there are."""
+        several = {"ensemble": self.ensemble, "teachers": self.teachers}
+        return {
+            "images": self.images,
+            "unusable": self.unusable,
+            "models": [{**one.document(), "checkpoint": one.checkpoint} for one in self.models],
+            **{name: score.document() for name, score in several.items() if score},
+        }
 
 
 @dataclass(frozen=True)
-class Looking:
+class EvaluationSettings:
     """Settings of an evaluation.
 
-    settings: of the renderer, except that each model has its own interpolation.
-    batch_size: images per forward pass. precision: of the forward passes. what: text
-    beside the progress.
+    rendering: settings of the renderer, except that each model has its own
+    interpolation. batch_size: images per forward pass. precision: of the forward
+    passes. what: text beside the progress.
     """
 
-    settings: RenderSettings = field(default_factory=RenderSettings)
+    rendering: RenderSettings = field(default_factory=RenderSettings)
     batch_size: int = 64
     precision: str = "float32"
     what: str = "evaluating"
@@ -148,7 +145,7 @@ def evaluate(
     images: Images,
     *,
     teachers: Sequence[Model] = (),
-    looking: Looking = Looking(),
+    settings: EvaluationSettings = EvaluationSettings(),
     execution: Execution | None = None,
 ) -> Evaluation:
     """Evaluate each model, their ensemble if there are several, and the teachers if
@@ -162,7 +159,7 @@ def evaluate(
     number of classes than ``data``.
     """
     execution = execution or Execution()
-    processes, batch_size, precision = execution.processes, looking.batch_size, looking.precision
+    processes, batch_size, precision = execution.processes, settings.batch_size, settings.precision
     for model in (*models, *teachers):
         if model.classes != len(data.class_names):
             raise MealError(
@@ -180,11 +177,11 @@ def evaluate(
     look = {id(model): (model.image_size, model.interpolation) for model in (*models, *teachers)}
     send = Sender(execution.device)
     renderer = CentreRenderer(
-        list(look.values()), batch_size, looking.settings, pinned=execution.on_gpu
+        list(look.values()), batch_size, settings.rendering, pinned=execution.on_gpu
     )
-    reader = Reader(data.path, images, looking.settings.threads)
+    reader = Reader(data.path, images, settings.rendering.threads)
     with (
-        Progress(looking.what, sum(map(len, cuts)), "images") as progress,
+        Progress(settings.what, sum(map(len, cuts)), "images") as progress,
         reader as read,
         torch.inference_mode(),
     ):
@@ -232,7 +229,7 @@ def evaluate_checkpoints(
     *,
     teachers: Sequence[ModelSpec] = (),
     interpolation: str | None = None,
-    looking: Looking = Looking(),
+    settings: EvaluationSettings = EvaluationSettings(),
     execution: Execution | None = None,
 ) -> Evaluation:
     """Load models, scan a folder for its images, and evaluate (``evaluate``).
@@ -245,11 +242,11 @@ def evaluate_checkpoints(
     )
     for model in (*pupils, *references):
         model.interpolation = interpolation or model.interpolation
-    found = scan(data, looking.settings)
+    found = scan(data, settings.rendering)
     for line in unusable_summary(found):
         say(line)
     result = evaluate(
-        pupils, data, found, teachers=references, looking=looking, execution=execution
+        pupils, data, found, teachers=references, settings=settings, execution=execution
     )
     named = [
         replace(score, checkpoint=spec.checkpoint)

@@ -13,7 +13,7 @@ from torch import nn
 
 from cache.system import durable
 from pipeline.config import Config
-from pipeline.evaluation import Looking, Validation, evaluate
+from pipeline.evaluation import EvaluationSettings, Validation, evaluate
 from pipeline.models.model import Model, sync_batchnorm
 from pipeline.runs import checkpoint
 from pipeline.runs.curves import Curves
@@ -278,7 +278,7 @@ class Run:
         images."""
         self.student.module.eval()
         recipe = self.config.train
-        looking = Looking(
+        settings = EvaluationSettings(
             self.source.settings,
             batch_size=min(256, recipe.batch_size),
             # On a CPU tf32 is the same as float32.
@@ -290,7 +290,7 @@ class Run:
             [self.student],
             validation.data,
             validation.images,
-            looking=looking,
+            settings=settings,
             execution=self.execution,
         )
         (score,) = result.models

@@ -83,11 +83,13 @@ def evaluate(models: Sequence, folder: Path, images: Images, classes: int, **how
     """Evaluate on a folder of so many classes. how: device, processes, teachers;
     batch_size, precision, what; the settings of the renderer."""
     execution = Execution(how.pop("device", CPU), **_split(how, "processes"))
-    looking = evaluation.Looking(
+    settings = evaluation.EvaluationSettings(
         RenderSettings(**_split(how, *SETTINGS)), **_split(how, "batch_size", "precision", "what")
     )
     data = DataFolder(folder, [str(i) for i in range(classes)])
-    result = evaluation.evaluate(models, data, images, looking=looking, execution=execution, **how)
+    result = evaluation.evaluate(
+        models, data, images, settings=settings, execution=execution, **how
+    )
     return result.document()
 
 
