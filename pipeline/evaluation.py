@@ -114,7 +114,7 @@ class Evaluation:
     teachers: Score | None = None
 
     def document(self) -> dict:
-        """Return the evaluation as --json prints it: only the figures that there are."""
+        """Return what --json prints of the evaluation: the figures that there are."""
         several = {"ensemble": self.ensemble, "teachers": self.teachers}
         return {
             "images": self.images,
