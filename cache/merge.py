@@ -22,6 +22,7 @@ from cache.format.codec import Codec
 from cache.format.crops import Content
 from cache.format.manifest import USABLE
 from cache.reader import LabelStore
+from cache.writer import StoreWriter
 
 # sections of the provenance that must be equal: they decide on images, crops and pixels
 ALIKE = ("crops", "renderer", "data")
@@ -92,27 +93,40 @@ def merge(
         f"{'joining' if joining else 'averaging'} {len(stores)} stores into {out}: {views} views, "
         f"codec {writer.store.codec.name}"
     )
-    lost: list[str] = []
-    for shard in range(writer.store.shards):
-        writer.discard_damaged(shard, views, say)
-        with writer.claimed(list(range(views)), shard) as missing:
-            for view in missing:
-                content, fault = (
-                    _first(stores, view, shard)
-                    if joining
-                    else _mean(stores, writer.store, view, shard)
-                )
-                if content is not None:
-                    writer.write(view, shard, *content)
-                elif fault is not None:
-                    lost.append(f"{writer.store.place(view, shard)} of {fault}")
-            progress(views)
+    lost = _fill(writer, stores, views, joining=joining, say=say, progress=progress)
     if lost:
         raise StoreError(
             f"{len(lost)} shards could not be merged, being damaged, the first is {lost[0]}; mend "
             f"that store with the command that made it, then merge again"
         )
     return LabelStore.open(out)
+
+
+def _fill(
+    writer: StoreWriter,
+    stores: Sequence[LabelStore],
+    views: int,
+    *,
+    joining: bool,
+    say: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> list[str]:
+    """Write every shard that ``stores`` have and the merged store doesn't. Returns the
+    places of shards that are damaged in the stores, and what is wrong with them."""
+    made, lost = writer.store, []
+    for shard in range(made.shards):
+        writer.discard_damaged(shard, views, say)
+        with writer.claimed(list(range(views)), shard) as missing:
+            for view in missing:
+                content, fault = (
+                    _first(stores, view, shard) if joining else _mean(stores, made, view, shard)
+                )
+                if content is not None:
+                    writer.write(view, shard, *content)
+                elif fault is not None:
+                    lost.append(f"{made.place(view, shard)} of {fault}")
+            progress(views)
+    return lost
 
 
 def _recipe(provenance: dict[str, Any]) -> bytes:

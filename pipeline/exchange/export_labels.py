@@ -35,39 +35,11 @@ def export_labels(
     FKD's files can't express.
     """
     require_a_name(split)
-    store = LabelStore.open(path)
-    if store.provenance["crops"]["exif"] == "apply":
-        raise StoreError(
-            f"{path} has crops of photographs that were turned by their EXIF, and FKD's code "
-            f"doesn't turn them; make a store with crops.exif: ignore"
-        )
-    if store.mixed:
-        raise StoreError(
-            f"{path} holds labels of mixed pictures (CutMix), and FKD's files don't say what was "
-            f"mixed; make a store without crops.cutmix"
-        )
-    views, kept = views or store.views, KINDS[labels]
-    if views > store.views:
-        raise StoreError(
-            f"--views is {views}, and {path} has {store.views}; lower it, or extend the store"
-        )
-    if kept >= store.classes:
-        raise StoreError(
-            f"{path} has {store.classes} classes, no more than {labels} keeps; pass --labels full"
-        )
-    for view in range(views):
-        store.require_finished(view)
+    store, kept = LabelStore.open(path), KINDS[labels]
+    views = views or store.views
+    _require_exportable(store, labels, views)
     manifest, total = store.images, len(store.usable)
-    files = {
-        image: file
-        for file, image in named(manifest.path[store.usable], split, fkd_format.place_of).items()
-    }
-    if len(files) < total:
-        other = next(image for image in manifest.path[store.usable].tolist() if image not in files)
-        raise StoreError(
-            f"FKD's code takes no {Path(other).suffix or 'file without an ending'} for an image "
-            f"({other}); rename or leave out such images"
-        )
+    files = _files(store, split)
     _require_same_export(out, {"store": store.identity.hex(), "labels": labels, "views": views})
     if total < len(manifest):
         say(
@@ -114,6 +86,46 @@ def export_labels(
         f"--softlabel_path {out}"
     )
     return total
+
+
+def _require_exportable(store: LabelStore, labels: str, views: int) -> None:
+    """Raises StoreError unless FKD's files can express so many views of a store, and
+    these views are finished."""
+    if store.provenance["crops"]["exif"] == "apply":
+        raise StoreError(
+            f"{store.path} has crops of photographs that were turned by their EXIF, and FKD's code "
+            f"doesn't turn them; make a store with crops.exif: ignore"
+        )
+    if store.mixed:
+        raise StoreError(
+            f"{store.path} holds labels of mixed pictures (CutMix), and FKD's files don't say what "
+            f"was mixed; make a store without crops.cutmix"
+        )
+    if views > store.views:
+        raise StoreError(
+            f"--views is {views}, and {store.path} has {store.views}; lower it, or extend the store"
+        )
+    if KINDS[labels] >= store.classes:
+        raise StoreError(
+            f"{store.path} has {store.classes} classes, no more than {labels} keeps; pass "
+            f"--labels full"
+        )
+    for view in range(views):
+        store.require_finished(view)
+
+
+def _files(store: LabelStore, split: str) -> dict[str, str]:
+    """Return the label file of each usable image, by the image's path. Raises
+    StoreError for an image that FKD's code wouldn't find."""
+    usable = store.images.path[store.usable]
+    found = {image: file for file, image in named(usable, split, fkd_format.place_of).items()}
+    if len(found) < len(usable):
+        other = next(image for image in usable.tolist() if image not in found)
+        raise StoreError(
+            f"FKD's code takes no {Path(other).suffix or 'file without an ending'} for an image "
+            f"({other}); rename or leave out such images"
+        )
+    return found
 
 
 def _parts(store: LabelStore, most: int) -> Iterator[np.ndarray]:

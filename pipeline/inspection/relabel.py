@@ -18,7 +18,7 @@ from pipeline.config import ModelSpec
 from pipeline.images.folders import DataFolder, require_same_files
 from pipeline.images.reader import Reader
 from pipeline.inspection.stored_crops import pixels_of
-from pipeline.models.model import ensemble
+from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load_teachers
 from pipeline.provenance.refusals import require_same_pixels
 from pipeline.runtime.precision import rounding
@@ -119,15 +119,15 @@ def relabel(
 
     specs: the store's teachers, in its order; empty if their weights are timm's under
     the recorded names. seed: of the choice of crops. Returns mean and largest KL(p‖p̂)
-    in nats and total variation beside the stated maxima, the share of equal codes
-    (0 … 1), the worst crops, and ``agrees``. Raises MealError if images, teachers or
-    pixels aren't the store's.
+    in nats and total variation beside the stated maxima, the share of equal codes (0 …
+    1), the worst crops, and ``agrees``. Raises MealError if images, teachers or pixels
+    aren't the store's.
 
-    A crop's ``unexplained`` is the total variation between p and the nearest label with
-    the stored codes (``codec_bounds.distance``). ``allowed`` is the total variation
-    that other arithmetic may cause; in an average of stores, also the error that the
-    codecs of its parts may have caused. ``agrees``: no crop's ``unexplained`` exceeds
-    ``allowed``.
+    A crop's ``unexplained`` is a lower bound of the total variation between p and every
+    label with the stored codes (``codec_bounds.distance``). ``allowed`` is the total
+    variation that other arithmetic may cause; in an average of stores, also the error
+    that the codecs of its parts may have caused. ``agrees``: no crop's ``unexplained``
+    exceeds ``allowed``.
     """
     if "imported" in store.provenance:
         raise StoreError(
@@ -146,19 +146,7 @@ def relabel(
     ):
         for start in range(0, len(places), compute["batch_size"]):
             part = places[start : start + compute["batch_size"]]
-            pixels = {
-                size: p.to(device)
-                for size, p in pixels_of(
-                    store, part, read, {t.image_size for t in teachers}
-                ).items()
-            }
-            p = (
-                ensemble(teachers, pixels, compute["precision"], batch_size=compute["batch_size"])[
-                    0
-                ]
-                .cpu()
-                .numpy()
-            )
+            p = _labels_of(store, part, read, teachers, device)
             codes = np.concatenate([store.codes(int(view), [row]) for view, row in part])
             here = slice(start, start + len(part))
             kl[here], tv[here] = divergence(p, store.codec.decode(codes))
@@ -199,6 +187,23 @@ def relabel(
     }
 
 
+def _labels_of(
+    store: LabelStore,
+    places: np.ndarray,
+    read: Reader,
+    teachers: Sequence[Model],
+    device: torch.device,
+) -> np.ndarray:
+    """Return the teachers' labels float32 [n, classes] of the crops at these places of
+    a store, int [n, 2] views and rows."""
+    compute = store.provenance["compute"]
+    sizes = {teacher.image_size for teacher in teachers}
+    crops = pixels_of(store, places, read, sizes)
+    pixels = {size: p.to(device) for size, p in crops.items()}
+    p, _ = ensemble(teachers, pixels, compute["precision"], batch_size=compute["batch_size"])
+    return p.cpu().numpy()
+
+
 def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: str) -> float:
     """Bound the total variation that rounding alone adds to a label of this provenance
     when it is computed again in ``precision`` (``precision.rounding``). The bound of an
@@ -214,7 +219,7 @@ def _arithmetic(origin: dict, made_with: dict, device: torch.device, precision: 
     return rounding(origin["compute"], made_with, device, precision)
 
 
-def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list:
+def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:
     """Load the store's teachers as its provenance describes them. Raises StoreError if
     ``specs`` names another number of teachers, or if weights aren't the recorded ones.
     A teacher that is recorded by a place (hf-hub:…) is loaded only from ``specs``."""

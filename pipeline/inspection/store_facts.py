@@ -145,118 +145,84 @@ def _reasons(store: LabelStore, rows: np.ndarray) -> list[dict]:
 def store_lines(facts: StoreFacts) -> list[tuple[str, str]]:
     """Put the facts of ``store_facts`` into words: lines of (name, text). A line whose
     name is empty continues the line above."""
-    lines: list[tuple[str, str]] = [("store", facts.store)]
-    state = (
-        "complete"
-        if facts.complete
-        else f"NOT COMPLETE: run the same {facts.made_by} command again"
-    )
-    lines.append(
-        (
-            "state",
-            f"{state} ({facts.finished_shards} of {facts.shards} shards, "
-            f"{facts.complete_views} of {facts.views} views)",
-        )
-    )
-    lines.append(
-        (
-            "images",
-            f"{facts.usable:,} usable of {facts.images:,} files, {facts.classes:,} classes",
-        )
-    )
-    lines += [
-        ("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})")
-        for kind in facts.unusable
+    state = "complete"
+    if not facts.complete:
+        state = f"NOT COMPLETE: run the same {facts.made_by} command again"
+    shards = f"{facts.finished_shards} of {facts.shards} shards"
+    views = f"{facts.complete_views} of {facts.views} views"
+    images = f"{facts.usable:,} usable of {facts.images:,} files, {facts.classes:,} classes"
+    made_with = ", ".join(f"{name} {version}" for name, version in facts.made_with.items())
+    return [
+        ("store", facts.store),
+        ("state", f"{state} ({shards}, {views})"),
+        ("images", images),
+        *(
+            ("", f"{kind['files']:,} left out: {kind['reason']} ({kind['example']})")
+            for kind in facts.unusable
+        ),
+        *(("" if i else "teachers", _teacher(teacher)) for i, teacher in enumerate(facts.teachers)),
+        *_import_lines(facts),
+        *_crop_lines(facts),
+        *_label_lines(facts),
+        ("made with", made_with),
+        ("identity", facts.identity),
     ]
-    for i, teacher in enumerate(facts.teachers):
-        lines.append(("" if i else "teachers", _teacher(teacher)))
-    if facts.imported:
-        several = [part["imported"] for part in facts.merged if "imported" in part] or [
-            facts.imported
-        ]
-        kinds = [
-            one["labels"] + (" in half precision" if one.get("half_precision") else "")
-            for one in several
-        ]
-        told = (
-            f"{facts.imported['format']} label files, {', '.join(dict.fromkeys(kinds))}; the "
-            "teachers are named as the user told"
-        )
-        lines.append(("imported", told))
-        lines.append(
-            (
-                "",
-                "UNKNOWN: weights, normalisation and precision of the teachers, how crops were "
-                "drawn; pixels were rendered by other code",
-            )
-        )
-    crops = facts.crops
-    drawn = (
-        ""
-        if crops["scale"] is None
-        else f"area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} "
-        f"to {crops['ratio'][1]:.3g}, flip {crops['flip']:g}, "
-        f"seed {crops['seed']}, "
-    )
-    lines.append(
-        (
-            "crops",
-            f"{facts.views} views of {crops['policy']}, "
-            f"{drawn}{crops['interpolation']}, EXIF {crops['exif']}",
-        )
-    )
-    if mix := crops.get("cutmix"):
-        what = (
-            f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g}); "
-            f"the teachers saw the mixed pictures"
-        )
-        lines.append(("CutMix", what))
-    codec = facts.codec
-    kl = "" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, "
-    lines.append(
-        (
-            "codec",
-            f"{codec['name']} ({codec['dtype']}); no label is off by more than {kl}TV "
-            f"{codec['largest_tv']:.2g}",
-        )
-    )
-    if parts := facts.merged:
-        lines.append(
-            (
-                "averaged",
-                f"of {len(parts)} stores, "
-                f"of {', '.join(str(part['teachers']) for part in parts)} teachers",
-            )
-        )
-    if facts.labelled_crops:
-        lines.append(
-            (
-                "size",
-                f"{facts.label_bytes_per_crop:.0f} bytes per crop, "
-                f"{facts.store_bytes / 2**20:,.1f} MiB in all",
-            )
-        )
-        lines.append(("entropy", f"{facts.entropy:.3f} nats on average"))
-        if facts.agreement is not None:
-            lines.append(
-                (
-                    "agreement",
-                    f"{facts.agreement:.2f} % of the labels put the class folder first",
-                )
-            )
-    compute = facts.compute
+
+
+def _import_lines(facts: StoreFacts) -> list[tuple[str, str]]:
     if not facts.imported:
-        labelled = (
-            f"{compute['device']}, {compute['precision']}, batches of {compute['batch_size']}, "
-        )
-        lines.append(("made on", f"{labelled}rendered on {facts.renderer['backend']}"))
-    lines.append(
-        (
-            "made with",
-            ", ".join(f"{name} {version}" for name, version in facts.made_with.items()),
-        )
+        return []
+    parts = [part["imported"] for part in facts.merged if "imported" in part]
+    kinds = [
+        one["labels"] + (" in half precision" if one.get("half_precision") else "")
+        for one in parts or [facts.imported]
+    ]
+    told = (
+        f"{facts.imported['format']} label files, {', '.join(dict.fromkeys(kinds))}; the "
+        "teachers are named as the user told"
     )
-    return [*lines, ("identity", facts.identity)]
+    unknown = (
+        "UNKNOWN: weights, normalisation and precision of the teachers, how crops were "
+        "drawn; pixels were rendered by other code"
+    )
+    return [("imported", told), ("", unknown)]
+
+
+def _crop_lines(facts: StoreFacts) -> list[tuple[str, str]]:
+    crops, drawn = facts.crops, ""
+    if crops["scale"] is not None:
+        drawn = (
+            f"area {crops['scale'][0]:g} to {crops['scale'][1]:g}, ratio {crops['ratio'][0]:.3g} "
+            f"to {crops['ratio'][1]:.3g}, flip {crops['flip']:g}, seed {crops['seed']}, "
+        )
+    views = f"{facts.views} views of {crops['policy']}"
+    lines = [("crops", f"{views}, {drawn}{crops['interpolation']}, EXIF {crops['exif']}")]
+    if mix := crops.get("cutmix"):
+        share = f"on {100 * mix['prob']:g} % of the crops, Beta({mix['beta']:g}, {mix['beta']:g})"
+        lines.append(("CutMix", f"{share}; the teachers saw the mixed pictures"))
+    return lines
+
+
+def _label_lines(facts: StoreFacts) -> list[tuple[str, str]]:
+    codec, compute = facts.codec, facts.compute
+    kl = "" if codec["largest_kl"] is None else f"KL {codec['largest_kl']:.2g}, "
+    most = f"no label is off by more than {kl}TV {codec['largest_tv']:.2g}"
+    lines = [("codec", f"{codec['name']} ({codec['dtype']}); {most}")]
+    if parts := facts.merged:
+        teachers = ", ".join(str(part["teachers"]) for part in parts)
+        lines.append(("averaged", f"of {len(parts)} stores, of {teachers} teachers"))
+    if facts.labelled_crops:
+        whole = f"{facts.store_bytes / 2**20:,.1f} MiB in all"
+        lines.append(("size", f"{facts.label_bytes_per_crop:.0f} bytes per crop, {whole}"))
+        lines.append(("entropy", f"{facts.entropy:.3f} nats on average"))
+    if facts.labelled_crops and facts.agreement is not None:
+        agreement = f"{facts.agreement:.2f} % of the labels put the class folder first"
+        lines.append(("agreement", agreement))
+    if not facts.imported:
+        how = f"{compute['precision']}, batches of {compute['batch_size']}"
+        backend = facts.renderer["backend"]
+        lines.append(("made on", f"{compute['device']}, {how}, rendered on {backend}"))
+    return lines
 
 
 def _teacher(teacher: dict) -> str:
