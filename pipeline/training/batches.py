@@ -162,18 +162,17 @@ class Replay:
         self.forget()
         self.read.__exit__()
 
-    def _mine(self, size: int) -> np.ndarray:
+    def _mine(self, size: int) -> range:
         """Return the places in a global batch of ``size`` images that are this
         process's part.
 
         Every process gets the whole batch if there are fewer than two images for each
         process: BatchNorm needs two images, and every process needs a gradient.
         """
-        return (
-            np.arange(size)
-            if self._is_small(size)
-            else np.array_split(np.arange(size), self.world)[self.rank]
-        )
+        if self._is_small(size):
+            return range(size)
+        part = np.array_split(np.arange(size), self.world)[self.rank]
+        return range(int(part[0]), int(part[-1]) + 1)
 
     def _is_small(self, size: int) -> bool:
         """Return whether a global batch has fewer than two images for each process."""
@@ -263,7 +262,9 @@ class Replay:
     def _batch(self, epoch: int, whole: Window) -> Batch:
         """Render this process's part of a global batch."""
         n = len(whole.rows)
-        mine, total, copies = self._mine(n), n * self.views, self.world if self._is_small(n) else 1
+        places = self._mine(n)
+        mine = slice(places.start, places.stop)  # A slice copies nothing.
+        total, copies = n * self.views, self.world if self._is_small(n) else 1
         by_area = None
         if self.batching.mix:
             whole, theirs = self._with_neighbours(epoch, whole)
