@@ -675,10 +675,16 @@ def compare_runs(runs, figure, as_json):
       python cli.py compare run reference
       python cli.py compare run reference --figure curves.svg --json
     """
+    from pipeline.images.layout import require_elsewhere
+    from pipeline.images.scan_cache import kept_paths
     from pipeline.runs.compare import compare, comparison_page, draw
+    from pipeline.runs.folder import SCANS
     from pipeline.runtime.progress import say
 
     result = compare(runs)
+    for run in runs:
+        for name in SCANS:
+            require_elsewhere("--figure", figure, kept_paths(run / name))
     draw(result, figure)
     click.echo(_json(asdict(result))) if as_json else comparison_page(result)
     say(f"wrote {figure}")
@@ -758,10 +764,13 @@ def merge_stores(stores, out, codec):
     """
     from cache import LabelStore
     from cache.merge import merge
+    from pipeline.images.layout import require_elsewhere
     from pipeline.runtime.progress import Progress, say
 
     chosen = codec and _codec(codec)
-    total = max(LabelStore.open(store).finished().size for store in stores)
+    parts = [LabelStore.open(store) for store in stores]
+    require_elsewhere("--out", out, parts[0].images)
+    total = max(part.finished().size for part in parts)
     with Progress("merging", total, "shards") as progress:
         made = merge(stores, out, codec=chosen, say=say, progress=progress.advance)
     done, of = made.progress()

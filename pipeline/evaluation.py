@@ -13,8 +13,10 @@ from cache.errors import MealError
 from cache.format.manifest import Images
 from pipeline.config import ModelSpec
 from pipeline.images.folders import DataFolder
+from pipeline.images.layout import map_classes
 from pipeline.images.reader import Reader, naming
 from pipeline.images.scan import scan, unusable_summary
+from pipeline.models.classes import known_classes
 from pipeline.models.model import Model, mean_softmax
 from pipeline.models.weights import load
 from pipeline.render.dali import CentreRenderer
@@ -234,6 +236,7 @@ def evaluate_checkpoints(
 ) -> Evaluation:
     """Load models, scan a folder for its images, and evaluate (``evaluate``).
 
+    Class folders are matched by name with the classes that the models know.
     interpolation: of the resize, for every model; None: each model's own.
     """
     execution = execution or Execution()
@@ -242,6 +245,8 @@ def evaluate_checkpoints(
     )
     for model in (*pupils, *references):
         model.interpolation = interpolation or model.interpolation
+    owner = pupils[0].name if len(pupils) == 1 else "the models"
+    data = map_classes(data, known_classes([*pupils, *references]), owner)
     found = scan(data, settings.rendering)
     for line in unusable_summary(found):
         say(line)

@@ -20,6 +20,7 @@ from cache.system.signals import check
 from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import KINDS, named, require_a_name
 from pipeline.exchange.import_labels import AT_ONCE
+from pipeline.images.layout import require_elsewhere
 from pipeline.runtime.progress import Progress, say
 
 
@@ -39,6 +40,7 @@ def export_labels(
     views = views or store.views
     _require_exportable(store, labels, views)
     manifest, total = store.images, len(store.usable)
+    require_elsewhere("--out", out / split, manifest)
     files = _files(store, split)
     _require_same_export(out, {"store": store.identity.hex(), "labels": labels, "views": views})
     if total < len(manifest):

@@ -25,8 +25,11 @@ from cache.system.signals import check, finishing
 from cache.writer import StoreWriter
 from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
-from pipeline.images.folders import DataFolder, list_files, require_same_files
+from pipeline.images.folders import DataFolder
+from pipeline.images.layout import require_class_folders, require_outside
+from pipeline.images.listing import list_files, require_same_files
 from pipeline.images.scan import scan, unusable_summary
+from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
 from pipeline.provenance.fingerprint import fingerprint_rows
 from pipeline.provenance.refusals import require_same_classes
@@ -86,11 +89,18 @@ def import_labels(
     kind or number than the first file's.
     """
     require_a_name(split)
+    require_outside("--store", path, [data.path])
     path = path.absolute()
+    if not path.exists():
+        require_class_folders(data)
     with fkd_format.reading():
         source = _Source(directory, split, data, views)
         about = _about(source, known, CODECS[codec].describe())
-        writer = repair.opened(path, lambda at, least: _create(at, data, source, about, least), say)
+        before = Scanned.beside(path)
+        writer = repair.opened(
+            path, lambda at, least: _create(at, data, source, about, least, before), say
+        )
+        before.drop_part()
         store = writer.store
         if "imported" not in store.provenance:
             raise StoreError(
@@ -253,10 +263,13 @@ def _about(source: _Source, known: Known, codec: dict) -> dict:
     }
 
 
-def _create(path: Path, data: DataFolder, source: _Source, about: dict, views: int) -> None:
+def _create(
+    path: Path, data: DataFolder, source: _Source, about: dict, views: int, before: Scanned
+) -> None:
     """Scan every image, and create an empty store in which images without a label file
     are unusable."""
-    found = scan(data, RenderSettings.of_provenance(about), order_seed=SEED)
+    settings = RenderSettings.of_provenance(about)
+    found = scan(data, settings, order_seed=SEED, before=before)
     unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (
         found.status == USABLE
     )

@@ -1,31 +1,22 @@
-"""Class folders on a disk: splits, class names and lists of files."""
+"""Class folders on a disk: splits, class names, and class names that others know."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from cache.errors import MealError
-from cache.format.manifest import USABLE, Images, printable_paths
-from pipeline.runtime.progress import Progress
-
-# Threads that list folders on another machine's disk, where listing is mostly waiting.
-# On a local disk they would only wait for each other.
-LOOKERS = 16
-# A disk counts as another machine's if listing takes more than FAR seconds a file,
-# measured over the first TELLING files.
-FAR, TELLING = 20e-6, 500
-
-
-class DataError(MealError):
-    """A data set that is missing, isn't laid out as expected, or isn't the data set
-    that a store was made from."""
+from pipeline.images.names import (
+    as_text,
+    is_hidden,
+    is_system_folder,
+    may_be_image,
+    same,
+    split_of,
+    told_apart,
+)
+from pipeline.images.patience import DataError, is_folder, listed
 
 
 @dataclass(frozen=True)
@@ -34,14 +25,16 @@ class DataFolder:
 
     path: the folder that holds the class folders. class_names: in the order of the
     models' outputs, so that a name's place is its class index. mapped: True if a class
-    map gave the names; otherwise they are the folders' names, sorted. root: the folder
-    that the user named, which may hold several splits.
+    map, a store or a model gave the names; otherwise they are the folders' names,
+    sorted. root: the folder that the user named, which may hold several splits. split:
+    the split that the user asked for.
     """
 
     path: Path
     class_names: Sequence[str]
     mapped: bool = False
     root: Path | None = None
+    split: str = "train"
 
     @classmethod
     def find(
@@ -50,7 +43,7 @@ class DataFolder:
         """Find the class folders of a split, in DATA/SPLIT, or in DATA if it isn't
         divided into splits. Raises DataError."""
         path = split_folder(data, split)
-        return cls(path, class_map or class_names(path), class_map is not None, Path(data))
+        return cls(path, class_map or class_names(path), class_map is not None, Path(data), split)
 
 
 def split_folder(data: str | Path, split: str) -> Path:
@@ -70,9 +63,14 @@ def split_folder(data: str | Path, split: str) -> Path:
     if split in splits:
         return data / split
     if splits:
+        if why := flat(data / split):
+            raise DataError(f"{why}; sort them into a folder per class, or name another --split")
+        near = [name for name in _folder_names(data) if name not in splits and split_of(name)]
+        meant = [name for name in near if split_of(name) == split_of(split)] or near
         raise DataError(
-            f"{data} has {' and '.join(splits)} but no {split}; name another --split, or add the "
-            f"folder"
+            f"{data} has {' and '.join(splits)} but no {split}; name another --split"
+            + (f", for example --split {meant[0]}" if meant else "")
+            + ", or add the folder"
         )
     return data
 
@@ -81,154 +79,86 @@ def is_split(data: str | Path, name: str) -> bool:
     """Tell whether DATA/NAME is a split, which holds class folders. A class that
     happens to be called train holds images instead."""
     folder = Path(data, name)
-    return folder.is_dir() and any(_is_folder(entry) for entry in os.scandir(folder))
+    return folder.is_dir() and any(_is_class_folder(entry) for entry in listed(folder))
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()  # needs no disk access, except for a symbolic link
-    except OSError:  # a link to itself
-        return False
+def _is_class_folder(entry: os.DirEntry) -> bool:
+    name = entry.name
+    return not (is_hidden(name) or is_system_folder(name)) and is_folder(entry)
+
+
+def flat(folder: Path) -> str | None:
+    """Return what is wrong with a folder that holds images and no class folders, for a
+    message; None for any other folder, or none."""
+    if not folder.is_dir():
+        return None
+    entries = listed(folder)
+    if any(_is_class_folder(entry) for entry in entries):
+        return None
+    images = sum(may_be_image(entry.name) for entry in entries)
+    return (
+        f"{folder} holds {images:,} files and no class folders, so nothing tells their classes"
+        if images
+        else None
+    )
+
+
+def _folder_names(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, except hidden folders."""
+    return sorted(
+        as_text(entry.name)
+        for entry in listed(folder)
+        if not is_hidden(entry.name) and is_folder(entry)
+    )
+
+
+def class_folders(folder: Path, known: Collection[str] = ()) -> list[str]:
+    """Return the names of the class folders, sorted. Folders that a system left are
+    none, unless they are ``known`` as classes. Raises DataError."""
+    named = {same(name) for name in known}
+    names = [
+        name for name in _folder_names(folder) if not is_system_folder(name) or same(name) in named
+    ]
+    if not names:
+        raise DataError(
+            f"{flat(folder) or f'{folder} has no class folders'}; it must hold one folder per "
+            f"class, with the images in them"
+        )
+    return names
 
 
 def class_names(folder: Path) -> list[str]:
     """Return the names of the class folders, sorted; a name's place is its class index.
     Raises DataError."""
-    names = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if _is_folder(entry) and not entry.name.startswith(".")
-    )
-    if not names:
-        raise DataError(
-            f"{folder} has no class folders; it must hold one folder per class, with the images in "
-            f"them"
-        )
-    return names
+    return class_folders(folder)
+
+
+def system_folders(folder: Path) -> list[str]:
+    """Return the names of the folders that a system left beside the class folders."""
+    return [name for name in _folder_names(folder) if is_system_folder(name)]
 
 
 def read_class_map(path: str | Path) -> list[str]:
     """Read a class map: a text file with the name of one class folder a line. A name's
     line number, from 0, is its class index. Raises DataError."""
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file "
             f"with one folder name a line"
         ) from None
-    if len(set(names)) != len(names) or not names:
-        raise DataError(f"--class-map {path} must hold every class folder's name once, one a line")
-    return names
-
-
-def list_files(data: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """List all files below the class folders, except hidden files.
-
-    Returns str [n] paths relative to the folder, sorted; int32 [n] class indices; int64
-    [n] sizes in bytes; int64 [n] times of the last change, in ns since 1970. Raises
-    DataError for a class folder of no known class.
-    """
-    folder, classes = data.path, data.class_names
-    index = {name: i for i, name in enumerate(classes)}
-    names = class_names(folder)
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    seen: dict[str, str] = {}
     for name in names:
-        if name not in index:
+        if other := seen.get(same(name)):
             raise DataError(
-                f"class folder {name} of {folder} is not among the {len(classes)} classes "
-                f"({classes[0]}, {classes[1 % len(classes)]}, …); "
-                "pass the --class-map that names it, or take the folder away"
+                f"--class-map {path} must hold every class folder's name once, one a line; it "
+                f"has {' and '.join(told_apart(other, name))}"
             )
-
-    def look(name: str) -> list[tuple[str, int, int, int]]:
-        files = _walk(folder / name, name)
-        return [(path, index[name], size, changed) for path, size, changed in files]
-
-    found: list[tuple[str, int, int, int]] = []
-    left = iter(names)
-    with (
-        Progress("looking for files", len(names), "class folders") as progress,
-        ThreadPoolExecutor(LOOKERS) as pool,
-    ):
-        begun = time.perf_counter()
-        for name in left:
-            found += look(name)
-            progress.advance(1)
-            if len(found) >= TELLING:
-                break
-        far = time.perf_counter() - begun > FAR * len(found)
-        try:
-            for part in (pool.map if far else map)(look, left):
-                found += part
-                progress.advance(1)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    if not found:
-        raise DataError(f"the class folders of {folder} hold no files")
-    found.sort()
-    paths, indices, sizes, changed = zip(*found, strict=True)
-    return (
-        np.array(paths, object),
-        np.array(indices, np.int32),
-        np.array(sizes, np.int64),
-        np.array(changed, np.int64),
-    )
-
-
-def _walk(folder: Path, relative: str) -> Iterator[tuple[str, int, int]]:
-    """Yield (path, size, time of change) of every file below a folder. A link to a
-    folder above itself is left out."""
-    waiting: list[tuple[str, str, frozenset]] = [(str(folder), relative, frozenset())]
-    while waiting:
-        place, name, above = waiting.pop()
-        about = os.stat(place)
-        here = (about.st_dev, about.st_ino)
-        if here in above:
-            continue
-        for entry in os.scandir(place):
-            if entry.name.startswith("."):
-                continue
-            path = f"{name}/{entry.name}"
-            if _is_folder(entry):
-                waiting.append((entry.path, path, above | {here}))
-            else:
-                try:
-                    status = entry.stat()
-                except OSError:  # a symbolic link to nothing
-                    yield path, -1, 0
-                else:
-                    yield path, status.st_size, status.st_mtime_ns
-
-
-def require_same_files(data: DataFolder, images: Images, made: str) -> None:
-    """Raise DataError unless the folder holds exactly the files of the manifest, with
-    the same sizes and classes. Contents are compared when files are read. made: the
-    store's name in the message."""
-    paths, class_index, sizes, _ = list_files(data)
-    paths = np.array([printable_paths(p) for p in paths], object)
-    # Sorted again, since a name that isn't UTF-8 sorts elsewhere in its printable form.
-    here = np.argsort(paths, kind="stable")
-    paths, class_index, sizes = paths[here], class_index[here], sizes[here]
-    order = images.by_path
-    if np.array_equal(paths, images.path[order]):
-        changed = np.flatnonzero(
-            (sizes != images.bytes[order]) & (images.status[order] == USABLE)
-            | (class_index != images.class_index[order])
+        seen[same(name)] = name
+    if not names:
+        raise DataError(
+            f"--class-map {path} is empty; it must hold every class folder's name once, one a line"
         )
-        if len(changed) == 0:
-            return
-        one = changed[0]
-        first, count, what = paths[one], len(changed), "of another size or class"
-        if sizes[one] != images.bytes[order][one]:
-            first = f"{first} ({images.bytes[order][one]} bytes then, {sizes[one]} now)"
-    else:
-        now, then = set(paths), set(images.path)
-        missing, added = sorted(then - now), sorted(now - then)
-        first, count, what = (
-            (missing[0], len(missing), "missing") if missing else (added[0], len(added), "added")
-        )
-    raise DataError(
-        f"{data.path} is not the data set that {made} was made from: {count} of {len(images)} "
-        f"images {what}, the first is {first}; pass the folder it was made from, or generate a "
-        "new store"
-    )
+    return names

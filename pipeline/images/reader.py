@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cache.format.manifest import Images
-from pipeline.images.folders import DataError
+from pipeline.images.names import as_text, on_disk, same
+from pipeline.images.patience import DataError, listed, read_file
 from pipeline.render.dali import RenderError
 from pipeline.runtime.threads import threads_for
 
@@ -20,11 +21,13 @@ _REPAIR = "put the image back as it was, or begin anew, with another store or --
 
 class Reader:
     """Reads images of a manifest, several at a time. Raises DataError for a file whose
-    bytes aren't the bytes that the manifest recorded."""
+    bytes aren't the bytes that the manifest recorded, and for a file that can't be read
+    now."""
 
     def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
         self.folder, self.images = folder, images
         self.pool = ThreadPoolExecutor(threads_for(threads))
+        self._listed: dict[Path, dict[str, str]] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -36,9 +39,16 @@ class Reader:
         return list(self.pool.map(self._one, rows))
 
     def _one(self, row: int) -> bytes:
-        path = self.folder / self.images.path[row]
+        name = self.images.path[row]
+        path = self.folder / on_disk(name)
         try:
-            blob = path.read_bytes()
+            try:
+                blob = read_file(path)
+            except FileNotFoundError:
+                # macOS, and archives made there, write é as two characters.
+                if name.isascii():
+                    raise
+                blob = read_file(self._of_same_name(name))
         except OSError as error:
             raise DataError(
                 f"{path} can't be read any more ({error.strerror}); {_REPAIR}"
@@ -49,6 +59,20 @@ class Reader:
                 f"bytes now, {self.images.bytes[row]} then); {_REPAIR}"
             )
         return blob
+
+    def _of_same_name(self, name: str) -> Path:
+        """Return the file whose path differs from a manifest's path in Unicode
+        normalisation only. Raises FileNotFoundError if there is none."""
+        place = self.folder
+        for part in name.split("/"):
+            place /= self._names(place).get(same(part), on_disk(part))
+        return place
+
+    def _names(self, folder: Path) -> dict[str, str]:
+        """Return the names in a folder by their normalised form, listed once."""
+        if folder not in self._listed:
+            self._listed[folder] = {same(as_text(e.name)): e.name for e in listed(folder)}
+        return self._listed[folder]
 
 
 @contextmanager

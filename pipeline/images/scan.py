@@ -19,7 +19,12 @@ from PIL import Image
 
 from cache.errors import printable
 from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
-from pipeline.images.folders import DataFolder, list_files
+from cache.system.signals import finishing
+from pipeline.images.folders import DataFolder
+from pipeline.images.layout import require_class_folders
+from pipeline.images.listing import list_files
+from pipeline.images.names import is_utf8, on_disk
+from pipeline.images.patience import DataError, patiently, read_file
 from pipeline.images.scan_cache import Scanned
 from pipeline.render.dali import Header, WholeDecode, quiet_decoders
 from pipeline.render.settings import MAX_MEGAPIXELS, RenderSettings
@@ -45,43 +50,25 @@ def scan(
     picture of gigabytes. order_seed: put the rows in a random order that depends on the
     seed and the paths, so that a run of rows is a fair sample of the classes; None:
     sort the rows by path. before: results of an earlier scan, which are used for files
-    that haven't changed since; the new results are noted there.
+    that haven't changed since; the new results are noted there. A scan that is stopped
+    keeps what it has read there. Raises DataError for a file that can't be read now:
+    such a file is not unusable.
     """
-    paths, class_index, sizes, changed = list_files(data)
-    n = len(paths)
-    if order_seed is not None:
-        order = row_order(order_seed, paths)
-        paths, class_index, sizes, changed = (
-            paths[order],
-            class_index[order],
-            sizes[order],
-            changed[order],
-        )
-    digest = np.zeros((n, 32), np.uint8)
-    height, width = np.zeros(n, np.int32), np.zeros(n, np.int32)
-    reason = np.full(n, "", dtype=object)
+    require_class_folders(data)
+    every = before is not None and before.lists_all
+    table = _Table(list_files(data, every=every), order_seed)
     if before:
-        known, kept = before.recall(settings.exif, paths, sizes, changed)
-        columns = {"bytes": sizes, "digest": digest, "height": height, "width": width}
-        for name, values in kept.items():
-            columns[name][known] = values
-    unknown = np.flatnonzero(
-        (height == 0) | (height.astype(np.int64) * width > settings.max_megapixels * 1e6)
-    )
-    height[unknown] = width[unknown] = 0
+        table.fill(*before.recall(settings.exif, table.paths, table.sizes, table.changed))
+    unknown = table.unknown(settings.max_megapixels)
     decoders = threading.local()
 
     def examine(row: int) -> None:
-        """Fill in the columns of one file."""
         if not hasattr(decoders, "look"):
             decoders.look = Look(data.path, settings)
-        blob, shape, reason[row] = decoders.look(paths[row])
-        if blob is None:
-            sizes[row] = max(sizes[row], 0)
-            return
-        sizes[row] = len(blob)
-        digest[row] = np.frombuffer(hashlib.sha256(blob).digest(), np.uint8)
-        height[row], width[row] = shape or (0, 0)
+        table.put(row, *decoders.look(table.paths[row], int(table.sizes[row])))
+
+    def note() -> None:
+        before.note(settings.exif, table.images(), table.changed)
 
     with (
         quiet_decoders(),
@@ -92,23 +79,75 @@ def scan(
             for start in range(0, len(unknown), SCAN_WINDOW):
                 for _ in pool.map(examine, unknown[start : start + SCAN_WINDOW]):
                     progress.advance(1)
-        finally:
+                    if before and before.due():
+                        note()
+                        before.keep_part()
+        except BaseException:
             # If the scan is stopped, thousands of files are still waiting.
             pool.shutdown(wait=False, cancel_futures=True)
-    status = np.where(reason == "", USABLE, UNUSABLE).astype(np.uint8)
-    found = Images(
-        np.array([printable_paths(p) for p in paths], object),
-        sizes,
-        digest,
-        height,
-        width,
-        class_index,
-        status,
-        reason,
-    )
+            if before and progress.done:
+                with finishing():
+                    note()
+                    before.keep_part()
+            raise
     if before:
-        before.note(settings.exif, found, changed)
-    return found
+        note()
+    return table.images()
+
+
+class _Table:
+    """The rows of a manifest while they are filled in, by several threads.
+
+    files: as ``list_files`` returns them. order_seed: as in ``scan``.
+    """
+
+    def __init__(self, files: tuple[np.ndarray, ...], order_seed: int | None) -> None:
+        if order_seed is not None:
+            order = row_order(order_seed, files[0])
+            files = tuple(column[order] for column in files)
+        self.paths, self.class_index, self.sizes, self.changed = files
+        n = len(self.paths)
+        self.digest = np.zeros((n, 32), np.uint8)
+        self.height, self.width = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        self.reason: np.ndarray = np.full(n, "not looked at", dtype=object)
+
+    def fill(self, rows: np.ndarray, kept: dict[str, np.ndarray]) -> None:
+        """Fill in the rows that are known from an earlier scan, all usable."""
+        for name in ("digest", "height", "width") if kept else ():
+            getattr(self, name)[rows] = kept[name]
+        self.reason[rows] = ""
+
+    def unknown(self, max_megapixels: float) -> np.ndarray:
+        """Return the rows that must be looked at, int64 [n]: those that aren't known,
+        and those that are larger than the limit."""
+        pixels = self.height.astype(np.int64) * self.width
+        rows = np.flatnonzero((self.reason != "") | (pixels > max_megapixels * 1e6))
+        self.height[rows] = self.width[rows] = 0
+        self.reason[rows] = "not looked at"
+        return rows
+
+    def put(
+        self, row: int, content: bytes | None, shape: tuple[int, int] | None, reason: str
+    ) -> None:
+        """Fill in a row. content: of the file; None if it can't be read."""
+        self.sizes[row] = max(self.sizes[row], 0) if content is None else len(content)
+        if content is not None:
+            self.digest[row] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+        self.height[row], self.width[row] = shape or (0, 0)
+        self.reason[row] = reason  # last: other threads then believe the row
+
+    def images(self) -> Images:
+        """Return the manifest. Rows that weren't looked at are unusable."""
+        return Images(
+            np.array([printable_paths(on_disk(p)) for p in self.paths], object),
+            self.sizes,
+            self.digest,
+            self.height,
+            self.width,
+            self.class_index,
+            np.where(self.reason == "", USABLE, UNUSABLE).astype(np.uint8),
+            self.reason,
+        )
 
 
 class Look:
@@ -122,8 +161,12 @@ class Look:
         settings = replace(settings, backend="cpu")
         self.header, self.whole = Header(settings), WholeDecode(settings)
 
-    def __call__(self, path: str) -> tuple[bytes | None, tuple[int, int] | None, str]:
-        blob = _read_any(self.folder, path)
+    def __call__(
+        self, path: str, size: int = 0
+    ) -> tuple[bytes | None, tuple[int, int] | None, str]:
+        """Examine one file. size: of the list of files, in bytes; -1 for a link to
+        nothing. Raises DataError if the file can't be read now."""
+        blob = _read_any(self.folder, path, size)
         if isinstance(blob, str):
             return None, None, blob
         shape = self.header(blob)
@@ -133,18 +176,23 @@ class Look:
         return blob, shape, "" if shape else why_undecodable(blob, self.max_megapixels)
 
 
-def _read_any(folder: Path, path: str) -> bytes | str:
+def _read_any(folder: Path, path: str, size: int) -> bytes | str:
     """Return the file's bytes, or the reason why they can't be used."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
+    if not is_utf8(path):
         return "the file's name is not UTF-8"
+    file = folder / on_disk(path)
     try:
-        if not stat.S_ISREG(os.stat(folder / path).st_mode):
+        found = patiently(lambda: os.stat(file), file)
+        if not stat.S_ISREG(found.st_mode):
             return "not a regular file"  # reading a pipe would wait for ever
-        blob = (folder / path).read_bytes()
+        blob = read_file(file)
     except OSError as error:
-        return f"unreadable: {error.strerror}"
+        if size < 0:  # a link to nothing, now as when the folder was listed
+            return f"unreadable: {error.strerror}"
+        raise DataError(
+            f"{file} can't be read any more ({error.strerror}): it is gone since the folder was "
+            f"listed; run the same command again when nobody changes the folder"
+        ) from None
     return blob or "empty file"
 
 

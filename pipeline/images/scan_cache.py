@@ -1,8 +1,10 @@
-"""Keep the results of a scan in a file, so that the next scan decodes only files that
-have changed."""
+"""Keep the results of a scan in files, so that the next scan decodes only files that
+have changed, and a scan that was stopped goes on where it was."""
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,36 @@ from cache.system import durable
 from pipeline.render.dali import dali_version
 
 COLUMNS = ("bytes", "digest", "height", "width")  # of Images
+LISTING = 2  # the files that a scan lists: 2 without files that systems left
+EVERY = 60.0  # seconds of scanning between two writes of what was scanned
+SHARE = 50  # writing takes at most one part in SHARE of the time
 
 
 class Scanned:
-    """The usable images of the last scan, known by path, size and time of change.
+    """The usable images of earlier scans, known by path, size and time of change.
 
     If a file has changed but kept its size and time, training refuses it later by its
     digest. A file of results that is missing, damaged or of another decoder counts as
-    empty. Only ``keep`` writes, so that a command that is refused after its scan leaves
-    nothing behind.
+    empty. A scan writes ``part`` now and then, and when it is stopped (``keep_part``).
+    Only ``keep`` writes ``file``, so that a command that is refused after its scan
+    leaves the results of the run that is there.
+
+    file: the results of a whole scan, beside a run; None where only a stopped scan is
+    kept, as for a store. part: the results of a scan that is under way.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None, part: Path | None = None) -> None:
         self.file = file
+        self.part = part or file.with_name(f".{file.name}.part")
         self._new: dict[str, Any] = {}
+        # A run of a version up to 0.8 goes on with the files that systems left.
+        self.lists_all = file is not None and _is_old(file)
+        self._written, self._pause = time.monotonic(), EVERY
+
+    @classmethod
+    def beside(cls, store: Path) -> Scanned:
+        """Keep a stopped scan for a store that is to be created."""
+        return cls(None, store.with_name(f"{store.name}.scan"))
 
     def recall(
         self, exif: str, paths: np.ndarray, sizes: np.ndarray, changed: np.ndarray
@@ -37,10 +55,14 @@ class Scanned:
         exif: as in RenderSettings. paths: str [n]. sizes: int64 [n], bytes. changed:
         int64 [n], time of the last change, ns since 1970.
         """
-        kept = self._read(exif)
-        if kept is None:
+        files = [file for file in (self.file, self.part) if file]
+        several = [kept for file in files if (kept := _read(file, exif))]
+        if not several:
             return np.zeros(0, np.int64), {}
-        row_of = {path: row for row, path in enumerate(kept["path"])}
+        row_of = {path: row for row, path in enumerate(p for kept in several for p in kept["path"])}
+        kept = {
+            name: np.concatenate([one[name] for one in several]) for name in (*COLUMNS, "changed")
+        }
         there = np.array([row_of.get(path, -1) for path in paths], np.int64)
         rows = np.flatnonzero(there >= 0)
         same = (kept["bytes"][there[rows]] == sizes[rows]) & (
@@ -60,28 +82,73 @@ class Scanned:
             "path": np.frombuffer(text, np.uint8),
             "decoder": np.array(_decoder(exif)),
         }
+        if not self.lists_all:
+            self._new["listing"] = np.array(LISTING)
 
     def keep(self) -> None:
-        """Write the noted result, if there is one."""
-        if self._new:
+        """Write the noted result, if there is one, in place of earlier results."""
+        if self._new and self.file:
             durable.write(self.file, self._save)
+            self.drop_part()
+
+    def due(self) -> bool:
+        """Return whether a scan under way should be noted and written now."""
+        return time.monotonic() - self._written > self._pause
+
+    def keep_part(self) -> None:
+        """Write the noted result of a scan that is under way, or was stopped. A disk
+        that doesn't take it doesn't stop the scan."""
+        if self._new and len(self._new["bytes"]):
+            begun = time.monotonic()
+            with suppress(OSError):
+                durable.make_folder(self.part.parent)
+                durable.write(self.part, self._save)
+            self._written = time.monotonic()
+            self._pause = max(EVERY, SHARE * (self._written - begun))
+
+    def drop_part(self) -> None:
+        """Remove the results of a scan under way: they are kept elsewhere now."""
+        with suppress(OSError):  # a disk that may only be read
+            self.part.unlink(missing_ok=True)
 
     def _save(self, scratch: Path) -> None:
         with open(scratch, "wb") as file:  # an open file, since numpy adds .npz to a name
             np.savez(file, **self._new)
 
-    def _read(self, exif: str) -> dict | None:
-        try:
-            with np.load(self.file, allow_pickle=False) as file:
-                kept = {name: file[name] for name in (*COLUMNS, "changed", "path", "decoder")}
-            kept["path"] = kept["path"].tobytes().decode().split("\0")
-        except Exception:  # no file, or a damaged file, which can raise anything
-            return None
-        same = (
-            str(kept.pop("decoder")) == _decoder(exif)
-            and len({len(column) for column in kept.values()}) == 1
-        )
-        return kept if same else None
+
+def kept_paths(file: Path) -> list[str]:
+    """Return the paths of the images in kept results, of whatever decoder; none if the
+    file can't be read."""
+    try:
+        with np.load(file, allow_pickle=False) as columns:
+            text = columns["path"].tobytes().decode()
+    except Exception:  # no file, or a damaged file, which can raise anything
+        return []
+    return text.split("\0") if text else []
+
+
+def _is_old(file: Path) -> bool:
+    """Return whether a scan listed the files that systems left, too."""
+    try:
+        with np.load(file, allow_pickle=False) as columns:
+            return "path" in columns and "listing" not in columns
+    except Exception:  # no file, or a damaged file, which can raise anything
+        return False
+
+
+def _read(file: Path, exif: str) -> dict | None:
+    """Read results; None if the file can't be read whole, or is of another decoder."""
+    try:
+        with np.load(file, allow_pickle=False) as columns:
+            kept = {name: columns[name] for name in (*COLUMNS, "changed", "path", "decoder")}
+        kept["path"] = kept["path"].tobytes().decode().split("\0")
+    except Exception:  # no file, or a damaged file, which can raise anything
+        return None
+    same = (
+        str(kept.pop("decoder")) == _decoder(exif)
+        and len({len(column) for column in kept.values()}) == 1
+    )
+    return kept if same else None
 
 
 def _decoder(exif: str) -> str:

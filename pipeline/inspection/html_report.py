@@ -15,7 +15,9 @@ from PIL import Image
 from cache import LabelStore
 from cache.errors import StoreError, printable
 from cache.system.durable import make_folder, replace_file
-from pipeline.images.folders import DataFolder, require_same_files
+from pipeline.images.folders import DataFolder
+from pipeline.images.layout import require_elsewhere
+from pipeline.images.listing import require_same_files
 from pipeline.inspection import statistics
 from pipeline.inspection.contact_sheets import sheets
 from pipeline.inspection.statistics import DAMAGED, DONE, LABELS, MISSING, Survey
@@ -59,6 +61,7 @@ def write_report(
             f"name another place for --report"
         )
     facts, store = store_facts(path), LabelStore.open(path)
+    require_elsewhere("--report", file, store.images)
     if data is not None:  # first, since reading the store may take an hour
         require_same_files(DataFolder(data, store.class_names), store.images, str(path))
     make_folder(file.absolute().parent)

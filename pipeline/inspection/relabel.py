@@ -15,7 +15,8 @@ from cache.format.codec import divergence
 from cache.format.codec_bounds import distance, max_error
 from cache.verify import verify
 from pipeline.config import ModelSpec
-from pipeline.images.folders import DataFolder, require_same_files
+from pipeline.images.folders import DataFolder
+from pipeline.images.listing import require_same_files
 from pipeline.images.reader import Reader
 from pipeline.inspection.stored_crops import pixels_of
 from pipeline.models.model import Model, ensemble

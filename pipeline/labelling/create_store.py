@@ -11,8 +11,10 @@ from cache.format.codec import CODECS
 from cache.format.manifest import USABLE, Images
 from cache.system.signals import finishing
 from pipeline.config import ConfigError
-from pipeline.images.folders import DataError, DataFolder
+from pipeline.images.folders import DataFolder
+from pipeline.images.patience import DataError
 from pipeline.images.scan import scan, unusable_summary
+from pipeline.images.scan_cache import Scanned
 from pipeline.labelling.coordination import opened
 from pipeline.labelling.inputs import Labelling
 from pipeline.provenance import description
@@ -31,7 +33,7 @@ def repair_store(work: Labelling, path: Path) -> None:
     """
 
     def make(fresh: Path, kept: dict | None, views: int) -> None:
-        create_store(work, fresh, kept=kept, views=views)
+        create_store(work, fresh, kept=kept, views=views, before=Scanned.beside(path))
 
     repair.remake(path, make, say)
     if left := opened(path)[1]:
@@ -39,15 +41,21 @@ def repair_store(work: Labelling, path: Path) -> None:
 
 
 def create_store(
-    work: Labelling, path: Path, *, strict: bool = False, kept: dict | None = None, views: int = 1
+    work: Labelling,
+    path: Path,
+    *,
+    strict: bool = False,
+    kept: dict | None = None,
+    views: int = 1,
+    before: Scanned | None = None,
 ) -> None:
     """Scan every image, and create an empty store.
 
     strict: an unusable file is an error. kept: attributes of a damaged store, to be
     reused for the new store. The images must be those that the attributes describe; the
     command then decides only where the images are. views: the least number of views.
-    Raises DataError for unusable images, and StoreError for images that ``kept`` does
-    not describe.
+    before: where a stopped scan is kept; None: beside the store. Raises DataError for
+    unusable images, and StoreError for images that ``kept`` does not describe.
     """
     config, data, settings = work.config, work.data, RenderSettings.of_config(work.config)
     seed, views = config.crops.seed, max(views, config.crops.views)
@@ -56,9 +64,10 @@ def create_store(
         settings = RenderSettings(
             exif=crops["exif"], threads=settings.threads, max_megapixels=settings.max_megapixels
         )
-        data, seed = DataFolder(data.path, kept["class_names"]), crops["seed"]
+        data, seed = DataFolder(data.path, kept["class_names"], mapped=True), crops["seed"]
     require_class_count(data, work.teachers)
-    found = scan(data, settings, order_seed=seed)
+    before = before or Scanned.beside(path)
+    found = scan(data, settings, order_seed=seed, before=before)
     _require_usable(data, found, strict)
     if kept is None:
         attributes = _describe(work, found)
@@ -71,6 +80,7 @@ def create_store(
         )
     with finishing():
         first = create(path, images=found, views=views, attributes=attributes)
+        before.drop_part()
     if first and kept is None:
         codec = attributes["codec"]["name"]
         if config.render.backend == "gpu-hardware":

@@ -16,13 +16,16 @@ from cache.system.claims import claim, claims_of, held, holders, sweep
 from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
 from pipeline.config import Config, ConfigError
-from pipeline.images.folders import DataFolder, require_same_files
+from pipeline.images.folders import DataFolder
+from pipeline.images.layout import map_classes, require_outside
+from pipeline.images.listing import require_same_files
 from pipeline.images.reader import Reader
 from pipeline.labelling.coordination import grown, naming, once, opened
 from pipeline.labelling.create_store import create_store, repair_store
 from pipeline.labelling.inputs import Labelling
 from pipeline.labelling.shares import Share
 from pipeline.labelling.stream import Labeller, place_of
+from pipeline.models.classes import known_classes
 from pipeline.models.weights import load_teachers
 from pipeline.provenance import refusals
 from pipeline.runtime.execution import Execution
@@ -58,10 +61,12 @@ def generate(
             f"first is 0); raise --views"
         )
     require_precision(config.store.precision, execution.device, "store.precision")
+    require_outside("--store", path, [data.path])
     teachers = load_teachers(config.teachers, execution.device)
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
+    data = map_classes(data, known_classes(teachers), "the teachers")
     work = Labelling(config, data, teachers, execution)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):

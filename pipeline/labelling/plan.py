@@ -17,11 +17,16 @@ from cache import LabelStore
 from cache.errors import MealError, StoreError
 from cache.format.codec import CODECS
 from pipeline.config import Config, ConfigError
-from pipeline.images.folders import DataError, DataFolder, list_files
+from pipeline.images.folders import DataFolder
+from pipeline.images.layout import map_classes, require_class_folders
+from pipeline.images.listing import list_files
+from pipeline.images.names import on_disk
+from pipeline.images.patience import DataError, read_file
 from pipeline.images.scan import Look
 from pipeline.labelling import cost
 from pipeline.labelling.cost import BYTES_PER_CROP, BYTES_PER_MIXED_CROP, GPU_FLOPS, IMAGENET_IMAGES
 from pipeline.labelling.shares import Share
+from pipeline.models.classes import known_classes
 from pipeline.models.model import Model, ModelError, ensemble
 from pipeline.models.weights import load, load_teachers
 from pipeline.provenance.description import layout_of
@@ -115,6 +120,8 @@ def make_plan(
     classes = teachers[0].classes
     count, pixels, rendering, boxes = IMAGENET_IMAGES, None, None, None
     if data is not None:
+        data = map_classes(data, known_classes(teachers), "the teachers")
+        require_class_folders(data)
         require_class_count(data, teachers)
         paths = list_files(data)[0]
         count = len(paths)
@@ -218,7 +225,7 @@ def _rendered(
     renderer = CropRenderer(sorted(sizes), views, len(good), RenderSettings.of_config(config))
 
     def work() -> Rendered:
-        made = renderer([(folder / path).read_bytes() for path in good], boxes, flips)
+        made = renderer([read_file(folder / on_disk(path)) for path in good], boxes, flips)
         if renderer.gpu:
             torch.cuda.synchronize()
         return made

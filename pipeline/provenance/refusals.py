@@ -13,7 +13,9 @@ from cache.format.codec import CODECS
 from cache.format.crops import Crops, misplaced
 from cache.format.schema import architecture, first_difference
 from pipeline.config import Config
-from pipeline.images.folders import DataError, DataFolder
+from pipeline.images.folders import DataFolder
+from pipeline.images.names import same, some, told_apart
+from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.models.model import Model
 from pipeline.provenance.description import made_with, recipe
@@ -94,23 +96,26 @@ def require_same_recipe(
 
 
 def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> None:
-    """Raise StoreError if a class map is given and isn't the store's. repair: the end
-    of the message, which says what to do."""
-    classes = data.class_names
-    if not data.mapped or classes == store.class_names:
+    """Raise StoreError if a class map, or a model's classes, aren't the store's. Names
+    that differ in Unicode normalisation only are the same. repair: the end of the
+    message, which says what to do."""
+    ours, theirs = list(data.class_names), store.class_names
+    if not data.mapped or list(map(same, ours)) == list(map(same, theirs)):
         return
-    if len(classes) != len(store.class_names):
-        what = f"of {len(store.class_names)} classes, this one has {len(classes)}"
-        if more := [name for name in classes if name not in store.class_names] or [
-            name for name in store.class_names if name not in classes
-        ]:
-            what += f" ({more[0]} is in one only)"
+    if len(ours) != len(theirs):
+        what = f"of {len(theirs)} classes, this one has {len(ours)}"
+        in_both = set(map(same, ours)) & set(map(same, theirs))
+        if more := [name for name in (*ours, *theirs) if same(name) not in in_both]:
+            what += f" (in one only: {some(more)})"
     else:
-        i = next(
-            i for i, (a, b) in enumerate(zip(store.class_names, classes, strict=True)) if a != b
+        i, (a, b) = next(
+            (i, pair)
+            for i, pair in enumerate(zip(theirs, ours, strict=True))
+            if same(pair[0]) != same(pair[1])
         )
-        what = f"whose class {i} is {store.class_names[i]}, in this one it is {classes[i]}"
-    raise StoreError(f"{store.path} was made with another --class-map, {what}; {repair}")
+        a, b = told_apart(a, b)
+        what = f"whose class {i} is {a}, in this one it is {b}"
+    raise StoreError(f"{store.path} was made with another list of classes, {what}; {repair}")
 
 
 def require_same_pixels(store: LabelStore, folder: Path, threads: int | None = None) -> None:

@@ -4,6 +4,7 @@ an image folder."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +17,13 @@ from cache.format.crops import BoxesAndFlips, Mixes
 from cache.format.manifest import Images
 from cache.format.schema import canonical_digest
 from pipeline.config import Config, ConfigError, CropPolicy, CutMix
-from pipeline.images.folders import DataFolder, class_names, require_same_files
+from pipeline.images.folders import DataFolder, class_folders
+from pipeline.images.layout import map_classes
+from pipeline.images.listing import require_same_files
+from pipeline.images.names import same, some
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
+from pipeline.models.classes import known_classes
 from pipeline.models.model import Model
 from pipeline.models.weights import load_teachers
 from pipeline.provenance.description import layout_of, policy_of, recipe
@@ -78,7 +83,10 @@ def choose_source(
         for line in teacher.introduction("teacher"):
             say(line)
     if teachers:
+        data = map_classes(data, known_classes(teachers), "the teachers")
         require_class_count(data, teachers)
+    if started_views is not None:  # a run that was begun keeps the classes that it had
+        data = replace(data, mapped=True)
     settings, seed = RenderSettings.of_config(config), config.crops.seed
     found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
     how: dict = {}  # everything beside the images that labels depend on
@@ -107,14 +115,13 @@ def _open_for(config: Config, data: DataFolder, path: Path, *, look: bool) -> La
     """
     store = LabelStore.open(path)
     require_same_classes(store, data, "leave it out, the store knows its classes")
-    folders = class_names(data.path)
-    foreign = sorted(set(folders) - set(store.class_names))
-    if foreign:
+    folders, known = class_folders(data.path, store.class_names), set(map(same, store.class_names))
+    if foreign := [name for name in folders if same(name) not in known]:
         raise StoreError(
-            f"{path} has labels for {store.classes} classes, {data.path} has {len(folders)} class "
-            f"folders of which {len(foreign)} are not among them "
-            f"(the first is {foreign[0]}); pass the images that the store was made from, or "
-            f"generate a new store"
+            f"{path} has labels for {store.classes} classes ({some(store.class_names)}), "
+            f"{data.path} has {len(folders)} class folders of which {len(foreign)} are not among "
+            f"them ({some(foreign)}); pass the images that the store was made from, or generate a "
+            f"new store"
         )
     if look:
         require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))

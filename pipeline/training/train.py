@@ -11,7 +11,10 @@ from cache.system import durable
 from cache.system.claims import claim, claims_of
 from pipeline.config import Config, ConfigError
 from pipeline.evaluation import Validation
-from pipeline.images.folders import DataError, DataFolder, is_split, split_folder
+from pipeline.images.folders import DataFolder, flat, is_split, split_folder
+from pipeline.images.layout import require_outside
+from pipeline.images.names import is_hidden, split_of
+from pipeline.images.patience import DataError, is_folder, listed
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
@@ -59,6 +62,10 @@ def train(
         raise RunError(
             f"{out} can't be a folder, since a part of it is a file; choose another --out"
         )
+    validating = processes.together(lambda: _validation_folder(data, validation))
+    processes.together(
+        lambda: require_outside("--out", out, [f for f in (data.path, validating) if f])
+    )
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
         processes.first(lambda: _require_alone(out, mine))
         scans = [Scanned(out / name) for name in SCANS]
@@ -134,10 +141,12 @@ def find_validation(
     """
     folder = processes.together(lambda: _validation_folder(data, other))
     if not processes.first(lambda: folder is not None):
-        say("no validation: the data has no val/, and no --val-data was given")
+        processes.first(
+            lambda: say(f"no validation: {_why_unvalidated(data)}, and no --val-data was given")
+        )
         return None
     folder = processes.together(lambda: _required(folder, data))
-    mine = DataFolder(folder, source.data.class_names)
+    mine = DataFolder(folder, source.data.class_names, mapped=True)
     return Validation(mine, processes.first(lambda: _to_validate_on(mine, source, before)))
 
 
@@ -149,6 +158,23 @@ def _validation_folder(data: DataFolder, other: Path | None) -> Path | None:
             )
         return split_folder(other, "val")
     return split_folder(data.root, "val") if data.root and is_split(data.root, "val") else None
+
+
+def _why_unvalidated(data: DataFolder) -> str:
+    """Say what there is in place of class folders to validate on."""
+    root = data.root
+    if root is None or root == data.path:
+        return "the data has no val/"
+    if why := flat(root / "val"):
+        return f"{why} (they need a folder per class)"
+    near = [
+        entry.name
+        for entry in listed(root)
+        if split_of(entry.name) == "val" and not is_hidden(entry.name) and is_folder(entry)
+    ]
+    return "the data has no val/" + (
+        f" (it has {near[0]}/, which --val-data {root / near[0]} would take)" if near else ""
+    )
 
 
 def _required(folder: Path | None, data: DataFolder) -> Path:

@@ -24,7 +24,7 @@ from cache.errors import MealError, StoreError
 from cache.system.claims import claims_of
 from cache.writer import StoreWriter
 from pipeline.config import Config
-from pipeline.images.folders import DataError
+from pipeline.images.patience import DataError
 from pipeline.labelling import stream
 from pipeline.labelling.stream import UNITS, Labeller
 from pipeline.models.model import ModelError

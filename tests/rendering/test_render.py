@@ -19,7 +19,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from cache import LabelStore, StoreError
 from pipeline.config import CropPolicy, Render
 from pipeline.images import reader
-from pipeline.images.folders import DataError
+from pipeline.images.patience import DataError
 from pipeline.provenance.refusals import require_same_pixels
 from pipeline.render import dali, hardware_jpeg
 from pipeline.render.dali import BLANK, CropRenderer, RenderError, WholeDecode

@@ -16,7 +16,7 @@ from support.stages import train
 
 from cache.format.manifest import UNUSABLE, Images
 from pipeline.images import scan as scan_module
-from pipeline.images.folders import DataError
+from pipeline.images.patience import DataError
 from pipeline.images.scan import _read_any
 from pipeline.images.scan_cache import Scanned
 
@@ -35,9 +35,12 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names, below their folders, of the files that scans have read."""
     seen = []
     whole = _read_any
-    monkeypatch.setattr(
-        scan_module, "_read_any", lambda folder, path: seen.append(path) or whole(folder, path)
-    )
+
+    def noted(folder: Path, path: str, size: int) -> bytes | str:
+        seen.append(path)
+        return whole(folder, path, size)
+
+    monkeypatch.setattr(scan_module, "_read_any", noted)
     return seen
 
 

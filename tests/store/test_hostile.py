@@ -51,8 +51,8 @@ from cache.verify import verify
 from cache.writer import StoreWriter
 from cli import main
 from pipeline.config import Config, ModelSpec
-from pipeline.images import folders
-from pipeline.images.folders import DataError
+from pipeline.images import folders, listing
+from pipeline.images.patience import DataError
 from pipeline.images.scan import unusable_summary
 from pipeline.inspection.relabel import recheck
 from pipeline.models.model import ModelError
@@ -692,7 +692,7 @@ def test_folders_in_folders_without_end_are_looked_through_or_refused_in_one_lin
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
         with suppress(DataError):
-            paths, *_ = folders.list_files(folders.DataFolder(data, ["ant", "bee", "cat"]))
+            paths, *_ = listing.list_files(folders.DataFolder(data, ["ant", "bee", "cat"]))
             assert len(paths) == 7
     finally:
         sys.setrecursionlimit(limit)

@@ -24,7 +24,7 @@ from support.stages import generate, make_replay, stored_labels, train
 
 from cache import LabelStore, StoreError
 from pipeline.config import ConfigError, ModelSpec
-from pipeline.images.folders import DataError
+from pipeline.images.patience import DataError
 from pipeline.models.model import ModelError
 from pipeline.models.weights import load
 from pipeline.runs.folder import RunError

@@ -1,0 +1,140 @@
+"""Read names of files and folders: as text whatever the locale, equal whatever their
+Unicode normalisation, and left out if a system made them."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from PIL import Image
+
+# Folders that Linux, macOS, Windows, NAS systems and Python leave among a user's files.
+SYSTEM_FOLDERS = frozenset(
+    (
+        "__macosx",
+        "__pycache__",
+        "lost+found",
+        "$recycle.bin",
+        "system volume information",
+        "found.000",
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "@sharebin",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+    )
+)
+SYSTEM_FILES = frozenset(
+    ("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", ".ds_store")
+)
+# Names of splits, in small letters without separators, by the split that they mean.
+SPLIT_NAMES = {
+    "train": ("train", "training", "trainset", "trainimages", "traindata", "trn"),
+    "val": ("val", "valid", "validation", "valset", "valimages", "valdata", "dev", "eval"),
+    "test": ("test", "testing", "testset", "testimages", "testdata", "tst", "holdout"),
+}
+FEW = 3  # names shown of a longer list
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, and so never looked at."""
+    return name.startswith(".")
+
+
+def is_system_folder(name: str) -> bool:
+    """Return whether a folder is one that a system left, and no class."""
+    return name.casefold() in SYSTEM_FOLDERS
+
+
+def is_system_path(path: str) -> bool:
+    """Return whether a relative path leads to a file that a system left, or into a
+    folder that a system left."""
+    *parents, name = path.split("/")
+    return name.casefold() in SYSTEM_FILES or any(is_system_folder(part) for part in parents)
+
+
+def may_be_image(name: str) -> bool:
+    """Return whether a file's name may be an image's: it has the suffix of an image,
+    or no suffix that anybody knows."""
+    suffix = os.path.splitext(name)[1].lower()
+    return not is_hidden(name) and (
+        suffix in _image_suffixes() or not suffix[1:].isalnum() or suffix[1:].isdecimal()
+    )
+
+
+@cache
+def _image_suffixes() -> frozenset[str]:
+    more = (".heic", ".heif", ".avif", ".jxl", ".webp", ".raw", ".dng", ".cr2", ".nef")
+    return frozenset((*Image.registered_extensions(), *more)) - {".pdf", ".h5", ".hdf"}
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder's name means: "train", "val" or "test"; None for
+    the name of no split."""
+    plain = "".join(c for c in name.casefold() if c.isalpha())
+    return next((split for split, names in SPLIT_NAMES.items() if plain in names), None)
+
+
+def as_text(name: str) -> str:
+    """Return a name of the operating system as the manifest has it.
+
+    The name's bytes are read as UTF-8 in every locale. Bytes that aren't UTF-8 become
+    lone surrogates, as Python has them under a UTF-8 locale.
+    """
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def on_disk(name: str) -> str:
+    """Return a name, or a path, as Python hands it to the operating system under the
+    current locale. Reverses ``as_text``."""
+    return name if name.isascii() else os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name, as ``as_text`` gives it, is UTF-8 on the disk."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def same(name: str) -> str:
+    """Return the form of a name by which names are compared. macOS, and archives made
+    there, write é as two characters; elsewhere é is one (Unicode's NFD and NFC)."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def told_apart(*names: str) -> tuple[str, ...]:
+    """Return names as a message shows them: those that look like each other with
+    escapes for everything beyond ASCII, and all in quotes if spaces tell them apart."""
+    looks = [unicodedata.normalize("NFKC", name).strip() for name in names]
+    if len(set(looks)) == len(set(names)):
+        return names
+    return tuple(ascii(name) for name in names)
+
+
+def some(names: Iterable[str], few: int = FEW) -> str:
+    """Return the first few of several names, for a message."""
+    listed: Sequence[str] = list(names)
+    return ", ".join(listed[:few]) + (", …" if len(listed) > few else "")
+
+
+def counted(n: int, what: str, several: str | None = None) -> str:
+    """Return a number with its noun: 1 class, 2 classes."""
+    return f"{n:,} {what if n == 1 else several or what + 's'}"
+
+
+def natural(name: str) -> tuple:
+    """Return a key that sorts names by the numbers in them: 2 before 10."""
+    parts: list[str] = [""]
+    for c in name:
+        if parts[-1] and parts[-1][-1].isdecimal() == c.isdecimal():
+            parts[-1] += c
+        else:
+            parts.append(c)
+    return tuple((part.isdecimal(), int(part) if part.isdecimal() else part) for part in parts)
