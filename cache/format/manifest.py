@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -65,5 +64,6 @@ class Images:
 
 
 def printable_paths(path: str) -> str:
-    """Return a path as UTF-8 text. Bytes that are not UTF-8 are written as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as UTF-8 text, in every locale. Bytes that are not UTF-8, which
+    Python has as lone surrogates, are written as \\xNN."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -114,7 +114,8 @@ def _folder_names(folder: Path) -> list[str]:
 
 def class_folders(folder: Path, known: Collection[str] = ()) -> list[str]:
     """Return the names of the class folders, sorted. Folders that a system left are
-    none, unless they are ``known`` as classes. Raises DataError."""
+    none, unless they are ``known`` as classes. Raises DataError, also for two folders
+    whose names look the same."""
     named = {same(name) for name in known}
     names = [
         name for name in _folder_names(folder) if not is_system_folder(name) or same(name) in named
@@ -124,6 +125,14 @@ def class_folders(folder: Path, known: Collection[str] = ()) -> list[str]:
             f"{flat(folder) or f'{folder} has no class folders'}; it must hold one folder per "
             f"class, with the images in them"
         )
+    first: dict[str, str] = {}
+    for name in names:
+        if other := first.get(same(name)):
+            raise DataError(
+                f"{folder} has two folders of one class, whose names differ in Unicode "
+                f"normalisation only ({' and '.join(told_apart(other, name))}); make them one"
+            )
+        first[same(name)] = name
     return names
 
 

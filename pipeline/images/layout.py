@@ -40,7 +40,7 @@ def require_class_folders(data: DataFolder) -> None:
     if data.mapped:
         return
     names = class_folders(data.path)
-    _require_images(data, names)
+    require_images(data, names)
     if left := system_folders(data.path):
         say(f"{data.path}: left out {some(left, 10)}, which systems make and no classes")
     if names != (numbered := sorted(names, key=natural)):
@@ -68,7 +68,7 @@ def map_classes(data: DataFolder, names: Sequence[str] | None, owner: str) -> Da
         return data
     folders = class_folders(data.path, names)
     if foreign := [name for name in folders if same(name) not in place]:
-        _require_images(data, foreign)
+        require_images(data, foreign)
         raise DataError(
             f"{owner} knows {len(names)} classes ({some(names)}), and {len(foreign)} of the "
             f"{len(folders)} class folders of {data.path} are none of them ({some(foreign)}); "
@@ -93,7 +93,10 @@ def _require_no_contradiction(data: DataFolder, place: dict[str, int], owner: st
             )
 
 
-def _require_images(data: DataFolder, names: Sequence[str]) -> None:
+def require_images(data: DataFolder, names: Sequence[str] | None = None) -> None:
+    """Raise DataError if class folders hold folders and no images. names: of the
+    folders; None: of all."""
+    names = class_folders(data.path) if names is None else names
     if nested := [name for name in names if _is_nested(data.path / on_disk(name))]:
         raise DataError(_refusal(data, nested))
 
@@ -123,6 +126,8 @@ def _refusal(data: DataFolder, nested: Sequence[str]) -> str:
     )
     wanted = split_of(data.split) or "train"
     if meant := _probably(data.path, wanted):
+        if meant.name == data.split and meant.parent != data.path:
+            return f"{line}; pass --data {meant.parent}"
         other = None
         if wanted == "train" and split_of(meant.name):
             other = next((f for f in _siblings(meant) if split_of(f.name) == "val"), None)

@@ -20,7 +20,6 @@ from pipeline.images.names import (
     on_disk,
     same,
     some,
-    told_apart,
 )
 from pipeline.images.patience import DataError, is_folder, listed, status
 from pipeline.runtime.progress import Progress
@@ -90,8 +89,7 @@ def list_files(
 
 def _indices(data: DataFolder) -> dict[str, int]:
     """Return the class index of every class folder: name as ``as_text`` gives it →
-    index. Raises DataError for a folder of no class, and for two folders of one
-    class."""
+    index. Raises DataError for a folder of no class."""
     index = {same(name): i for i, name in enumerate(data.class_names)}
     names = class_folders(data.path, data.class_names)
     if foreign := [name for name in names if same(name) not in index]:
@@ -101,14 +99,6 @@ def _indices(data: DataFolder) -> dict[str, int]:
             f"({some(data.class_names)}) are known; pass the --class-map that names them, or take "
             f"the folders away"
         )
-    first: dict[str, str] = {}
-    for name in names:
-        if other := first.get(same(name)):
-            raise DataError(
-                f"{data.path} has two folders of one class, whose names differ in Unicode "
-                f"normalisation only ({' and '.join(told_apart(other, name))}); make them one"
-            )
-        first[same(name)] = name
     return {name: index[same(name)] for name in names}
 
 

@@ -39,9 +39,8 @@ def patiently(read: Callable[[], T], path: str | Path) -> T:
             if wait is None:
                 why = getattr(error, "strerror", None) or error or type(error).__name__
                 raise DataError(
-                    f"{path} can't be read now ({why}; {len(WAITS) + 1} tries); nothing is known "
-                    f"of it, so nothing is recorded: mend the disk or the permission, or take it "
-                    f"out of the folder, and run the same command again"
+                    f"{path} can't be read now ({why}; {len(WAITS) + 1} tries); mend the disk or "
+                    f"the permission, or take it out of the folder, and run the same command again"
                 ) from None
             time.sleep(wait)
     raise AssertionError

@@ -139,7 +139,7 @@ class _Table:
     def images(self) -> Images:
         """Return the manifest. Rows that weren't looked at are unusable."""
         return Images(
-            np.array([printable_paths(on_disk(p)) for p in self.paths], object),
+            np.array([printable_paths(p) for p in self.paths], object),
             self.sizes,
             self.digest,
             self.height,

@@ -14,6 +14,7 @@ from cache.format.crops import Crops, misplaced
 from cache.format.schema import architecture, first_difference
 from pipeline.config import Config
 from pipeline.images.folders import DataFolder
+from pipeline.images.layout import require_images
 from pipeline.images.names import same, some, told_apart
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
@@ -39,6 +40,8 @@ _REPAIRS = {
 def require_class_count(data: DataFolder, teachers: list[Model]) -> None:
     """Raise DataError unless the teachers have one output for each class."""
     if len(data.class_names) != teachers[0].classes:
+        if not data.mapped:
+            require_images(data)
         raise DataError(
             f"{data.path} has {len(data.class_names)} classes, the teachers have "
             f"{teachers[0].classes}; pass --class-map imagenet-1k or a file that names "

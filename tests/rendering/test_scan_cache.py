@@ -1,20 +1,28 @@
-"""A scan is kept beside a run: a restart decodes only the files that have changed, and
-finds the same as a scan of everything."""
+"""A scan is kept: a restart decodes only the files that have changed, a scan that was
+stopped goes on, and a file that can't be read for a moment is never unusable."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from support import stages
-from support.small import CLASSES, CPU, changed
+from support.command import SMOKE
+from support.paths import ROOT
+from support.small import CLASSES, CPU, changed, tree, write_teacher
 from support.stages import train
 
 from cache.format.manifest import UNUSABLE, Images
+from pipeline.images import patience
 from pipeline.images import scan as scan_module
 from pipeline.images.patience import DataError
 from pipeline.images.scan import _read_any
@@ -192,3 +200,222 @@ def test_an_image_that_changed_unnoticed_is_refused_when_it_is_read(data, recipe
         train(
             changed(recipe, train=hard | {"epochs": 2}), data.parent, tmp_path / "run", device=CPU
         )
+
+
+# ---- a scan that is stopped
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from pipeline.images import scan, scan_cache
+scan_cache.EVERY = {every!r}
+read, seen = scan._read_any, []
+
+def noted(folder, path, size):
+    seen.append(path)
+    with open({log!r}, "a") as log:
+        log.write(path + chr(10))
+    if len(seen) == {at!r}:
+        os.kill(os.getpid(), signal.{signal})
+        signal.pause() if {at!r} else None
+    return read(folder, path, size)
+
+scan._read_any = noted
+sys.argv[1:] = {arguments!r}
+from cli import main
+main()
+"""
+
+
+class Stopped:
+    """Runs commands whose scan is stopped by a signal, and notes the images that each
+    scan reads."""
+
+    def __init__(self, folder: Path, arguments: list[object]) -> None:
+        self.folder, self.arguments = folder, [*map(str, arguments), "--set", "render.threads=1"]
+
+    def run(self, at: int = 0, name: str = "SIGTERM", every: float = 1000.0) -> tuple[int, list]:
+        log = self.folder / "log"
+        log.write_text("")
+        code = STOPPED.format(
+            paths=[str(ROOT)],
+            every=every,
+            log=str(log),
+            at=at,
+            signal=name,
+            arguments=self.arguments,
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+        )
+        self.said = done.stderr
+        return done.returncode, log.read_text().split()
+
+
+@pytest.fixture(params=["store", "run"])
+def stopped(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Stopped:
+    (data / "ant" / "notes.txt").unlink()
+    shutil.rmtree(data.parent / "val")
+    weights = write_teacher(tmp_path / "t.safetensors", "test_resnet", 0)
+    if request.param == "store":
+        return Stopped(
+            tmp_path,
+            [
+                *("generate-labels", "--config", SMOKE, "--data", data, "--views", 1),
+                *("--store", tmp_path / "s.zarr", "--teacher", f"test_resnet={weights}"),
+            ],
+        )
+    return Stopped(
+        tmp_path,
+        [
+            *("train-student", "--config", SMOKE, "--data", data, "--out", tmp_path / "run"),
+            *("--student", f"test_resnet={weights}", "--set", "train.labels=hard"),
+            *("--epochs", 1),
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "every"), [("SIGTERM", 1000.0), ("SIGINT", 1000.0), ("SIGKILL", 0.0)]
+)
+def test_a_scan_that_is_stopped_goes_on_where_it_was(stopped, name, every):
+    """With SIGKILL nothing is written at the end: what counts was written on the way."""
+    status, first = stopped.run(40, name, every)
+    assert status == (-9 if name == "SIGKILL" else 1) and len(first) == 40
+    if name != "SIGKILL":
+        assert "to go on from what is finished" in stopped.said
+    status, second = stopped.run(30, name, every)
+    assert len(second) == 30
+    status, third = stopped.run()
+    assert status == 0, stopped.said
+    assert len({*first, *second, *third}) == 90
+    # The image at which the signal came is read again, and with SIGKILL one before it.
+    assert len(first) + len(second) + len(third) <= 94
+    left = {path.name for path in stopped.folder.iterdir()}
+    assert left <= {"data", "log", "t.safetensors", "s.zarr", "run"}
+    assert not list(stopped.folder.glob("run/.training-images*"))
+
+
+def test_a_stopped_scan_ends_as_an_undisturbed_one(stopped):
+    stopped.run(50)
+    assert stopped.run()[0] == 0
+    goal = next(
+        path for path in (stopped.folder / "s.zarr", stopped.folder / "run") if path.exists()
+    )
+    parts = {name: content for name, content in tree(goal).items() if "events.out" not in name}
+    shutil.rmtree(goal)
+    assert stopped.run()[0] == 0
+    whole = {name: content for name, content in tree(goal).items() if "events.out" not in name}
+    assert parts.keys() == whole.keys()
+    for name in whole:
+        if not name.endswith((".jsonl", "state.pt", ".png", ".npz")):  # these hold times
+            assert parts[name] == whole[name], name
+
+
+# ---- a disk that fails
+
+
+class Disk:
+    """Fails to read some files and to list some folders, some times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.errors: dict[str, tuple[BaseException, int]] = {}
+        self.seen: dict[str, int] = {}
+        monkeypatch.setattr(patience, "WAITS", (0.0, 0.0, 0.0))
+        scandir, whole = os.scandir, open
+
+        def opened(path: str | Path, mode: str) -> Any:
+            self.befall(str(path))
+            return whole(path, mode)
+
+        def scanned(path: str | Path) -> Any:
+            self.befall(str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(patience, "open", opened, raising=False)
+        monkeypatch.setattr(patience.os, "scandir", scanned)
+
+    def fail(self, end: str, error: BaseException, times: int) -> None:
+        self.errors[end] = error, times
+
+    def befall(self, path: str) -> None:
+        for end, (error, times) in self.errors.items():
+            if path.endswith(end):
+                self.seen[end] = self.seen.get(end, 0) + 1
+                if self.seen[end] <= times:
+                    raise error
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+ERRORS = [
+    *(OSError(code, os.strerror(code)) for code in (errno.ESTALE, errno.EIO, errno.EACCES)),
+    *(OSError(code, os.strerror(code)) for code in (errno.ENOMEM, errno.ETIMEDOUT, errno.EINTR)),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+@pytest.mark.parametrize("end", ["bee/003.jpg", "/bee"])
+def test_a_disk_that_fails_for_a_moment_changes_nothing(data, tmp_path, disk, error, end):
+    whole = scan(data, None)
+    disk.fail(end, error, 2)
+    assert same(scan(data, Scanned(tmp_path / "images.npz")), whole)
+    assert disk.seen[end] > 2
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+@pytest.mark.parametrize("end", ["bee/003.jpg", "/bee"])
+def test_what_cannot_be_read_is_never_unusable(data, tmp_path, disk, error, end):
+    before = Scanned(tmp_path / "images.npz")
+    disk.fail(end, error, 10**6)
+    with pytest.raises(DataError, match=f"{end} can't be read now .*4 tries"):
+        scan(data, before)
+    assert disk.seen[end] == 4 and not before.file.exists()
+    disk.errors.clear()
+    assert same(scan(data, Scanned(tmp_path / "images.npz")), scan(data, None))
+
+
+def test_a_file_that_comes_short_is_never_unusable(data, disk, monkeypatch):
+    """Some network file systems end a read early, without an error."""
+    about = os.fstat
+
+    def longer(descriptor: int) -> os.stat_result:
+        found = list(about(descriptor))
+        found[stat.ST_SIZE] += 1
+        return os.stat_result(found)
+
+    monkeypatch.setattr(patience.os, "fstat", longer)
+    with pytest.raises(DataError, match=r"can't be read now \(only .* bytes came; 4 tries\)"):
+        scan(data, None)
+
+
+def test_a_file_that_is_gone_since_the_list_stops_the_scan(data, monkeypatch):
+    whole = _read_any
+
+    def gone(folder: Path, path: str, size: int) -> bytes | str:
+        if path == "cat/005.jpg":
+            (folder / path).unlink()
+        return whole(folder, path, size)
+
+    monkeypatch.setattr(scan_module, "_read_any", gone)
+    with pytest.raises(
+        DataError, match="cat/005.jpg can't be read any more .* run the same command"
+    ):
+        scan(data, None)
+    assert len(scan(data, None)) == 90
+
+
+def test_a_disk_that_fails_while_training_is_tried_again(data, recipe, tmp_path, disk):
+    hard = changed(recipe, train={"labels": "hard", "epochs": 1})
+    train(hard, data.parent, tmp_path / "whole", device=CPU)
+    disk.fail("bee/003.jpg", OSError(errno.ESTALE, "Stale file handle"), 1)
+    train(hard, data.parent, tmp_path / "run", device=CPU)
+    assert disk.seen["bee/003.jpg"] == 3  # the scan twice, the epoch once
+    assert (tmp_path / "run/last.safetensors").read_bytes() == (
+        tmp_path / "whole/last.safetensors"
+    ).read_bytes()
