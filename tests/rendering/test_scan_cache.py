@@ -280,7 +280,7 @@ def stopped(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Stopp
     ("name", "every"), [("SIGTERM", 1000.0), ("SIGINT", 1000.0), ("SIGKILL", 0.0)]
 )
 def test_a_scan_that_is_stopped_goes_on_where_it_was(stopped, name, every):
-    """With SIGKILL nothing is written at the end: what counts was written on the way."""
+    """With SIGKILL nothing is written at the end: what was written before counts."""
     status, first = stopped.run(40, name, every)
     assert status == (-9 if name == "SIGKILL" else 1) and len(first) == 40
     if name != "SIGKILL":
