@@ -131,10 +131,12 @@ def _fill(
 
 def _recipe(provenance: dict[str, Any]) -> bytes:
     """Return a digest that is the same for all stores of one recipe. It covers the
-    whole provenance except the tags of the teachers' names, since the digests of the
-    weights tell teachers apart better."""
+    whole provenance except the tags of the teachers' names, and the entries that their
+    weights had in a file, since the digests of the weights tell teachers apart
+    better."""
     teachers = [
-        {**teacher, "model": schema.architecture(teacher["model"])}
+        {key: value for key, value in teacher.items() if key != schema.ENTRY}
+        | {"model": schema.architecture(teacher["model"])}
         for teacher in provenance["teachers"]
     ]
     return schema.canonical_digest({**provenance, "teachers": teachers})

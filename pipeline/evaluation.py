@@ -242,6 +242,8 @@ def evaluate_checkpoints(
     )
     for model in (*pupils, *references):
         model.interpolation = interpolation or model.interpolation
+        for line in model.notes:
+            say(line)
     found = scan(data, settings.rendering)
     for line in unusable_summary(found):
         say(line)
