@@ -134,9 +134,9 @@ def _recipe(provenance: dict[str, Any]) -> bytes:
     whole provenance except the tags of the teachers' names, and the entries that their
     weights had in a file, since the digests of the weights tell teachers apart
     better."""
+    provenance = schema.without_entries(provenance)
     teachers = [
-        {key: value for key, value in teacher.items() if key != schema.ENTRY}
-        | {"model": schema.architecture(teacher["model"])}
+        {**teacher, "model": schema.architecture(teacher["model"])}
         for teacher in provenance["teachers"]
     ]
     return schema.canonical_digest({**provenance, "teachers": teachers})

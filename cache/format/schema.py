@@ -84,6 +84,16 @@ def canonical_digest(document: dict[str, Any]) -> bytes:
     ).digest()
 
 
+def without_entries(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a provenance without the entries of files that the teachers' weights were
+    in. Labels depend on the weights alone, which are known by their digests."""
+    teachers = [
+        {key: value for key, value in teacher.items() if key != ENTRY}
+        for teacher in provenance["teachers"]
+    ]
+    return {**provenance, "teachers": teachers}
+
+
 def crop_arrays(provenance: dict[str, Any]) -> tuple[str, ...]:
     """Return the names of the arrays that describe a crop in a store of this
     provenance, in the order of CROP_ARRAYS."""

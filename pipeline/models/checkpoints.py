@@ -332,7 +332,7 @@ def _kind(path: Path) -> str:
 
 
 def _text(head: bytes) -> tuple[str, str]:
-    """Return why a file of text, or of an unknown format, is no file of weights, and the
+    """Return why a file of text, or of an unknown format, holds no weights, and the
     repair."""
     text = " ".join(head.decode("utf-8", "replace").split())
     if re.match(r"<!doctype html|<html|<\?xml", text, re.IGNORECASE):
@@ -373,10 +373,15 @@ def _reason(error: Exception) -> tuple[str, str]:
             "it was pickled with another protocol than torch.save's own",
             "save it again with torch.save(torch.load(…), …)",
         )
-    if blocked := re.search(r"GLOBAL (\S+) whose module \S+ is blocked", said):
-        return f"it asks for {blocked[1]}, which may be a program", PASS
+    if blocked := re.search(
+        r"GLOBAL (\S+) whose module \S+ is blocked|unrecognized function (.+?)(?: Check|$)", said
+    ):
+        return f"it asks for {blocked[1] or blocked[2]}, which may be a program", PASS
     if isinstance(error, EOFError) or "IncompleteMetadata" in said or "not fully covered" in said:
         return "it is cut off", AGAIN
+    # torch wraps the reason in advice to trust the file.
+    said = re.sub(r"^Weights only load failed.* WeightsUnpickler error: ", "", said)
+    said = re.sub(r" Check the documentation of torch.load.*$", "", said)
     return shorten(said, 160, placeholder=" …") or type(error).__name__, PASS
 
 
@@ -430,7 +435,7 @@ def _kind_of(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of {' × '.join(map(str, value.shape)) or 'one number'}"
     if isinstance(value, StandIn):
-        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        name = stand_ins.name_of(type(value))
         return f"a whole pickled model, {name}" if _is_module(value) else f"an object {name}"
     if isinstance(value, Mapping | list | tuple | set):
         return f"{len(value)} entries" if value else "nothing"

@@ -101,8 +101,8 @@ class Model:
         return h.hexdigest()
 
     def describe(self) -> dict:
-        """Return the description of the model that a store's provenance keeps. Its entry
-        is for people, since the digest of the weights tells models apart."""
+        """Return the description of the model that a store's provenance keeps. The
+        entry is for people, since the digest of the weights tells models apart."""
         return {
             "model": self.name,
             "weights": self.digest(),

@@ -36,8 +36,16 @@ class StandIn(list):
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key, or in a set
 
+    def __repr__(self) -> str:
+        return name_of(type(self))
+
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def name_of(stand_in: type[StandIn]) -> str:
+    """Return the full name of the class or function that a stand-in stands in for."""
+    return f"{stand_in.__module__}.{stand_in.__qualname__}"
 
 
 class _Mapping:
@@ -64,9 +72,13 @@ def load(path: Path) -> Any:
     while True:
         known: list = [(stand_in, name) for name, stand_in in stand_ins.items()]
         try:
-            with torch.serialization.safe_globals(known), warnings.catch_warnings():
+            with (
+                torch.serialization.safe_globals(known),
+                warnings.catch_warnings(),
+                path.open("rb") as file,  # by its path, a file's ending would decide
+            ):
                 warnings.simplefilter("ignore")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             # Only the error tells which class is a subclass of dict.
             filled = re.search(r"SETITEMS? for dict.* but got <class '(.+)'>", str(error))

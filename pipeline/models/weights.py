@@ -224,7 +224,7 @@ class _Found:
             weights = _resampled(module, weights) or {}
             if not weights:
                 raise ModelError(
-                    f"{self.path} was made for {self.made_for} px, and timm can't resample a "
+                    f"{self.path} was made for {self.made_for} px, and timm can't resample "
                     f"{name} to {self.size} px; pass --image-size {self.made_for}, or set "
                     f"image_size: {self.made_for}"
                 )
