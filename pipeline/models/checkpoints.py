@@ -35,8 +35,10 @@ PACKED = {
     b"Rar!": "rar",
 }
 OTHERS = {b"\x89HDF": "an HDF5 file, as Keras writes it", b"GGUF": "a GGUF file"}
+WHOLE = "a whole pickled model"
 PASS = "pass a .safetensors, .pth or .pt file"
 AGAIN = "download or copy it again"
+LATER = {66, 67, *range(0x8A, 0x99)}  # operations of pickle's protocols from 3 on
 DEPTH = 3  # levels of sections in which weights are looked for
 LISTED = 8  # entries that an error lists
 
@@ -179,14 +181,16 @@ class Checkpoint:
             + [f"its {name} has other tensors" for name in unfit]
         )
         return [
-            f"{self.path} holds several sets of weights: {taken.name or 'those in no section'} "
-            f"was taken{how}; {also}"
+            f"{self.path} holds several sets of weights: "
+            f"{taken.name or 'the one without a prefix'} was taken{how}; {also}"
         ]
 
     def _left_out(self, taken: _Fit, fits: list[_Fit]) -> list[str]:
-        beside = [fit.prefix for fit in fits if fit.entry == taken.entry and fit.prefix]
-        left = [name for name in self.sets[taken.entry] if not name.startswith(tuple(beside))]
-        if not taken.prefix or not left:
+        found = {
+            fit.prefix + name for fit in fits if fit.entry == taken.entry for name in fit.weights
+        }
+        left = [name for name in self.sets[taken.entry] if name not in found]
+        if not left:
             return []
         return [
             f"{len(left)} of {len(self.sets[taken.entry])} tensors of {self.path} lie outside of "
@@ -259,9 +263,7 @@ def read(where: str) -> Checkpoint:
     sets = {name: _unwrapped(tensors) for name, tensors in _sets(content).items()}
     told = described(content)
     if not sets:
-        raise _no_weights(
-            path, f"it holds {told}", _repair_of(content) if "whole pickled" in told else PASS
-        )
+        raise _no_weights(path, f"it holds {told}", _repair_of(content) if WHOLE in told else PASS)
     return Checkpoint(path, entry, header, sets, told)
 
 
@@ -368,7 +370,8 @@ def _require_torch_zip(path: Path) -> None:
 def _reason(error: Exception) -> tuple[str, str]:
     """Return why safetensors or torch can't read a file, and the repair."""
     said = " ".join(str(error).split())
-    if "Unsupported operand" in said:
+    operand = re.search(r"Unsupported operand (\d+)", said)
+    if operand and int(operand[1]) in LATER:
         return (
             "it was pickled with another protocol than torch.save's own",
             "save it again with torch.save(torch.load(…), …)",
@@ -377,8 +380,12 @@ def _reason(error: Exception) -> tuple[str, str]:
         r"GLOBAL (\S+) whose module \S+ is blocked|unrecognized function (.+?)(?: Check|$)", said
     ):
         return f"it asks for {blocked[1] or blocked[2]}, which may be a program", PASS
-    if isinstance(error, EOFError) or "IncompleteMetadata" in said or "not fully covered" in said:
+    if "IncompleteBuffer" in said or "not fully covered" in said:
+        return "it is not as long as its header says", AGAIN
+    if isinstance(error, EOFError) or re.search(r"exhausted|expected \d+ (more )?bytes", said):
         return "it is cut off", AGAIN
+    if "Only persistent_load of storage" in said:  # in torch's format of old
+        return f"it holds {WHOLE}", "save the model's state_dict() with torch.save and pass that"
     # torch wraps the reason in advice to trust the file.
     said = re.sub(r"^Weights only load failed.* WeightsUnpickler error: ", "", said)
     said = re.sub(r" Check the documentation of torch.load.*$", "", said)
@@ -406,17 +413,26 @@ def _header(path: Path, text: str | None) -> dict:
     return header
 
 
-def _sets(content: object, depth: int = DEPTH) -> dict[str, Tensors]:
-    """Return entry → tensors by name, for every section that holds tensors."""
-    if not isinstance(content, Mapping):
+def _sets(content: object, above: tuple = ()) -> dict[str, Tensors]:
+    """Return entry → tensors by name, for every section that holds tensors. above: the
+    sections that hold this one."""
+    if not isinstance(content, Mapping) or any(content is one for one in above):
         return {}
     named = {key: value for key, value in content.items() if isinstance(key, str)}
-    tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor) and _plain(v)}
     found = {"": tensors} if tensors else {}
-    for key, value in named.items() if depth else ():
-        for inner, tensors in _sets(value, depth - 1).items():
+    for key, value in named.items() if len(above) < DEPTH else ():
+        for inner, tensors in _sets(value, (*above, content)).items():
             found[f"{key}.{inner}" if inner else key] = tensors
     return found
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds its numbers one by one: it isn't sparse, quantised,
+    or without content (meta)."""
+    return (
+        tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    )
 
 
 def _unwrapped(tensors: Tensors) -> Tensors:
@@ -436,7 +452,7 @@ def _kind_of(value: object) -> str:
         return f"a tensor of {' × '.join(map(str, value.shape)) or 'one number'}"
     if isinstance(value, StandIn):
         name = stand_ins.name_of(type(value))
-        return f"a whole pickled model, {name}" if _is_module(value) else f"an object {name}"
+        return f"{WHOLE}, {name}" if _is_module(value) else f"an object {name}"
     if isinstance(value, Mapping | list | tuple | set):
         return f"{len(value)} entries" if value else "nothing"
     if isinstance(value, bool) or value is None:

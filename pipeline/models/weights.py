@@ -24,6 +24,8 @@ from pipeline.models.model import Model, ModelError
 from pipeline.models.names import ALIASES, resolve
 from pipeline.runtime.progress import say
 
+# Of each tensor by its name: shape, and whether it holds fractions.
+Shapes = dict[str, tuple[torch.Size, bool]]
 # Usual input sizes in pixels, tried where a file's shapes don't tell the size.
 SIZES = (224, 384, 256, 192, 448, 512, 320, 288, 160, 128, 96, 336, 240, 64, 32)
 
@@ -47,7 +49,7 @@ def load(
     """
     hub = spec.checkpoint is None and spec.pretrained
     name = resolve(spec.model, hub=hub)
-    checkpoint = read(spec.checkpoint) if spec.checkpoint else None
+    checkpoint = read(spec.checkpoint) if spec.checkpoint is not None else None
     written = checkpoint.header if checkpoint else {}
     if written and architecture(written["model"]) != architecture(name):
         raise ModelError(
@@ -243,13 +245,20 @@ def _find(checkpoint: Checkpoint, name: str, config: dict, asked: int | None) ->
     size = asked or written or default
     path = f"{checkpoint.path}" + (f"#{checkpoint.entry}" if checkpoint.entry is not None else "")
     names = _shapes(name, config, size)
-    chosen = checkpoint.choose([key for key in names if not _counts(key)], name)
-    classes = _head_size(chosen.weights, config, checkpoint, path)
-    own, notes, made_for = _shapes(name, config, size, classes), list(chosen.notes), size
-    if wrong := _wrong(own, chosen.weights):
+    needed = [key for key in names if not _counts(key)]
+    chosen = checkpoint.choose(needed, name)
+    weights, notes, made_for = chosen.weights, list(chosen.notes), size
+    if weights.keys() - names.keys() or set(needed) - weights.keys():
+        theirs = _renamed(checkpoint, weights, _meta(name, config, size))
+        if theirs is not None:
+            weights = theirs
+            notes.append(f"tensors of {path} renamed as timm does for weights of {name}'s authors")
+    classes = _head_size(weights, config, checkpoint, path)
+    own = _shapes(name, config, size, classes)
+    if wrong := _wrong(own, weights):
         explained = (
-            _made_for(chosen.weights, name, config, classes, written)
-            if own.keys() - {key for key in own if _counts(key)} <= chosen.weights.keys()
+            _made_for(weights, name, config, classes, written)
+            if not set(needed) - weights.keys()
             else None
         )
         if explained is None:
@@ -267,7 +276,43 @@ def _find(checkpoint: Checkpoint, name: str, config: dict, asked: int | None) ->
                 f"position embedding of {path} resampled from {made_for} px to {size} px, as timm "
                 f"does"
             )
-    return _Found(path, chosen.weights, classes, size, made_for, chosen.entry, notes)
+    if infinite := [key for key, tensor in weights.items() if not _finite(tensor)]:
+        notes.append(
+            f"{len(infinite)} of {len(weights)} tensors of {path} hold values that aren't finite, "
+            f"the first is {infinite[0]}"
+        )
+    return _Found(path, weights, classes, size, made_for, chosen.entry, notes)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    # torch can't ask eight bits.
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+
+
+def _renamed(checkpoint: Checkpoint, nearest: Tensors, module: nn.Module) -> Tensors | None:
+    """Return the weights in a file under a model's own names, if timm knows the names
+    that the model's authors gave them; None if it doesn't. Tensors are renamed or left
+    out, and never changed."""
+    sets = checkpoint.sets
+    own = {key for key in module.state_dict() if not _counts(key)}
+    for tensors in (
+        nearest,
+        *([sets[checkpoint.entry]] if checkpoint.entry in sets else sets.values()),
+    ):
+        converted = _converted(module, tensors)
+        same = {id(tensor) for tensor in tensors.values()}
+        if own <= converted.keys() and all(id(tensor) in same for tensor in converted.values()):
+            return converted
+    return None
+
+
+def _converted(module: nn.Module, weights: Tensors) -> Tensors:
+    """Return weights as timm converts them for a model; empty if timm can't."""
+    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    try:
+        return dict(convert(dict(weights), module)) if convert else {}
+    except Exception:  # tensors that timm doesn't expect fail in many ways
+        return {}
 
 
 def _counts(key: str) -> bool:
@@ -276,24 +321,35 @@ def _counts(key: str) -> bool:
     return key.endswith("num_batches_tracked")
 
 
-def _shapes(
-    name: str, config: dict, size: int, classes: int | None = None
-) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors by name, for an input size in pixels.
-    classes: of the head; None: timm's number. The model is built without memory (meta
-    device)."""
+def _meta(name: str, config: dict, size: int, classes: int | None = None) -> nn.Module:
+    """Build a model without memory (meta device), for an input size in pixels. classes:
+    of the head; None: timm's number."""
     head = {} if classes is None else {"num_classes": classes}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        module = _create(name, pretrained=False, **head, **_size_option(config, size))
-    return {key: tensor.shape for key, tensor in module.state_dict().items()}
+        return _create(name, pretrained=False, **head, **_size_option(config, size))
 
 
-def _wrong(own: dict[str, torch.Size], weights: Tensors) -> list[str]:
+def _shapes(name: str, config: dict, size: int, classes: int | None = None) -> Shapes:
+    """Return the shapes of a model's tensors (``_meta``)."""
+    return _of(_meta(name, config, size, classes))
+
+
+def _of(module: nn.Module) -> Shapes:
+    return {key: _shape(key, tensor) for key, tensor in module.state_dict().items()}
+
+
+def _shape(key: str, tensor: torch.Tensor) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point() or _counts(key)
+
+
+def _wrong(own: Shapes, weights: Tensors) -> list[str]:
     """Return the names of tensors that are missing, foreign or of another shape."""
     return [
         *sorted(key for key in own.keys() - weights.keys() if not _counts(key)),
         *sorted(weights.keys() - own.keys()),
-        *sorted(key for key in own.keys() & weights.keys() if own[key] != weights[key].shape),
+        *sorted(
+            key for key in own.keys() & weights.keys() if own[key] != _shape(key, weights[key])
+        ),
     ]
 
 
@@ -330,19 +386,14 @@ def _sizes_of_grid(weights: Tensors) -> list[int]:
 def _resampled(module: nn.Module, weights: Tensors) -> Tensors | None:
     """Resample position embeddings to a model's input size, as timm does for its own
     weights; None if timm can't."""
-    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    try:
-        converted = convert(dict(weights), module) if convert else {}
-    except Exception:  # tensors that timm doesn't expect fail in many ways
-        return None
-    own = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    return None if not converted or _wrong(own, converted) else converted
+    converted = _converted(module, weights)
+    return None if _wrong(_of(module), converted) else converted
 
 
 def _head_size(weights: Tensors, config: dict, checkpoint: Checkpoint, path: str) -> int:
     for head in _heads(config):
         for suffix in (".weight", ".bias"):
-            if head + suffix in weights:
+            if head + suffix in weights and weights[head + suffix].ndim:
                 return weights[head + suffix].shape[0]
     raise ModelError(
         f"{path} has no classifier {config.get('classifier') or ()!r}, so it is no whole "

@@ -380,7 +380,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, legacy):
         Program(eval, f"open({str(mark)!r}, 'w')"),
         Program(open, str(mark), "w"),
         Program(shutil.copy, __file__, str(mark)),
-        Program(getattr, nn.Linear, "forward"),
+        Program(getattr, pathlib.Path, "touch"),
     ]
     torch.save(
         {"model": PLAIN, "programs": programs},
@@ -431,7 +431,7 @@ OTHERS = {
     "cut": (saved(PLAIN)[:9000], "it is cut off); download or copy it again"),
     "cut safetensors": (
         safetensors.torch.save(PLAIN)[:9000],
-        "it is cut off); download or copy it again",
+        "it is not as long as its header says); download or copy it again",
     ),
     "cut in its header": (
         safetensors.torch.save(PLAIN)[:600],
@@ -494,6 +494,7 @@ def test_other_things_than_files_are_refused(tmp_path):
     assert "there is no checkpoint" in refusal(tmp_path / "link.pth")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_a_torchscript_archive_and_an_archive_of_numpy_are_named(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "x.pt"))
     assert "it is a TorchScript archive); save the model's state_dict()" in refusal(
@@ -501,6 +502,13 @@ def test_a_torchscript_archive_and_an_archive_of_numpy_are_named(tmp_path):
     )
     np.savez(tmp_path / "x.npz", a=np.ones(2))
     assert "it is an archive of NumPy); pass" in refusal(tmp_path / "x.npz")
+
+
+def test_a_whole_model_in_torchs_format_of_old_is_named(tmp_path):
+    torch.save(Pickled(), tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert "it holds a whole pickled model); save the model's state_dict()" in refusal(
+        tmp_path / "x.pth"
+    )
 
 
 def test_another_protocol_of_pickle_is_named(tmp_path):
@@ -550,6 +558,95 @@ def test_a_student_a_teacher_and_verify_read_the_same_files(photos, recipe, tmp_
     wrong = [f"--teacher=test_resnet={tmp_path}/both.pth#state_dict", *named[1:]]
     status, page, _ = command.run(*asked, *wrong)
     assert status == 1 and "was made with test_resnet of weights" in page
+
+
+def test_weights_under_their_authors_names_are_renamed_as_timm_does(tmp_path):
+    """Swin's own files: the head under another name, downsampling in the stage before,
+    and indices that timm computes."""
+    name = "swin_tiny_patch4_window7_224"
+    ours = weights(name)
+    theirs = {}
+    for key, tensor in ours.items():
+        parts = key.replace("head.fc.", "head.").split(".")
+        if parts[2:3] == ["downsample"]:
+            parts[1] = str(int(parts[1]) - 1)
+        theirs[".".join(parts)] = tensor
+    theirs["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49).long()
+    torch.save({"model": theirs, "optimizer": optimizer()}, tmp_path / "swin.pth")
+    assert equal(taken(tmp_path / "swin.pth", name), ours)
+    (note,) = notes(tmp_path / "swin.pth", name)
+    assert "renamed as timm does" in note
+
+
+@pytest.mark.parametrize(
+    ("model", "other"),
+    [
+        ("resnet18", "seresnet18"),
+        ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"),
+    ],
+)
+def test_a_larger_models_weights_are_not_taken_for_a_smaller_ones(tmp_path, model, other):
+    """Whose tensors are all there: what is left over says that it is another model."""
+    torch.save(weights(other), tmp_path / "x.pth")
+    assert f"doesn't fit {model}" in refusal(tmp_path / "x.pth", model)
+
+
+def changed_head(**tensors: torch.Tensor) -> Tensors:
+    return PLAIN | {f"fc.{name}": tensor for name, tensor in tensors.items()}
+
+
+HEAD = PLAIN["fc.weight"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (changed_head(weight=torch.tensor(1.0)), "the first is fc.weight"),
+        (changed_head(bias=torch.ones(4)), "the first is fc.bias"),
+        (changed_head(weight=HEAD.to(torch.complex64)), "the first is fc.weight"),
+        (changed_head(weight=HEAD.to(torch.int8)), "the first is fc.weight"),
+        (changed_head(weight=HEAD.to_sparse()), "the first is fc.weight"),
+        ({k: t.to("meta") for k, t in PLAIN.items()}, "holds no weights that can be read"),
+        (weights(classes=0), "has no classifier 'fc', so it is no whole test_resnet"),
+        ({0: PLAIN, 1: AVERAGED}, "it holds 0 (92 entries), 1 (92 entries)"),
+        ({f"epoch{i}": PLAIN for i in range(40)}, "epoch7 and 32 more; choose one"),
+        ({"ema_slow": PLAIN, "ema_fast": AVERAGED}, "ema_slow, ema_fast; choose one"),
+        ({"model": {k: t.numpy() for k, t in PLAIN.items()}}, "it holds model (92 entries)"),
+    ],
+)
+def test_odd_weights_are_refused_in_one_line(tmp_path, content, said):
+    torch.save(content, tmp_path / "x.pth")
+    assert said in refusal(tmp_path / "x.pth")
+
+
+def test_weights_that_are_not_finite_are_taken_and_that_is_said(tmp_path):
+    torch.save(changed_head(weight=HEAD * torch.nan), tmp_path / "x.pth")
+    assert notes(tmp_path / "x.pth") == [
+        f"1 of 92 tensors of {tmp_path}/x.pth hold values that aren't finite, the first is "
+        "fc.weight"
+    ]
+
+
+def test_a_section_that_holds_itself_is_read_once(tmp_path):
+    content = {"model": PLAIN}
+    content["self"] = content
+    torch.save(content, tmp_path / "x.pth")
+    assert equal(taken(tmp_path / "x.pth"), PLAIN) and notes(tmp_path / "x.pth") == []
+
+
+def test_weights_without_a_prefix_are_the_models_own(tmp_path):
+    torch.save(PLAIN | under("teacher.", AVERAGED), tmp_path / "x.pth")
+    assert equal(taken(tmp_path / "x.pth"), PLAIN)
+    assert "#teacher takes the other" in notes(tmp_path / "x.pth")[0]
+    assert equal(taken(f"{tmp_path}/x.pth#teacher"), AVERAGED)
+
+
+@pytest.mark.parametrize("left", [60, 500, 3000, 0.5, -10])
+def test_a_file_of_old_that_is_cut_off_is_named(tmp_path, left):
+    torch.save(PLAIN, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(whole[: int(left * len(whole)) if left == 0.5 else left])
+    assert "it is cut off); download or copy it again" in refusal(tmp_path / "x.pth")
 
 
 # ---- another input size ----
