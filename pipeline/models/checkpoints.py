@@ -64,11 +64,13 @@ class _Fit:
     entry: str  # keys of the sections that lead to the state dict, with dots; may be empty
     prefix: str  # of the tensors' names, with its last dot; may be empty
     weights: Tensors  # without the prefix
+    alone: bool  # in its entry
 
     @property
     def name(self) -> str:
         """Return the name by which a user can choose the part."""
-        return ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
+        own = "" if self.entry and self.alone else self.prefix.rstrip(".")
+        return ".".join(part for part in (self.entry, own) if part)
 
     @property
     def averaged(self) -> bool:
@@ -77,7 +79,8 @@ class _Fit:
 
     def called(self, wanted: str) -> bool:
         """Return whether a user means the part by ``wanted``."""
-        return wanted.rstrip(".") in (self.name, self.entry, self.prefix.rstrip("."))
+        prefix = self.prefix.rstrip(".")
+        return wanted.rstrip(".") in (self.name, self.entry, prefix, f"{self.entry}.{prefix}")
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,10 @@ class Checkpoint:
         parts of the file fit and timm has no rule which of them to take.
         """
         fits = [
-            _Fit(entry, prefix, weights)
+            _Fit(entry, prefix, weights, len(parts) == 1)
             for entry, tensors in self.sets.items()
-            for prefix, weights in fitting(tensors, own).items()
+            if (parts := fitting(tensors, own))
+            for prefix, weights in parts.items()
         ]
         taken = self._taken(fits, model)
         if taken is None:
@@ -268,13 +272,16 @@ def read(where: str) -> Checkpoint:
 
 
 def _split(where: str) -> tuple[Path, str | None]:
-    file, mark, entry = where.rpartition("#")
-    if not mark or os.path.lexists(where):
+    if "#" not in where or os.path.lexists(where):
         return Path(where), None
-    if not entry.strip() and Path(file).is_file():
+    cuts = [(where[: mark.start()], where[mark.end() :]) for mark in re.finditer("#", where)]
+    # The names of folders and entries may hold a # too.
+    file, entry = next((cut for cut in reversed(cuts) if Path(cut[0]).is_file()), cuts[-1])
+    if not Path(file).is_file() and "/" in entry:
+        return Path(where), None
+    if not entry.strip():
         raise ModelError(f"{where} names no entry after the #; pass {file}, or {file}#ema")
-    # A folder's name may hold a # too.
-    return (Path(where), None) if "/" in entry and not Path(file).is_file() else (Path(file), entry)
+    return Path(file), entry.strip()
 
 
 def _require_readable(path: Path) -> None:

@@ -263,8 +263,8 @@ def _find(checkpoint: Checkpoint, name: str, config: dict, asked: int | None) ->
         )
         if explained is None:
             raise ModelError(
-                f"{path} doesn't fit {name}: {len(wrong)} of {len(own)} tensors are missing, "
-                f"foreign or of another shape, the first is {wrong[0]}; "
+                f"{path} doesn't fit {name}: {len(wrong)} tensors are missing, foreign or of "
+                f"another shape, the first is {wrong[0]} ({name} has {len(own)}); "
                 f"{_repair(checkpoint, path)}"
             )
         made_for = explained
@@ -301,7 +301,7 @@ def _renamed(checkpoint: Checkpoint, nearest: Tensors, module: nn.Module) -> Ten
     ):
         converted = _converted(module, tensors)
         same = {id(tensor) for tensor in tensors.values()}
-        if own <= converted.keys() and all(id(tensor) in same for tensor in converted.values()):
+        if own <= converted.keys() != tensors.keys() and all(id(tensor) in same for tensor in converted.values()):
             return converted
     return None
 

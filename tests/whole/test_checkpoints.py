@@ -154,6 +154,8 @@ def test_a_file_whose_name_holds_the_mark_is_that_file(tmp_path):
     timms_file(tmp_path / "try #2" / "last.pth")
     assert equal(taken(tmp_path / "try #2" / "last.pth"), AVERAGED)
     assert equal(taken(f"{tmp_path}/try #2/last.pth#state_dict"), PLAIN)
+    torch.save({"step#1": PLAIN, "step#2": AVERAGED}, tmp_path / "steps.pth")
+    assert equal(taken(f"{tmp_path}/steps.pth#step#2"), AVERAGED)
 
 
 def test_an_average_that_does_not_fit_is_not_passed_over_in_silence(tmp_path):
@@ -351,7 +353,8 @@ def test_a_student_and_its_teacher_in_one_file_are_told_apart_by_the_user(tmp_pa
         assert notes(f"{path}#{name}") == []
     assert "several sets" in refusal(f"{path}#state_dict")
     torch.save({"student": PLAIN, "teacher": under("backbone.", AVERAGED)}, path)
-    assert "student, teacher.backbone; choose one" in refusal(path)
+    assert "student, teacher; choose one" in refusal(path)
+    assert equal(taken(f"{path}#teacher.backbone"), AVERAGED)
     assert equal(taken(f"{path}#teacher"), AVERAGED)
 
 
