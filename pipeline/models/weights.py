@@ -301,7 +301,9 @@ def _renamed(checkpoint: Checkpoint, nearest: Tensors, module: nn.Module) -> Ten
     ):
         converted = _converted(module, tensors)
         same = {id(tensor) for tensor in tensors.values()}
-        if own <= converted.keys() != tensors.keys() and all(id(tensor) in same for tensor in converted.values()):
+        if own <= converted.keys() != tensors.keys() and all(
+            id(tensor) in same for tensor in converted.values()
+        ):
             return converted
     return None
 
