@@ -135,7 +135,8 @@ json_option = click.option(
 
 
 class TeacherType(click.ParamType):
-    """Reads MODEL or MODEL=CHECKPOINT from the command line."""
+    """Reads MODEL or MODEL=CHECKPOINT from the command line. CHECKPOINT may be
+    FILE#ENTRY."""
 
     name = "MODEL[=CHECKPOINT]"
 
@@ -155,6 +156,10 @@ class TeacherType(click.ParamType):
 
 
 MODEL = TeacherType()
+ENTRIES = (
+    "CHECKPOINT is a .safetensors, .pth, .pt or .ckpt file; FILE#ENTRY takes one of several sets "
+    "of weights in it, FILE#ema the moving average."
+)
 
 
 @main.command("generate-labels", short_help="Stage one: label every crop with the teachers.")
@@ -177,7 +182,7 @@ MODEL = TeacherType()
         "teachers",
         multiple=True,
         type=MODEL,
-        help="Teacher, in place of the config's teachers; repeat for several.",
+        help="Teacher, in place of the config's teachers; repeat for several. " + ENTRIES,
     ),
     click.option(
         "--views",
@@ -302,7 +307,9 @@ def generate_labels(
         help="With --online: teacher, in place of the config's teachers; repeat for several.",
     ),
     click.option("--out", required=True, type=folder, help="Run directory to create or resume."),
-    click.option("--student", type=MODEL, help="Student, in place of the config's student."),
+    click.option(
+        "--student", type=MODEL, help="Student, in place of the config's student. " + ENTRIES
+    ),
     click.option(
         "--epochs", type=int, help="Total number of epochs; epoch e replays view e mod views."
     ),
@@ -398,7 +405,7 @@ def train_student(
         multiple=True,
         required=True,
         type=MODEL,
-        help="Model to evaluate; repeat for several models and their ensemble.",
+        help="Model to evaluate; repeat for several models and their ensemble. " + ENTRIES,
     ),
     click.option(
         "--teacher",

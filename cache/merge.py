@@ -131,8 +131,10 @@ def _fill(
 
 def _recipe(provenance: dict[str, Any]) -> bytes:
     """Return a digest that is the same for all stores of one recipe. It covers the
-    whole provenance except the tags of the teachers' names, since the digests of the
-    weights tell teachers apart better."""
+    whole provenance except the tags of the teachers' names, and the entries that their
+    weights had in a file, since the digests of the weights tell teachers apart
+    better."""
+    provenance = schema.without_entries(provenance)
     teachers = [
         {**teacher, "model": schema.architecture(teacher["model"])}
         for teacher in provenance["teachers"]

@@ -144,9 +144,10 @@ class LabelStore:
 
     @cached_property
     def identity(self) -> bytes:
-        """Return the sha256 of the provenance. The digest in every completion record
-        includes this value."""
-        return schema.canonical_digest(self.provenance)
+        """Return the sha256 of the provenance, except the entries of files that the
+        teachers' weights were in. The digest in every completion record includes this
+        value."""
+        return schema.canonical_digest(schema.without_entries(self.provenance))
 
     @property
     def made_by(self) -> str:

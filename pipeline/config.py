@@ -46,7 +46,10 @@ class ModelSpec(Section):
         description="timm name, with its tag where timm has several weights: resnet50.ram_in1k"
     )
     checkpoint: str | None = Field(
-        None, description="file of weights (.safetensors, .pth, .pt); otherwise timm's from the hub"
+        None,
+        description="file of weights (.safetensors, .pth, .pt); FILE#ENTRY takes an entry of a "
+        "file that holds several sets of weights, FILE#ema the moving average; otherwise timm's "
+        "weights from the hub",
     )
     pretrained: bool = Field(
         True,

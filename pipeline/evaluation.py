@@ -245,6 +245,8 @@ def evaluate_checkpoints(
     )
     for model in (*pupils, *references):
         model.interpolation = interpolation or model.interpolation
+        for line in model.notes:
+            say(line)
     owner = pupils[0].name if len(pupils) == 1 else "the models"
     data = map_classes(data, known_classes([*pupils, *references]), owner)
     found = scan(data, settings.rendering)

@@ -32,6 +32,7 @@ import numpy as np
 import zarr
 
 FORMAT = "meal-v2-label-store"
+ENTRY = "entry"  # of a teacher: the part of a file that held its weights; for people alone
 VERSION, IMPORTED, ON_GPU = 3, 4, 5  # versions of new stores (format_version)
 # Versions that can be read. 2 added CutMix, 3 the seal, 4 labels that others made (of
 # whose making less is known), 5 TF32 and the hardware decoder of GPUs.
@@ -83,6 +84,16 @@ def canonical_digest(document: dict[str, Any]) -> bytes:
     ).digest()
 
 
+def without_entries(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a provenance without the entries of files that the teachers' weights were
+    in. Labels depend on the weights alone, which are known by their digests."""
+    teachers = [
+        {key: value for key, value in teacher.items() if key != ENTRY}
+        for teacher in provenance["teachers"]
+    ]
+    return {**provenance, "teachers": teachers}
+
+
 def crop_arrays(provenance: dict[str, Any]) -> tuple[str, ...]:
     """Return the names of the arrays that describe a crop in a store of this
     provenance, in the order of CROP_ARRAYS."""
@@ -123,10 +134,13 @@ def format_version(provenance: dict[str, Any]) -> int:
 
 def first_difference(where: str, theirs: object, ours: object) -> tuple[str, object, object] | None:
     """Return the first place where two documents differ, and the values there; None if
-    the documents are equal."""
+    the documents are equal. The entry of a file that a teacher's weights were in is no
+    difference."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         pairs = [
-            (f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in theirs | ours
+            (f"{where}.{key}".lstrip("."), theirs.get(key), ours.get(key))
+            for key in theirs | ours
+            if key != ENTRY
         ]
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         pairs = [(f"{where}.{i}", a, b) for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]

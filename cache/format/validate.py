@@ -174,6 +174,7 @@ def shape_of_attributes(imported: bool) -> dict[str, Shape]:
                 "mean": known(several(3, number(0, 1))),
                 "std": known(several(3, number(1e-6, 1e3))),
                 "files?": sha256,
+                "entry?": text,
             }
         ],
         "imported?": IMPORTED,

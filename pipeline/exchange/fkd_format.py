@@ -26,12 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
 
 from cache.errors import MealError
+from pipeline.models.stand_ins import StandIn
 
 SUM = 5e-3  # excess of a label's sum above 1 that the rounding of half precision explains
 KINDS = {"full": 0, "top5": 5, "top10": 10}  # classes kept in a written label; 0: all
@@ -71,16 +72,9 @@ def generated(image: str, split: str) -> str:
     return f"{split}/{folder}/{name.split('.')[0]}.tar"
 
 
-class _Numpy:
+class _Numpy(StandIn):
     """Stands in for the numpy objects that a pickled array asks for, so that none of
     numpy's own code reads untrusted data."""
-
-    def __init__(self, *said: object) -> None:
-        self.said = said
-        self.state: Any = ()
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
 
     def array(self) -> np.ndarray:
         """Return the array that was pickled. Raises ValueError or any other error for a

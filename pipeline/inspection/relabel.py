@@ -253,6 +253,8 @@ def _teachers(store: LabelStore, specs: Sequence[ModelSpec], device: torch.devic
             f"teacher {theirs['model']}, {theirs['image_size']} px, weights "
             f"{theirs['weights'][:12]}"
         )
+        for line in teacher.notes:
+            say(line)
     return teachers
 
 

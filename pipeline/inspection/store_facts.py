@@ -227,8 +227,9 @@ def _label_lines(facts: StoreFacts) -> list[tuple[str, str]]:
 
 def _teacher(teacher: dict) -> str:
     size = f"{teacher['image_size']} px" if teacher["image_size"] else "an unknown size"
+    entry = f" ({teacher['entry']})" if "entry" in teacher else ""
     return f"{teacher['model']} at {size}, " + (
-        f"weights {teacher['weights'][:12]}" if teacher["weights"] else "weights unknown"
+        f"weights {teacher['weights'][:12]}{entry}" if teacher["weights"] else "weights unknown"
     )
 
 

@@ -187,7 +187,10 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
     """Load the teachers. Returns the teachers, and whether they have their real weights
     (otherwise random ones)."""
     try:
-        return load_teachers(config.teachers, device), True
+        teachers = load_teachers(config.teachers, device)
+        for line in (line for teacher in teachers for line in teacher.notes):
+            say(line)
+        return teachers, True
     except ModelError as error:
         if "can't be fetched" not in str(error):
             raise

@@ -36,6 +36,10 @@ class Model:
     std: tuple[float, float, float]
     interpolation: str  # of evaluation's resize
     notes: list[str] = field(default_factory=list)  # for the user, on how it was loaded
+    # Of the outputs, in order; None if the weights don't tell, or if the head is new.
+    class_names: tuple[str, ...] | None = None
+    # Of the file of weights, if the file offered a choice or the user chose.
+    entry: str | None = None
 
     def to(self, device: torch.device) -> Model:
         """Move the model to a device, and return it."""
@@ -97,7 +101,8 @@ class Model:
         return h.hexdigest()
 
     def describe(self) -> dict:
-        """Return the description of the model that a store's provenance keeps."""
+        """Return the description of the model that a store's provenance keeps. The
+        entry is for people, since the digest of the weights tells models apart."""
         return {
             "model": self.name,
             "weights": self.digest(),
@@ -106,6 +111,7 @@ class Model:
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,
+            **({"entry": self.entry} if self.entry is not None else {}),
         }
 
 

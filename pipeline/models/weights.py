@@ -3,15 +3,14 @@ normalisation."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -19,24 +18,39 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache.format.schema import architecture
 from pipeline.config import ModelSpec
-from pipeline.models.model import METADATA, Model, ModelError
+from pipeline.models.checkpoints import Checkpoint, Tensors, fitting, read
+from pipeline.models.classes import difference, reorder_head, rows_by_name, same_names
+from pipeline.models.model import Model, ModelError
 from pipeline.models.names import ALIASES, resolve
 from pipeline.runtime.progress import say
 
+# Of each tensor by its name: shape, and whether it holds fractions.
+Shapes = dict[str, tuple[torch.Size, bool]]
+# Usual input sizes in pixels, tried where a file's shapes don't tell the size.
+SIZES = (224, 384, 256, 192, 448, 512, 320, 288, 160, 128, 96, 336, 240, 64, 32)
+
 
 def load(
-    spec: ModelSpec, *, classes: int | None = None, image_size: int | None = None, seed: int = 0
+    spec: ModelSpec,
+    *,
+    classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
 ) -> Model:
     """Build a model with its weights, on the CPU, in evaluation mode.
 
     classes: number of classes. A head of another size is replaced by a new head, and
     the model's notes say so. None: as many as the weights have. image_size: input size
     in pixels, which takes precedence over the spec's and the model's own. seed: of
-    random weights and of a new head. Raises ModelError.
+    random weights and of a new head. class_names: names of the classes, in place of
+    ``classes``. A head that knows these classes in another order is put in this order;
+    a head of other classes is replaced. Raises ModelError.
     """
     hub = spec.checkpoint is None and spec.pretrained
     name = resolve(spec.model, hub=hub)
-    weights, written = _read(Path(spec.checkpoint)) if spec.checkpoint else (None, {})
+    checkpoint = read(spec.checkpoint) if spec.checkpoint is not None else None
+    written = checkpoint.header if checkpoint else {}
     if written and architecture(written["model"]) != architecture(name):
         raise ModelError(
             f"{spec.checkpoint} holds a {written['model']}, not a {name}; pass it as "
@@ -46,31 +60,41 @@ def load(
         # Keep the tag that the weights started from: timm's default tag may be another.
         name = written["model"]
     config = _config(name)
-    size = image_size or spec.image_size or written.get("image_size") or config["input_size"][-1]
-    options = _size_option(config, size)
-    notes = []
+    asked = image_size or spec.image_size
+    found = _find(checkpoint, name, config, asked) if checkpoint else None
+    size = found.size if found else asked or config["input_size"][-1]
+    notes = list(found.notes) if found else []
     if hub and spec.model in ALIASES:
         notes.append(f"{spec.model} stands for {name}, as in the paper and in the timm of 2020")
+    count = len(class_names) if class_names is not None else classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if weights is not None:
-            found = _head_size(weights, config, str(spec.checkpoint))
-            module = _create(name, pretrained=False, num_classes=found, **options)
-            _fit(module, weights, spec.checkpoint, name)
+        if found:
+            module = found.module(name, config)
         elif spec.pretrained:
             if not name.startswith("local-dir:"):
                 say(f"fetching the weights of {name}, unless they are in the cache")
-            module = _create(name, pretrained=True, **options)
-            found = module.num_classes
+            module = _create(name, pretrained=True, **_size_option(config, size))
         else:
-            found = classes or config["num_classes"]
-            module = _create(name, pretrained=False, num_classes=found, **options)
-            notes.append(f"{name} starts from random weights")
-        if classes is not None and found != classes:
-            module.reset_classifier(classes)
-            notes.append(
-                f"{name} had a head of {found} classes; it starts with a new one of {classes}"
+            heads = count or config["num_classes"]
+            module = _create(
+                name, pretrained=False, num_classes=heads, **_size_option(config, size)
             )
+            notes.append(f"{name} starts from random weights")
+        model = Model(
+            module,
+            name,
+            module.num_classes,
+            size,
+            _colour(spec.mean or written.get("mean") or config["mean"]),
+            _colour(spec.std or written.get("std") or config["std"]),
+            written.get("interpolation")
+            or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
+            notes,
+            _names_of(written if checkpoint else config if spec.pretrained else {}, module),
+            found.entry if found else None,
+        )
+        _adapt_head(model, config, count, class_names)
     module.eval()
     try:
         with torch.inference_mode():
@@ -80,18 +104,9 @@ def load(
             f"{name} can't take {size} px ({shorten(str(error), 160, placeholder=' …')}); choose "
             f"another image_size"
         ) from None
-    return Model(
-        # Channels last, like the renderer's pixels: convolutions are faster.
-        module.to(memory_format=torch.channels_last),
-        name,
-        classes if classes is not None else found,
-        size,
-        _colour(spec.mean or written.get("mean") or config["mean"]),
-        _colour(spec.std or written.get("std") or config["std"]),
-        written.get("interpolation")
-        or ("bilinear" if config.get("interpolation") == "bilinear" else "bicubic"),
-        notes,
-    )
+    # Channels last, like the renderer's pixels: convolutions are faster.
+    model.module = module.to(memory_format=torch.channels_last)
+    return model
 
 
 def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:
@@ -189,70 +204,266 @@ def _create(name: str, *, pretrained: bool, **options: Any) -> Any:
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return (state dict, this tool's description of the model or {}). Only tensors are
-    read: nothing in the file is executed."""
-    if not path.is_file():
-        raise ModelError(f"there is no checkpoint {path}; check the path after MODEL=")
-    if not os.access(path, os.R_OK):
-        raise ModelError(f"{path} may not be read (no permission); ask for it, or pass a copy")
+@dataclass(frozen=True)
+class _Found:
+    """Weights in a file, that fit a model."""
+
+    path: str  # as the user named the file
+    weights: Tensors
+    classes: int
+    size: int  # input size of the model, pixels
+    made_for: int  # input size that the weights were made for, pixels
+    entry: str | None
+    notes: list[str]
+
+    def module(self, name: str, config: dict) -> Any:
+        """Create the model, with these weights."""
+        module = _create(
+            name, pretrained=False, num_classes=self.classes, **_size_option(config, self.size)
+        )
+        weights = self.weights
+        if self.made_for != self.size:
+            weights = _resampled(module, weights) or {}
+            if not weights:
+                raise ModelError(
+                    f"{self.path} was made for {self.made_for} px, and timm can't resample "
+                    f"{name} to {self.size} px; pass --image-size {self.made_for}, or set "
+                    f"image_size: {self.made_for}"
+                )
+        module.load_state_dict(weights, strict=False)
+        return module
+
+
+def _find(checkpoint: Checkpoint, name: str, config: dict, asked: int | None) -> _Found:
+    """Find a model's weights in a file, and the input size that they were made for.
+
+    asked: input size in pixels that the user wants; None: the file's own. Raises
+    ModelError if the weights don't fit.
+    """
+    written = checkpoint.header.get("image_size")
+    default = config["input_size"][-1]
+    size = asked or written or default
+    path = f"{checkpoint.path}" + (f"#{checkpoint.entry}" if checkpoint.entry is not None else "")
+    names = _shapes(name, config, size)
+    needed = [key for key in names if not _counts(key)]
+    chosen = checkpoint.choose(needed, name)
+    weights, notes, made_for = chosen.weights, list(chosen.notes), size
+    if weights.keys() - names.keys() or set(needed) - weights.keys():
+        theirs = _renamed(checkpoint, weights, _meta(name, config, size))
+        if theirs is not None:
+            weights = theirs
+            notes.append(f"tensors of {path} renamed as timm does for weights of {name}'s authors")
+    classes = _head_size(weights, config, checkpoint, path)
+    own = _shapes(name, config, size, classes)
+    if wrong := _wrong(own, weights):
+        explained = (
+            _made_for(weights, name, config, classes, written)
+            if not set(needed) - weights.keys()
+            else None
+        )
+        if explained is None:
+            raise ModelError(
+                f"{path} doesn't fit {name}: {len(wrong)} tensors are missing, foreign or of "
+                f"another shape, the first is {wrong[0]} ({name} has {len(own)}); "
+                f"{_repair(checkpoint, path)}"
+            )
+        made_for = explained
+        if asked is None and written is None:
+            size = made_for
+            notes.append(f"{path} was made for {size} px, not for {name}'s {default} px")
+        else:
+            notes.append(
+                f"position embedding of {path} resampled from {made_for} px to {size} px, as timm "
+                f"does"
+            )
+    if infinite := [key for key, tensor in weights.items() if not _finite(tensor)]:
+        notes.append(
+            f"{len(infinite)} of {len(weights)} tensors of {path} hold values that aren't finite, "
+            f"the first is {infinite[0]}"
+        )
+    return _Found(path, weights, classes, size, made_for, chosen.entry, notes)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    # torch can't ask eight bits.
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+
+
+def _renamed(checkpoint: Checkpoint, nearest: Tensors, module: nn.Module) -> Tensors | None:
+    """Return the weights in a file under a model's own names, if timm knows the names
+    that the model's authors gave them; None if it doesn't. Tensors are renamed or left
+    out, and never changed."""
+    sets = checkpoint.sets
+    own = {key for key in module.state_dict() if not _counts(key)}
+    for tensors in (
+        nearest,
+        *([sets[checkpoint.entry]] if checkpoint.entry in sets else sets.values()),
+    ):
+        converted = _converted(module, tensors)
+        same = {id(tensor) for tensor in tensors.values()}
+        if own <= converted.keys() != tensors.keys() and all(
+            id(tensor) in same for tensor in converted.values()
+        ):
+            return converted
+    return None
+
+
+def _converted(module: nn.Module, weights: Tensors) -> Tensors:
+    """Return weights as timm converts them for a model; empty if timm can't."""
+    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     try:
-        written = {}
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as f:
-                written = json.loads((f.metadata() or {}).get(METADATA, "{}"))
-        weights = timm.models.load_state_dict(str(path), weights_only=True)
-        if not weights or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-            raise ValueError("it holds something else than named tensors")
-        return weights, written
-    except Exception as error:
-        # A damaged or foreign file fails in many ways inside safetensors and torch.
-        raise ModelError(
-            f"{path} holds no weights that can be read "
-            f"({shorten(str(error), 160, placeholder=' …')}); pass a .safetensors, .pth or .pt file"
-        ) from None
+        return dict(convert(dict(weights), module)) if convert else {}
+    except Exception:  # tensors that timm doesn't expect fail in many ways
+        return {}
 
 
-def _head_size(weights: dict[str, torch.Tensor], config: dict, path: str) -> int:
-    heads = config.get("classifier") or ()
-    for head in (heads,) if isinstance(heads, str) else heads:
+def _counts(key: str) -> bool:
+    """Return whether a tensor only counts the steps of a training. Old files lack these
+    tensors."""
+    return key.endswith("num_batches_tracked")
+
+
+def _meta(name: str, config: dict, size: int, classes: int | None = None) -> nn.Module:
+    """Build a model without memory (meta device), for an input size in pixels. classes:
+    of the head; None: timm's number."""
+    head = {} if classes is None else {"num_classes": classes}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return _create(name, pretrained=False, **head, **_size_option(config, size))
+
+
+def _shapes(name: str, config: dict, size: int, classes: int | None = None) -> Shapes:
+    """Return the shapes of a model's tensors (``_meta``)."""
+    return _of(_meta(name, config, size, classes))
+
+
+def _of(module: nn.Module) -> Shapes:
+    return {key: _shape(key, tensor) for key, tensor in module.state_dict().items()}
+
+
+def _shape(key: str, tensor: torch.Tensor) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point() or _counts(key)
+
+
+def _wrong(own: Shapes, weights: Tensors) -> list[str]:
+    """Return the names of tensors that are missing, foreign or of another shape."""
+    return [
+        *sorted(key for key in own.keys() - weights.keys() if not _counts(key)),
+        *sorted(weights.keys() - own.keys()),
+        *sorted(
+            key for key in own.keys() & weights.keys() if own[key] != _shape(key, weights[key])
+        ),
+    ]
+
+
+def _made_for(
+    weights: Tensors, name: str, config: dict, classes: int, written: int | None
+) -> int | None:
+    """Return the input size in pixels for which a model has exactly these tensors; None
+    if there is none, or if the shapes don't depend on the size.
+
+    written: the size that the file tells, if it does.
+    """
+    if not config.get("fixed_input_size"):
+        return None
+    default = config["input_size"][-1]
+    for size in dict.fromkeys([written or default, default, *_sizes_of_grid(weights), *SIZES]):
+        try:
+            if not _wrong(_shapes(name, config, size, classes), weights):
+                return size
+        except ModelError:  # a size that the model can't take
+            continue
+    return None
+
+
+def _sizes_of_grid(weights: Tensors) -> list[int]:
+    """Return the input sizes that a position embedding may be for: a square of patches,
+    behind none or a few tokens of another kind."""
+    embedding, patch = weights.get("pos_embed"), weights.get("patch_embed.proj.weight")
+    if embedding is None or patch is None or embedding.ndim != 3 or patch.ndim != 4:
+        return []
+    sides = {math.isqrt(max(0, embedding.shape[1] - tokens)) for tokens in range(9)}
+    return [side * patch.shape[-1] for side in sorted(sides, reverse=True) if side]
+
+
+def _resampled(module: nn.Module, weights: Tensors) -> Tensors | None:
+    """Resample position embeddings to a model's input size, as timm does for its own
+    weights; None if timm can't."""
+    converted = _converted(module, weights)
+    return None if _wrong(_of(module), converted) else converted
+
+
+def _head_size(weights: Tensors, config: dict, checkpoint: Checkpoint, path: str) -> int:
+    for head in _heads(config):
         for suffix in (".weight", ".bias"):
-            if head + suffix in weights:
+            if head + suffix in weights and weights[head + suffix].ndim:
                 return weights[head + suffix].shape[0]
     raise ModelError(
-        f"{path} has no classifier {heads!r}, so it is no whole {config['architecture']}; "
-        f"{_repair(weights, path)}"
+        f"{path} has no classifier {config.get('classifier') or ()!r}, so it is no whole "
+        f"{config['architecture']}; {_repair(checkpoint, path)}"
     )
 
 
-def _repair(weights: dict[str, torch.Tensor], path: str | None) -> str:
+def _heads(config: dict) -> tuple[str, ...]:
+    """Return the names of the layers that make a model's outputs."""
+    heads = config.get("classifier") or ()
+    return (heads,) if isinstance(heads, str) else tuple(heads)
+
+
+def _repair(checkpoint: Checkpoint, path: str) -> str:
     """Return the repair for weights that don't fit: name their model, if it is one of
     the paper's."""
-    fitting = []
+    suited = []
     for candidate in dict.fromkeys(architecture(name) for name in ALIASES.values()):
         with torch.device("meta"):
             own = timm.create_model(candidate).state_dict()
-        counters = {k for k in own if k.endswith("num_batches_tracked")}
-        if own.keys() - counters == weights.keys() - counters and all(
-            own[k].shape[1:] == w.shape[1:] for k, w in weights.items()
+        needed = [key for key in own if not _counts(key)]
+        if any(
+            part.keys() <= own.keys()
+            and all(own[key].shape[1:] == tensor.shape[1:] for key, tensor in part.items())
+            for tensors in checkpoint.sets.values()
+            for part in fitting(tensors, needed).values()
         ):
-            fitting.append(f"{candidate}={path}")
-    return (
-        f"its tensors are those of a model of the paper: pass {' or '.join(fitting)}"
-        if fitting
-        else "name its model before the ="
-    )
+            suited.append(f"{candidate}={path}")
+    if suited:
+        return f"its tensors are those of a model of the paper: pass {' or '.join(suited)}"
+    if set(checkpoint.sets) == {""}:
+        return "name its model before the ="
+    return f"the file holds {checkpoint.content}; name its model before the ="
 
 
-def _fit(module: nn.Module, weights: dict[str, torch.Tensor], path: str | None, name: str) -> None:
-    own = module.state_dict()
-    optional = {key for key in own if key.endswith("num_batches_tracked")}
-    wrong = sorted(own.keys() - weights.keys() - optional) + sorted(weights.keys() - own.keys())
-    wrong += sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
-    if wrong:
-        raise ModelError(
-            f"{path} doesn't fit {name}: {len(wrong)} of {len(own)} tensors are missing, foreign "
-            f"or of another shape, the first is {wrong[0]}; "
-            f"{_repair(weights, path)}"
-        )
-    module.load_state_dict(weights, strict=False)
+def _names_of(facts: dict, module: Any) -> tuple[str, ...] | None:
+    """Return the class names that a checkpoint's header or timm's config tells; None if
+    it tells none for this number of outputs."""
+    names = facts.get("class_names") or facts.get("label_names")
+    if isinstance(names, dict):  # of timm's configs: index → name
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    return tuple(map(str, names)) if names and len(names) == module.num_classes else None
+
+
+def _adapt_head(
+    model: Model, config: dict, classes: int | None, class_names: Sequence[str] | None
+) -> None:
+    """Give a model the outputs that are wanted, and say so in its notes.
+
+    classes: how many; None: leave the model as it is. class_names: their names, if they
+    are known.
+    """
+    known, module, name = model.class_names, model.module, model.name
+    why = None
+    if classes is not None and model.classes != classes:
+        why = f"of {model.classes} classes"
+    elif class_names is not None and known is not None and not same_names(known, class_names):
+        differing = difference("the model", known, "the data", class_names)
+        rows = rows_by_name(known, class_names)
+        if rows is None or not reorder_head(module, _heads(config), rows):
+            why = f"of other classes ({differing})"
+        else:
+            model.class_names = tuple(class_names)
+            model.notes.append(
+                f"{name} knows the classes in another order ({differing}); its head was put in the "
+                f"data's order"
+            )
+    if why is not None:
+        model.module.reset_classifier(classes)  # type: ignore[operator]
+        model.notes.append(f"{name} had a head {why}; it starts with a new one of {classes}")
+        model.classes, model.class_names = classes or 0, None

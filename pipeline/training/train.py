@@ -105,7 +105,7 @@ def _student(config: Config, source: Source) -> Model:
     recipe = config.train
     student = load(
         config.student,
-        classes=len(source.data.class_names),
+        class_names=source.data.class_names,
         image_size=recipe.image_size,
         seed=recipe.seed,
     )
