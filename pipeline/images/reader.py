@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cache.format.manifest import Images
 from pipeline.images.folders import DataError
-from pipeline.render.dali import RenderError
+from pipeline.render.dali import NoMemory, RenderError
 from pipeline.runtime.threads import threads_for
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"
@@ -54,9 +55,17 @@ class Reader:
 @contextmanager
 def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
     """Turn a RenderError for a batch of these rows into a DataError that names the
-    file."""
+    file. For want of memory it names the largest image of the batch."""
     try:
         yield
+    except (NoMemory, torch.OutOfMemoryError) as error:
+        pixels = images.height[rows].astype(np.int64) * images.width[rows]
+        row = rows[pixels.argmax()]
+        raise DataError(
+            f"{error}; a batch of {len(rows)} images needs more memory than there is, the largest "
+            f"is {images.path[row]} ({images.height[row]:,} × {images.width[row]:,} pixels); free "
+            f"memory, lower --batch-size, or leave large images out (render.max_megapixels)"
+        ) from None
     except RenderError as error:
         if error.place is None:
             raise
