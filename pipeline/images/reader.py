@@ -17,14 +17,19 @@ from pipeline.render.dali import NoMemory, RenderError
 from pipeline.runtime.threads import threads_for
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"
+# For images whose manifest is made at each start.
+LOOK_AGAIN = "run the same command again, which looks at the images anew"
 
 
 class Reader:
     """Reads images of a manifest, several at a time. Raises DataError for a file whose
-    bytes aren't the bytes that the manifest recorded."""
+    bytes aren't the bytes that the manifest recorded. repair: the advice to the user
+    in such an error."""
 
-    def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
-        self.folder, self.images = folder, images
+    def __init__(
+        self, folder: Path, images: Images, threads: int | None = None, repair: str = _REPAIR
+    ) -> None:
+        self.folder, self.images, self.repair = folder, images, repair
         self.pool = ThreadPoolExecutor(threads_for(threads))
 
     def __enter__(self) -> Reader:
@@ -42,12 +47,12 @@ class Reader:
             blob = path.read_bytes()
         except OSError as error:
             raise DataError(
-                f"{path} can't be read any more ({error.strerror}); {_REPAIR}"
+                f"{path} can't be read any more ({error.strerror}); {self.repair}"
             ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
                 f"{path} has changed since the manifest was made (other contents: {len(blob)} "
-                f"bytes now, {self.images.bytes[row]} then); {_REPAIR}"
+                f"bytes now, {self.images.bytes[row]} then); {self.repair}"
             )
         return blob
 
