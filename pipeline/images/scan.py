@@ -16,17 +16,33 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
+)
 
 from cache.errors import printable
 from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
-from pipeline.images.folders import DataFolder, list_files
+from pipeline.images.folders import DataError, DataFolder, list_files
 from pipeline.images.scan_cache import Scanned
-from pipeline.render.dali import Header, WholeDecode, quiet_decoders
+from pipeline.render.dali import Header, WholeDecode, lacks_memory, quiet_decoders
 from pipeline.render.settings import MAX_MEGAPIXELS, RenderSettings
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for
 from pipeline.sampling.epoch_order import row_order
 
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+CMYK = 5  # TIFF 6.0, section 16
+_BRANDS = {  # first brand of a file of boxes → format
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis"), "HEIC"),
+    **dict.fromkeys((b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC"),
+    **dict.fromkeys((b"mif1", b"msf1"), "HEIF"),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+}
+_MARKER = re.compile(rb"\xff+[^\x00\xff]")  # of a JPEG, with fill bytes
 SCAN_WINDOW = 4096  # files handed to the threads at a time
 
 
@@ -129,8 +145,17 @@ class Look:
         shape = self.header(blob)
         if shape is not None and shape[0] * shape[1] > self.max_megapixels * 1e6:
             return blob, None, _too_large(*shape, self.max_megapixels)
-        shape = shape and self.whole(blob)
-        return blob, shape, "" if shape else why_undecodable(blob, self.max_megapixels)
+        stated, shape = shape, shape and (self.whole(blob) or self.whole(blob))
+        if shape:
+            reason = why_misread(blob)
+            return blob, None if reason else shape, reason
+        if stated and lacks_memory(*stated):
+            raise DataError(
+                f"{self.folder / path} can't be decoded for want of memory ({stated[0]:,} × "
+                f"{stated[1]:,} pixels); free memory, or lower render.threads or "
+                f"render.max_megapixels"
+            )
+        return blob, None, why_undecodable(blob, self.max_megapixels)
 
 
 def _read_any(folder: Path, path: str) -> bytes | str:
@@ -156,7 +181,8 @@ def _too_large(height: int, width: int, limit: float) -> str:
 
 
 def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
-    """Return a readable reason why the renderer failed to decode these bytes."""
+    """Return a readable reason why the renderer failed to decode these bytes. The part
+    before a colon is the kind of reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,7 +192,9 @@ def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
                     return _too_large(image.height, image.width, max_megapixels)
                 image.load()
     except Image.UnidentifiedImageError:
-        return "not an image"
+        kind = _format_unknown_to_pillow(blob)
+        if not kind:
+            return "not an image"
     except Image.DecompressionBombError as error:
         # Pillow's own limit, before Pillow tells the size
         pixels = re.search(r"\((\d+) pixels\)", str(error))
@@ -175,7 +203,68 @@ def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
         # A damaged file can raise any error in Pillow's plugins. The file is unusable
         # in any case.
         return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
-    return f"DALI can't decode this {kind} file"
+    repair = "save it again" if kind in ("JPEG", "PNG") else "convert it to JPEG or PNG"
+    return _extraneous_bytes(blob) or f"DALI can't decode this {kind} file: {repair}"
+
+
+def why_misread(blob: bytes) -> str:
+    """Return the reason why the renderer's pixels of a file that it decodes are wrong;
+    empty if they are right.
+
+    DALI 2.4 takes the values of a TIFF in a wrong order if there are two for a pixel
+    (grey with alpha), or if they lie in planes and have 16 bits or alpha. Of
+    floating-point numbers it takes 1 for white.
+    """
+    if blob[:4] not in _TIFF:
+        return ""
+    try:
+        with warnings.catch_warnings(), io.BytesIO(blob) as file:
+            warnings.simplefilter("ignore")
+            tags = ImageFileDirectory_v2(file.read(16 if blob[2] == 43 or blob[3] == 43 else 8))
+            file.seek(tags.next)
+            tags.load(file)
+            samples, planes = tags.get(SAMPLESPERPIXEL, 1), tags.get(PLANAR_CONFIGURATION, 1) == 2
+            right = samples == 3 or tags.get(PHOTOMETRIC_INTERPRETATION) == CMYK
+            if samples == 2 or (planes and not (right and set(tags[BITSPERSAMPLE]) == {8})):
+                return "DALI misreads this kind of TIFF file: convert it to PNG"
+            with Image.open(file) as image:
+                values = np.asarray(image) if image.mode == "F" else np.zeros(1)
+    except Exception:  # DALI decodes TIFFs that Pillow doesn't know
+        return ""
+    if ((values >= 0) & (values <= 1)).all():
+        return ""
+    return (
+        f"DALI misreads this TIFF file: its numbers go from {values.min():g} to "
+        f"{values.max():g}, not from 0 to 1; convert it to PNG"
+    )
+
+
+def _format_unknown_to_pillow(blob: bytes) -> str:
+    """Return the name of an image format that Pillow may not know; empty for others."""
+    if blob.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    if blob[4:8] == b"ftyp":  # ISO/IEC 14496-12, 4.3
+        return _BRANDS.get(blob[8:12], "")
+    return "SVG" if re.match(rb"\s*<(svg|\?xml[^<]*<svg)", blob[:1000]) else ""
+
+
+def _extraneous_bytes(blob: bytes) -> str:
+    """Return the reason if a JPEG has bytes between its marker segments (ITU-T T.81,
+    B.1.1.2). Pillow's decoder skips them, DALI's parser doesn't."""
+    place = 2
+    while blob[:2] == b"\xff\xd8" and (marker := _MARKER.search(blob, place)):
+        if between := marker.start() - place:
+            return (
+                f"extraneous bytes: {between:,} before the marker at byte {marker.start():,}, "
+                f"which DALI doesn't skip; save it again, or without loss by jpegtran -copy all"
+            )
+        code = blob[marker.end() - 1]
+        if code == 0xDA:  # the scan begins
+            break
+        alone = code == 0x01 or 0xD0 <= code <= 0xD9
+        length = int.from_bytes(blob[marker.end() : marker.end() + 2], "big")
+        place = marker.end() + (0 if alone else max(2, length))
+    return ""
 
 
 def empty_classes(images: Images, data: DataFolder) -> list[str]:

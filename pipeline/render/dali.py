@@ -21,6 +21,7 @@ alone decide:
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import re
 import sys
@@ -501,6 +502,17 @@ class WholeDecode(_OneImage):
         except RenderError:
             return None
         return tuple(image.shape()[0][:2])
+
+
+def lacks_memory(height: int, width: int) -> bool:
+    """Return True if this process gets no memory now to decode an image of so many
+    pixels. Some decoders say the same of a broken file and for want of memory."""
+    try:
+        # A progressive JPEG and a PNG take nearly 16 bytes a pixel.
+        mmap.mmap(-1, 16 * max(0, height * width) + (64 << 20)).close()
+    except OSError:
+        return True
+    return False
 
 
 def _reason(error: Exception) -> str:

@@ -437,7 +437,9 @@ def test_max_megapixels_is_the_limit(tmp_path, kind):
         return found.reason[0]
 
     # 500 × 400 pixels are 0.2 megapixels, which is not above the limit.
-    assert reason(0.2) == ("DALI can't decode this GIF file" if kind == "GIF" else "")
+    assert reason(0.2) == (
+        "DALI can't decode this GIF file: convert it to JPEG or PNG" if kind == "GIF" else ""
+    )
     assert reason(0.199) == "too large: 0.2 megapixels, the limit is 0.199 (render.max_megapixels)"
 
 
