@@ -13,7 +13,7 @@ import torch
 
 from cache.format.manifest import Images
 from pipeline.images.folders import DataError
-from pipeline.render.dali import NoMemory, RenderError
+from pipeline.render.dali import NoMemory, RenderError, lacks_memory
 from pipeline.runtime.threads import threads_for
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"
@@ -64,16 +64,13 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
     try:
         yield
     except (NoMemory, torch.OutOfMemoryError) as error:
-        pixels = images.height[rows].astype(np.int64) * images.width[rows]
-        row = rows[pixels.argmax()]
-        raise DataError(
-            f"{error}; a batch of {len(rows)} images needs more memory than there is, the largest "
-            f"is {images.path[row]} ({images.height[row]:,} × {images.width[row]:,} pixels); free "
-            f"memory, lower --batch-size, or leave large images out (render.max_megapixels)"
-        ) from None
+        raise _no_memory(error, images, rows) from None
     except RenderError as error:
         if error.place is None:
             raise
+        row = rows[error.place]
+        if not error.on_gpu and lacks_memory(int(images.height[row]), int(images.width[row])):
+            raise _no_memory(error, images, rows) from None
         repair = "check renderer and memory"
         if error.on_gpu:
             repair = (
@@ -81,4 +78,13 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
                 "(render.backend: cpu), for a new store"
             )
         who = "the CPU decodes it" if error.on_gpu else "the manifest's pass could decode it"
-        raise DataError(f"{images.path[rows[error.place]]}: {error}; {who}, so {repair}") from None
+        raise DataError(f"{images.path[row]}: {error}; {who}, so {repair}") from None
+
+
+def _no_memory(error: Exception, images: Images, rows: np.ndarray) -> DataError:
+    row = rows[(images.height[rows].astype(np.int64) * images.width[rows]).argmax()]
+    return DataError(
+        f"{error}; a batch of {len(rows)} images needs more memory than there is, the largest "
+        f"is {images.path[row]} ({images.height[row]:,} × {images.width[row]:,} pixels); free "
+        f"memory, lower --batch-size, or leave large images out (render.max_megapixels)"
+    )

@@ -58,8 +58,10 @@ DECODERS = {
 # A longer image, in multiples of its shorter side, is thin: evaluation resizes only its
 # central square. Another number would change the pixels of evaluations.
 THIN = 8
-# What DALI says when it gets no memory.
-_FULL = re.compile("out of memory|bad_alloc|an't allocate|MemoryAllocation")
+# What DALI says when it gets no memory, or no thread for want of memory.
+_FULL = re.compile(
+    "out of memory|bad_alloc|an't allocate|MemoryAllocation|Resource temporarily unavailable"
+)
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -131,10 +133,10 @@ class _Graph:
         outputs. On a GPU they are made in the order of torch's current stream.
         hardware: use the pipeline of the hardware decoder. Raises RenderError; for want
         of memory NoMemory, or torch's OutOfMemoryError on a GPU."""
-        if hardware not in self.pipes:
-            self.pipes[hardware] = self._built(hardware)
-        pipe = self.pipes[hardware]
         try:
+            if hardware not in self.pipes:
+                self.pipes[hardware] = self._built(hardware)
+            pipe = self.pipes[hardware]
             pipe.feed_input("encoded", [np.frombuffer(blob, np.uint8) for blob in blobs])
             for name, array in arguments.items():
                 pipe.feed_input(name, np.ascontiguousarray(array))

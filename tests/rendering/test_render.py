@@ -333,6 +333,13 @@ def test_a_batch_that_no_memory_holds_names_its_largest_image(store, monkeypatch
         renderer(blobs, *crops_of(blobs, 1))  # the renderer lives on
     with pytest.raises(DataError, match="the largest is"), reader.naming(store.images, rows):
         raise torch.OutOfMemoryError("DALI is out of memory on the GPU (…)")
+    # Without memory a decoder may call a good file broken.
+    broken = pytest.raises(DataError, match="the manifest's pass could decode it")
+    with broken, reader.naming(store.images, rows):
+        raise RenderError("Failed to decode sample", 1)
+    monkeypatch.setattr(reader, "lacks_memory", lambda height, width: True)
+    with pytest.raises(DataError, match="the largest is"), reader.naming(store.images, rows):
+        raise RenderError("Failed to decode sample", 1)
 
 
 def test_a_store_knows_whether_its_pixels_are_rendered_again(store, store_path, photos, tmp_path):
