@@ -14,7 +14,7 @@ from cache.format.manifest import Images
 from pipeline.config import ModelSpec
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import map_classes
-from pipeline.images.reader import Reader, naming
+from pipeline.images.reader import LOOK_AGAIN, Reader, naming
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.models.classes import known_classes
 from pipeline.models.model import Model, mean_softmax
@@ -181,7 +181,7 @@ def evaluate(
     renderer = CentreRenderer(
         list(look.values()), batch_size, settings.rendering, pinned=execution.on_gpu
     )
-    reader = Reader(data.path, images, settings.rendering.threads)
+    reader = Reader(data.path, images, settings.rendering.threads, LOOK_AGAIN)
     with (
         Progress(settings.what, sum(map(len, cuts)), "images") as progress,
         reader as read,

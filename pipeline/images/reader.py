@@ -9,23 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cache.format.manifest import Images
 from pipeline.images.names import as_text, on_disk, same
 from pipeline.images.patience import DataError, listed, read_file
-from pipeline.render.dali import RenderError
+from pipeline.render.dali import NoMemory, RenderError, lacks_memory
 from pipeline.runtime.threads import threads_for
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"
+# For images whose manifest is made at each start.
+LOOK_AGAIN = "run the same command again, which looks at the images anew"
 
 
 class Reader:
     """Reads images of a manifest, several at a time. Raises DataError for a file whose
     bytes aren't the bytes that the manifest recorded, and for a file that can't be read
-    now."""
+    now. repair: the advice to the user in such an error."""
 
-    def __init__(self, folder: Path, images: Images, threads: int | None = None) -> None:
-        self.folder, self.images = folder, images
+    def __init__(
+        self, folder: Path, images: Images, threads: int | None = None, repair: str = _REPAIR
+    ) -> None:
+        self.folder, self.images, self.repair = folder, images, repair
         self.pool = ThreadPoolExecutor(threads_for(threads))
         self._listed: dict[Path, dict[str, str]] = {}
 
@@ -51,12 +56,12 @@ class Reader:
                 blob = read_file(self._of_same_name(name))
         except OSError as error:
             raise DataError(
-                f"{path} can't be read any more ({error.strerror}); {_REPAIR}"
+                f"{path} can't be read any more ({error.strerror}); {self.repair}"
             ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
                 f"{path} has changed since the manifest was made (other contents: {len(blob)} "
-                f"bytes now, {self.images.bytes[row]} then); {_REPAIR}"
+                f"bytes now, {self.images.bytes[row]} then); {self.repair}"
             )
         return blob
 
@@ -78,12 +83,17 @@ class Reader:
 @contextmanager
 def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
     """Turn a RenderError for a batch of these rows into a DataError that names the
-    file."""
+    file. For want of memory it names the largest image of the batch."""
     try:
         yield
+    except (NoMemory, torch.OutOfMemoryError) as error:
+        raise _no_memory(error, images, rows) from None
     except RenderError as error:
         if error.place is None:
             raise
+        row = rows[error.place]
+        if not error.on_gpu and lacks_memory(int(images.height[row]), int(images.width[row])):
+            raise _no_memory(error, images, rows) from None
         repair = "check renderer and memory"
         if error.on_gpu:
             repair = (
@@ -91,4 +101,13 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
                 "(render.backend: cpu), for a new store"
             )
         who = "the CPU decodes it" if error.on_gpu else "the manifest's pass could decode it"
-        raise DataError(f"{images.path[rows[error.place]]}: {error}; {who}, so {repair}") from None
+        raise DataError(f"{images.path[row]}: {error}; {who}, so {repair}") from None
+
+
+def _no_memory(error: Exception, images: Images, rows: np.ndarray) -> DataError:
+    row = rows[(images.height[rows].astype(np.int64) * images.width[rows]).argmax()]
+    return DataError(
+        f"{error}; a batch of {len(rows)} images needs more memory than there is, the largest "
+        f"is {images.path[row]} ({images.height[row]:,} × {images.width[row]:,} pixels); free "
+        f"memory, lower --batch-size, or leave large images out (render.max_megapixels)"
+    )

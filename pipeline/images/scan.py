@@ -4,18 +4,14 @@ contents, or the reason why they are unusable."""
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import re
 import stat
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from cache.errors import printable
 from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
@@ -25,9 +21,10 @@ from pipeline.images.layout import require_class_folders
 from pipeline.images.listing import list_files
 from pipeline.images.names import is_utf8, on_disk
 from pipeline.images.patience import DataError, patiently, read_file
+from pipeline.images.reasons import shown, too_large, why_misread, why_undecodable
 from pipeline.images.scan_cache import Scanned
-from pipeline.render.dali import Header, WholeDecode, quiet_decoders
-from pipeline.render.settings import MAX_MEGAPIXELS, RenderSettings
+from pipeline.render.dali import Header, WholeDecode, lacks_memory, quiet_decoders
+from pipeline.render.settings import RenderSettings
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for
 from pipeline.sampling.epoch_order import row_order
@@ -171,9 +168,18 @@ class Look:
             return None, None, blob
         shape = self.header(blob)
         if shape is not None and shape[0] * shape[1] > self.max_megapixels * 1e6:
-            return blob, None, _too_large(*shape, self.max_megapixels)
-        shape = shape and self.whole(blob)
-        return blob, shape, "" if shape else why_undecodable(blob, self.max_megapixels)
+            return blob, None, too_large(*shape, self.max_megapixels)
+        stated, shape = shape, shape and (self.whole(blob) or self.whole(blob))
+        if shape:
+            reason = why_misread(blob)
+            return blob, None if reason else shape, reason
+        if stated and lacks_memory(*stated):
+            raise DataError(
+                f"{self.folder / path} can't be decoded for want of memory ({stated[0]:,} × "
+                f"{stated[1]:,} pixels); free memory, or lower render.threads or "
+                f"render.max_megapixels"
+            )
+        return blob, None, why_undecodable(blob, self.max_megapixels)
 
 
 def _read_any(folder: Path, path: str, size: int) -> bytes | str:
@@ -194,36 +200,6 @@ def _read_any(folder: Path, path: str, size: int) -> bytes | str:
             f"listed; run the same command again when nobody changes the folder"
         ) from None
     return blob or "empty file"
-
-
-def _too_large(height: int, width: int, limit: float) -> str:
-    return (
-        f"too large: {height * width / 1e6:,.1f} megapixels, the limit is {limit:g} "
-        f"(render.max_megapixels)"
-    )
-
-
-def why_undecodable(blob: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> str:
-    """Return a readable reason why the renderer failed to decode these bytes."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(blob)) as image:
-                kind = image.format
-                if image.width * image.height > max_megapixels * 1e6:
-                    return _too_large(image.height, image.width, max_megapixels)
-                image.load()
-    except Image.UnidentifiedImageError:
-        return "not an image"
-    except Image.DecompressionBombError as error:
-        # Pillow's own limit, before Pillow tells the size
-        pixels = re.search(r"\((\d+) pixels\)", str(error))
-        return _too_large(1, int(pixels[1]), max_megapixels) if pixels else f"too large: {error}"
-    except Exception as error:
-        # A damaged file can raise any error in Pillow's plugins. The file is unusable
-        # in any case.
-        return f"damaged: {' '.join(str(error).split())[:120] or type(error).__name__}"
-    return f"DALI can't decode this {kind} file"
 
 
 def empty_classes(images: Images, data: DataFolder) -> list[str]:
@@ -247,7 +223,7 @@ def unusable_summary(images: Images) -> list[str]:
     bad = images.status != USABLE
     kinds: dict[str, list[str]] = {}
     for path, reason in zip(images.path[bad], images.reason[bad], strict=True):
-        kinds.setdefault(reason.split(":")[0], []).append(f"{path} ({reason})")
+        kinds.setdefault(shown(reason).split(":")[0], []).append(f"{path} ({shown(reason)})")
     for examples in kinds.values():
         lines.append(
             printable(

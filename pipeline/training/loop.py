@@ -31,6 +31,8 @@ from pipeline.training.losses import Discriminator
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
 
+# Key of a state whose newest pass isn't validated. No other state has it.
+UNVALIDATED = "unvalidated"
 LOOK = 16  # steps between looks at the loss; on a GPU each look waits for the step
 
 
@@ -150,6 +152,7 @@ class Run:
         share_the_interpreter()
         self.epoch = 0
         self.metrics: list[dict] = []
+        self.unvalidated = False  # the newest pass is saved, and its validation is missing
         self.curves = Curves(out, config)
 
     def restore(self, state: dict) -> None:
@@ -162,13 +165,19 @@ class Run:
         for group, own in zip(self.optimizer.param_groups, fused, strict=True):
             group["fused"] = own  # for this device, whatever device the run was on before
         self.epoch, self.metrics = state["epoch"], state["metrics"]
-        say(f"going on with {self.out} after {self.epoch} epochs")
-        self.processes.first(lambda: self.curves.show(self.metrics))
+        self.unvalidated = UNVALIDATED in state
+        last = ", of which the last one is still to be validated" if self.unvalidated else ""
+        say(f"going on with {self.out} after {self.epoch} epochs{last}")
+        # A pass is drawn once, so not before it is validated.
+        if shown := self.metrics[: -1 if self.unvalidated else None]:
+            self.processes.first(lambda: self.curves.show(shown))
 
     def train_pass(self) -> None:
-        """Train for one pass over the images, then validate and save the checkpoints.
+        """Train for one pass over the images, save the state, then validate and save
+        the checkpoints.
 
         A pass that shows several crops of each image counts as that many epochs.
+        Whatever ends the validation leaves the pass: the next start validates first.
         """
         recipe, first = self.config.train, self.epoch
         done = first + recipe.crops_per_image
@@ -227,14 +236,24 @@ class Run:
                 "discriminator_accuracy_student": 100 * told_student,
                 "discriminator_accuracy_teachers": 100 * told_teachers,
             }
-        if self.validation:
-            with self.clock.part("validate"):
-                metrics |= self._validate()
         self.epoch = done
         self.metrics.append(metrics)
+        if self.validation:
+            self.unvalidated = True
+            with self.clock.part("save"):
+                self.processes.first(self._save)
+        self.finish_pass()
+
+    def finish_pass(self) -> None:
+        """Validate the newest pass, if there are images to validate on, and save the
+        checkpoints."""
+        if self.validation:
+            with self.clock.part("validate"):
+                self.metrics[-1] |= self._validate()
+        self.unvalidated = False
         with self.clock.part("save"):
             self.processes.first(self._save)
-        say(self._summary(metrics))
+        say(self._summary(self.metrics[-1]))
 
     def _require_finite(self, loss: float, rate: float) -> float:
         """Return the loss if it is finite; otherwise stop the run.
@@ -300,8 +319,10 @@ class Run:
         """Save the checkpoints and the metrics, then the state that the run resumes
         from, then the curves.
 
-        After a kill between checkpoints and state, the epoch is trained again with the
-        same result. Curves come last, since they can be drawn from the metrics again.
+        After a kill between checkpoints and state, the epoch is trained or validated
+        again with the same result. Curves come last, since they can be drawn from the
+        metrics again. Before validation neither the best student nor the curves can be
+        known, and the state says so.
         """
         newest = self.metrics[-1]
         facts = {
@@ -315,7 +336,8 @@ class Run:
         }
         checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
         # Without validation the newest student counts as the best.
-        if newest.get("val_top1", 0.0) >= max(m.get("val_top1", 0.0) for m in self.metrics):
+        best = max(m.get("val_top1", 0.0) for m in self.metrics)
+        if not self.unvalidated and newest.get("val_top1", 0.0) >= best:
             checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
         durable.write(self.out / METRICS, lambda scratch: scratch.write_text(lines))
@@ -327,9 +349,11 @@ class Run:
             "metrics": self.metrics,
             "source": self.source.identity,
             "how": self.source.how,
+            **({UNVALIDATED: True} if self.unvalidated else {}),
         }
         checkpoint.save_state(self.out / STATE, state)
-        self.curves.show(self.metrics)
+        if not self.unvalidated:
+            self.curves.show(self.metrics)
 
     def _summary(self, m: dict) -> str:
         parts = [

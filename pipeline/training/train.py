@@ -114,9 +114,12 @@ def _student(config: Config, source: Source) -> Model:
 
 
 def _train_epochs(run: Run) -> dict:
-    """Train until the run has all its epochs. Returns the last epoch's metrics."""
+    """Validate what an earlier start has trained and not validated, then train until
+    the run has all its epochs. Returns the last epoch's metrics."""
     config, clock = run.config, run.clock
-    if run.epoch >= config.train.epochs:
+    if run.unvalidated:
+        run.finish_pass()
+    elif run.epoch >= config.train.epochs:
         say(f"{run.out} has its {run.epoch} epochs already; a larger --epochs goes on")
     while run.epoch < config.train.epochs:
         run.train_pass()

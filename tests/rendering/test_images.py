@@ -17,13 +17,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.paths import ROOT
 from support.small import CLASSES
-from support.stages import scan
+from support.stages import centre_renderer, scan
 
 from cache.format.manifest import UNUSABLE, USABLE, Images
 from pipeline.images import folders, listing
 from pipeline.images.folders import DataFolder
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
+from pipeline.images.reasons import shown
 from pipeline.images.scan import unusable_summary
 from pipeline.sampling import epoch_order
 
@@ -139,6 +140,160 @@ def test_bad_files_are_recorded_with_a_reason(zoo):
     assert sum(int(line.split()[0]) for line in summary) == len(bad) and not any(
         "\n" in line for line in summary
     )
+
+
+def boxes(*brands: bytes) -> bytes:
+    """Make a file of boxes (ISO/IEC 14496-12) that begins as HEIC and AVIF do."""
+    first = b"ftyp" + brands[0] + bytes(4) + b"".join(brands)
+    return (len(first) + 4).to_bytes(4, "big") + first + b"\0\0\0\x0cmeta" + bytes(400)
+
+
+FOREIGN = {
+    "HEIC": boxes(b"heic", b"mif1", b"heic"),
+    "HEIF": boxes(b"mif1", b"heix"),
+    "AVIF": boxes(b"avis", b"avif"),
+    "JPEG XL": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(300),
+    "SVG": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "GIF": encoded(Image.new("RGB", (9, 9)), "GIF"),
+    "ICO": encoded(Image.new("RGB", (16, 16)), "ICO"),
+    "PSD": b"8BPS\0\1" + bytes(6) + b"\0\3\0\0\0\2\0\0\0\2\0\x08\0\3" + bytes(30),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_format_that_cannot_be_decoded_is_named_with_what_to_do(tmp_path, kind):
+    """Pillow doesn't know the first ones. They are known by their first bytes."""
+    write(tmp_path / "a", {"x": FOREIGN[kind]})
+    found = scan(tmp_path, ["a"], threads=1)
+    (reason,) = found.reason
+    if kind in ("GIF", "ICO", "PSD"):
+        assert reason == f"DALI can't decode this {kind} file"
+        assert shown(reason) == f"{reason}: convert it to JPEG or PNG"
+    else:
+        # The words of earlier versions, by which a run of theirs goes on.
+        assert reason == "not an image"
+        assert shown(reason) == f"{reason}: this {kind} file must be converted to JPEG or PNG"
+    assert shown(reason) in unusable_summary(found)[0]
+
+
+def spliced(before: int, extra: bytes) -> tuple[bytes, int]:
+    """Put bytes before a marker of a JPEG, and return the JPEG and the marker's new
+    place."""
+    blob = good_files()["colour.jpg"]
+    place = blob.index(bytes([0xFF, before]), 3)
+    return blob[:place] + extra + blob[place:], place + len(extra)
+
+
+@pytest.mark.parametrize("before", [0xDB, 0xC0, 0xC4, 0xDA])  # tables, frame, tables, scan
+@pytest.mark.parametrize("extra", [b"\0", b"\n" * 12, b"a\xff\0b" * 300])
+def test_bytes_between_the_segments_of_a_jpeg_are_counted(tmp_path, before, extra):
+    """Pillow skips them. Without them the file is usable."""
+    blob, place = spliced(before, extra)
+    shorter = blob[: place - len(extra)] + blob[place:]
+    assert Image.open(io.BytesIO(blob)).tobytes() == Image.open(io.BytesIO(shorter)).tobytes()
+    write(tmp_path / "a", {"extra": blob, "shorter": shorter})
+    first, second = scan(tmp_path, ["a"], threads=1).reason
+    assert first == "DALI can't decode this JPEG file"
+    assert shown(first) == (
+        f"{first}: {len(extra):,} extraneous bytes before the marker at byte {place:,}; save it "
+        f"again, or without loss by jpegtran -copy all"
+    )
+    assert second == ""
+
+
+def test_other_odd_bytes_in_a_jpeg_do_no_harm(tmp_path):
+    """Fill bytes before a marker, bytes after the end, a second image, a missing
+    restart marker, CMYK."""
+    blob = good_files()["colour.jpg"]
+    two = io.BytesIO()
+    photo = Image.open(io.BytesIO(blob))
+    photo.save(two, "MPO", save_all=True, append_images=[photo.rotate(90)])
+    restarts = encoded(photo, "JPEG", restart_marker_rows=1)
+    files = {
+        "fill": spliced(0xDB, b"\xff" * 9)[0],
+        "after": blob + bytes(99),
+        "two": two.getvalue(),
+        "twice": blob + blob,
+        "restart": restarts.replace(b"\xff\xd1", b"", 1),
+        "cmyk": good_files()["cmyk.jpg"],
+    }
+    write(tmp_path / "a", files)
+    assert set(scan(tmp_path, ["a"], threads=1).reason) == {""}
+
+
+def test_a_tiff_that_the_renderer_misreads_is_left_out(tmp_path):
+    photo = Image.fromarray(load_sample_images().images[0][200:290, 200:331])
+    grey = np.asarray(photo.convert("L"))
+    files = {
+        "colour": encoded(photo, "TIFF"),
+        "big": encoded(photo, "TIFF", big_tiff=True),
+        "grey": encoded(photo.convert("L"), "TIFF"),
+        "grey 16": encoded(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
+        "alpha": encoded(photo.convert("RGBA"), "TIFF"),
+        "CMYK": encoded(photo.convert("CMYK"), "TIFF"),
+        "pages": encoded(photo, "TIFF", save_all=True, append_images=[photo.convert("LA")]),
+        "to 1": encoded(Image.fromarray(grey / np.float32(255)), "TIFF"),
+    }
+    bad = {
+        "grey and alpha": encoded(photo.convert("LA"), "TIFF"),
+        "big grey and alpha": encoded(photo.convert("LA"), "TIFF", big_tiff=True),
+        "to 254": encoded(Image.fromarray(grey.astype(np.float32)), "TIFF"),
+        "not a number": encoded(Image.new("F", (9, 9), float("nan")), "TIFF"),
+    }
+    write(tmp_path / "bad", bad)
+    write(tmp_path / "good", files)
+    found = scan(tmp_path, ["bad", "good"], threads=1)
+    reasons = dict(zip(found.path, found.reason, strict=True))
+    assert {name for name, reason in reasons.items() if reason} == {f"bad/{name}" for name in bad}
+    assert all(reasons[f"bad/{name}"].startswith("DALI misreads this") for name in bad)
+    assert "numbers go from 0 to 254, not from 0 to 1" in reasons["bad/to 254"]
+    renderer = centre_renderer([(64, "bilinear")], len(files), exif="ignore", threads=1)
+    shape = np.full(len(files), 90), np.full(len(files), 131)
+    pixels = renderer([*files.values()], *shape)[64, "bilinear"].numpy().astype(int)
+    for i, name in enumerate(files):
+        same = pixels[0] if name in ("colour", "big", "alpha", "pages") else pixels[2]
+        assert np.abs(pixels[i] - same).max() <= 1 or name == "CMYK", name
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from pipeline.images.folders import DataError, DataFolder
+from pipeline.images.scan import scan
+from pipeline.render.settings import RenderSettings
+scan(DataFolder(Path({data!r}), ["a"]), RenderSettings(threads=1))  # of small files
+for name in ("large.jpg", "large.png", "large.webp"):
+    Path({data!r}, "a", name).write_bytes(Path({data!r}, name).read_bytes())
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (150 << 20), resource.RLIM_INFINITY))
+for name in ("large.jpg", "large.png", "large.webp"):
+    for other in Path({data!r}, "a").glob("large*"):
+        other.unlink()
+    Path({data!r}, "a", name).write_bytes(Path({data!r}, name).read_bytes())
+    try:
+        print(name, *scan(DataFolder(Path({data!r}), ["a"]), RenderSettings(threads=1)).reason)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_an_image_that_finds_no_memory_is_not_called_damaged(tmp_path):
+    """Its decoder says the same as of a broken file. A file that is truly broken stays
+    so."""
+    large = Image.fromarray(load_sample_images().images[0]).resize((6000, 6000))
+    write(tmp_path / "a", {"small.jpg": good_files()["colour.jpg"], "half.jpg": b"\xff\xd8"})
+    for name, kind in (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
+        (tmp_path / f"large.{name}").write_bytes(encoded(large, kind, quality=30))
+    program = SHORT_OF_MEMORY.format(root=str(ROOT), data=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout
+    for line, name in zip(lines, ("large.jpg", "large.png", "large.webp"), strict=True):
+        assert line.startswith(
+            f"{tmp_path}/a/{name} can't be decoded for want of memory (6,000 × 6,000 pixels)"
+        )
 
 
 def test_sizes_and_digests_are_those_of_the_files(zoo, photos, manifest):

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, types
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from support.small import edit_store
@@ -22,7 +24,7 @@ from pipeline.images import reader
 from pipeline.images.patience import DataError
 from pipeline.provenance.refusals import require_same_pixels
 from pipeline.render import dali, hardware_jpeg
-from pipeline.render.dali import BLANK, CropRenderer, RenderError, WholeDecode
+from pipeline.render.dali import BLANK, CentreRenderer, CropRenderer, RenderError, WholeDecode
 from pipeline.render.settings import RenderSettings
 from pipeline.sampling import philox, random_crop
 
@@ -242,6 +244,102 @@ def test_evaluation_takes_images_of_any_shape_and_several_sizes_at_once():
         for i, blob in enumerate(files.values()):
             (pixels,) = alone([blob], height[i : i + 1], width[i : i + 1])[size, interpolation]
             assert torch.equal(pixels, together[size, interpolation][i])
+
+
+class Whole(CentreRenderer):
+    """Evaluation's view as it was up to version 0.8: every image resized whole."""
+
+    def define(self, encoded: object, decode: Callable) -> list:
+        image, outputs = decode(encoded), []
+        for i, (size, interpolation) in enumerate(self.looks):
+            whole = fn.external_source(name=f"whole{i}", dtype=types.FLOAT, ndim=1)
+            start = fn.external_source(name=f"start{i}", dtype=types.INT32, ndim=1)
+            kind = types.INTERP_CUBIC if interpolation == "bicubic" else types.INTERP_LINEAR
+            resized = fn.resize(image, size=whole, interp_type=kind, antialias=True)
+            outputs.append(fn.slice(resized, start=start, shape=[size, size], axes=[0, 1]))
+        return outputs
+
+    def __call__(self, blobs: list[bytes], height: np.ndarray, width: np.ndarray) -> dict:
+        given = {}
+        for i, (size, _) in enumerate(self.looks):
+            short, shorter = size * 256 // 224, np.minimum(height, width)
+            whole = np.stack([short * height // shorter, short * width // shorter], axis=1)
+            given[f"whole{i}"] = whole.astype(np.float32)
+            given[f"start{i}"] = np.rint((whole - size) / 2).astype(np.int32)
+        made = {look: self.empty(len(blobs), look[0], look[0], 3) for look in self.looks}
+        self.fill(list(made.values()), blobs, **given)
+        return made
+
+
+def test_evaluations_pixels_are_those_of_the_image_resized_whole():
+    """Bit for bit for ordinary images. Of thin ones only the central square is resized,
+    to the same pixels but for rounding. Both are in one batch."""
+    dice = np.random.default_rng(0)
+    long = dice.integers(8, 700, 96)
+    short = np.maximum(1, long // dice.choice([1, 1.3, 1.5, 2, 4, 7, 8, 9, 30], 96)).astype(int)
+    shapes = np.stack([long, short], axis=1)
+    shapes[::2] = shapes[::2, ::-1]
+    shapes = np.concatenate([shapes, [(1, 8), (8, 1), (1, 9), (9, 1), (1, 500), (500, 1), (1, 1)]])
+    blobs = [
+        encoded(Image.fromarray(dice.integers(0, 256, (*shape, 3), dtype=np.uint8)), "PNG")
+        for shape in shapes
+    ]
+    looks = [(size, kind) for size in (32, 96, 224) for kind in ("bilinear", "bicubic")]
+    settings = RenderSettings(threads=2)
+    ours, before = (
+        kind(looks, len(blobs), settings)(blobs, *shapes.T) for kind in (CentreRenderer, Whole)
+    )
+    thin = torch.from_numpy(shapes.max(axis=1) > dali.THIN * shapes.min(axis=1))
+    assert 20 < thin.sum() < 60
+    for look in looks:
+        assert torch.equal(ours[look][~thin], before[look][~thin])
+        assert (ours[look][thin].int() - before[look][thin].int()).abs().max() <= 1
+
+
+def test_the_longest_lines_of_pixels_show_their_middle():
+    """A part of a pixel beyond float32's fractions is still a part of the image."""
+    made = {}
+    for length in (60_000, 1_000_000, 40_000_000):
+        line = np.zeros((1, length, 3), np.uint8)
+        line[:, length // 2 - 8 : length // 2 + 8] = 200
+        for blob, shape in (
+            (encoded(Image.fromarray(line), "TIFF"), (1, length)),
+            (encoded(Image.fromarray(line.swapaxes(0, 1)), "TIFF"), (length, 1)),
+        ):
+            centre = centre_renderer([(64, "bilinear")], 1, exif="ignore", threads=1)
+            made[shape] = centre([blob], *np.array(shape)[:, None])[64, "bilinear"]
+    assert all(pixels.min() == pixels.max() == 200 for pixels in made.values())
+
+
+def test_a_batch_that_no_memory_holds_names_its_largest_image(store, monkeypatch):
+    blobs = [encoded(cut(40, 50), "JPEG", quality=80 + i) for i in range(3)]
+    rows = np.array([4, 7, 2])
+    largest = rows[(store.images.height[rows] * store.images.width[rows]).argmax()]
+    line = (
+        rf"^DALI could not render it .*; a batch of 3 images needs .* the largest is "
+        rf"{store.images.path[largest]} \(\d+ × \d+ pixels\); free memory, lower --batch-size, "
+        rf"or leave large images out \(render.max_megapixels\)$"
+    )
+    for error in (RuntimeError("std::bad_alloc"), MemoryError()):
+        renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+        renderer(blobs, *crops_of(blobs, 1))
+
+        def run(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(renderer.pipes[False], "run", run)
+        with pytest.raises(DataError, match=line), reader.naming(store.images, rows):
+            renderer(blobs, *crops_of(blobs, 1))
+        renderer(blobs, *crops_of(blobs, 1))  # the renderer lives on
+    with pytest.raises(DataError, match="the largest is"), reader.naming(store.images, rows):
+        raise torch.OutOfMemoryError("DALI is out of memory on the GPU (…)")
+    # Without memory a decoder may call a good file broken.
+    broken = pytest.raises(DataError, match="the manifest's pass could decode it")
+    with broken, reader.naming(store.images, rows):
+        raise RenderError("Failed to decode sample", 1)
+    monkeypatch.setattr(reader, "lacks_memory", lambda height, width: True)
+    with pytest.raises(DataError, match="the largest is"), reader.naming(store.images, rows):
+        raise RenderError("Failed to decode sample", 1)
 
 
 def test_a_store_knows_whether_its_pixels_are_rendered_again(store, store_path, photos, tmp_path):

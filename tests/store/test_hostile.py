@@ -287,6 +287,31 @@ def test_a_picture_of_a_hundred_megapixels_is_labelled_trained_from_and_evaluate
     assert max(s.grown for s in said) < 2500
 
 
+def test_lines_of_pixels_are_labelled_trained_from_and_evaluated(cage, commands, tmp_path):
+    """Resized whole for evaluation at 600 px, each would have 23 gigapixels. They are
+    among other pictures, several in a batch."""
+    lines = np.random.default_rng(0).integers(0, 256, (50_000, 1, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        folder = small_photos(tmp_path / "data" / split, 2)
+        for name in ("one", "two"):
+            Image.fromarray(lines).save(folder / "bee" / f"tall {name}.png")
+            Image.fromarray(lines.swapaxes(0, 1)).save(folder / "bee" / f"wide {name}.png")
+    c = commands(tmp_path / "data", tmp_path / "s.zarr")
+    at = ["--set=train.image_size=600", "--student=test_resnet", "--set=student.image_size=600"]
+    evaluate = [word.replace("test_vit", "test_resnet") for word in map(str, c.evaluate)]
+    page = ["--report", tmp_path / "page.html", "--data", tmp_path / "data"]
+    said = cage(
+        c.generate,
+        [*c.train, *at],
+        [*evaluate, "--image-size=600", "--json"],
+        c.sample,
+        [*c.inspect, *page],
+        seconds=60,
+    )
+    assert [(s.status, s.trace) for s in said] == [(0, "")] * 5, said
+    assert json.loads(said[2].out)["images"] == 10
+
+
 def png(
     width: int, height: int, data: bytes = b"x\x9cc\0\0\0\1\0\1", *more: tuple[bytes, bytes]
 ) -> bytes:
