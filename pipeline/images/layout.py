@@ -11,6 +11,7 @@ from pathlib import Path
 from cache.format.manifest import Images
 from pipeline.images.folders import DataFolder, class_folders, system_folders
 from pipeline.images.names import (
+    counted,
     is_hidden,
     is_system_folder,
     may_be_image,
@@ -70,10 +71,10 @@ def map_classes(data: DataFolder, names: Sequence[str] | None, owner: str) -> Da
     if foreign := [name for name in folders if same(name) not in place]:
         require_images(data, foreign)
         raise DataError(
-            f"{owner} knows {len(names)} classes ({some(names)}), and {len(foreign)} of the "
-            f"{len(folders)} class folders of {data.path} are none of them ({some(foreign)}); "
-            f"pass images of its classes, or with --class-map a file that lists its classes in "
-            f"its order under the folders' names"
+            f"{data.path} has {counted(len(foreign), 'class folder')} ({some(foreign)}) of no "
+            f"class of {owner}, whose {len(names)} classes are {some(names)}; pass images of these "
+            f"classes, or as --class-map a file that lists them in this order under the folders' "
+            f"names"
         )
     say(
         f"{data.path} has folders of {len(folders)} of the {len(names)} classes of {owner}"
@@ -87,9 +88,9 @@ def _require_no_contradiction(data: DataFolder, place: dict[str, int], owner: st
     for i, name in enumerate(data.class_names):
         if place.get(same(name), i) != i:
             raise DataError(
-                f"the class map says that class {i} is {name}, and {owner} knows {name} as class "
-                f"{place[same(name)]}; pass the --class-map of its classes, or leave it out: class "
-                f"folders are then found by name"
+                f"the class map says that class {i} is {name}, which is class {place[same(name)]} "
+                f"of {owner}; pass the class map of these classes, or leave it out: class folders "
+                f"are then found by name"
             )
 
 

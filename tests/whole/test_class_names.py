@@ -3,16 +3,22 @@ whose classes are others than the data's."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from support.command import SMOKE, run
 from support.small import CLASSES, CPU, changed
-from support.stages import train
+from support.stages import centre_renderer, scan, train
 
+from cache import LabelStore
 from pipeline.config import ModelSpec
+from pipeline.images.patience import DataError
 from pipeline.models.classes import known_classes
 from pipeline.models.model import Model, ModelError
 from pipeline.models.timm_export import save_for_timm
@@ -186,3 +192,138 @@ def test_timm_reads_the_names_of_an_exported_folder(tmp_path):
     save_for_timm(made, tmp_path / "out", ["a", "b", "c"], {})
     theirs = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True)
     assert list(theirs.pretrained_cfg["label_names"]) == ["a", "b", "c"]
+
+
+# ---- class folders, by name
+
+
+@pytest.fixture
+def trained(photos: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose classes are cat, ant, bee, in this order."""
+    own_file(tmp_path / "cab.safetensors", ["cat", "ant", "bee"])
+    return tmp_path / "cab.safetensors"
+
+
+def evaluated(data: Path, *models: str) -> dict:
+    given = [argument for model in models for argument in ("--model", model)]
+    status, out, err = run("eval", "--data", data, *given, "--json")
+    assert status == 0, err
+    return json.loads(out)["models"][0]
+
+
+def hits(folder: Path, checkpoint: Path, names: list[str]) -> float:
+    """Count by hand the images of a folder that a model puts into their class, in
+    per cent."""
+    model = load(ModelSpec(model="test_resnet", checkpoint=str(checkpoint)))
+    found = scan(folder, sorted(p.name for p in folder.iterdir()), exif="ignore")
+    seen = centre_renderer([(32, model.interpolation)], 1, exif="ignore")
+    right = 0
+    for path, height, width in zip(found.path, found.height, found.width, strict=True):
+        blob = (folder / path).read_bytes()
+        (pixels,) = seen([blob], np.array([height]), np.array([width])).values()
+        with torch.inference_mode():
+            right += names[int(model(pixels).argmax())] == path.split("/")[0]
+    return 100 * right / len(found)
+
+
+def without(photos: Path, folder: Path, *classes: str, split: str = "val") -> Path:
+    shutil.copytree(photos / split, folder / split)
+    for name in classes:
+        shutil.rmtree(folder / split / name)
+    return folder
+
+
+def test_eval_maps_class_folders_by_name(photos, trained, tmp_path):
+    names = ["cat", "ant", "bee"]
+    whole, some = photos, without(photos, tmp_path / "some", "ant")
+    for data in (whole, some):
+        score = evaluated(data, f"test_resnet={trained}")
+        assert score["top1"] == pytest.approx(hits(data / "val", trained, names))
+    # In alphabetical order the same model would be taken to be better or worse.
+    assert hits(whole / "val", trained, names) != hits(whole / "val", trained, sorted(names))
+
+
+def test_eval_refuses_class_folders_that_the_model_does_not_know(photos, trained, tmp_path):
+    data = without(photos, tmp_path / "other", "cat")
+    shutil.copytree(data / "val" / "ant", data / "val" / "dog")
+    status, _, err = run("eval", "--data", data, "--model", f"test_resnet={trained}")
+    assert status == 1 and err.count("\n") == 1
+    assert "knows 3 classes (cat, ant, bee), and 1 of the 3 class folders" in err
+    assert "(dog)" in err and "--class-map" in err
+    (tmp_path / "map.txt").write_text("dog\nant\nbee\n")  # dog is the model's name for cats
+    status, _, err = run(
+        *("eval", "--data", data, "--model", f"test_resnet={trained}"),
+        *("--class-map", tmp_path / "map.txt"),
+    )
+    assert status == 0, err
+    (tmp_path / "map.txt").write_text("ant\nbee\ndog\n")
+    status, _, err = run(
+        *("eval", "--data", data, "--model", f"test_resnet={trained}"),
+        *("--class-map", tmp_path / "map.txt"),
+    )
+    assert status == 1 and "says that class 0 is ant, and test_resnet" in err
+
+
+def labelled(data: Path, store: Path, teacher: str, *options: object) -> tuple[int, str]:
+    status, _, err = run(
+        *("generate-labels", "--config", SMOKE, "--data", data, "--store", store),
+        *("--teacher", teacher, "--views", 1, *options),
+    )
+    return status, err
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "exported folder"])
+def test_a_teacher_gives_the_store_its_classes(photos, trained, tmp_path, kind):
+    teacher = f"test_resnet={trained}"
+    if kind == "exported folder":
+        model = load(ModelSpec(model="test_resnet", checkpoint=str(trained)))
+        save_for_timm(model, tmp_path / "out", model.class_names, {})
+        teacher = f"local-dir:{tmp_path / 'out'}"
+    status, err = labelled(photos, tmp_path / "s.zarr", teacher)
+    assert status == 0, err
+    store = LabelStore.open(tmp_path / "s.zarr")
+    assert store.class_names == ["cat", "ant", "bee"]
+    for path, index in zip(store.images.path, store.images.class_index, strict=True):
+        assert store.class_names[index] == path.split("/")[0]
+    some = without(photos, tmp_path / "some", "bee", split="train")
+    assert labelled(some, tmp_path / "some.zarr", teacher)[0] == 0
+    assert LabelStore.open(tmp_path / "some.zarr").class_names == ["cat", "ant", "bee"]
+
+
+def test_a_teacher_of_other_classes_is_refused_before_anything_is_made(photos, trained, tmp_path):
+    data = without(photos, tmp_path / "other", "cat", split="train")
+    shutil.copytree(data / "train" / "ant", data / "train" / "dog")
+    status, err = labelled(data, tmp_path / "s.zarr", f"test_resnet={trained}")
+    assert status == 1 and "the teachers knows" not in err and "(dog)" in err
+    assert not (tmp_path / "s.zarr").exists()
+    # Neither does a store go on whose labels stand under wrong names.
+    own_file(tmp_path / "plain.safetensors", None)
+    assert (
+        labelled(photos, tmp_path / "s.zarr", f"test_resnet={tmp_path}/plain.safetensors")[0] == 0
+    )
+    tensors = tmp_path / "abc.safetensors"
+    own_file(tensors, ["cat", "ant", "bee"])
+    status, err = labelled(photos, tmp_path / "s.zarr", f"test_resnet={tensors}")
+    assert status == 1 and "class 0 is ant, in this one it is cat" in err
+
+
+def test_live_teachers_give_a_run_their_classes(photos, trained, recipe, tmp_path):
+    own = ModelSpec(model="test_resnet", checkpoint=str(trained))
+    online = changed(recipe, train={"online": True, "epochs": 1})
+    online = online.model_copy(update={"teachers": (own,)})
+    train(online, photos, tmp_path / "run", device=CPU)
+    kept = load(
+        ModelSpec(model=recipe.student.model, checkpoint=str(tmp_path / "run/last.safetensors"))
+    )
+    assert kept.class_names == ("cat", "ant", "bee")
+
+
+def test_validation_folders_are_mapped_by_name_and_refused(photos, recipe, tmp_path):
+    data = Path(shutil.copytree(photos, tmp_path / "data"))
+    shutil.rmtree(data / "val" / "ant")
+    hard = changed(recipe, train={"labels": "hard", "epochs": 1})
+    assert "val_top1" in train(hard, data, tmp_path / "some", device=CPU)
+    (data / "val" / "bee").rename(data / "val" / "dog")
+    with pytest.raises(DataError, match=r"1 class folder of no known class \(dog\)"):
+        train(hard, data, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
