@@ -278,8 +278,6 @@ def test_class_folders_are_mapped_by_name(small, capsys):
 
 def test_class_folders_that_a_model_does_not_know_are_refused(small):
     with pytest.raises(DataError, match=r"has 1 class folder \(ant\) of no class of M") as e:
-        DataError, match=r"M knows 3 classes \(bee, cat, dog\), and 1 of the 3 .*"
-    ) as e:
         mapped(small / "train", ["bee", "cat", "dog"])
     assert "3 classes are bee, cat, dog; pass" in str(e.value) and "--class-map" in str(e.value)
 
