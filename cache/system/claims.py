@@ -145,7 +145,7 @@ def _take(path: Path, me: dict[str, Any]) -> bool:
         fresh = _scratch(path, "new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(me), encoding="utf-8")
+            fresh.write_text(json.dumps(me))
             _link(fresh, path)
             return True
         except FileExistsError:
@@ -245,7 +245,7 @@ def _place() -> dict[str, Any]:
     """Return where a process number means something: host, boot and namespace."""
     boot = namespace = None
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
     return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
@@ -255,7 +255,7 @@ def _owner(path: Path) -> dict[str, Any] | None:
     """Return the owner of a claim; None if there is no claim, or none that can be read.
     Raises OSError if the disk doesn't answer."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = json.loads(path.read_text())
         return owner if {"host", "process", "started"} <= owner.keys() else None
     except (FileNotFoundError, PermissionError, ValueError, AttributeError):
         return None
@@ -276,8 +276,8 @@ def _started(process: int) -> str | None:
     one with the same number. None if the process is gone; UNKNOWN if it can't be looked
     at."""
     try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as f:
-            state = f.read().rpartition(")")[2].split()
+        with open(f"/proc/{process}/stat", "rb") as f:  # a name of any bytes is in it
+            state = f.read().rpartition(b")")[2].decode("ascii").split()
     except OSError:  # the process is gone, or another user's and hidden by the system
         return _signalled(process)
     # A process that was killed, but not collected by its parent, does nothing any more.

@@ -37,6 +37,8 @@ def line_of(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (
         isinstance(error, (OSError, ImportError, RuntimeError)) and _lacks_memory(error)
     ):
+        if len(text) > len(said) and (found := NO_MEMORY.search(text)):
+            said = found.group()
         return (
             f"memory or threads are short ({said or type(error).__name__}); raise the limit "
             f"(ulimit -v, ulimit -u, the job's memory), or lower --batch-size and render.threads"
