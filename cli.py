@@ -6,14 +6,17 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+
+from pipeline.runtime.failures import give_up, line_of, standard_streams
 
 
 class Group(click.Group):
@@ -36,42 +39,54 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; print an error that a user can fix as one line, and exit with
         status 1."""
-        from cache.errors import MealError, printable
-        from cache.system.signals import on_signals
-
         try:
-            with on_signals():
-                return super().invoke(ctx)
-        except MealError as error:
-            if str(error):  # without a message: another process tells the error
-                click.echo(f"error: {error}", err=True)
-        except KeyboardInterrupt as stop:
-            from pipeline.runtime.progress import say
+            from cache.system.signals import on_signals
 
-            by = f" by {stop}" if str(stop) else ""
-            say(f"stopped{by}; run the same command again to go on from what is finished")
-        except BrokenPipeError:
-            sys.stderr.close()
-        except RuntimeError as error:
-            said = " ".join(str(error).split())[:160]
-            if "out of memory" in str(error):
-                click.echo(f"error: {said}; lower --batch-size", err=True)
-            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                click.echo(
-                    f"error: torch.compile fails here ({said}); leave out store.compile and "
-                    f"train.compile, or install a C++ compiler",
-                    err=True,
-                )
-            else:
-                raise
-        except OSError as error:  # a full disk, a folder without permission
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(
-                f"error: {printable(where)}{error.strerror or error}; mend that and run the same "
-                f"command again",
-                err=True,
-            )
+            with on_signals(_say_deaf):
+                done = super().invoke(ctx)
+                sys.stdout.flush()
+                return done
+        except KeyboardInterrupt as stop:
+            _say_stopped(f" by {stop}" if str(stop) else "")
+        except BrokenPipeError:  # the reader of the output has seen enough
+            give_up("stdout")
+            give_up("stderr")
+        except Exception as error:
+            _say_failed(error)
         ctx.exit(1)
+
+    def main(self, *args: Any, **named: Any) -> Any:
+        """Run the command line with usable standard streams."""
+        with standard_streams():
+            try:
+                return super().main(*args, **named)
+            except OSError as error:  # of printing the help; a command's are told by invoke
+                _say_failed(error)
+                raise SystemExit(1) from None
+
+
+def _say_failed(error: Exception) -> None:
+    """Print an error that a user can fix as one line; raise any other error again."""
+    line = line_of(error)
+    if line is None:
+        raise error
+    if isinstance(error, OSError) and error.filename is None and give_up("stdout"):
+        line = f"stdout: {line}"
+    if line:  # without a message: another process tells the error
+        click.echo(f"error: {line}", err=True)
+
+
+def _say_deaf(signal: str) -> None:
+    _say_stopped(f" by {signal}, in the midst of a wait that doesn't end")
+
+
+def _say_stopped(how: str) -> None:
+    """Say that a signal stopped the command, unless another process says so."""
+    progress = sys.modules.get("pipeline.runtime.progress")
+    if progress is None or progress.speaks():
+        click.echo(
+            f"stopped{how}; run the same command again to go on from what is finished", err=True
+        )
 
 
 @click.group(
@@ -1035,15 +1050,20 @@ def _share(recipe: Any, text: str | None, first_view: int) -> Any:
     """Return this process's share: I/N of the command line, combined with torchrun's
     rank and world size."""
     from pipeline.labelling.shares import Share
+    from pipeline.runtime.launch import Launch
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    index, slash, count = (text or "0/1").partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+    me = Launch.here()
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", "0/1" if text is None else text)
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if index >= count:
         raise click.BadParameter(
             f"{text!r} must be I/N with I from 0 to N-1, like 0/4", param_hint="--worker"
         )
     return Share(
-        int(index) * world + rank, int(count) * world, first_view, recipe.store.views_per_decode
+        index * me.world + me.rank,
+        count * me.world,
+        first_view,
+        recipe.store.views_per_decode,
     )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
 
 from cache.format.manifest import Images
 from cache.format.schema import (
@@ -69,6 +71,19 @@ def create(path: Path, *, images: Images, views: int, attributes: dict[str, Any]
     return True
 
 
+class _OwnFolder(LocalStore):
+    """A folder that only this process writes.
+
+    Zarr's own store makes sure by a hard link that it replaces no other process's
+    description of a group; some file systems have no hard links.
+    """
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a file unless the file is there."""
+        if not await self.exists(key):
+            await self.set(key, value)
+
+
 def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any]) -> None:
     """Write an empty store into the folder ``scratch``."""
     n, classes = len(images), len(attributes["class_names"])
@@ -82,7 +97,7 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any])
     kept = shard_arrays(attributes)[1:]
     mixed = "mix_box" in kept
     group = zarr.create_group(
-        str(scratch),
+        _OwnFolder(scratch),
         zarr_format=3,
         attributes={
             "format": FORMAT,

@@ -55,7 +55,8 @@ def merge(
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
     stores = [LabelStore.open(path) for path in paths]
-    if os.path.realpath(out) in map(os.path.realpath, paths):
+    # also by a link, or in other letters on a file system that ignores case
+    if any(out.exists() and os.path.samefile(out, path) for path in paths):
         raise StoreError(f"{out} is one of the stores to merge; choose another --out")
     same = [_recipe(a.provenance) == _recipe(b.provenance) for a, b in combinations(stores, 2)]
     if any(same) and not all(same):

@@ -1,5 +1,12 @@
 """Allow one writer per shard. A claim is a file beside the store with host, process and
-a heartbeat. It is created exclusively, by linking the file to its name.
+a heartbeat. It is created exclusively, by linking the file to its name, so that a claim
+never exists without its owner.
+
+A file system without hard links (exFAT, some of FUSE and SMB) refuses that. There the
+file is created exclusively (O_EXCL), and the owner is written into it next. One process
+holds a claim there, too. But a process that is killed between the two steps, which take
+less than a millisecond, leaves a claim without an owner. Nobody can tell that its owner
+is dead, so such a claim is taken over ``STALE`` seconds later.
 
 A claim's heartbeat is its modification time, which a thread renews while the claim is
 held. A claim of this machine is dead if its process is gone. A claim of another machine
@@ -14,6 +21,7 @@ of the three is of another machine.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +40,11 @@ from cache.system.signals import finishing
 BEAT = 10.0  # seconds between heartbeats
 STALE = 300.0  # seconds without a heartbeat after which a claim of another machine is dead
 TRIES = 100  # attempts at a step in which other processes may interfere
+# Errors of os.link on file systems without hard links: which one depends on the system.
+NO_LINKS = (
+    *(errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
+    *(errno.EINVAL, errno.EMLINK),
+)
 _living: set[str] = set()  # ids of the claims that this process holds
 UNKNOWN = "unknown"  # start time of a process that exists and can't be looked at
 
@@ -133,7 +146,7 @@ def _take(path: Path, me: dict[str, Any]) -> bool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_text(json.dumps(me))
-            os.link(fresh, path)
+            _link(fresh, path)
             return True
         except FileExistsError:
             # The claim was released meanwhile, or its empty folder was removed.
@@ -156,6 +169,25 @@ def _take(path: Path, me: dict[str, Any]) -> bool:
         finally:
             fresh.unlink(missing_ok=True)
     return False
+
+
+def _link(fresh: Path, path: Path) -> None:
+    """Give a written file the name ``path``. Raises FileExistsError if the name is
+    taken. Without hard links, the name is created first and its content is written
+    next."""
+    try:
+        os.link(fresh, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        content = fresh.read_bytes()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "wb") as f:
+                f.write(content)
+        except BaseException:  # a full disk, a signal: nobody would know whose claim it is
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _scratch(path: Path, kind: str) -> Path:
@@ -244,8 +276,8 @@ def _started(process: int) -> str | None:
     one with the same number. None if the process is gone; UNKNOWN if it can't be looked
     at."""
     try:
-        with open(f"/proc/{process}/stat") as f:
-            state = f.read().rpartition(")")[2].split()
+        with open(f"/proc/{process}/stat", "rb") as f:  # a name of any bytes is in it
+            state = f.read().rpartition(b")")[2].decode("ascii").split()
     except OSError:  # the process is gone, or another user's and hidden by the system
         return _signalled(process)
     # A process that was killed, but not collected by its parent, does nothing any more.
@@ -270,4 +302,14 @@ def _beat(mine: Claims, stop: threading.Event) -> None:
         for name in mine:
             with suppress(OSError):
                 if not mine.lost(name):
-                    os.utime(mine.folder / name)
+                    _renew(mine.folder / name)
+
+
+def _renew(path: Path) -> None:
+    """Set a claim's modification time to now. Where a file system doesn't let that be
+    set, the first byte of the file is written again."""
+    try:
+        os.utime(path)
+    except OSError:
+        with open(path, "r+b", buffering=0) as f:
+            f.write(b"{")

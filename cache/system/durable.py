@@ -1,16 +1,22 @@
 """Force files and folders to the disk.
 
 A rename or a new file is on the disk only once its folder was synced. A file's content
-is on the disk only once the file was synced.
+is on the disk only once the file was synced. Some file systems (of FUSE, SMB) can't be
+told to: their errors of ``UNABLE`` pass, since nothing more can be had from them.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# errors of fsync that say that the file system knows no such call
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -37,16 +43,24 @@ def make_folder(path: Path) -> None:
 def sync_file(path: Path) -> None:
     """Force a file's content to the disk."""
     with open(path, "rb") as f:
-        os.fsync(f.fileno())
+        _sync(f.fileno())
 
 
 def sync_folder(path: Path) -> None:
     """Force a folder's entries (names, renames) to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
 
 
 def sync_tree(root: Path) -> None:
@@ -62,10 +76,10 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     rename it to ``path``."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
+        mode = _usual_mode(path.parent)
         save(scratch)
-        scratch.chmod(0o644)  # safetensors lets only the owner read its files
-        with open(scratch, "rb") as f:
-            os.fsync(f.fileno())
+        _set_mode(scratch, mode)
+        sync_file(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -80,11 +94,31 @@ def whole_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     try:
         make_folder(scratch)
+        mode = _usual_mode(scratch)
         yield scratch
         for path in scratch.iterdir():
-            path.chmod(0o644)  # safetensors lets only the owner read its files
+            _set_mode(path, mode)
         sync_tree(scratch)
         os.rename(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     sync_folder(target.parent)
+
+
+def _usual_mode(folder: Path) -> int:
+    """Return the permissions that a new file gets in a folder. The umask decides, and
+    perhaps the folder's own list of permissions."""
+    probe = folder / f".{uuid.uuid4().hex}.partial"
+    try:
+        probe.touch()
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file the permissions of other new files, since safetensors lets only the
+    owner read its files. Some file systems have no permissions to set."""
+    if path.is_file() and path.stat().st_mode & 0o777 != mode:
+        with suppress(OSError):
+            path.chmod(mode)

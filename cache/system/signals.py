@@ -5,6 +5,10 @@ A signal raises Stopped in the main thread at once, wherever the thread is, so t
 long wait or a forward pass ends. A ``finishing`` block would be left half done, so
 there Stopped is raised at the end of the block.
 
+Python obeys a signal only between two of its own steps. A main thread that waits within
+a library, for a disk or a process that doesn't answer, is deaf. So a thread watches,
+and ends the process after ``DEAF`` seconds, as a kill would.
+
 Stopped can be lost: Python only prints an exception that is raised in a destructor or
 in a callback of a weak reference, and goes on. Then the next ``check``, which long
 loops call, raises Stopped again.
@@ -12,14 +16,16 @@ loops call, raises Stopped again.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+DEAF = 20.0  # seconds that a signal may go unheard; schedulers kill after 30 or so
 _finishing = 0  # number of ``finishing`` blocks that the main thread is in
 _asked: int | None = None  # the signal that asked to stop; None before
 _hurried = False  # whether another signal came after it
@@ -31,18 +37,64 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def on_signals() -> Iterator[None]:
+def on_signals(deaf: Callable[[str], object] = lambda name: None) -> Iterator[None]:
     """Raise Stopped on SIGTERM (which SLURM, Kubernetes and torchrun send first) and on
-    SIGINT, in the main thread, which must be the caller's."""
+    SIGINT, in the main thread, which must be the caller's.
+
+    deaf: called with the signal's name before a process ends that hasn't heard it for
+    ``DEAF`` seconds; what is finished stays, as after a kill.
+    """
     global _asked, _hurried
     _asked, _hurried = None, False
     before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    with _watched(deaf):
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _asked, _hurried = None, False
+
+
+@contextmanager
+def _watched(deaf: Callable[[str], object]) -> Iterator[None]:
+    """Watch that the main thread hears signals. The system writes a byte for every
+    signal that arrives, even while Python can't run."""
+    arriving, bell = os.pipe()
+    os.set_blocking(bell, False)
+    before = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+    left = threading.Event()
+
+    def watch() -> None:
+        arrived = 0
+        with open(arriving, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                arrived += 1
+                left.wait(DEAF)
+                if not left.is_set() and not (_asked if arrived == 1 else _hurried):
+                    deaf(signal.Signals(number[0]).name)
+                    os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
     try:
+        thread.start()
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _asked, _hurried = None, False
+        left.set()
+        signal.set_wakeup_fd(before)
+        os.close(bell)
+
+
+def _leave_the_bell() -> None:
+    """Keep a forked child from ringing the bell of its parent for signals of its
+    own."""
+    with suppress(ValueError):  # in another interpreter
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_the_bell)
 
 
 @contextmanager

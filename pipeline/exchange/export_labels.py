@@ -146,7 +146,7 @@ def _require_same_export(out: Path, about: dict) -> None:
     note = out / "exported-from.json"
     if note.exists():
         try:
-            before = json.loads(note.read_text())
+            before = json.loads(note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             before = {}
         if before != about:

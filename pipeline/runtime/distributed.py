@@ -8,7 +8,6 @@ says what went wrong and no process waits for another that has given up.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -24,7 +23,9 @@ from torch import distributed, nn
 from cache.errors import MealError
 from cache.system.signals import check
 from pipeline.runtime import progress
+from pipeline.runtime.launch import Launch, MeetingPoint, number
 from pipeline.runtime.malloc import keep_freed_memory
+from pipeline.runtime.rendezvous import meet
 
 T = TypeVar("T")
 # Longest wait for process 0, which may be decoding a whole data set. A process that
@@ -49,7 +50,8 @@ def own_device(name: str | None = None) -> torch.device:
 
     name: "cpu", or "cuda", which under torchrun is this process's own GPU; None: a GPU
     if there is one. The C library is told to keep freed memory (``keep_freed_memory``),
-    since the loader and the models work in large blocks. Raises DeviceError.
+    since the loader and the models work in large blocks. Raises DeviceError, or
+    LaunchError if torchrun's LOCAL_RANK is no number.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
@@ -58,7 +60,8 @@ def own_device(name: str | None = None) -> torch.device:
     keep_freed_memory()
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    place = number("LOCAL_RANK", 0, "this process's number on its machine, from 0")
+    count = torch.cuda.device_count()
     if place >= count:
         raise DeviceError(
             f"torchrun starts process {place} on a machine with {count} GPUs; use --nproc-per-node "
@@ -193,20 +196,24 @@ def joining(device: torch.device) -> Iterator[Processes]:
     process's ``Processes``.
 
     Rank and number of processes come from torchrun's environment variables. Processes
-    communicate by gloo on CPUs, and by NCCL on GPUs.
+    communicate by gloo on CPUs, and by NCCL on GPUs. Raises MealError if the variables
+    are wrong, or if a process doesn't come.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    me = Launch.here()
+    if me.world == 1:
         yield ALONE
         return
+    store = meet(me, MeetingPoint.here(), STALL)
     with _naming_the_dead():
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=STALL
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=me.rank,
+            world_size=me.world,
+            timeout=STALL,
         )
         talk: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
-        processes = Processes(distributed.get_rank(), world, talk)
-    if not processes.leads:
-        progress.silence()
+        processes = Processes(me.rank, me.world, talk)
     yield processes
     # Skipped after an error: other processes may still be waiting, and notice that this
     # process ends.

@@ -45,7 +45,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.started = self.logged = time.monotonic()
-        if _speaks and sys.stderr.isatty():
+        if _speaks and sys.stderr is not None and sys.stderr.isatty():
             self.bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -79,11 +79,9 @@ class Progress:
         elif _speaks and now - self.logged >= LOG_SECONDS:
             self.logged = now
             left = duration((self.total - self.done) / rate) if rate else "?"
-            print(
+            _print(
                 f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} "
-                f"left {note}".rstrip(),
-                file=sys.stderr,
-                flush=True,
+                f"left {note}".rstrip()
             )
 
     def __exit__(
@@ -101,7 +99,20 @@ def say(message: str, *, anyway: bool = False) -> None:
     """Print a line for people on stderr, since stdout is for results. anyway: print it
     after ``silence`` too."""
     if _speaks or anyway:
-        print(printable(message), file=sys.stderr, flush=True)
+        _print(printable(message))
+
+
+def _print(line: str) -> None:
+    """Print a line on stderr. A log that can't be written, since its disk is full,
+    doesn't stop the work; a closed pipe does, as everywhere."""
+    if sys.stderr is None:  # closed by the caller of a library; print would take stdout
+        return
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def duration(seconds: float) -> str:
@@ -117,4 +128,4 @@ def duration(seconds: float) -> str:
 def results() -> Console:
     """Return the console for results: stdout, as wide as the terminal. In a pipe or
     file, lines are not wrapped."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    return Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 1000)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from cache.system.signals import finishing, hurried
+from pipeline.runtime.launch import number
 
 SWITCH = 1e-3  # seconds after which a thread that wants the interpreter gets it
 T = TypeVar("T")
@@ -147,6 +148,5 @@ def behind(deal_with: Callable[[T], object], depth: int = 2) -> Iterator[Callabl
 def threads_for(threads: int | None) -> int:
     """Return the number of decoder threads: ``threads``, or by default as many as this
     process may use, at most 16. torchrun's processes on a machine share its cores."""
-    return threads or max(
-        1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    )
+    beside = number("LOCAL_WORLD_SIZE", 1, "the number of processes on this machine", least=1)
+    return threads or max(1, min(16, len(os.sched_getaffinity(0)) // beside))

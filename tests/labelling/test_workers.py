@@ -9,6 +9,7 @@ server that has imported every module (see support/killing.py).
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -176,6 +177,20 @@ def test_what_a_run_passed_by_because_another_had_it_is_not_forgotten_when_that_
     assert second.end() == 0, second.said()
     assert "is complete: 15 of 15 shards" in second.said()
     place.require_whole(first, second)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_on_a_file_system_without_hard_links_workers_share_a_store_and_survive_a_kill(
+    place, number
+):
+    """Such as exFAT: no links, no permissions, no times, no fsync of a folder."""
+    poor = {"slow": SLOW, "refuses": number}
+    killed = place.start(whens=(When("write", r"labels/.*\.partial$", "SIGKILL", nth=2),), **poor)
+    other = place.start(**poor)
+    assert killed.end() == -signal.SIGKILL
+    assert other.end() == 0, other.said()
+    place.run(refuses=number)
+    place.require_whole(killed)
 
 
 @pytest.mark.parametrize("workers", [2, 5])

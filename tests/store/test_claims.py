@@ -31,13 +31,35 @@ with claim(Path(sys.argv[1]), *sys.argv[2:]) as held:
 """
 
 
+# on a file system without hard links, permissions and times
+POOR = """
+import sys
+sys.path.insert(0, "tests")
+from support.workers import poor_disk
+poor_disk({number})
+"""
+# where a process is killed that has created its claim, and not yet written its name
+KILLED = """
+import os
+from pathlib import Path
+real = Path.read_bytes
+Path.read_bytes = lambda self: [real(self), killed.append(1)][0]
+killed, opened = [], os.open
+def open_and_die(*given, **named):
+    descriptor = opened(*given, **named)
+    if killed: os.kill(os.getpid(), 9)
+    return descriptor
+os.open = open_and_die
+"""
+
+
 class Holder:
     """Another process that tries to hold claims until it is told to end."""
 
-    def __init__(self, folder: Path, *names: str) -> None:
+    def __init__(self, folder: Path, *names: str, before: str = "") -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(folder), *names], text=True, cwd=ROOT, **pipes
+            [sys.executable, "-c", before + HOLD, str(folder), *names], text=True, cwd=ROOT, **pipes
         )
 
     def go(self) -> Holder:
@@ -57,8 +79,8 @@ class Holder:
 def holder(tmp_path: Path):
     started: list[Holder] = []
 
-    def start(*names: str) -> Holder:
-        started.append(Holder(tmp_path / "claims", *names))
+    def start(*names: str, before: str = "") -> Holder:
+        started.append(Holder(tmp_path / "claims", *names, before=before))
         return started[-1]
 
     yield start
@@ -79,6 +101,72 @@ def test_one_of_many_processes_holds_a_claim(tmp_path, holder):
         assert len(claims.holders(tmp_path / "claims")) == 4
     for rival in rivals:
         rival.go().process.wait()
+    assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS]
+)
+def test_without_hard_links_too_one_of_many_processes_holds_a_claim(tmp_path, holder, number):
+    rivals = [holder("a", "b", "c", before=POOR.format(number=number)) for _ in range(3)]
+    for rival in rivals:
+        rival.go()
+    assert sorted(name for rival in rivals for name in rival.held()) == ["a", "b", "c"]
+    with claim(tmp_path / "claims", "a", "d") as mine:  # from a machine with links
+        assert mine == {"d"}
+    rivals[0].process.kill()
+    rivals[0].process.wait()
+    for rival in rivals[1:]:
+        rival.go().process.wait()
+    with claim(tmp_path / "claims", "a", "b", "c") as mine:  # what the killed one held, too
+        assert mine == {"a", "b", "c"}
+    assert not (tmp_path / "claims").exists()
+
+
+def test_without_hard_links_a_claim_beats_though_its_time_can_t_be_set(tmp_path, holder):
+    quick = "\nfrom cache.system import claims\nclaims.BEAT = 0.01\n"
+    one = holder("a", before=POOR.format(number=errno.EPERM) + quick).go()
+    assert one.held() == ["a"]
+    file = tmp_path / "claims/a"
+    owner = file.read_text()
+    os.utime(file, (0, 0))
+    for _ in range(1000):
+        if file.stat().st_mtime:
+            break
+        time.sleep(0.01)
+    assert time.time() - file.stat().st_mtime < 60 and file.read_text() == owner
+
+
+def test_without_hard_links_a_claim_without_its_owner_is_taken_over_once_it_is_stale(
+    tmp_path, holder
+):
+    killed = holder("a", before=POOR.format(number=errno.EPERM) + KILLED).go()
+    assert killed.held() == [] and killed.process.wait() == -signal.SIGKILL
+    file = tmp_path / "claims/a"
+    assert file.read_bytes() == b""
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == set()  # its owner may be just about to write its name
+    then = time.time() - STALE - 5
+    os.utime(file, (then, then))
+    with claim(tmp_path / "claims", "a") as mine:
+        assert mine == {"a"}
+
+
+def test_without_hard_links_a_full_disk_leaves_no_claim_without_its_owner(tmp_path, monkeypatch):
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def on_a_full_disk(path: Path, flags: int, mode: int = 0o777) -> int:
+        if not flags & os.O_EXCL:
+            return real(path, flags, mode)
+        os.close(real(path, flags, mode))
+        return real("/dev/full", os.O_WRONLY)
+
+    real = os.open
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "open", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"), claim(tmp_path / "claims", "a"):
+        pass
     assert not (tmp_path / "claims").exists()
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -325,10 +326,31 @@ def _run(arguments: list[str], folder: str, how: dict) -> None:
     claims.STALE, claims.BEAT = how.get("stale", STALE), min(BEAT, how.get("stale", 100.0) / 10)
     if "log" in how:
         _log_writes(os.open(how["log"], os.O_WRONLY | os.O_APPEND), how.get("slow", 0.01))
+    if "refuses" in how:
+        poor_disk(how["refuses"])
     _watch(folder, how.get("whens", ()), how.get("disk"))
     if how.get("obeys"):
         obey_permissions()
     cli.main(arguments)
+
+
+def poor_disk(number: int = errno.EPERM) -> None:
+    """Let this process believe that its disks are such as exFAT: hard links,
+    permissions, times and fsync of a folder are refused. number: of the error of a
+    link."""
+
+    def refused(number: int) -> Callable:
+        def refuse(*given: object, **named: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return refuse
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    os.link, os.fsync = refused(number), fsync
+    os.chmod = os.utime = refused(errno.EPERM)
 
 
 def obey_permissions() -> None:

@@ -17,9 +17,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +35,15 @@ from support.stages import evaluate, generate, make_replay, scan, stored_labels,
 from support.workers import House, Run, require_no_trace
 
 from cache import LabelStore
+from cache.errors import MealError
 from cache.system import signals
 from cache.system.claims import claims_of
 from cache.system.signals import Stopped
 from pipeline.config import ModelSpec
 from pipeline.models.weights import load
 from pipeline.provenance.fingerprint import FINGERPRINT_CROPS
-from pipeline.runtime import distributed
+from pipeline.runtime import distributed, rendezvous
+from pipeline.runtime.launch import Launch, MeetingPoint
 
 SOON = 30.0  # seconds in which processes notice that another is gone
 
@@ -314,15 +319,185 @@ def test_what_one_finds_wrong_before_the_first_step_is_said_by_that_one(bench, t
     require_no_trace(runs[0])
 
 
+# ---- how processes find each other
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is set and empty"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no number from 1 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', which is no number from 1 on"),
+        ({"WORLD_SIZE": None, "RANK": "1"}, "RANK is 1, and no WORLD_SIZE is set"),
+        ({"RANK": None}, "WORLD_SIZE is 2, and RANK is not set"),
+        ({"RANK": ""}, "RANK is set and empty; set it to this process's number, 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1', which is no number from 0 on"),
+        ({"RANK": "²"}, "RANK is '²', which is no number from 0 on"),
+        ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE is 2"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set; start them with torchrun"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is empty; start them with torchrun"),
+        ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR 'a..b' is no name of a machine"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT is set and empty"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0', which is no number from 1 on"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, and ports end at 65535"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_missing_or_no_number_is_named(monkeypatch, changes, says):
+    for name, value in (LAUNCHED | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(
+            name, value
+        )
+    with pytest.raises(MealError, match=f"^.*{re.escape(says)}"), distributed.joining(CPU):
+        pass
+
+
+def test_both_stages_name_such_a_variable_in_one_line(bench, tmp_path):
+    (run,) = bench.start(1, tmp_path / "run", "--epochs=2")
+    assert run.end() == 0  # WORLD_SIZE 1 is one process
+    given = (f"--config={bench.house.config}", f"--data={bench.house.data}", "--device=cpu")
+    for environment in ({"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"LOCAL_WORLD_SIZE": ""}):
+        for command in (
+            ("train-student", *given, f"--store={bench.store}", f"--out={tmp_path / 'no'}"),
+            ("generate-labels", *given, f"--store={tmp_path / 'no'}", "--set=render.threads=null"),
+        ):
+            (name,) = environment
+            run = bench.house.start(*command, environment=environment)
+            assert run.failed_with().startswith(f"error: {name} is ")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("value", ["", "one"])
+def test_a_local_rank_that_is_no_number_is_named(monkeypatch, value):
+    monkeypatch.setenv("LOCAL_RANK", value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(MealError, match="^LOCAL_RANK is "):
+        distributed.own_device()
+
+
 def test_a_port_that_is_taken_is_named(bench, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        (run, *_) = bench.start(2, tmp_path / "run", port=taken.getsockname()[1], only=1)
-        assert (
-            "the processes of this run can't speak to each other (" in run.failed_with()
-            and "EADDRINUSE" in run.said()
+        port = taken.getsockname()[1]
+        (run, *_) = bench.start(2, tmp_path / "run", port=port, only=1)
+        assert f"MASTER_PORT {port} is taken by another program" in run.failed_with()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_the_others_obeys_a_signal(bench, tmp_path, rank, name):
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = _port(place)  # nobody answers there: not even a listener, for process 1
+        if rank == 0:
+            place.close()
+        given = {"RANK": str(rank), "MASTER_PORT": str(port)}
+        run = bench.house.start(
+            *("train-student", f"--config={bench.house.config}", f"--data={bench.house.data}"),
+            *("--device=cpu", f"--store={bench.store}", f"--out={tmp_path / 'run'}"),
+            environment=LAUNCHED | given,
         )
+        run.wait_for(f"waiting for process {1 - rank} of 2 at 127.0.0.1:{port}")
+        run.signal(name)
+        assert f"stopped by {name}" in run.failed_with() and run.stopped_after() < SOON
+    assert not (tmp_path / "run").exists()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return _port(probe)
+
+
+def _port(bound: socket.socket) -> int:
+    return bound.getsockname()[1]
+
+
+def meet(monkeypatch, rank: int, port: int, host: str = "127.0.0.1") -> str:
+    """Return why a process that is alone doesn't meet the other one, soon."""
+    monkeypatch.setattr(rendezvous, "LIMIT", 0.5)
+    monkeypatch.setattr(rendezvous, "ANSWERS", 2.0)
+    monkeypatch.setattr("pipeline.runtime.progress._speaks", True)
+    with pytest.raises(MealError) as missing:
+        rendezvous.meet(Launch(rank, 2), MeetingPoint(host, port), timedelta(seconds=5))
+    return str(missing.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_a_limit_a_line_says_who_is_missing(monkeypatch, rank):
+    port = _free_port()
+    assert f"in vain for process {1 - rank} of 2 at 127.0.0.1:{port}" in meet(
+        monkeypatch, rank, port
+    )
+
+
+def test_a_name_that_nobody_knows_is_said_at_the_limit(monkeypatch):
+    """A cluster may give process 0's machine its name only once the machine runs."""
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert "MASTER_ADDR is unknown here: Name or service not known" in meet(monkeypatch, 1, 2, "x")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
+def test_another_program_at_the_port_is_told_from_process_0(monkeypatch, capfd, answer):
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while answer:
+                    with stranger.accept()[0] as connection:
+                        connection.recv(64)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert "is not process 0 of this run" in meet(monkeypatch, 1, _port(stranger))
+    assert capfd.readouterr().err == ""  # torch prints screens of stack
+
+
+def test_two_of_one_rank_and_another_number_of_processes_are_refused(bench, tmp_path):
+    for given, says in (
+        ({"RANK": "1"}, "has RANK 1 too"),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, "WORLD_SIZE is 4 here, and 3 in another process"),
+    ):
+        common = LAUNCHED | {"WORLD_SIZE": "3", "MASTER_PORT": str(_free_port())}
+        runs = [
+            bench.house.start(
+                *("train-student", f"--config={bench.house.config}", f"--data={bench.house.data}"),
+                *("--device=cpu", f"--store={bench.store}", f"--out={tmp_path / 'run'}"),
+                environment=common | own,
+            )
+            for own in ({"RANK": "0"}, {"RANK": "1"})
+        ]
+        runs[0].wait_for("waiting for process 2 of 3")
+        odd = bench.house.start(
+            *("train-student", f"--config={bench.house.config}", f"--data={bench.house.data}"),
+            *("--device=cpu", f"--store={bench.store}", f"--out={tmp_path / 'run'}"),
+            environment=common | given,
+        )
+        assert says in odd.failed_with()
+        for run in runs:
+            run.signal("SIGTERM")
+        assert [run.end() for run in runs] == [1, 1]
+
+
+def test_a_signal_ends_a_process_that_waits_in_a_library_for_one_that_sleeps(bench, tmp_path):
+    """Python obeys no signal while the main thread waits in gloo."""
+    runs = bench.start(2, tmp_path / "run", "--epochs=5000")
+    runs[0].wait_for("epoch 1/5000")
+    os.kill(runs[1].process.pid, signal.SIGSTOP)
+    time.sleep(1.0)
+    runs[0].signal("SIGTERM")
+    assert runs[0].failed_with().startswith("stopped by SIGTERM")
+    runs[1].kill()
+    epochs = len(metrics(tmp_path / "run"))
+    bench.train(2, tmp_path / "run", f"--epochs={epochs + 1}")  # no finished epoch is lost
 
 
 def test_batchnorm_over_all_processes_is_refused_on_a_cpu(bench, tmp_path):
