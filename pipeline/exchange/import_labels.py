@@ -15,7 +15,7 @@ import numpy as np
 
 from cache import LabelStore, repair
 from cache.create import create
-from cache.errors import StoreError
+from cache.errors import BusyStore, StoreError
 from cache.format import schema
 from cache.format.codec import CODECS
 from cache.format.crops import Crops
@@ -27,7 +27,7 @@ from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_outside
-from pipeline.images.listing import list_files, require_same_files
+from pipeline.images.listing import has_system_files, list_files, require_same_files
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -97,9 +97,7 @@ def import_labels(
         source = _Source(directory, split, data, views)
         about = _about(source, known, CODECS[codec].describe())
         before = Scanned.beside(path)
-        writer = repair.opened(
-            path, lambda at, least: _create(at, data, source, about, least, before), say
-        )
+        writer = _opened(path, data, source, about, before)
         before.drop_part()
         store = writer.store
         if "imported" not in store.provenance:
@@ -263,13 +261,36 @@ def _about(source: _Source, known: Known, codec: dict) -> dict:
     }
 
 
+def _opened(
+    path: Path, data: DataFolder, source: _Source, about: dict, before: Scanned
+) -> StoreWriter:
+    """Open the store, create it, or rebuild its description."""
+    for every in (False, True):
+
+        def make(at: Path, views: int, every: bool = every) -> None:
+            found = scan(
+                *(data, RenderSettings.of_provenance(about)),
+                order_seed=SEED,
+                before=before,
+                every=every,
+            )
+            _create(at, data, source, about, found, max(source.views, views))
+
+        try:
+            return repair.opened(path, make, say)
+        except BusyStore:
+            raise
+        except StoreError:
+            if every or not path.exists() or not has_system_files(data):
+                raise
+    raise AssertionError
+
+
 def _create(
-    path: Path, data: DataFolder, source: _Source, about: dict, views: int, before: Scanned
+    path: Path, data: DataFolder, source: _Source, about: dict, found: Images, views: int
 ) -> None:
-    """Scan every image, and create an empty store in which images without a label file
-    are unusable."""
-    settings = RenderSettings.of_provenance(about)
-    found = scan(data, settings, order_seed=SEED, before=before)
+    """Create an empty store of the images that a scan found, in which images without a
+    label file are unusable."""
     unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (
         found.status == USABLE
     )
@@ -294,7 +315,7 @@ def _create(
     sizes = {teacher["image_size"] or SIZE for teacher in about["teachers"]}
     attributes = describe_store(data, found, about, layout, first, sizes)
     with finishing():
-        create(path, images=found, views=max(source.views, views), attributes=attributes)
+        create(path, images=found, views=views, attributes=attributes)
     say(
         f"created {path}: {len(found.usable):,} images × {source.views} views × {source.classes:,} "
         f"classes, labels {source.kind}"

@@ -87,6 +87,12 @@ def list_files(
     )
 
 
+def has_system_files(data: DataFolder) -> bool:
+    """Return whether systems left files among the images, which a manifest of a version
+    up to 0.8 holds."""
+    return len(list_files(data)[0]) < len(list_files(data, every=True)[0])
+
+
 def _indices(data: DataFolder) -> dict[str, int]:
     """Return the class index of every class folder: name as ``as_text`` gives it →
     index. Raises DataError for a folder of no class."""

@@ -38,6 +38,7 @@ def scan(
     *,
     order_seed: int | None = None,
     before: Scanned | None = None,
+    every: bool = False,
 ) -> Images:
     """Read and decode every file whole, and return the manifest: size, digest,
     dimensions, and the reason if a file is unusable.
@@ -48,11 +49,12 @@ def scan(
     seed and the paths, so that a run of rows is a fair sample of the classes; None:
     sort the rows by path. before: results of an earlier scan, which are used for files
     that haven't changed since; the new results are noted there. A scan that is stopped
-    keeps what it has read there. Raises DataError for a file that can't be read now:
+    keeps what it has read there. every: list the files that a system left, too, as
+    versions up to 0.8 did. Raises DataError for a file that can't be read now:
     such a file is not unusable.
     """
     require_class_folders(data)
-    every = before is not None and before.lists_all
+    every = every or (before is not None and before.lists_all)
     table = _Table(list_files(data, every=every), order_seed)
     if before:
         table.fill(*before.recall(settings.exif, table.paths, table.sizes, table.changed))

@@ -12,6 +12,7 @@ from cache.format.manifest import USABLE, Images
 from cache.system.signals import finishing
 from pipeline.config import ConfigError
 from pipeline.images.folders import DataFolder
+from pipeline.images.listing import has_system_files
 from pipeline.images.patience import DataError
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
@@ -32,10 +33,18 @@ def repair_store(work: Labelling, path: Path) -> None:
     this command.
     """
 
-    def make(fresh: Path, kept: dict | None, views: int) -> None:
-        create_store(work, fresh, kept=kept, views=views, before=Scanned.beside(path))
+    for every in (False, True):
 
-    repair.remake(path, make, say)
+        def make(fresh: Path, kept: dict | None, views: int, every: bool = every) -> None:
+            before = Scanned.beside(path)
+            create_store(work, fresh, kept=kept, views=views, before=before, every=every)
+
+        try:
+            repair.remake(path, make, say)
+            break
+        except StoreError:
+            if every or not has_system_files(work.data):
+                raise
     if left := opened(path)[1]:
         raise StoreError(left)
 
@@ -48,14 +57,16 @@ def create_store(
     kept: dict | None = None,
     views: int = 1,
     before: Scanned | None = None,
+    every: bool = False,
 ) -> None:
     """Scan every image, and create an empty store.
 
     strict: an unusable file is an error. kept: attributes of a damaged store, to be
     reused for the new store. The images must be those that the attributes describe; the
     command then decides only where the images are. views: the least number of views.
-    before: where a stopped scan is kept; None: beside the store. Raises DataError for
-    unusable images, and StoreError for images that ``kept`` does not describe.
+    before: where a stopped scan is kept; None: beside the store. every: as in ``scan``.
+    Raises DataError for unusable images, and StoreError for images that ``kept`` does
+    not describe.
     """
     config, data, settings = work.config, work.data, RenderSettings.of_config(work.config)
     seed, views = config.crops.seed, max(views, config.crops.views)
@@ -67,7 +78,7 @@ def create_store(
         data, seed = DataFolder(data.path, kept["class_names"], mapped=True), crops["seed"]
     require_class_count(data, work.teachers)
     before = before or Scanned.beside(path)
-    found = scan(data, settings, order_seed=seed, before=before)
+    found = scan(data, settings, order_seed=seed, before=before, every=every)
     _require_usable(data, found, strict)
     if kept is None:
         attributes = _describe(work, found)
