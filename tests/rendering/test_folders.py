@@ -168,6 +168,23 @@ def test_a_run_that_listed_what_systems_left_goes_on(small, tmp_path, recipe, mo
     train(more, small, tmp_path / "run", device=CPU)  # still the same list
 
 
+def test_a_store_that_holds_what_systems_left_is_mended(small, tmp_path, recipe, monkeypatch):
+    """A store of a version up to 0.8 has these files in its manifest."""
+    (small / "train" / "ant" / "@eaDir").mkdir()
+    for name in ("@eaDir/000.jpg", "Thumbs.db"):
+        shutil.copy(small / "train" / "ant" / "000.jpg", small / "train" / "ant" / name)
+    with monkeypatch.context() as older:
+        older.setattr("pipeline.images.listing.is_system_path", lambda path: False)
+        store = generate(recipe, small, tmp_path / "s.zarr", device=CPU)
+    assert len(store.images) == 14
+    before = tree(store.path)
+    for damaged in ("zarr.json", "images/path/zarr.json"):
+        content = (store.path / damaged).read_bytes()
+        (store.path / damaged).write_bytes(content[:-9])
+        generate(recipe, small, store.path, device=CPU)
+        assert tree(store.path) == before
+
+
 def test_the_order_of_numbered_folders_is_said(tmp_path, capsys):
     for name in ("1", "2", "10"):
         (tmp_path / name).mkdir()
