@@ -696,16 +696,12 @@ def compare_runs(runs, figure, as_json):
       python cli.py compare run reference
       python cli.py compare run reference --figure curves.svg --json
     """
-    from pipeline.images.layout import require_elsewhere
-    from pipeline.images.scan_cache import kept_paths
     from pipeline.runs.compare import compare, comparison_page, draw
-    from pipeline.runs.folder import SCANS
     from pipeline.runtime.progress import say
 
     result = compare(runs)
     for run in runs:
-        for name in SCANS:
-            require_elsewhere("--figure", figure, kept_paths(run / name))
+        _require_outside_data("--figure", figure, run)
     draw(result, figure)
     click.echo(_json(asdict(result))) if as_json else comparison_page(result)
     say(f"wrote {figure}")
@@ -757,6 +753,7 @@ def export_run(run, out, weights, no_onnx, store, as_json):
     """
     from pipeline.exchange.export_student import export, summary
 
+    _require_outside_data("--out", out, run)
     result = export(run, out, weights=weights, onnx=not no_onnx, store=store)
     click.echo(_json(result) if as_json else "\n".join(summary(result)))
 
@@ -1015,6 +1012,16 @@ def _data(folder: Path, split: str, class_map: str | None) -> Any:
     from pipeline.images.folders import DataFolder
 
     return DataFolder.find(folder, split, _class_map(class_map))
+
+
+def _require_outside_data(option: str, path: Path, run: Path) -> None:
+    """Refuse a place among the images that a run was trained or validated on."""
+    from pipeline.images.layout import require_elsewhere
+    from pipeline.images.scan_cache import kept_paths
+    from pipeline.runs.folder import SCANS
+
+    for name in SCANS:
+        require_elsewhere(option, path, kept_paths(run / name))
 
 
 def _class_map(name: str | None) -> list[str] | None:

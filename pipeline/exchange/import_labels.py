@@ -28,6 +28,7 @@ from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, name
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_outside
 from pipeline.images.listing import has_system_files, list_files, require_same_files
+from pipeline.images.patience import status
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -225,9 +226,10 @@ def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, i
 
 
 def _size(file: Path) -> int:
-    try:
-        found = file.stat()
-    except OSError:
+    """Return a label file's size in bytes; -1 if there is none. Raises DataError if the
+    disk doesn't tell now: an image without labels is left out for ever."""
+    found = status(file)
+    if found is None:
         return -1
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
         raise LabelFileError(f"{file} is no ordinary file; remove it")

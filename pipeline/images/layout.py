@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.format.manifest import Images
-from pipeline.images.folders import DataFolder, class_folders, system_folders
+from pipeline.images.folders import DataFolder, class_folders, flat, system_folders
 from pipeline.images.names import (
     counted,
     is_hidden,
@@ -95,9 +95,16 @@ def _require_no_contradiction(data: DataFolder, place: dict[str, int], owner: st
 
 
 def require_images(data: DataFolder, names: Sequence[str] | None = None) -> None:
-    """Raise DataError if class folders hold folders and no images. names: of the
-    folders; None: of all."""
+    """Raise DataError if class folders hold folders and no images, or are splits that
+    hold images. names: of the folders; None: of all."""
     names = class_folders(data.path) if names is None else names
+    if all(map(split_of, names)) and all(flat(data.path / on_disk(name)) for name in names):
+        raise DataError(
+            f"{data.path} has no class folders: {some(names)} {'is' if len(names) == 1 else 'are'} "
+            f"named like {'a split' if len(names) == 1 else 'splits'} and "
+            f"hold{'s' if len(names) == 1 else ''} images; sort the images into a folder per "
+            f"class, or pass the folders' names as a --class-map if they are classes"
+        )
     if nested := [name for name in names if _is_nested(data.path / on_disk(name))]:
         raise DataError(_refusal(data, nested))
 

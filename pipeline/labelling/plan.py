@@ -18,7 +18,7 @@ from cache.errors import MealError, StoreError
 from cache.format.codec import CODECS
 from pipeline.config import Config, ConfigError
 from pipeline.images.folders import DataFolder
-from pipeline.images.layout import map_classes, require_class_folders
+from pipeline.images.layout import map_classes, require_class_folders, require_outside
 from pipeline.images.listing import list_files
 from pipeline.images.names import on_disk
 from pipeline.images.patience import DataError, read_file
@@ -115,6 +115,8 @@ def make_plan(
     refuse.
     """
     share = share or Share()
+    if data is not None:
+        require_outside("--store", path, [data.path])
     require_precision(config.store.precision, device, "store.precision")
     teachers, real = _teachers(config, device)
     classes = teachers[0].classes

@@ -224,6 +224,20 @@ def test_a_val_of_another_spelling_is_named(small, tmp_path):
     assert "--split Validation" in err
 
 
+@pytest.mark.parametrize("splits", [("train", "val"), ("train",), ("training", "test")])
+def test_flat_splits_are_no_classes(small, tmp_path, splits):
+    data = tmp_path / "flat"
+    for split in splits:
+        (data / split).mkdir(parents=True)
+        shutil.copy(small / "train" / "ant" / "000.jpg", data / split / "1.jpg")
+        shutil.copy(small / "train" / "ant" / "001.jpg", data / split / "2.jpg")
+    status, err = hard(data, tmp_path / "run")
+    assert status == 1 and "has no class folders" in err and splits[0] in err
+    (data / "locomotives").mkdir()
+    shutil.copy(small / "train" / "ant" / "000.jpg", data / "locomotives" / "1.jpg")
+    assert hard(data, tmp_path / "run")[0] == 0
+
+
 # ---- results among images
 
 
@@ -270,7 +284,9 @@ def test_pages_and_pictures_among_images_are_refused(photos, store_path, tmp_pat
     assert status == 1 and "--figure" in err and "among the class folders" in err
     status, _, err = run("merge", store_path, "--out", data / "train" / "m.zarr")
     assert status == 1 and "--out" in err and "among the class folders" in err
-    assert not page.exists() and not picture.exists()
+    status, _, err = run("export", tmp_path / "run", "--out", data / "val" / "x", "--no-onnx")
+    assert status == 1 and "--out" in err and "among the class folders" in err
+    assert not page.exists() and not picture.exists() and not (data / "val" / "x").exists()
     require_elsewhere("--report", data / "page.html", LabelStore.open(store_path).images)
 
 
