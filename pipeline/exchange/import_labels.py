@@ -28,7 +28,7 @@ from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, name
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_outside
 from pipeline.images.listing import has_system_files, list_files, require_same_files
-from pipeline.images.patience import status
+from pipeline.images.patience import is_file, status
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -220,7 +220,7 @@ def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, i
     some = files[:: max(1, len(files) // 1000)]
     for root in (directory, *below):
         for skipped in (0,) if root.name in SPLITS - {split} else (0, 1):
-            if any((root / file.split("/", skipped)[-1]).is_file() for file in some):
+            if any(is_file(root / file.split("/", skipped)[-1]) for file in some):
                 return root, skipped
     return directory, 0
 

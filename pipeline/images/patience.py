@@ -82,6 +82,13 @@ def status(path: str | Path) -> os.stat_result | None:
         return None
 
 
+def is_file(path: str | Path) -> bool:
+    """Return whether a path leads to an ordinary file. Raises DataError if the disk
+    doesn't tell now."""
+    found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
 def is_folder(entry: os.DirEntry) -> bool:
     """Return whether an entry is a folder, or a link to a folder. Raises DataError if
     the disk doesn't tell now."""

@@ -3,6 +3,7 @@ becomes FKD's label files, with the same crops and labels. No code in a file is 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from cache.merge import merge
 from pipeline.exchange import fkd_format
 from pipeline.exchange import import_labels as import_labels_module
 from pipeline.exchange.export_labels import export_labels
+from pipeline.images import patience
+from pipeline.images.patience import DataError
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +262,31 @@ def test_an_image_without_labels_is_left_out_with_the_reason(published, photos, 
         and store.images.reason[row] == "no label file"
         and len(store.usable) == 89
     )
+
+
+def test_a_label_file_that_cannot_be_looked_at_is_not_missing(
+    published, photos, tmp_path, monkeypatch
+):
+    """An image without labels is left out for ever, so a disk that fails must not make
+    one."""
+    about, seen = os.stat, []
+
+    def fails(path: object, *given: object, **named: object) -> os.stat_result:
+        if str(path).endswith("bee/003.tar"):
+            seen.append(path)
+            if len(seen) < most:
+                raise OSError(errno.ESTALE, "Stale file handle")
+        return about(path, *given, **named)
+
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(patience.os, "stat", fails)
+    most = 10**6
+    with pytest.raises(DataError, match=r"003\.tar can't be read now \(Stale file handle; 4 tries"):
+        import_labels(published, photos, tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+    seen, most = [], 3
+    store = import_labels(published, photos, tmp_path / "s.zarr")
+    assert len(store.usable) == 90 and len(seen) >= 3
 
 
 def broken(content: object) -> object:
