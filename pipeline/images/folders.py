@@ -111,7 +111,9 @@ def read_class_map(path: str | Path) -> list[str]:
     """Read a class map: a text file with the name of one class folder a line. A name's
     line number, from 0, is its class index. Raises DataError."""
     try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        names = [
+            line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file "
