@@ -107,7 +107,19 @@ def options(*several: Callable) -> Callable:
     return apply
 
 
-folder = click.Path(path_type=Path)
+class LocalPath(click.Path):
+    """Reads a path from the command line, and refuses a URL."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path. Raises NotLocal, before pathlib makes a folder ``s3:`` of a
+        URL."""
+        from cache.system.local import require_local
+
+        require_local(value)
+        return super().convert(value, param, ctx)
+
+
+folder = LocalPath(path_type=Path)
 config_option = click.option(
     "--config",
     required=True,
@@ -134,6 +146,7 @@ device_option = click.option(
 )
 class_map_option = click.option(
     "--class-map",
+    type=LocalPath(path_type=str),
     metavar="imagenet-1k|FILE",
     help="Names of all classes in the order of the models' outputs, where the data has folders for "
     "some of the classes only: imagenet-1k, or a file with one name per line.",
@@ -158,7 +171,10 @@ class TeacherType(click.ParamType):
         """Return ``model`` and ``checkpoint`` (or None) as a dict."""
         if not isinstance(value, str):
             return value
+        from cache.system.local import require_local
+
         model, equals, checkpoint = value.partition("=")
+        require_local(checkpoint)
         if not model or (equals and not checkpoint):
             self.fail(
                 f"{value!r} must be MODEL or MODEL=CHECKPOINT, like "
@@ -570,7 +586,9 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
             "--data is for the photographs of a --report; name a file for it, or leave --data out"
         )
     if image:
-        facts = image_facts(store, image)
+        from pipeline.config_file import typed
+
+        facts = image_facts(store, typed(image))
         page = image_page
     elif report:
         from pipeline.images.folders import split_folder

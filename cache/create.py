@@ -32,6 +32,7 @@ from cache.format.schema import (
 from cache.format.seal import read_metadata, write_seal
 from cache.system.claims import alive
 from cache.system.durable import make_folder, sync_folder, sync_tree
+from cache.system.local import require_local
 
 FORGOTTEN = 86_400.0  # age in seconds at which another machine's unfinished store is removed
 
@@ -44,6 +45,7 @@ def create(path: Path, *, images: Images, views: int, attributes: dict[str, Any]
     exists whole or not at all. attributes: ``codec``, ``class_names``, ``provenance``,
     and any others that describe the store.
     """
+    require_local(path)
     make_folder(path.parent)
     host = socket.gethostname()
     # remove unfinished stores of killed processes

@@ -22,6 +22,7 @@ from cache.format.codec import Codec
 from cache.format.crops import Content
 from cache.format.manifest import USABLE
 from cache.reader import LabelStore
+from cache.system.local import require_local
 from cache.writer import StoreWriter
 
 # sections of the provenance that must be equal: they decide on images, crops and pixels
@@ -54,6 +55,7 @@ def merge(
     """
     if len(paths) < 2:
         raise StoreError("there is nothing to merge in fewer than two stores; name more")
+    require_local(out)
     stores = [LabelStore.open(path) for path in paths]
     # also by a link, or in other letters on a file system that ignores case
     if any(out.exists() and os.path.samefile(out, path) for path in paths):

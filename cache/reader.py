@@ -27,6 +27,7 @@ from cache.format.crops import BoxesAndFlips, Content, Crops, Mixes
 from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
+from cache.system.local import require_local
 
 Rows = np.ndarray | slice | Sequence[int]
 # raised for a wrong checksum, a truncated file or a missing file
@@ -70,6 +71,7 @@ class LabelStore:
         """Open a store for reading. Raises StoreError if there is no store, or a store
         that this version can't read; DamagedStore if the store's description is not
         what was written."""
+        require_local(path)
         path = Path(path)
         if not path.exists():
             raise StoreError(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, mode
 
 from cache.errors import MealError
 from cache.format.codec import CODECS, DEFAULT
+from cache.system.local import NotLocal, require_local
 
 Pair = Annotated[tuple[float, float], Strict(False)]
 Colour = Annotated[tuple[float, float, float], Strict(False)]
@@ -65,6 +66,15 @@ class ModelSpec(Section):
     std: Colour | None = Field(
         None, description="standard deviation of RGB in 0 … 1; otherwise the model's own"
     )
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _local(cls, value: str | None) -> str | None:
+        try:
+            require_local(value)
+        except NotLocal as error:
+            raise ValueError(error.fault) from None
+        return value
 
     @field_validator("mean")
     @classmethod

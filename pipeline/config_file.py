@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def load(
     """
     path = found(Path(path))
     try:
-        document = yaml.load(path.read_text(), Loader=_Loader)  # a subclass of SafeLoader
+        document = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # a subclass of SafeLoader
     except OSError as error:
         known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
         raise ConfigError(
@@ -84,7 +85,7 @@ def load(
         )
     for key, value in (overrides or {}).items():
         _put(document, key, value)
-    for setting in settings or ():
+    for setting in map(typed, settings or ()):
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {setting} must be KEY=VALUE, like --set train.lr=0.005")
@@ -110,6 +111,15 @@ def validate(document: dict, source: str, section: type[Section] | None = None) 
         ]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{source}: {problems[0]}{more}") from None
+
+
+def typed(text: str) -> str:
+    """Return text of the command line as it was typed, where Python read its bytes in
+    another encoding than UTF-8: in a locale of ASCII or ISO-8859-1."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:  # not typed in UTF-8, or not from the command line
+        return text
 
 
 def flat(document: object, prefix: str = "") -> dict[str, object]:

@@ -16,6 +16,7 @@ from cache import LabelStore
 from cache.errors import StoreError
 from cache.format.manifest import USABLE
 from cache.system import durable
+from cache.system.local import require_local
 from cache.system.signals import check
 from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import KINDS, named, require_a_name
@@ -36,6 +37,7 @@ def export_labels(
     FKD's files can't express.
     """
     require_a_name(split)
+    require_local(out)
     store, kept = LabelStore.open(path), KINDS[labels]
     views = views or store.views
     _require_exportable(store, labels, views)

@@ -12,6 +12,7 @@ from cache import LabelStore
 from cache.errors import printable
 from cache.system.claims import claim, claims_of
 from cache.system.durable import whole_folder
+from cache.system.local import require_local
 from pipeline.config import ModelSpec
 from pipeline.exchange.model_card import card
 from pipeline.exchange.onnx import ONNX, require_onnx, write_onnx
@@ -33,6 +34,7 @@ def export(
     place is unsuitable, if timm makes another model from the folder, or if ONNX
     Runtime's softmax is off by more than ``TOLERANCE``.
     """
+    require_local(run, out)
     if onnx:
         require_onnx()
     target = Path(os.path.realpath(out))

@@ -21,6 +21,7 @@ from cache.format.codec import CODECS
 from cache.format.crops import Crops
 from cache.format.manifest import UNUSABLE, USABLE, Images
 from cache.format.validate import MOST_VIEWS
+from cache.system.local import require_local
 from cache.system.signals import check, finishing
 from cache.writer import StoreWriter
 from pipeline.exchange import fkd_format
@@ -90,6 +91,7 @@ def import_labels(
     kind or number than the first file's.
     """
     require_a_name(split)
+    require_local(directory, data.path, path)
     require_outside("--store", path, [data.path])
     path = path.absolute()
     if not path.exists():

@@ -15,6 +15,7 @@ from PIL import Image
 from cache import LabelStore
 from cache.errors import StoreError, printable
 from cache.system.durable import make_folder, replace_file
+from cache.system.local import require_local
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_elsewhere
 from pipeline.images.listing import require_same_files
@@ -51,6 +52,7 @@ def write_report(
     photographs. labels, check: see ``survey``. Raises StoreError, or DataError for
     other images than the store's.
     """
+    require_local(path, file, data)
     if file.is_dir():
         raise StoreError(
             f"{file} is a folder; name a file for --report, like {file / 'report.html'}"

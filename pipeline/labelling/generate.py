@@ -13,6 +13,7 @@ from cache import LabelStore, repair
 from cache.errors import StoreError
 from cache.format.manifest import USABLE
 from cache.system.claims import claim, claims_of, held, holders, sweep
+from cache.system.local import require_local
 from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
 from pipeline.config import Config, ConfigError
@@ -54,6 +55,7 @@ def generate(
     damaged shards again; False: trust finished shards. Returns the store, open for
     reading. Raises MealError for every error that the user can fix.
     """
+    require_local(path, data.path)
     share = share or Share(views_per_decode=config.store.views_per_decode)
     if share.first_view >= config.crops.views:
         raise ConfigError(

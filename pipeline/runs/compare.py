@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cache.errors import printable
 from cache.system import durable
+from cache.system.local import require_local
 from pipeline.config import Config
 from pipeline.config_file import flat
 from pipeline.runs.curves import COLOURS, furnish, grid, line, small_multiples
@@ -143,6 +144,7 @@ def draw(result: Comparison, file: Path) -> None:
     """
     from matplotlib.lines import Line2D
 
+    require_local(file)
     file.absolute().parent.mkdir(parents=True, exist_ok=True)
     kind = file.suffix[1:].lower()
     if kind not in KINDS:

@@ -51,7 +51,7 @@ class RunFolder:
                 f"{self.repair}"
             )
         try:
-            return validate(yaml.safe_load(file.read_text()), "not a recipe")
+            return validate(yaml.safe_load(file.read_text("utf-8")), "not a recipe")
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
             raise RunError(
                 f"{file} is damaged ({' '.join(str(error).split())}); {self.repair}"
@@ -67,7 +67,7 @@ class RunFolder:
                 f"{self.repair}"
             )
         try:
-            for number, text in enumerate(file.read_text().splitlines(), 1):
+            for number, text in enumerate(file.read_text("utf-8").splitlines(), 1):
                 metrics.append(json.loads(text))
                 if trouble := _trouble(metrics):
                     raise ValueError(f"line {number} {trouble}")
@@ -125,7 +125,7 @@ class RunFolder:
         """Count the passes in metrics.jsonl without reading their figures; 0 without
         the file."""
         file = self.path / METRICS
-        return len(file.read_text().splitlines()) if file.exists() else 0
+        return len(file.read_text("utf-8").splitlines()) if file.exists() else 0
 
 
 def _trouble(metrics: list) -> str:

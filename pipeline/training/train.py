@@ -9,6 +9,7 @@ from pathlib import Path
 from cache.format.manifest import USABLE, Images
 from cache.system import durable
 from cache.system.claims import claim, claims_of
+from cache.system.local import require_local
 from pipeline.config import Config, ConfigError
 from pipeline.evaluation import Validation
 from pipeline.images.folders import DataFolder, flat, is_split, split_folder
@@ -51,6 +52,7 @@ def train(
     than the teachers saw. Returns the last epoch's metrics. Raises MealError for every
     error that the user can fix.
     """
+    require_local(data.path, out, store, validation)
     execution = execution or Execution()
     if config.student is None:
         raise ConfigError(
@@ -224,7 +226,7 @@ def _make_folder(out: Path, config: Config, scans: list[Scanned]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for scan in scans:
         scan.keep()
-    durable.write(out / CONFIG, lambda scratch: scratch.write_text(config.to_yaml()))
+    durable.write(out / CONFIG, lambda scratch: scratch.write_text(config.to_yaml(), "utf-8"))
 
 
 def _unusual(config: Config, source: Source) -> list[str]:

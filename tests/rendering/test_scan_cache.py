@@ -218,6 +218,7 @@ def noted(folder, path, size):
     with open({log!r}, "a") as log:
         log.write(path + chr(10))
     if len(seen) == {at!r}:
+        time.sleep(1)  # until the main thread has written what was read before
         os.kill(os.getpid(), signal.{signal})
         time.sleep(1)  # while the main thread stops
     return read(folder, path, size)
@@ -289,7 +290,7 @@ def test_a_scan_that_is_stopped_goes_on_where_it_was(stopped, data, name):
     assert len({*first, *second}) == 90
     # The image at which the signal came is read again, and with SIGKILL those that were
     # read since the last write.
-    assert len(first) + len(second) <= 105
+    assert len(first) + len(second) <= 95
     left = {path.name for path in stopped.folder.iterdir()}
     assert left <= {"data", "log", "t.safetensors", "s.zarr", "run"}
     kept = stopped.folder / "run" / "training-images.npz"

@@ -378,30 +378,38 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "an added class folder": (
         files(lambda train: shutil.copytree(train / "ant", train / "dog")),
-        ["class folder dog", "is not among the 3 classes (ant, bee, …)", "take the folder away"],
+        [
+            "class folder of no known class (dog)",
+            "where 3 classes (ant, bee, cat) are known",
+            "take the folders away",
+        ],
         [
             "has labels for 3 classes",
             "has 4 class folders",
-            "the first is dog",
+            "not among them (dog)",
             "; pass the images that the store was made from",
         ],
     ),
     "an added class folder without images": (
         files(lambda train: (train / "dog").mkdir()),
-        ["class folder dog", "is not among the 3 classes (ant, bee, …)", "take the folder away"],
+        [
+            "class folder of no known class (dog)",
+            "where 3 classes (ant, bee, cat) are known",
+            "take the folders away",
+        ],
         [
             "has labels for 3 classes",
             "has 4 class folders",
-            "the first is dog",
+            "not among them (dog)",
             "; pass the images that the store was made from",
         ],
     ),
     "a renamed class folder": (
         files(lambda train: (train / "bee").rename(train / "wasp")),
-        ["class folder wasp", "is not among the 3 classes (ant, bee, …)"],
+        ["class folder of no known class (wasp)", "where 3 classes (ant, bee, cat) are known"],
         [
             "has labels for 3 classes",
-            "1 are not among them (the first is wasp)",
+            "1 are not among them (wasp)",
             "; pass the images that the store was made from",
         ],
     ),
@@ -412,13 +420,13 @@ REFUSED: dict[str, tuple[Change, list[str], list[str] | None]] = {
     ),
     "a class map of another order": (
         classes("ant", "cat", "bee"),
-        ["another --class-map", "bee", "cat", "; pass that one again, or generate a new store"],
-        ["another --class-map", "bee", "cat", "; leave it out, the store knows its classes"],
+        ["another list of classes", "bee", "cat", "; pass that one again, or generate a new store"],
+        ["another list of classes", "bee", "cat", "; leave it out, the store knows its classes"],
     ),
     "a class map with more classes": (
         classes("ant", "bee", "cat", "dog"),
-        ["another --class-map", "dog", "; pass that one again, or generate a new store"],
-        ["another --class-map", "dog", "; leave it out, the store knows its classes"],
+        ["another list of classes", "dog", "; pass that one again, or generate a new store"],
+        ["another list of classes", "dog", "; leave it out, the store knows its classes"],
     ),
 }
 
