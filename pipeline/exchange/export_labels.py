@@ -150,12 +150,11 @@ def _require_apart(out: Path, files: dict[str, str]) -> None:
         return
     seen: dict[str, str] = {}
     for image, file in files.items():
-        if other := seen.setdefault(file.casefold(), image):
-            if other != image:
-                raise StoreError(
-                    f"{out} is on a disk that takes {other} and {image} for one; choose an --out "
-                    f"on another disk"
-                )
+        if (other := seen.setdefault(file.casefold(), image)) != image:
+            raise StoreError(
+                f"{out} is on a disk that takes {other} and {image} for one; choose an --out on "
+                f"another disk"
+            )
 
 
 def _require_same_export(out: Path, about: dict) -> None:
