@@ -3,9 +3,12 @@ cache/."""
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import gc
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -39,6 +42,7 @@ class Group(click.Group):
         """Run a command; print an error that a user can fix as one line, and exit with
         status 1."""
         try:
+            _require_a_place()
             from cache.system.signals import on_signals
 
             with on_signals(_say_deaf):
@@ -56,12 +60,23 @@ class Group(click.Group):
 
     def main(self, *args: Any, **named: Any) -> Any:
         """Run the command line with usable standard streams."""
+        # Python looks for cycles among all objects once more at its end: seconds, on a
+        # busy machine many, for the modules of torch and timm.
+        atexit.register(gc.freeze)
         with standard_streams():
             try:
                 return super().main(*args, **named)
             except OSError as error:  # of printing the help; a command's are told by invoke
                 _say_failed(error)
                 raise SystemExit(1) from None
+
+
+def _require_a_place() -> None:
+    """Raise OSError if the current folder is gone; libraries then end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OSError(error.errno, "the current folder is gone; cd to another") from None
 
 
 def _say_failed(error: Exception) -> None:

@@ -24,7 +24,14 @@ SLOW = {
     *("test_online", "test_fidelity", "test_processes", "test_student", "test_discriminator"),
     "test_validating",
     *("test_bench", "test_study", "test_docs", "test_recipes", "test_cli", "test_wheel"),
-    *("test_provenance", "test_export", "test_report", "test_cutmix", "test_curves"),
+    *(
+        "test_surroundings",
+        "test_provenance",
+        "test_export",
+        "test_report",
+        "test_cutmix",
+        "test_curves",
+    ),
     *("test_label_files", "test_precision", "test_gpu"),
     *("test_crops_per_image", "test_ablations"),
 }

@@ -34,6 +34,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cache.errors import StoreError
 from cache.system.durable import make_folder
 from cache.system.signals import finishing
 
@@ -54,6 +55,8 @@ def claims_of(path: Path) -> Path:
     store, since a foreign folder inside a Zarr group makes readers warn. A symbolic
     link is resolved first, so every path to a store leads to the same claims folder."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if not path.name:
+        raise StoreError(f"{path} has no name of its own; name a folder in it")
     return path.with_name(path.name + ".claims")
 
 

@@ -81,6 +81,10 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
         _set_mode(scratch, mode)
         sync_file(scratch)
         os.replace(scratch, path)
+    except OSError as error:
+        if error.filename is None:  # a failed write doesn't say of which file
+            error.filename = os.fspath(path)
+        raise
     finally:
         scratch.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -24,6 +24,8 @@ from pipeline.exchange.import_labels import AT_ONCE
 from pipeline.images.layout import require_elsewhere
 from pipeline.runtime.progress import Progress, say
 
+NOTE = "exported-from.json"  # says which store and labels a folder holds
+
 
 def export_labels(
     path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train"
@@ -45,6 +47,7 @@ def export_labels(
     require_elsewhere("--out", out / split, manifest)
     files = _files(store, split)
     _require_same_export(out, {"store": store.identity.hex(), "labels": labels, "views": views})
+    _require_apart(out, files)
     if total < len(manifest):
         say(
             f"{len(manifest) - total} unusable images get no label file, and FKD's loader wants "
@@ -142,10 +145,24 @@ def _parts(store: LabelStore, most: int) -> Iterator[np.ndarray]:
             yield rows
 
 
+def _require_apart(out: Path, files: dict[str, str]) -> None:
+    """Raise StoreError if two label files have one name on a disk that ignores case,
+    such as exFAT: one of the files would be taken for the other."""
+    if not (out / NOTE.upper()).exists():
+        return
+    seen: dict[str, str] = {}
+    for image, file in files.items():
+        if (other := seen.setdefault(file.casefold(), image)) != image:
+            raise StoreError(
+                f"{out} is on a disk that takes {other} and {image} for one; choose an --out on "
+                f"another disk"
+            )
+
+
 def _require_same_export(out: Path, about: dict) -> None:
     """Note in ``out`` which export it holds. Raises StoreError if ``out`` holds
     anything else."""
-    note = out / "exported-from.json"
+    note = out / NOTE
     if note.exists():
         try:
             before = json.loads(note.read_text(encoding="utf-8"))

@@ -72,6 +72,8 @@ def generate(
     work = Labelling(config, data, teachers, execution)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):
+        if not path.name:
+            raise StoreError(f"{path} has no name of its own; name a folder in it for --store")
         if any(part.is_file() for part in path.parents):
             raise StoreError(
                 f"{path} can't be made, since a part of it is a file; choose another --store"

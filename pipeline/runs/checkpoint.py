@@ -4,6 +4,7 @@ never half a file."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from cache.system.durable import write
 from pipeline.models.model import METADATA, Model
+from pipeline.runtime.failures import refusal_of
 
 
 def save_model(path: Path, model: Model, facts: dict) -> None:
@@ -37,10 +39,23 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
     }
     write(
         path,
-        lambda scratch: save_file(tensors, scratch, metadata={METADATA: json.dumps(described)}),
+        lambda scratch: _written(
+            save_file, tensors, scratch, metadata={METADATA: json.dumps(described)}
+        ),
     )
 
 
 def save_state(path: Path, state: dict) -> None:
     """Save everything that a run needs to resume: tensors, numbers and strings only."""
-    write(path, lambda scratch: torch.save(state, scratch))
+    write(path, lambda scratch: _written(torch.save, state, scratch))
+
+
+def _written(save: Callable, *given: object, **named: object) -> None:
+    """Call a library's function that writes a file. Raises OSError, as Python's own
+    functions do, where the system refuses to write."""
+    try:
+        save(*given, **named)
+    except Exception as error:
+        if refused := refusal_of(error):
+            raise refused from None
+        raise

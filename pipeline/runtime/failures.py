@@ -43,6 +43,8 @@ def line_of(error: BaseException) -> str | None:
             f"memory or threads are short ({said or type(error).__name__}); raise the limit "
             f"(ulimit -v, ulimit -u, the job's memory), or lower --batch-size and render.threads"
         )
+    if refused := refusal_of(error):
+        error = refused
     if isinstance(error, RuntimeError):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             return (
@@ -58,6 +60,20 @@ def line_of(error: BaseException) -> str | None:
     if isinstance(error, OSError):  # a full disk, a folder without permission
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return f"{_printable(where)}{error.strerror or error}; {AGAIN}"
+    return None
+
+
+def refusal_of(error: BaseException) -> OSError | None:
+    """Return the error of the system with which a library failed to write a file; None
+    for another error. safetensors and torch raise errors of their own."""
+    if type(error).__name__ == "SafetensorError" and (
+        found := re.search(r"\(os error (\d+)\)", str(error))
+    ):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if isinstance(error, RuntimeError) and re.search(
+        "PytorchStreamWriter failed writing|inline_container.cc", str(error)
+    ):
+        return OSError(errno.EIO, "a file can't be written, the disk may be full")
     return None
 
 

@@ -25,6 +25,7 @@ from cache import LabelStore
 from cache.errors import MealError, StoreError
 from cache.format.manifest import USABLE
 from cache.merge import merge
+from pipeline.exchange import export_labels as export_labels_module
 from pipeline.exchange import fkd_format
 from pipeline.exchange import import_labels as import_labels_module
 from pipeline.exchange.export_labels import export_labels
@@ -712,6 +713,16 @@ def test_wrong_usage_is_one_line(
         *(str({"STORE": store_path, "DATA": photos}.get(word, word)) for word in arguments)
     )
     assert got == status and says in err
+
+
+def test_files_that_a_disk_takes_for_one_are_refused(tmp_path):
+    """The disk here tells upper from lower case, so the note is there in both."""
+    files = {"a/One.jpg": "train/a/One.tar", "a/one.jpg": "train/a/one.tar"}
+    export_labels_module._require_apart(tmp_path, files)
+    (tmp_path / export_labels_module.NOTE.upper()).touch()
+    with pytest.raises(StoreError, match="takes a/One.jpg and a/one.jpg for one"):
+        export_labels_module._require_apart(tmp_path, files)
+    export_labels_module._require_apart(tmp_path, {"a/x.jpg": "x.tar", "a/y.jpg": "y.tar"})
 
 
 def test_mixed_pictures_are_not_exported(photos, recipe, tmp_path):

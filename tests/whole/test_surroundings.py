@@ -172,6 +172,40 @@ def test_a_log_on_a_full_disk_stops_no_work(tmp_path, recipe, photos):
     assert LabelStore.open(tmp_path / "s.zarr").progress() == (6, 6)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "file"), [(400, "last.safetensors"), (1800, "state.pt")], ids=["model", "state"]
+)
+def test_a_file_of_a_run_that_the_disk_refuses_is_named(
+    tmp_path, recipe, photos, store_path, blocks, file
+):
+    """torch and safetensors raise errors of their own. The limit is of a file's size,
+    which needs no disk that is full."""
+    (tmp_path / "recipe.yaml").write_text(changed(recipe, train={"epochs": 1}).to_yaml())
+    line = (
+        f"CLI train-student --config recipe.yaml --data {photos} --device cpu "
+        f"--store {store_path} --out run"
+    )
+    status, _, err = shell(f"ulimit -f {blocks}; {line}", cwd=tmp_path)
+    assert status == 1 and "Traceback" not in err
+    assert re.fullmatch(
+        f"error: .*/run/{re.escape(file)}: .*; mend that and run the same command again",
+        err.splitlines()[-1],
+    )
+    status, _, err = shell(line, cwd=tmp_path)
+    assert status == 0 and "epoch 1/1" in err
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path, store_path):
+    status, _, err = shell(f"mkdir g; cd g; rmdir ../g; CLI inspect {store_path}", cwd=tmp_path)
+    assert (status, err.startswith("error: the current folder is gone; cd to another")) == (1, True)
+
+
+def test_the_root_of_a_disk_is_no_store_and_no_run(recipe, photos):
+    for call in (generate, train):
+        with pytest.raises(MealError, match="^/ has no name of its own; name a folder in it"):
+            call(changed(recipe, train={"labels": "hard"}), photos, Path("/"), device=CPU)
+
+
 # ---- permissions
 
 
