@@ -27,7 +27,7 @@ from cache.writer import StoreWriter
 from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
 from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_class_folders, require_outside
+from pipeline.images.layout import require_class_folders, require_no_split, require_outside
 from pipeline.images.listing import has_system_files, list_files, require_same_files
 from pipeline.images.patience import is_file, status
 from pipeline.images.scan import scan, unusable_summary
@@ -93,6 +93,7 @@ def import_labels(
     require_a_name(split)
     require_local(directory, data.path, path)
     require_outside("--store", path, [data.path])
+    require_no_split("--store", path, data)
     path = path.absolute()
     if not path.exists():
         require_class_folders(data)
@@ -273,7 +274,8 @@ def _opened(
 
         def make(at: Path, views: int, every: bool = every) -> None:
             found = scan(
-                *(data, RenderSettings.of_provenance(about)),
+                replace(data, mapped=True),  # looked at before, unless a store is mended
+                RenderSettings.of_provenance(about),
                 order_seed=SEED,
                 before=before,
                 every=every,

@@ -16,7 +16,7 @@ from pipeline.images.names import (
     split_of,
     told_apart,
 )
-from pipeline.images.patience import DataError, is_folder, listed
+from pipeline.images.patience import DataError, is_folder, listed, status
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,31 @@ def class_names(folder: Path) -> list[str]:
     return class_folders(folder)
 
 
-def system_folders(folder: Path) -> list[str]:
-    """Return the names of the folders that a system left beside the class folders."""
-    return [name for name in _folder_names(folder) if is_system_folder(name)]
+def left_out(folder: Path) -> list[str]:
+    """Return the names of the folders beside the class folders that are no classes:
+    hidden ones, and those that a system left."""
+    return sorted(
+        as_text(entry.name)
+        for entry in listed(folder)
+        if (is_hidden(entry.name) or is_system_folder(entry.name)) and is_folder(entry)
+    )
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Return the names of the links beside the class folders that lead nowhere."""
+    return sorted(
+        as_text(entry.name)
+        for entry in listed(folder)
+        if entry.is_symlink() and not is_hidden(entry.name) and status(entry.path) is None
+    )
 
 
 def read_class_map(path: str | Path) -> list[str]:
-    """Read a class map: a text file with the name of one class folder a line. A name's
-    line number, from 0, is its class index. Raises DataError."""
+    """Read a class map: a text file with the name of one class folder a line.
+
+    A name's place, from 0, is its class index. Empty lines and blanks at the ends of a
+    line don't count. Raises DataError.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -157,7 +174,7 @@ def read_class_map(path: str | Path) -> list[str]:
             f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file "
             f"with one folder name a line"
         ) from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [line.strip() for line in text.split("\n") if line.strip()]
     seen: dict[str, str] = {}
     for name in names:
         if other := seen.get(same(name)):

@@ -72,6 +72,22 @@ def listed(folder: str | Path) -> list[os.DirEntry]:
     return patiently(read, folder)
 
 
+def glimpsed(folder: str | Path, enough: Callable[[os.DirEntry], bool]) -> list[os.DirEntry]:
+    """List a folder as far as the first entry that is enough, patiently. A folder may
+    hold a million files. Raises as ``listed`` does."""
+
+    def read() -> list[os.DirEntry]:
+        seen = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                seen.append(entry)
+                if enough(entry):
+                    break
+        return seen
+
+    return patiently(read, folder)
+
+
 def status(path: str | Path) -> os.stat_result | None:
     """Return the status of the file that a path leads to, patiently; None for a link
     that leads nowhere, or in a circle. Raises DataError if the disk doesn't tell

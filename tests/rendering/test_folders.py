@@ -123,7 +123,7 @@ def test_what_systems_leave_is_no_class_and_that_is_said(small, tmp_path, name):
     paths, *_ = list_files(data)
     assert len(paths) == 12 and all(path.endswith(".jpg") for path in paths)
     status, err = hard(small, tmp_path / "run")
-    assert status == 0 and f"left out {name}, which systems make" in err
+    assert status == 0 and f"left out {name}, which is hidden or made by a system" in err
 
 
 def test_a_system_folder_that_a_store_knows_as_a_class_stays_one(small):

@@ -145,7 +145,8 @@ def _turned() -> Image.Exif:
 
 
 def test_a_folder_without_any_image_is_kept_too(tmp_path, read):
-    (tmp_path / "ant").mkdir()
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
     (tmp_path / "ant" / "notes.txt").write_text("no image at all")
     for _ in range(2):
         before = Scanned(tmp_path / "images.npz")
