@@ -16,7 +16,7 @@ from pipeline.images.names import (
     split_of,
     told_apart,
 )
-from pipeline.images.patience import DataError, is_folder, listed, status
+from pipeline.images.patience import DataError, is_folder, is_there, listed, status
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def split_folder(data: str | Path, split: str) -> Path:
         raise DataError(
             f"--split is {split!r}; it must be the name of a folder of --data, like train"
         )
-    if not data.is_dir():
+    if not is_there(data):
         raise DataError(
             f"there is no folder {data}; --data must name a folder of class folders, or one with "
             f"train/ and val/"
@@ -79,7 +79,7 @@ def is_split(data: str | Path, name: str) -> bool:
     """Tell whether DATA/NAME is a split, which holds class folders. A class that
     happens to be called train holds images instead."""
     folder = Path(data, name)
-    return folder.is_dir() and any(_is_class_folder(entry) for entry in listed(folder))
+    return is_there(folder) and any(_is_class_folder(entry) for entry in listed(folder))
 
 
 def _is_class_folder(entry: os.DirEntry) -> bool:
@@ -90,7 +90,7 @@ def _is_class_folder(entry: os.DirEntry) -> bool:
 def flat(folder: Path) -> str | None:
     """Return what is wrong with a folder that holds images and no class folders, for a
     message; None for any other folder, or none."""
-    if not folder.is_dir():
+    if not is_there(folder):
         return None
     entries = listed(folder)
     if any(_is_class_folder(entry) for entry in entries):

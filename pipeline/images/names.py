@@ -45,12 +45,19 @@ SPLIT_NAMES = {
 }
 # Names of folders that hold a kind of file, in small letters and without the last s.
 BESIDE_NAMES = frozenset(  # of what lies beside images
-    "annotation attribute bbox box devkit imageset json label mask meta metadata part "
-    "segmentation trimap xml".split()
+    (
+        *("annotation", "attribute", "bbox", "box", "devkit", "imageset", "json", "label"),
+        *("mask", "meta", "metadata", "part", "segmentation", "trimap", "xml"),
+    )
 )
-IMAGE_NAMES = frozenset("frame image img jpegimage jpg jpeg photo picture png".split())
+IMAGE_NAMES = frozenset(
+    ("frame", "image", "img", "jpegimage", "jpg", "jpeg", "photo", "picture", "png")
+)
 TEXT_NAMES = frozenset(  # of files without a suffix that are no images
-    "authors changelog citation copying installation license licence makefile notice readme".split()
+    (
+        *("authors", "changelog", "citation", "copying", "installation"),
+        *("license", "licence", "makefile", "notice", "readme"),
+    )
 )
 FEW = 3  # names shown of a longer list
 
@@ -165,8 +172,8 @@ def told_apart(*names: str) -> tuple[str, ...]:
 
 
 def some(names: Iterable[str], few: int = FEW) -> str:
-    """Return the first few of several names, for a message. A name with blanks at an end
-    is in quotes."""
+    """Return the first few of several names, for a message. A name that begins or ends
+    with a blank is in quotes."""
     listed: Sequence[str] = [name if name == name.strip() else repr(name) for name in names]
     return ", ".join(listed[:few]) + (", …" if len(listed) > few else "")
 

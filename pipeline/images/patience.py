@@ -105,6 +105,13 @@ def is_file(path: str | Path) -> bool:
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
+def is_there(folder: str | Path) -> bool:
+    """Return whether a path leads to a folder. Raises DataError if the disk doesn't
+    tell now."""
+    found = status(folder)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
 def is_folder(entry: os.DirEntry) -> bool:
     """Return whether an entry is a folder, or a link to a folder. Raises DataError if
     the disk doesn't tell now."""
@@ -113,5 +120,4 @@ def is_folder(entry: os.DirEntry) -> bool:
     except OSError as error:
         if not momentary(error):  # a link to itself
             return False
-    found = status(entry.path)
-    return found is not None and stat.S_ISDIR(found.st_mode)
+    return is_there(entry.path)

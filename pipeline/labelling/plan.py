@@ -211,8 +211,9 @@ def _rendered(
 ) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
     """Render crops of some images.
 
-    files: path in the folder → size in bytes, -1 for a link to nothing. Returns the crops by output size, their boxes [n, 4], and the seconds that reading
-    and rendering took per crop.
+    files: path in the folder → size in bytes, -1 for a link to nothing. Returns the
+    crops by output size, their boxes [n, 4], and the seconds that reading and rendering
+    took per crop.
     """
     look = Look(folder, RenderSettings.of_config(config))
     with dali.quiet_decoders():

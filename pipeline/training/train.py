@@ -16,7 +16,7 @@ from pipeline.evaluation import Validation
 from pipeline.images.folders import DataFolder, flat, is_split, split_folder
 from pipeline.images.layout import require_no_split, require_outside
 from pipeline.images.names import is_hidden, split_of
-from pipeline.images.patience import DataError, is_folder, listed
+from pipeline.images.patience import DataError, is_folder, is_there, listed
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
@@ -163,7 +163,7 @@ def find_validation(
 
 def _validation_folder(data: DataFolder, other: Path | None) -> Path | None:
     if other is not None:
-        if not other.is_dir():
+        if not is_there(other):
             raise DataError(
                 f"--val-data {other} is no folder; it must hold class folders, or val/ with them"
             )
