@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.images.names import (
     as_text,
+    counted,
     is_hidden,
     is_system_folder,
     may_be_image,
@@ -65,6 +66,8 @@ def split_folder(data: str | Path, split: str) -> Path:
     if splits:
         if why := flat(data / split):
             raise DataError(f"{why}; sort them into a folder per class, or name another --split")
+        if is_there(data / split):
+            raise DataError(f"{data / split} holds no class folders; name another --split")
         near = [name for name in _folder_names(data) if name not in splits and split_of(name)]
         meant = [name for name in near if split_of(name) == split_of(split)] or near
         raise DataError(
@@ -95,9 +98,10 @@ def flat(folder: Path) -> str | None:
     entries = listed(folder)
     if any(_is_class_folder(entry) for entry in entries):
         return None
-    images = sum(may_be_image(entry.name) for entry in entries)
+    images = sum(may_be_image(entry.name) and not is_folder(entry) for entry in entries)
     return (
-        f"{folder} holds {images:,} files and no class folders, so nothing tells their classes"
+        f"{folder} holds {counted(images, 'file')} and no class folders, so nothing tells their "
+        f"classes"
         if images
         else None
     )

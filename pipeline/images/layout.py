@@ -52,9 +52,10 @@ def require_class_folders(data: DataFolder) -> None:
             f"class; mount the disk that it leads to, or remove the link"
         )
     if len(names) == 1:
+        without = "" if _look_into(data.path / on_disk(names[0]))[1] else ", without images"
         raise DataError(
-            f"{data.path} has one class folder only ({names[0]}), and of one class there is "
-            f"nothing to learn or to tell; pass as --data the folder that holds one folder per "
+            f"{data.path} has one class folder only ({names[0]}{without}), and of one class there "
+            f"is nothing to learn or to tell; pass as --data the folder that holds one folder per "
             f"class, or all classes' names as a --class-map"
         )
     if left := left_out(data.path):

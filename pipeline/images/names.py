@@ -183,12 +183,6 @@ def counted(n: int, what: str, several: str | None = None) -> str:
     return f"{n:,} {what if n == 1 else several or what + 's'}"
 
 
-def natural(name: str) -> tuple:
+def natural(name: str) -> str:
     """Return a key that sorts names by the numbers in them: 2 before 10."""
-    parts: list[str] = [""]
-    for c in name:
-        if parts[-1] and parts[-1][-1].isdecimal() == c.isdecimal():
-            parts[-1] += c
-        else:
-            parts.append(c)
-    return tuple((part.isdecimal(), int(part) if part.isdecimal() else part) for part in parts)
+    return re.sub(r"[0-9]+", lambda number: number[0].zfill(255), name)

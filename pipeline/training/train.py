@@ -178,6 +178,8 @@ def _why_unvalidated(data: DataFolder) -> str:
         return "the data has no val/"
     if why := flat(root / "val"):
         return f"{why} (they need a folder per class)"
+    if is_there(root / "val"):
+        return f"{root / 'val'} holds no class folders"
     near = [
         entry.name
         for entry in listed(root)

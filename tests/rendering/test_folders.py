@@ -326,8 +326,19 @@ def test_the_order_of_numbered_folders_is_said(tmp_path, capsys):
         capsys.readouterr().err
     )
     (tmp_path / "10").rename(tmp_path / "3")
+    for name in ("-1", "cat", "cat 7", "cat5"):
+        laid_out(tmp_path, f"{name}/a.jpg")
     require_class_folders(DataFolder.find(tmp_path, "train"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_val_without_images_is_named_for_what_it_is(small, tmp_path):
+    shutil.rmtree(small / "val")
+    laid_out(small, "val/.hidden/1.jpg", "val/@eaDir/1.jpg", "val/notes.txt")
+    status, err = hard(small, tmp_path / "run")
+    assert status == 0 and f"no validation: {small}/val holds no class folders, and no" in err
+    status, _, err = run("eval", "--data", small, "--model", "test_resnet=gone.pth")
+    assert status == 1 and f"{small}/val holds no class folders; name another --split" in err
 
 
 def test_a_flat_val_is_named_for_what_it_is(small, tmp_path):
