@@ -4,7 +4,7 @@ class folders, and results that would lie among images."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,11 +75,13 @@ def require_class_folders(data: DataFolder) -> None:
         alike[name.casefold().strip()] = name
 
 
-def say_depth(data: DataFolder, paths: Iterable[str]) -> None:
+def say_depth(data: DataFolder, paths: Collection[str]) -> None:
     """Print which folders in class folders count, if a class has images in several.
 
     They may be masks. paths: of the listed files, relative to the folder.
     """
+    if not any(path.count("/") > 1 for path in paths):
+        return
     folders: dict[str, list[str]] = {}
     for place in sorted({path.rpartition("/")[0] for path in paths if may_be_image(path)}):
         folders.setdefault(place.partition("/")[0], []).append(place)

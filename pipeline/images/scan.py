@@ -94,6 +94,8 @@ def scan(
             raise
     if before:
         note()
+        if before.file and before.due(at_end=True):
+            before.keep_part()  # a run may be stopped while it scans its other images
     return table.images()
 
 

@@ -17,6 +17,7 @@ from pipeline.render.dali import dali_version
 COLUMNS = ("bytes", "digest", "height", "width")  # of Images
 LISTING = 2  # the files that a scan lists: 2 without files that systems left
 EVERY = 60.0  # seconds of scanning between two writes of what was scanned
+AT_END = 10.0  # seconds of scanning that are worth a write at its end
 SHARE = 50  # writing takes at most one part in SHARE of the time
 
 
@@ -91,9 +92,10 @@ class Scanned:
             durable.write(self.file, self._save)
             self.drop_part()
 
-    def due(self) -> bool:
-        """Return whether a scan under way should be noted and written now."""
-        return time.monotonic() - self._written > self._pause
+    def due(self, *, at_end: bool = False) -> bool:
+        """Return whether a scan under way should be noted and written now. at_end: of a
+        scan that has all images."""
+        return time.monotonic() - self._written > (AT_END if at_end else self._pause)
 
     def keep_part(self) -> None:
         """Write the noted result of a scan that is under way, or was stopped. A disk

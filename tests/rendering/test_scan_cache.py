@@ -303,6 +303,21 @@ def test_a_scan_that_is_stopped_goes_on_where_it_was(stopped, data, name):
         assert same(images, scan(data, None, order_seed=0))
 
 
+def test_a_whole_scan_is_kept_though_the_next_one_is_refused(
+    data, recipe, tmp_path, read, monkeypatch
+):
+    """Training images take hours to scan, and validation images are scanned next."""
+    monkeypatch.setattr("pipeline.images.scan_cache.AT_END", 0.0)
+    hard = changed(recipe, train={"labels": "hard", "epochs": 1})
+    (data.parent / "val" / "dog").mkdir()
+    with pytest.raises(DataError, match="dog"):
+        train(hard, data.parent, tmp_path / "run", device=CPU)
+    (data.parent / "val" / "dog").rmdir()
+    read.clear()
+    train(hard, data.parent, tmp_path / "run", device=CPU)
+    assert len(read) == 1 + 21  # notes.txt, which has no pixels, and val/
+
+
 # ---- a disk that fails
 
 
