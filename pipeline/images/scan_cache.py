@@ -13,6 +13,7 @@ import numpy as np
 from cache.format.manifest import Images
 from cache.system import durable
 from pipeline.render.dali import dali_version
+from pipeline.runtime.progress import say
 
 COLUMNS = ("bytes", "digest", "height", "width")  # of Images
 LISTING = 2  # the files that a scan lists: 2 without files that systems left
@@ -99,12 +100,17 @@ class Scanned:
 
     def keep_part(self) -> None:
         """Write the noted result of a scan that is under way, or was stopped. A disk
-        that doesn't take it doesn't stop the scan."""
+        that doesn't take it doesn't stop the scan, and that is said."""
         if self._new and len(self._new["bytes"]):
             begun = time.monotonic()
-            with suppress(OSError):
+            try:
                 durable.make_folder(self.part.parent)
                 durable.write(self.part, self._save)
+            except OSError as error:
+                say(
+                    f"what was scanned can't be kept in {self.part} ({error.strerror or error}); "
+                    f"if the scan is stopped, it begins again"
+                )
             self._written = time.monotonic()
             self._pause = max(EVERY, SHARE * (self._written - begun))
 

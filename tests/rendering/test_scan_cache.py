@@ -318,6 +318,15 @@ def test_a_whole_scan_is_kept_though_the_next_one_is_refused(
     assert len(read) == 1 + 21  # notes.txt, which has no pixels, and val/
 
 
+def test_a_disk_without_room_for_what_was_scanned_is_named(data, tmp_path, capsys):
+    before = Scanned(None, tmp_path / "file" / "s.scan")
+    (tmp_path / "file").touch()  # no folder can be made there
+    scan(data, before)
+    before.keep_part()
+    said = capsys.readouterr().err
+    assert f"what was scanned can't be kept in {tmp_path}/file/s.scan (" in said
+
+
 # ---- a disk that fails
 
 
