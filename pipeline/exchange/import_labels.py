@@ -27,9 +27,10 @@ from cache.writer import StoreWriter
 from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
 from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_class_folders, require_outside
+from pipeline.images.layout import require_class_folders, require_no_split, require_outside
 from pipeline.images.listing import has_system_files, list_files, require_same_files
-from pipeline.images.patience import is_file, status
+from pipeline.images.names import as_text, counted, is_hidden, is_system_folder, same, some
+from pipeline.images.patience import is_file, is_folder, is_there, listed, status
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -93,11 +94,14 @@ def import_labels(
     require_a_name(split)
     require_local(directory, data.path, path)
     require_outside("--store", path, [data.path])
+    require_no_split("--store", path, data)
     path = path.absolute()
     if not path.exists():
         require_class_folders(data)
     with fkd_format.reading():
         source = _Source(directory, split, data, views)
+        if not path.exists() and not data.mapped:
+            _require_labelled_classes(source, data)
         about = _about(source, known, CODECS[codec].describe())
         before = Scanned.beside(path)
         writer = _opened(path, data, source, about, before)
@@ -227,6 +231,29 @@ def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, i
     return directory, 0
 
 
+def _require_labelled_classes(source: _Source, data: DataFolder) -> None:
+    """Raise LabelFileError if the label files have folders of classes that the images
+    lack. Labels know their classes by number, so every number would mean another
+    class."""
+    folder = source.root if source.below else source.root / source.split
+    if not is_there(folder):  # the label files lie as FKD's training code looks for them
+        folder = source.root
+    found = [source.files[image] for image, size in source.sizes.items() if size >= 0]
+    used = {file.removeprefix(f"{source.split}/").partition("/")[0] for file in found}
+    known = {same(name) for name in (*data.class_names, *used)}
+    names = sorted(
+        as_text(entry.name)
+        for entry in listed(folder)
+        if not (is_hidden(entry.name) or is_system_folder(entry.name)) and is_folder(entry)
+    )
+    if foreign := [n for n in names if same(n) not in known and n not in SPLITS]:
+        raise LabelFileError(
+            f"{folder} has label files of {counted(len(foreign), 'class', 'classes')} "
+            f"({some(foreign)}) that {data.path} has no folder of, so the numbers of classes would "
+            f"shift; pass all class folders' names, in the labels' order, as a --class-map"
+        )
+
+
 def _size(file: Path) -> int:
     """Return a label file's size in bytes; -1 if there is none. Raises DataError if the
     disk doesn't tell now: an image without labels is left out for ever."""
@@ -273,7 +300,8 @@ def _opened(
 
         def make(at: Path, views: int, every: bool = every) -> None:
             found = scan(
-                *(data, RenderSettings.of_provenance(about)),
+                replace(data, mapped=True),  # looked at before, unless a store is mended
+                RenderSettings.of_provenance(about),
                 order_seed=SEED,
                 before=before,
                 every=every,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.images.names import (
     as_text,
+    counted,
     is_hidden,
     is_system_folder,
     may_be_image,
@@ -16,7 +17,7 @@ from pipeline.images.names import (
     split_of,
     told_apart,
 )
-from pipeline.images.patience import DataError, is_folder, listed
+from pipeline.images.patience import DataError, is_folder, is_there, listed, status
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def split_folder(data: str | Path, split: str) -> Path:
         raise DataError(
             f"--split is {split!r}; it must be the name of a folder of --data, like train"
         )
-    if not data.is_dir():
+    if not is_there(data):
         raise DataError(
             f"there is no folder {data}; --data must name a folder of class folders, or one with "
             f"train/ and val/"
@@ -65,6 +66,8 @@ def split_folder(data: str | Path, split: str) -> Path:
     if splits:
         if why := flat(data / split):
             raise DataError(f"{why}; sort them into a folder per class, or name another --split")
+        if is_there(data / split):
+            raise DataError(f"{data / split} holds no class folders; name another --split")
         near = [name for name in _folder_names(data) if name not in splits and split_of(name)]
         meant = [name for name in near if split_of(name) == split_of(split)] or near
         raise DataError(
@@ -79,7 +82,7 @@ def is_split(data: str | Path, name: str) -> bool:
     """Tell whether DATA/NAME is a split, which holds class folders. A class that
     happens to be called train holds images instead."""
     folder = Path(data, name)
-    return folder.is_dir() and any(_is_class_folder(entry) for entry in listed(folder))
+    return is_there(folder) and any(_is_class_folder(entry) for entry in listed(folder))
 
 
 def _is_class_folder(entry: os.DirEntry) -> bool:
@@ -90,14 +93,15 @@ def _is_class_folder(entry: os.DirEntry) -> bool:
 def flat(folder: Path) -> str | None:
     """Return what is wrong with a folder that holds images and no class folders, for a
     message; None for any other folder, or none."""
-    if not folder.is_dir():
+    if not is_there(folder):
         return None
     entries = listed(folder)
     if any(_is_class_folder(entry) for entry in entries):
         return None
-    images = sum(may_be_image(entry.name) for entry in entries)
+    images = sum(may_be_image(entry.name) and not is_folder(entry) for entry in entries)
     return (
-        f"{folder} holds {images:,} files and no class folders, so nothing tells their classes"
+        f"{folder} holds {counted(images, 'file')} and no class folders, so nothing tells their "
+        f"classes"
         if images
         else None
     )
@@ -142,14 +146,31 @@ def class_names(folder: Path) -> list[str]:
     return class_folders(folder)
 
 
-def system_folders(folder: Path) -> list[str]:
-    """Return the names of the folders that a system left beside the class folders."""
-    return [name for name in _folder_names(folder) if is_system_folder(name)]
+def left_out(folder: Path) -> list[str]:
+    """Return the names of the folders beside the class folders that are no classes:
+    hidden ones, and those that a system left."""
+    return sorted(
+        as_text(entry.name)
+        for entry in listed(folder)
+        if (is_hidden(entry.name) or is_system_folder(entry.name)) and is_folder(entry)
+    )
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Return the names of the links beside the class folders that lead nowhere."""
+    return sorted(
+        as_text(entry.name)
+        for entry in listed(folder)
+        if entry.is_symlink() and not is_hidden(entry.name) and status(entry.path) is None
+    )
 
 
 def read_class_map(path: str | Path) -> list[str]:
-    """Read a class map: a text file with the name of one class folder a line. A name's
-    line number, from 0, is its class index. Raises DataError."""
+    """Read a class map: a text file with the name of one class folder a line.
+
+    A name's place, from 0, is its class index. Empty lines and blanks at the ends of a
+    line don't count. Raises DataError.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -157,7 +178,7 @@ def read_class_map(path: str | Path) -> list[str]:
             f"--class-map {path} can't be read ({error}); it must be imagenet-1k or a text file "
             f"with one folder name a line"
         ) from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [line.strip() for line in text.split("\n") if line.strip()]
     seen: dict[str, str] = {}
     for name in names:
         if other := seen.get(same(name)):

@@ -4,15 +4,17 @@ class folders, and results that would lie among images."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cache.format.manifest import Images
-from pipeline.images.folders import DataFolder, class_folders, flat, system_folders
+from pipeline.images.folders import DataFolder, broken_links, class_folders, left_out
 from pipeline.images.names import (
     counted,
+    is_beside,
     is_hidden,
+    is_named_image,
     is_system_folder,
     may_be_image,
     natural,
@@ -20,8 +22,10 @@ from pipeline.images.names import (
     same,
     some,
     split_of,
+    split_within,
+    tells_no_class,
 )
-from pipeline.images.patience import DataError, is_folder, listed
+from pipeline.images.patience import DataError, glimpsed, is_folder, listed
 from pipeline.runtime.progress import say
 
 DEEPEST = 4  # folders between --data and the split that was probably meant
@@ -42,13 +46,49 @@ def require_class_folders(data: DataFolder) -> None:
         return
     names = class_folders(data.path)
     require_images(data, names)
-    if left := system_folders(data.path):
-        say(f"{data.path}: left out {some(left, 10)}, which systems make and no classes")
+    if broken := broken_links(data.path):
+        raise DataError(
+            f"{data.path / broken[0]} is a link that leads nowhere, and would be missing as a "
+            f"class; mount the disk that it leads to, or remove the link"
+        )
+    if len(names) == 1:
+        without = "" if _look_into(data.path / on_disk(names[0]))[1] else ", without images"
+        raise DataError(
+            f"{data.path} has one class folder only ({names[0]}{without}), and of one class there "
+            f"is nothing to learn or to tell; pass as --data the folder that holds one folder per "
+            f"class, or all classes' names as a --class-map"
+        )
+    if left := left_out(data.path):
+        say(
+            f"{data.path}: left out {some(left, 10)}, which {_are(left)} hidden or made by a system"
+        )
     if names != (numbered := sorted(names, key=natural)):
         i = next(i for i, (a, b) in enumerate(zip(names, numbered, strict=True)) if a != b)
         say(
             f"the classes of {data.path} have the order of their names as text, so class {i} is "
             f"{names[i]} and not {numbered[i]}; for another order pass a --class-map"
+        )
+    alike: dict[str, str] = {}
+    for name in names:
+        if other := alike.get(name.casefold().strip()):
+            say(f"{data.path}: {other!r} and {name!r} are two classes")
+        alike[name.casefold().strip()] = name
+
+
+def say_depth(data: DataFolder, paths: Collection[str]) -> None:
+    """Print which folders in class folders count, if a class has images in several.
+
+    They may be masks. paths: of the listed files, relative to the folder.
+    """
+    if not any(path.count("/") > 1 for path in paths):
+        return
+    folders: dict[str, list[str]] = {}
+    for place in sorted({path.rpartition("/")[0] for path in paths if may_be_image(path)}):
+        folders.setdefault(place.partition("/")[0], []).append(place)
+    if several := [places for places in folders.values() if len(places) > 1]:
+        say(
+            f"{data.path}: {counted(len(several), 'class', 'classes')} with images in several "
+            f"folders, which all count ({some(several[0])})"
         )
 
 
@@ -61,8 +101,10 @@ def map_classes(data: DataFolder, names: Sequence[str] | None, owner: str) -> Da
     the model's names another place. Raises DataError for class folders that have no
     name there.
     """
-    if names is None or [same(n) for n in names] == [same(n) for n in data.class_names]:
+    if names is None:
         return data
+    if [same(n) for n in names] == [same(n) for n in data.class_names]:
+        return replace(data, mapped=True)
     place = {same(name): i for i, name in enumerate(names)}
     if data.mapped:
         _require_no_contradiction(data, place, owner)
@@ -95,34 +137,51 @@ def _require_no_contradiction(data: DataFolder, place: dict[str, int], owner: st
 
 
 def require_images(data: DataFolder, names: Sequence[str] | None = None) -> None:
-    """Raise DataError if class folders hold folders and no images, or are splits that
-    hold images. names: of the folders; None: of all."""
+    """Raise DataError if class folders hold folders and no images, or if the names of
+    those that hold images tell no classes. names: of the folders; None: of all."""
     names = class_folders(data.path) if names is None else names
-    if all(map(split_of, names)) and all(flat(data.path / on_disk(name)) for name in names):
-        raise DataError(
-            f"{data.path} has no class folders: {some(names)} {'is' if len(names) == 1 else 'are'} "
-            f"named like {'a split' if len(names) == 1 else 'splits'} and "
-            f"hold{'s' if len(names) == 1 else ''} images; sort the images into a folder per "
-            f"class, or pass the folders' names as a --class-map if they are classes"
-        )
-    if nested := [name for name in names if _is_nested(data.path / on_disk(name))]:
+    found = {name: _look_into(data.path / on_disk(name)) for name in names}
+    if nested := [name for name, (nested, _) in found.items() if nested]:
         raise DataError(_refusal(data, nested))
+    holding = [name for name, (_, images) in found.items() if images]
+    if holding and _tell_no_classes(holding):
+        raise DataError(
+            f"{data.path} has no class folders: {some(holding)} {_are(holding)} named like "
+            f"splits or kinds of files, and hold{'s' * (len(holding) == 1)} images; sort the "
+            f"images into a folder per class, or pass the folders' names as a --class-map if they "
+            f"are classes"
+        )
 
 
-def _is_nested(folder: Path) -> bool:
+def _tell_no_classes(names: Sequence[str]) -> bool:
+    splits = {split_within(name) for name in names}
+    return all(map(tells_no_class, names)) or (len(splits) > 1 and None not in splits)
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _look_into(folder: Path) -> tuple[bool, bool]:
     """Return whether a folder holds folders and no images, other than a chain of single
-    folders down to images."""
+    folders down to images; and whether it, or the chain, leads to files that are named
+    like images."""
     first = folder
     while True:
-        entries = [entry for entry in listed(folder) if not is_hidden(entry.name)]
-        inner = [e.path for e in entries if not is_system_folder(e.name) and is_folder(e)]
-        folders = set(inner)
-        if not inner or any(may_be_image(e.name) for e in entries if e.path not in folders):
-            # Images at last: only a split keeps its images deeper than itself.
-            return folder != first and split_of(first.name) is not None
+        entries = [
+            entry
+            for entry in glimpsed(folder, lambda e: is_named_image(e.name) and not is_folder(e))
+            if not is_hidden(entry.name) and not is_system_folder(entry.name)
+        ]
+        inner = [Path(entry.path) for entry in entries if is_folder(entry)]
+        files = [entry.name for entry in entries if Path(entry.path) not in inner]
+        images = any(map(is_named_image, files))
+        if images or not inner or any(map(may_be_image, files)):
+            # Only a split keeps its images deeper than itself.
+            return images and folder != first and split_of(first.name) is not None, images
         if len(inner) > 1 or len(str(folder)) > 4000:
-            return True
-        folder = Path(inner[0])
+            return True, False
+        folder = inner[0]
 
 
 def _refusal(data: DataFolder, nested: Sequence[str]) -> str:
@@ -160,7 +219,7 @@ def _probably(top: Path, split: str) -> Path | None:
             inner = [Path(e.path) for e in listed(folder) if not is_hidden(e.name) and is_folder(e)]
             for one in sorted(inner):
                 if _holds_classes(one):
-                    if split_of(one.name) == split:
+                    if split_within(one.name) == split:
                         return one
                     holders.append(one)
                 deeper.append(one)
@@ -171,10 +230,12 @@ def _probably(top: Path, split: str) -> Path | None:
 def _holds_classes(folder: Path) -> bool:
     """Return whether a folder's folders hold images, as far as the first ones tell."""
     entries = [e for e in listed(folder) if not is_hidden(e.name) and not is_system_folder(e.name)]
-    inner = [e for e in entries if is_folder(e)]
-    return bool(inner) and any(
-        may_be_image(e.name) and not is_folder(e) for one in inner[:3] for e in listed(one.path)
-    )
+    inner = sorted(e.path for e in entries if is_folder(e))
+    names = [os.path.basename(path) for path in inner]
+    if not inner or is_beside(folder.name) or _tell_no_classes(names):
+        return False
+    seen = [_look_into(Path(one)) for one in inner[:3]]
+    return any(images for _, images in seen) and not any(nested for nested, _ in seen)
 
 
 def _siblings(folder: Path) -> list[Path]:
@@ -186,12 +247,13 @@ def require_outside(option: str, path: Path | None, folders: Iterable[Path]) -> 
     be a class or an image at the next start. A hidden name is never looked at.
 
     option: the option that names the result. path: of the result, which need not exist.
-    folders: those that hold class folders.
+    folders: those that hold class folders. A class folder may be a link to a folder
+    elsewhere, where a result would be an image too.
     """
     if path is None:
         return
     place = Path(os.path.realpath(path))
-    for folder in folders:
+    for folder in (one for top in folders for one in (top, *_linked(top))):
         root = Path(os.path.realpath(folder))
         if place == root or (
             root in place.parents and not any(map(is_hidden, place.relative_to(root).parts))
@@ -200,6 +262,22 @@ def require_outside(option: str, path: Path | None, folders: Iterable[Path]) -> 
                 f"{option} {path} lies in {folder}, among the class folders, and would be taken "
                 f"for one of them; choose a place outside of it"
             )
+
+
+def _linked(folder: Path) -> list[Path]:
+    """Return the links to folders in a folder; none if there is no such folder yet."""
+    try:
+        return [Path(e.path) for e in listed(folder) if e.is_symlink() and is_folder(e)]
+    except OSError:
+        return []
+
+
+def require_no_split(option: str, path: Path | None, data: DataFolder) -> None:
+    """Raise DataError if a result that doesn't exist yet would be written in train/ or
+    val/ of the folder that the user named, or as one of them. Training would take the
+    result's folders for class folders."""
+    if path is not None and data.root not in (None, data.path) and not path.exists():
+        require_outside(option, path, [data.root / split for split in ("train", "val")])
 
 
 def require_elsewhere(option: str, path: Path, images: Images | Sequence[str]) -> None:

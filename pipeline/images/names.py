@@ -4,6 +4,7 @@ Unicode normalisation, and left out if a system made them."""
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -24,6 +25,11 @@ SYSTEM_FOLDERS = frozenset(
         "@recently-snapshot",
         "@sharebin",
         "@tmp",
+        "@__thumb",
+        "~snapshot",
+        "recycler",
+        "network trash folder",
+        "temporary items",
         "#recycle",
         "#snapshot",
     )
@@ -37,6 +43,22 @@ SPLIT_NAMES = {
     "val": ("val", "valid", "validation", "valset", "valimages", "valdata", "dev", "eval"),
     "test": ("test", "testing", "testset", "testimages", "testdata", "tst", "holdout"),
 }
+# Names of folders that hold a kind of file, in small letters and without the last s.
+BESIDE_NAMES = frozenset(  # of what lies beside images
+    (
+        *("annotation", "attribute", "bbox", "box", "devkit", "imageset", "json", "label"),
+        *("mask", "meta", "metadata", "part", "segmentation", "trimap", "xml"),
+    )
+)
+IMAGE_NAMES = frozenset(
+    ("frame", "image", "img", "jpegimage", "jpg", "jpeg", "photo", "picture", "png")
+)
+TEXT_NAMES = frozenset(  # of files without a suffix that are no images
+    (
+        *("authors", "changelog", "citation", "copying", "installation"),
+        *("license", "licence", "makefile", "notice", "readme"),
+    )
+)
 FEW = 3  # names shown of a longer list
 
 
@@ -60,10 +82,17 @@ def is_system_path(path: str) -> bool:
 def may_be_image(name: str) -> bool:
     """Return whether a file's name may be an image's: it has the suffix of an image,
     or no suffix that anybody knows."""
+    if name.casefold() in TEXT_NAMES:
+        return False
     suffix = os.path.splitext(name)[1].lower()
     return not is_hidden(name) and (
         suffix in _image_suffixes() or not suffix[1:].isalnum() or suffix[1:].isdecimal()
     )
+
+
+def is_named_image(name: str) -> bool:
+    """Return whether a file's name has the suffix of an image."""
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in _image_suffixes()
 
 
 @cache
@@ -77,6 +106,30 @@ def split_of(name: str) -> str | None:
     the name of no split."""
     plain = "".join(c for c in name.casefold() if c.isalpha())
     return next((split for split, names in SPLIT_NAMES.items() if plain in names), None)
+
+
+def split_within(name: str) -> str | None:
+    """Return the split that a folder's name, or one word of the name, means: "train"
+    for cars_train. This is a guess: bullet_train is a class."""
+    return next((split for one in (name, *_words(name)) if (split := split_of(one))), None)
+
+
+def is_beside(name: str) -> bool:
+    """Return whether a folder's name is that of what lies beside images, like masks."""
+    return name.casefold().removesuffix("s") in BESIDE_NAMES
+
+
+def tells_no_class(name: str) -> bool:
+    """Return whether each word of a folder's name means a split or a kind of file:
+    train, images, train_masks."""
+    return bool(split_of(name)) or all(
+        split_of(word) or word.casefold().removesuffix("s") in BESIDE_NAMES | IMAGE_NAMES
+        for word in _words(name) or [name]
+    )
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W\d_]+", name) if word]
 
 
 def as_text(name: str) -> str:
@@ -119,8 +172,9 @@ def told_apart(*names: str) -> tuple[str, ...]:
 
 
 def some(names: Iterable[str], few: int = FEW) -> str:
-    """Return the first few of several names, for a message."""
-    listed: Sequence[str] = list(names)
+    """Return the first few of several names, for a message. A name that begins or ends
+    with a blank is in quotes."""
+    listed: Sequence[str] = [name if name == name.strip() else repr(name) for name in names]
     return ", ".join(listed[:few]) + (", …" if len(listed) > few else "")
 
 
@@ -129,12 +183,6 @@ def counted(n: int, what: str, several: str | None = None) -> str:
     return f"{n:,} {what if n == 1 else several or what + 's'}"
 
 
-def natural(name: str) -> tuple:
+def natural(name: str) -> str:
     """Return a key that sorts names by the numbers in them: 2 before 10."""
-    parts: list[str] = [""]
-    for c in name:
-        if parts[-1] and parts[-1][-1].isdecimal() == c.isdecimal():
-            parts[-1] += c
-        else:
-            parts.append(c)
-    return tuple((part.isdecimal(), int(part) if part.isdecimal() else part) for part in parts)
+    return re.sub(r"[0-9]+", lambda number: number[0].zfill(255), name)

@@ -72,6 +72,22 @@ def listed(folder: str | Path) -> list[os.DirEntry]:
     return patiently(read, folder)
 
 
+def glimpsed(folder: str | Path, enough: Callable[[os.DirEntry], bool]) -> list[os.DirEntry]:
+    """List a folder as far as the first entry that is enough, patiently. A folder may
+    hold a million files. Raises as ``listed`` does."""
+
+    def read() -> list[os.DirEntry]:
+        seen = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                seen.append(entry)
+                if enough(entry):
+                    break
+        return seen
+
+    return patiently(read, folder)
+
+
 def status(path: str | Path) -> os.stat_result | None:
     """Return the status of the file that a path leads to, patiently; None for a link
     that leads nowhere, or in a circle. Raises DataError if the disk doesn't tell
@@ -89,6 +105,13 @@ def is_file(path: str | Path) -> bool:
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
+def is_there(folder: str | Path) -> bool:
+    """Return whether a path leads to a folder. Raises DataError if the disk doesn't
+    tell now."""
+    found = status(folder)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
 def is_folder(entry: os.DirEntry) -> bool:
     """Return whether an entry is a folder, or a link to a folder. Raises DataError if
     the disk doesn't tell now."""
@@ -97,5 +120,4 @@ def is_folder(entry: os.DirEntry) -> bool:
     except OSError as error:
         if not momentary(error):  # a link to itself
             return False
-    found = status(entry.path)
-    return found is not None and stat.S_ISDIR(found.st_mode)
+    return is_there(entry.path)

@@ -17,7 +17,7 @@ from cache.errors import printable
 from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
 from cache.system.signals import finishing
 from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_class_folders
+from pipeline.images.layout import require_class_folders, say_depth
 from pipeline.images.listing import list_files
 from pipeline.images.names import is_utf8, on_disk
 from pipeline.images.patience import DataError, patiently, read_file
@@ -55,7 +55,10 @@ def scan(
     """
     require_class_folders(data)
     every = every or (before is not None and before.lists_all)
-    table = _Table(list_files(data, every=every), order_seed)
+    files = list_files(data, every=every)
+    if not data.mapped:
+        say_depth(data, files[0])
+    table = _Table(files, order_seed)
     if before:
         table.fill(*before.recall(settings.exif, table.paths, table.sizes, table.changed))
     unknown = table.unknown(settings.max_megapixels)
@@ -91,6 +94,8 @@ def scan(
             raise
     if before:
         note()
+        if before.file and before.due(at_end=True):
+            before.keep_part()  # a run may be stopped while it scans its other images
     return table.images()
 
 

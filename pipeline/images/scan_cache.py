@@ -13,10 +13,12 @@ import numpy as np
 from cache.format.manifest import Images
 from cache.system import durable
 from pipeline.render.dali import dali_version
+from pipeline.runtime.progress import say
 
 COLUMNS = ("bytes", "digest", "height", "width")  # of Images
 LISTING = 2  # the files that a scan lists: 2 without files that systems left
 EVERY = 60.0  # seconds of scanning between two writes of what was scanned
+AT_END = 10.0  # seconds of scanning that are worth a write at its end
 SHARE = 50  # writing takes at most one part in SHARE of the time
 
 
@@ -91,18 +93,24 @@ class Scanned:
             durable.write(self.file, self._save)
             self.drop_part()
 
-    def due(self) -> bool:
-        """Return whether a scan under way should be noted and written now."""
-        return time.monotonic() - self._written > self._pause
+    def due(self, *, at_end: bool = False) -> bool:
+        """Return whether a scan under way should be noted and written now. at_end: of a
+        scan that has all images."""
+        return time.monotonic() - self._written > (AT_END if at_end else self._pause)
 
     def keep_part(self) -> None:
         """Write the noted result of a scan that is under way, or was stopped. A disk
-        that doesn't take it doesn't stop the scan."""
+        that doesn't take it doesn't stop the scan, and that is said."""
         if self._new and len(self._new["bytes"]):
             begun = time.monotonic()
-            with suppress(OSError):
+            try:
                 durable.make_folder(self.part.parent)
                 durable.write(self.part, self._save)
+            except OSError as error:
+                say(
+                    f"what was scanned can't be kept in {self.part} ({error.strerror or error}); "
+                    f"if the scan is stopped, it begins again"
+                )
             self._written = time.monotonic()
             self._pause = max(EVERY, SHARE * (self._written - begun))
 

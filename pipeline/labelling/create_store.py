@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cache import repair
@@ -36,8 +37,14 @@ def repair_store(work: Labelling, path: Path) -> None:
     for every in (False, True):
 
         def make(fresh: Path, kept: dict | None, views: int, every: bool = every) -> None:
-            before = Scanned.beside(path)
-            create_store(work, fresh, kept=kept, views=views, before=before, every=every)
+            create_store(
+                replace(work, data=replace(work.data, mapped=True)),  # accepted once, by the store
+                fresh,
+                kept=kept,
+                views=views,
+                before=Scanned.beside(path),
+                every=every,
+            )
 
         try:
             repair.remake(path, make, say)

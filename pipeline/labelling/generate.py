@@ -18,7 +18,7 @@ from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
 from pipeline.config import Config, ConfigError
 from pipeline.images.folders import DataFolder
-from pipeline.images.layout import map_classes, require_outside
+from pipeline.images.layout import map_classes, require_no_split, require_outside
 from pipeline.images.listing import require_same_files
 from pipeline.images.reader import Reader
 from pipeline.labelling.coordination import grown, naming, once, opened
@@ -64,6 +64,7 @@ def generate(
         )
     require_precision(config.store.precision, execution.device, "store.precision")
     require_outside("--store", path, [data.path])
+    require_no_split("--store", path, data)
     teachers = load_teachers(config.teachers, execution.device)
     for teacher in teachers:
         for line in teacher.introduction("teacher"):

@@ -125,10 +125,12 @@ def make_plan(
         data = map_classes(data, known_classes(teachers), "the teachers")
         require_class_folders(data)
         require_class_count(data, teachers)
-        paths = list_files(data)[0]
+        paths, _, lengths, _ = list_files(data)
         count = len(paths)
+        some = np.unique(np.linspace(0, count - 1, min(count, IMAGES)).astype(int))
+        files = dict(zip(paths[some], lengths[some].tolist(), strict=True))
         pixels, boxes, rendering = _rendered(
-            config, data.path, paths, {t.image_size for t in teachers}
+            config, data.path, files, {t.image_size for t in teachers}
         )
     if pixels is None:
         n = config.store.batch_size
@@ -205,21 +207,21 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
 
 
 def _rendered(
-    config: Config, folder: Path, paths: np.ndarray, sizes: set[int]
+    config: Config, folder: Path, files: dict[str, int], sizes: set[int]
 ) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
-    """Render crops of some images, spread over the whole folder.
+    """Render crops of some images.
 
-    Returns the crops by output size, their boxes [n, 4], and the seconds that reading
-    and rendering took per crop.
+    files: path in the folder → size in bytes, -1 for a link to nothing. Returns the
+    crops by output size, their boxes [n, 4], and the seconds that reading and rendering
+    took per crop.
     """
-    chosen = paths[np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int))]
     look = Look(folder, RenderSettings.of_config(config))
     with dali.quiet_decoders():
-        shapes = {path: shape for path in chosen if (shape := look(path)[1])}
+        shapes = {path: shape for path, size in files.items() if (shape := look(path, size)[1])}
     good = list(shapes)
     if not good:
         raise DataError(
-            f"none of {len(chosen)} images of {folder} that were looked at can be decoded; look at "
+            f"none of {len(files)} images of {folder} that were looked at can be decoded; look at "
             f"them, or pass another --data"
         )
     views = min(config.crops.views, config.store.views_per_decode)

@@ -34,6 +34,17 @@ def views_of_run(out: Path) -> int | None:
         return None
 
 
+def classes_of_run(out: Path) -> list[str] | None:
+    """Return the class names of the run in ``out``; None if there is no run, or if the
+    run's version recorded none."""
+    if not (out / STATE).exists():
+        return None
+    try:
+        return RunFolder(out).header("last").get("class_names")
+    except RunError:
+        return None
+
+
 def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
     """Return the state that the run in ``out`` resumes from; None for a new run. Raises
     RunError unless ``out`` is empty or holds a part of this very run."""

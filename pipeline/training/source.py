@@ -4,7 +4,6 @@ an image folder."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -85,8 +84,6 @@ def choose_source(
     if teachers:
         data = map_classes(data, known_classes(teachers), "the teachers")
         require_class_count(data, teachers)
-    if started_views is not None:  # a run that was begun keeps the classes that it had
-        data = replace(data, mapped=True)
     settings, seed = RenderSettings.of_config(config), config.crops.seed
     found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
     how: dict = {}  # everything beside the images that labels depend on

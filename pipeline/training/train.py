@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from cache.format.manifest import USABLE, Images
@@ -13,9 +14,9 @@ from cache.system.local import require_local
 from pipeline.config import Config, ConfigError
 from pipeline.evaluation import Validation
 from pipeline.images.folders import DataFolder, flat, is_split, split_folder
-from pipeline.images.layout import require_outside
+from pipeline.images.layout import require_no_split, require_outside
 from pipeline.images.names import is_hidden, split_of
-from pipeline.images.patience import DataError, is_folder, listed
+from pipeline.images.patience import DataError, is_folder, is_there, listed
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
@@ -27,7 +28,7 @@ from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
 from pipeline.training.loop import Run
-from pipeline.training.resume import state_of_run, views_of_run
+from pipeline.training.resume import classes_of_run, state_of_run, views_of_run
 from pipeline.training.source import Source, choose_source
 
 
@@ -68,9 +69,14 @@ def train(
     processes.together(
         lambda: require_outside("--out", out, [f for f in (data.path, validating) if f])
     )
+    processes.together(lambda: require_no_split("--out", out, data))
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
         processes.first(lambda: _require_alone(out, mine))
         scans = [Scanned(out / name) for name in SCANS]
+        begun = processes.first(lambda: classes_of_run(out))
+        if begun and store is None and not data.mapped:
+            # Versions up to 0.8 took more folders for class folders.
+            data = replace(data, class_names=begun, mapped=True)
         config, source, teachers = choose_source(
             config,
             data,
@@ -157,7 +163,7 @@ def find_validation(
 
 def _validation_folder(data: DataFolder, other: Path | None) -> Path | None:
     if other is not None:
-        if not other.is_dir():
+        if not is_there(other):
             raise DataError(
                 f"--val-data {other} is no folder; it must hold class folders, or val/ with them"
             )
@@ -172,6 +178,8 @@ def _why_unvalidated(data: DataFolder) -> str:
         return "the data has no val/"
     if why := flat(root / "val"):
         return f"{why} (they need a folder per class)"
+    if is_there(root / "val"):
+        return f"{root / 'val'} holds no class folders"
     near = [
         entry.name
         for entry in listed(root)

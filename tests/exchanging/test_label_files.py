@@ -265,6 +265,20 @@ def test_an_image_without_labels_is_left_out_with_the_reason(published, photos, 
     )
 
 
+def test_label_files_of_classes_that_the_images_lack_are_refused(published, photos, tmp_path):
+    """Labels know their classes by number: without ant, 0 would be bee."""
+    data = Path(shutil.copytree(photos / "train", tmp_path / "data"))
+    (data / "ant").rename(data / "dog")
+    with pytest.raises(MealError, match=r"label files of 1 class \(ant\) .* has no folder of"):
+        import_labels(published, data, tmp_path / "s.zarr", views=1)
+    assert not (tmp_path / "s.zarr").exists()
+    shutil.rmtree(data / "dog")
+    store = import_labels(
+        published, data, tmp_path / "s.zarr", views=1, classes=["ant", "bee", "cat"]
+    )
+    assert store.class_names == ["ant", "bee", "cat"] and len(store.usable) == 60
+
+
 def test_a_label_file_that_cannot_be_looked_at_is_not_missing(
     published, photos, tmp_path, monkeypatch
 ):

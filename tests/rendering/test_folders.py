@@ -11,19 +11,22 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from support.command import SMOKE, run
 from support.paths import ROOT
 from support.small import CLASSES, CPU, changed, tree, write_photos, write_teacher
 from support.stages import generate, train
 
 from cache import LabelStore
-from pipeline.images import folders, names
+from pipeline.images import folders, layout, names
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import (
     map_classes,
     require_class_folders,
     require_elsewhere,
+    require_no_split,
     require_outside,
+    say_depth,
 )
 from pipeline.images.listing import list_files, require_same_files
 from pipeline.images.patience import DataError
@@ -123,7 +126,134 @@ def test_what_systems_leave_is_no_class_and_that_is_said(small, tmp_path, name):
     paths, *_ = list_files(data)
     assert len(paths) == 12 and all(path.endswith(".jpg") for path in paths)
     status, err = hard(small, tmp_path / "run")
-    assert status == 0 and f"left out {name}, which systems make" in err
+    assert status == 0 and f"left out {name}, which is hidden or made by a system" in err
+
+
+def laid_out(folder: Path, *files: str) -> Path:
+    """Make empty files: where they lie is all that counts."""
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        # Oxford Pets, whose README is no image
+        (
+            ("images/a_1.jpg", "annotations/README", "annotations/xmls/a.xml", "annotations/t/a.p"),
+            "has 1 folder that holds folders and no images (annotations)",
+        ),
+        (("images/1.jpg", "masks/1.png"), "images, masks are named like splits or kinds"),
+        (("images/1.jpg", "labels/1.txt"), "images is named like splits or kinds"),
+        # Stanford Cars
+        (
+            ("cars_train/cars_train/1.jpg", "cars_test/cars_test/1.jpg", "devkit/devkit/a.mat"),
+            "cars_test, cars_train are named like splits",
+        ),
+        (("train2017/1.jpg", "val2017/1.jpg", "annotations/a.json"), "train2017, val2017 are"),
+        # Stanford Dogs, whose annotations have no suffix
+        (
+            ("Images/n1/1.jpg", "Images/n2/1.jpg", "Annotation/n1/n1_1", "Annotation/n2/n2_1"),
+            "pass --data {d}/Images",
+        ),
+        (
+            ("images/a/1.jpg", "images/b/1.jpg", "masks/a/1.png", "masks/b/1.png"),
+            "pass --data {d}/images",
+        ),
+        # Tiny ImageNet within its own folder
+        (
+            ("tiny/train/n1/images/1.JPEG", "tiny/train/n2/images/1.JPEG", "tiny/val/images/1.jpg"),
+            "pass --data {d}/tiny",
+        ),
+        # The Intel scenes
+        (
+            ("seg_train/seg_train/a/1.jpg", "seg_train/seg_train/b/1.jpg", "seg_test/t/a/1.jpg"),
+            "pass --data {d}/seg_train/seg_train",
+        ),
+        (
+            ("x/train/a/1.jpg", "x/train/b/1.jpg", "x/test/a/1.jpg", "x/__MACOSX/x/._a"),
+            "pass --data {d}/x",
+        ),
+        (("only/1.jpg",), "has one class folder only (only)"),
+    ],
+)
+def test_what_is_laid_out_otherwise_is_refused(tmp_path, files, says):
+    data = laid_out(tmp_path / "d", *files)
+    with pytest.raises(DataError) as error:
+        require_class_folders(DataFolder.find(data, "train"))
+    assert says.format(d=data) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bullet_train", "steam_train"),
+        ("with_mask", "without_mask"),
+        ("bus", "car", "train"),
+        ("photo", "sketch"),
+        ("test_tube", "bottle"),
+        ("label", "box", "cup"),
+    ],
+)
+def test_classes_may_have_such_names(tmp_path, names, capsys):
+    data = laid_out(tmp_path / "d", *(f"{name}/{i}.jpg" for name in names for i in range(2)))
+    require_class_folders(DataFolder.find(data, "train"))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_may_be_a_mistake_is_said(tmp_path, capsys):
+    data = laid_out(tmp_path / "d", "Cat/1.jpg", "cat/1.jpg", "cat/masks/1.png", ".git/x", "dog /1")
+    find = DataFolder.find(data, "train")
+    require_class_folders(find)
+    say_depth(find, list_files(find)[0])
+    said = capsys.readouterr().err
+    assert "left out .git, which is hidden" in said and "'Cat' and 'cat' are two classes" in said
+    assert "1 class with images in several folders, which all count (cat, cat/masks)" in said
+    (tmp_path / "map.txt").write_text("Cat\ncat\ndog\n")
+    with pytest.raises(DataError, match="of no known class \\('dog '\\)"):
+        list_files(DataFolder.find(data, "train", folders.read_class_map(tmp_path / "map.txt")))
+
+
+def test_a_class_folder_on_a_disk_that_is_gone_is_missed(small):
+    (small / "train" / "dog").symlink_to("/nowhere/dog")
+    with pytest.raises(DataError, match=r"train/dog is a link that leads nowhere"):
+        require_class_folders(DataFolder.find(small, "train"))
+
+
+def test_class_folders_are_looked_into_no_further_than_needed(tmp_path, monkeypatch):
+    data = laid_out(tmp_path / "d", *(f"{c}/{i}.jpg" for c in "ab" for i in range(300)))
+    looked = []
+    monkeypatch.setattr(layout, "is_named_image", lambda name: looked.append(name) or True)
+    require_class_folders(DataFolder.find(data, "train"))
+    assert len(looked) < 10
+
+
+def test_names_that_a_model_knows_are_not_doubted(small):
+    """A model of an older version may have been trained on folders of folders."""
+    data = moved(small, train="animals/wild", val="animals/tame")
+    (data / "plants").mkdir()
+    find = DataFolder.find(data, "train")
+    with pytest.raises(DataError):
+        require_class_folders(find)
+    require_class_folders(map_classes(find, ["animals", "plants"], "M"))
+
+
+def test_a_run_of_an_older_version_keeps_its_classes(small, tmp_path, recipe, monkeypatch):
+    """Versions up to 0.8 took lost+found for a class, and folders of folders."""
+    hard = changed(recipe, train={"labels": "hard", "epochs": 1})
+    for split in ("train", "val"):
+        (small / split / "lost+found").mkdir()
+        for name in ("wild", "tame"):
+            shutil.copytree(small / split / "ant", small / split / "deep" / name)
+    with monkeypatch.context() as older:
+        older.setattr(folders, "is_system_folder", lambda name: False)
+        older.setattr("pipeline.images.scan.require_class_folders", lambda data: None)
+        train(hard, small, tmp_path / "run", device=CPU)
+    train(changed(hard, train={"epochs": 2}), small, tmp_path / "run", device=CPU)
+    with safe_open(tmp_path / "run" / "last.safetensors", "pt") as file:
+        assert "lost+found" in str(file.metadata())
 
 
 def test_a_system_folder_that_a_store_knows_as_a_class_stays_one(small):
@@ -196,8 +326,19 @@ def test_the_order_of_numbered_folders_is_said(tmp_path, capsys):
         capsys.readouterr().err
     )
     (tmp_path / "10").rename(tmp_path / "3")
+    for name in ("-1", "cat", "cat 7", "cat5"):
+        laid_out(tmp_path, f"{name}/a.jpg")
     require_class_folders(DataFolder.find(tmp_path, "train"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_val_without_images_is_named_for_what_it_is(small, tmp_path):
+    shutil.rmtree(small / "val")
+    laid_out(small, "val/.hidden/1.jpg", "val/@eaDir/1.jpg", "val/notes.txt")
+    status, err = hard(small, tmp_path / "run")
+    assert status == 0 and f"no validation: {small}/val holds no class folders, and no" in err
+    status, _, err = run("eval", "--data", small, "--model", "test_resnet=gone.pth")
+    assert status == 1 and f"{small}/val holds no class folders; name another --split" in err
 
 
 def test_a_flat_val_is_named_for_what_it_is(small, tmp_path):
@@ -264,6 +405,21 @@ def test_a_run_among_the_validation_images_is_refused(small, place):
         status, err = hard(small, small / place, *options)
         assert status == 1 and "among the class folders" in err
     assert tree(small) == before
+
+
+def test_a_result_is_refused_where_training_would_look_for_images(small, tmp_path):
+    data, pool = DataFolder.find(small, "train"), tmp_path / "pool"
+    for place in ("val", "val/x", "train/../val/x"):
+        shutil.rmtree(small / "val", ignore_errors=True)  # a store there would be val/
+        with pytest.raises(DataError, match="among the class folders"):
+            require_no_split("--store", small / place, data)
+    require_no_split("--store", small / "x", data)
+    (small / "val" / "old").mkdir(parents=True)
+    require_no_split("--store", small / "val" / "old", data)  # made by an older version
+    shutil.move(small / "train" / "ant", pool)
+    (small / "train" / "ant").symlink_to(pool)
+    with pytest.raises(DataError, match="among the class folders"):
+        require_outside("--out", pool / "x", [data.path])
 
 
 def test_results_beside_class_folders_and_hidden_ones_are_allowed(small):

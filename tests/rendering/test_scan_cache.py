@@ -145,7 +145,8 @@ def _turned() -> Image.Exif:
 
 
 def test_a_folder_without_any_image_is_kept_too(tmp_path, read):
-    (tmp_path / "ant").mkdir()
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
     (tmp_path / "ant" / "notes.txt").write_text("no image at all")
     for _ in range(2):
         before = Scanned(tmp_path / "images.npz")
@@ -300,6 +301,30 @@ def test_a_scan_that_is_stopped_goes_on_where_it_was(stopped, data, name):
     else:
         images = LabelStore.open(stopped.folder / "s.zarr").images
         assert same(images, scan(data, None, order_seed=0))
+
+
+def test_a_whole_scan_is_kept_though_the_next_one_is_refused(
+    data, recipe, tmp_path, read, monkeypatch
+):
+    """Training images take hours to scan, and validation images are scanned next."""
+    monkeypatch.setattr("pipeline.images.scan_cache.AT_END", 0.0)
+    hard = changed(recipe, train={"labels": "hard", "epochs": 1})
+    (data.parent / "val" / "dog").mkdir()
+    with pytest.raises(DataError, match="dog"):
+        train(hard, data.parent, tmp_path / "run", device=CPU)
+    (data.parent / "val" / "dog").rmdir()
+    read.clear()
+    train(hard, data.parent, tmp_path / "run", device=CPU)
+    assert len(read) == 1 + 21  # notes.txt, which has no pixels, and val/
+
+
+def test_a_disk_without_room_for_what_was_scanned_is_named(data, tmp_path, capsys):
+    before = Scanned(None, tmp_path / "file" / "s.scan")
+    (tmp_path / "file").touch()  # no folder can be made there
+    scan(data, before)
+    before.keep_part()
+    said = capsys.readouterr().err
+    assert f"what was scanned can't be kept in {tmp_path}/file/s.scan (" in said
 
 
 # ---- a disk that fails
