@@ -554,7 +554,8 @@ def test_asked_to_stop_it_does_so_in_order_and_goes_on_to_the_same_bytes(place, 
     now = place.kept()
     assert {file: now[file] for file in kept} == kept
     place.require_whole()
-    assert not left, "the stopped run left something"
+    scanned = {"s.zarr.scan"} if moment == "looking at the images" else set()
+    assert left == scanned, "the stopped run left something"
     if moment in (
         "labelling",
         "writing a shard",
@@ -591,7 +592,7 @@ def test_asked_to_stop_from_outside_at_any_time_it_does_so_in_order(place):
         stopped += 1
         assert re.match(r"stopped by SIG(TERM|INT); run the same command again", run.failed_with())
         assert run.stopped_after() < SOON
-        assert not place.left()
+        assert place.left() <= {"s.zarr.scan"}
     assert stopped
     place.run()
     place.require_whole()
@@ -614,7 +615,7 @@ def test_asked_to_stop_among_hundreds_of_files_it_does_not_look_at_the_rest_firs
             ),
         )
         require_stopped(run, name)
-        assert not place.left()
+        assert place.left() == {"s.zarr.scan"}
 
 
 @pytest.mark.parametrize("waiting", ["create", "grow"])
