@@ -26,12 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from cache.errors import MealError
+from pipeline.images.patience import DataError, patiently
 from pipeline.models.stand_ins import StandIn
 
 SUM = 5e-3  # excess of a label's sum above 1 that the rounding of half precision explains
@@ -103,13 +104,22 @@ def reading() -> Iterator[None]:
         yield
 
 
+def _load(path: Path) -> tuple[int, Any]:
+    size = path.stat().st_size
+    try:
+        _require_uncompressed(path, size)
+        return size, torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError as error:  # of what the file says
+        raise ValueError(f"it needs more memory than there is {error}") from None
+
+
 def read(path: Path, classes: int) -> LabelFile:
     """Read a label file. Only tensors are read, and nothing in the file is executed.
     Raises LabelFileError."""
     try:
-        size = path.stat().st_size
-        _require_uncompressed(path, size)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        size, content = patiently(lambda: _load(path), path)
+    except DataError:  # the disk doesn't answer now, which says nothing about the file
+        raise
     except Exception as error:  # zip, unpickling and I/O errors mean the same to a user
         said = " ".join(str(error).split())
         why = (

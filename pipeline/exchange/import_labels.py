@@ -30,7 +30,7 @@ from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_no_split, require_outside
 from pipeline.images.listing import has_system_files, list_files, require_same_files
 from pipeline.images.names import as_text, counted, is_hidden, is_system_folder, same, some
-from pipeline.images.patience import is_file, is_folder, is_there, listed, status
+from pipeline.images.patience import is_file, is_folder, is_there, listed, read_file, status
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -160,7 +160,7 @@ class _Source:
             json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode()
         )
         for image in there[:TELLING]:
-            digest.update(self.file(image).read_bytes())
+            digest.update(read_file(self.file(image)))
         self.digest = digest.hexdigest()
 
     def show(self, views: int) -> None:

@@ -76,7 +76,11 @@ def is_system_path(path: str) -> bool:
     """Return whether a relative path leads to a file that a system left, or into a
     folder that a system left."""
     *parents, name = path.split("/")
-    return name.casefold() in SYSTEM_FILES or any(is_system_folder(part) for part in parents)
+    return (
+        name.casefold() in SYSTEM_FILES
+        or name.endswith(":Zone.Identifier")  # Windows's mark on a file from the internet
+        or any(is_system_folder(part) for part in parents)
+    )
 
 
 def may_be_image(name: str) -> bool:

@@ -304,6 +304,23 @@ def test_a_label_file_that_cannot_be_looked_at_is_not_missing(
     assert len(store.usable) == 90 and len(seen) >= 3
 
 
+def test_a_label_file_that_cannot_be_read_for_a_moment_is_read_again(published, monkeypatch):
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
+    file, tries, load = min(published.parent.rglob("*.tar")), [], torch.load
+
+    def failing(*given: object, **how: object) -> object:
+        tries.append(given)
+        if len(tries) in (1, 3, 4, 5):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return load(*given, **how)
+
+    monkeypatch.setattr(torch, "load", failing)
+    with fkd_format.reading():
+        fkd_format.read(file, 3)
+        with pytest.raises(DataError, match="tar can.t be read now .Stale file handle"):
+            fkd_format.read(file, 3)
+
+
 def broken(content: object) -> object:
     return lambda path: torch.save(content, path)
 

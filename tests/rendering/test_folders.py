@@ -268,7 +268,8 @@ def test_files_that_systems_leave_later_are_not_missed_or_added(small, tmp_path,
     (data / "ant" / "Thumbs.db").write_bytes(b"of an older version, which listed it")
     store = generate(recipe, data, tmp_path / "s.zarr", device=CPU)
     folder = DataFolder(data, store.class_names)
-    for name in ("bee/Thumbs.db", "bee/desktop.ini", "bee/@eaDir"):
+    zone = "bee/001.jpg:Zone.Identifier"
+    for name in ("bee/Thumbs.db", "bee/desktop.ini", "bee/@eaDir", zone):
         (data / name).mkdir() if "@" in name else (data / name).write_bytes(b"x")
     shutil.copy(data / "ant" / "000.jpg", data / "bee" / "@eaDir" / "1.jpg")
     (data / "ant" / "Thumbs.db").unlink()

@@ -262,7 +262,7 @@ sys.path.insert(0, {root!r})
 from pipeline.images.folders import DataError, DataFolder
 from pipeline.images.scan import scan
 from pipeline.render.settings import RenderSettings
-scan(DataFolder(Path({data!r}), ["a"]), RenderSettings(threads=1))  # of small files
+scan(DataFolder(Path({data!r}), ["a"], True), RenderSettings(threads=1))  # of small files
 for name in ("large.jpg", "large.png", "large.webp"):
     Path({data!r}, "a", name).write_bytes(Path({data!r}, name).read_bytes())
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -272,7 +272,8 @@ for name in ("large.jpg", "large.png", "large.webp"):
         other.unlink()
     Path({data!r}, "a", name).write_bytes(Path({data!r}, name).read_bytes())
     try:
-        print(name, *scan(DataFolder(Path({data!r}), ["a"]), RenderSettings(threads=1)).reason)
+        data = DataFolder(Path({data!r}), ["a"], True)
+        print(name, *scan(data, RenderSettings(threads=1)).reason)
     except DataError as error:
         print(error)
 """
@@ -318,7 +319,7 @@ sys.path.insert(0, {root!r})
 from pipeline.images.folders import DataFolder
 from pipeline.images.scan import scan
 from pipeline.render.settings import RenderSettings
-found = scan(DataFolder(Path({data!r}), ["a", "b"]), RenderSettings(threads=2), order_seed=0)
+found = scan(DataFolder(Path({data!r}), ["a", "b"], True), RenderSettings(threads=2), order_seed=0)
 rows = list(zip(found.path, found.status, found.reason))
 good = sorted(path for path, status, _ in rows if status == 0 and "good" in path)
 unnamed = [path for path, status, reason in rows if status != 0 and not reason]

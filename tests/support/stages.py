@@ -97,7 +97,7 @@ def scan(folder: Path, classes: Sequence[str], **how: object) -> Images:
     """Scan a folder. how: the settings of the renderer; order_seed and before, as
     ``pipeline.images.scan`` takes them."""
     settings = RenderSettings(**_split(how, *SETTINGS))
-    return scans.scan(DataFolder(folder, classes), settings, **how)
+    return scans.scan(DataFolder(folder, classes, mapped=True), settings, **how)
 
 
 def import_labels(directory: Path, data: Path, path: Path, **how: object) -> LabelStore:
