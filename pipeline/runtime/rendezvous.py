@@ -14,6 +14,7 @@ import re
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,10 +52,9 @@ def meet(me: Launch, place: MeetingPoint, timeout: timedelta) -> distributed.Sto
     wait = _Wait(me, place)
     wait.for_server(hosting)
     server = _attempt(lambda: _connect(me, place, hosting=hosting), me, place)
-    store = distributed.PrefixStore("default_pg", server)
     if me.rank:
         progress.silence()  # process 0 says who is missing
-    wait.for_all(store)
+    store = wait.for_all(server)
     store.set_timeout(timeout)
     return store
 
@@ -72,23 +72,44 @@ class _Wait:
         while (why := _unreached(self.place, hosting)) is not None:
             self._pause("process 0", why)
 
-    def for_all(self, store: distributed.Store) -> None:
-        """Say that this process is here, and wait for all others."""
+    def for_all(self, server: distributed.Store) -> distributed.Store:
+        """Say that this process is here, wait for all others, and return the store of
+        this start of the run.
+
+        torchrun's agent keeps one server over restarts, and with it what dead processes
+        have written there. So process 0 draws a name for each start. It tells the name
+        to every process that asks, and everything else is written under the name.
+        """
+        name = uuid.uuid4().hex if self.me.rank == 0 else self._told(server)
+        store = distributed.PrefixStore(name, server)
         with _while_the_server_lives(self.place):
-            first = store.add(f"meal/{self.me.rank}", 1) == 1
-            world = store.compare_set("meal/world", "", str(self.me.world)).decode()
-        if not _agent_serves():  # an agent's store may outlive a restart of the processes
-            self._require_alike(first, world)
+            first = store.add(f"here/{self.me.rank}", 1) == 1
+            world = store.compare_set("world", "", str(self.me.world)).decode()
+        self._require_alike(first, world)
         while True:
             with _while_the_server_lives(self.place):
                 missing = [
-                    rank for rank in range(self.me.world) if not store.check([f"meal/{rank}"])
+                    rank for rank in range(self.me.world) if not store.check([f"here/{rank}"])
                 ]
+                for rank in missing if self.me.rank == 0 else ():
+                    if server.check([_asks(rank)]):
+                        server.set(server.get(_asks(rank)).decode(), name)
             if not missing:
-                return
+                return store
             several = "processes" if len(missing) > 1 else "process"
             shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
             self._pause(f"{several} {shown}")
+
+    def _told(self, server: distributed.Store) -> str:
+        """Ask process 0 for the name of this start, and wait for the answer. The answer
+        has a key of its own, so that it isn't one to a process that is dead."""
+        answer = f"meal/answer/{uuid.uuid4().hex}"
+        while True:
+            with _while_the_server_lives(self.place):
+                server.set(_asks(self.me.rank), answer)
+                if server.check([answer]):
+                    return server.get(answer).decode()
+            self._pause("process 0")
 
     def _require_alike(self, first: bool, world: str) -> None:
         if world != str(self.me.world):
@@ -117,6 +138,11 @@ class _Wait:
             self.said = True
             say(f"waiting for {where}")
         time.sleep(POLL)
+
+
+def _asks(rank: int) -> str:
+    """Return the key under which a process writes where it looks for an answer."""
+    return f"meal/asks/{rank}"
 
 
 def _unreached(place: MeetingPoint, hosting: bool) -> str | None:

@@ -603,6 +603,33 @@ def test_torchrun_fills_one_store_and_trains_one_student(bench, tmp_path, recipe
     require_same(out, tmp_path / "one", weights=2e-5)
 
 
+def test_torchrun_starts_processes_again_when_one_dies(bench, tmp_path):
+    """torchrun's server outlives the processes, and with it what the dead have written
+    there."""
+    out = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("--max-restarts=1", str(ROOT / "cli.py"), "train-student", "--device=cpu"),
+        *(f"--config={bench.house.config}", f"--data={bench.house.data}", "--epochs=60"),
+        *(f"--store={bench.store}", f"--out={out}"),
+    ]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            command, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        )
+    try:
+        while "epoch 2/60" not in (tmp_path / "said").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(300) == 0, (tmp_path / "said").read_text()
+    finally:
+        process.kill()
+    assert "going on with" in (tmp_path / "said").read_text()
+    assert [line["epoch"] for line in metrics(out)] == list(range(60))
+
+
 def test_without_torchrun_nothing_of_this_is_asked_for(photos, recipe, store_path, tmp_path):
     train(
         changed(recipe, train={"epochs": 1}), photos, tmp_path / "run", store=store_path, device=CPU
