@@ -91,7 +91,7 @@ class _Wait:
                 missing = [
                     rank for rank in range(self.me.world) if not store.check([f"here/{rank}"])
                 ]
-                for rank in missing if self.me.rank == 0 else ():
+                for rank in range(1, self.me.world) if self.me.rank == 0 else ():
                     if server.check([_asks(rank)]):
                         server.set(server.get(_asks(rank)).decode(), name)
             if not missing:
