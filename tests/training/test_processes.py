@@ -387,8 +387,7 @@ def test_a_port_that_is_taken_is_named(bench, tmp_path):
         assert f"MASTER_PORT {port} is taken by another program" in run.failed_with()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "name"), [(0, "SIGTERM"), (1, "SIGINT")])
 def test_a_process_that_waits_for_the_others_obeys_a_signal(bench, tmp_path, rank, name):
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))

@@ -146,7 +146,7 @@ def test_closed_stderr_stops_nothing_and_takes_nothing_to_stdout(
     assert shell(f"CLI verify {store_path} <&- >&- 2>&-", cwd=tmp_path) == (1, "", "")
 
 
-@pytest.mark.parametrize("command", ["inspect STORE", "inspect STORE --json", "verify STORE"])
+@pytest.mark.parametrize("command", ["inspect STORE --json", "verify STORE"])
 def test_a_result_that_can_t_be_printed_is_said_in_one_line(tmp_path, store_path, command):
     line = f"CLI {command.replace('STORE', str(store_path))}"
     status, _, err = shell(f"{line} >&-", cwd=tmp_path)
