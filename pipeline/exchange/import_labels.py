@@ -29,7 +29,7 @@ from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, name
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_no_split, require_outside
 from pipeline.images.listing import has_system_files, list_files, require_same_files
-from pipeline.images.names import as_text, counted, is_hidden, is_system_folder, same, some
+from pipeline.images.names import as_text, is_hidden, is_system_folder
 from pipeline.images.patience import is_file, is_folder, is_there, listed, read_file, status
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
@@ -40,6 +40,7 @@ from pipeline.render.dali import STEPS
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime import threads
 from pipeline.runtime.progress import Progress, say
+from pipeline.runtime.wording import counted, same, some
 
 SEED = 0  # seed of the row order
 AT_ONCE = 1 << 30  # bytes of labels that are held at once

@@ -7,17 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.images.names import (
-    as_text,
-    counted,
-    is_hidden,
-    is_system_folder,
-    may_be_image,
-    same,
-    split_of,
-    told_apart,
-)
+from pipeline.images.names import as_text, is_hidden, is_system_folder, may_be_image, split_of
 from pipeline.images.patience import DataError, is_folder, is_there, listed, status
+from pipeline.runtime.wording import counted, same, told_apart
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from cache.format.manifest import Images
 from pipeline.images.folders import DataFolder, broken_links, class_folders, left_out
 from pipeline.images.names import (
-    counted,
     is_beside,
     is_hidden,
     is_named_image,
@@ -19,14 +18,13 @@ from pipeline.images.names import (
     may_be_image,
     natural,
     on_disk,
-    same,
-    some,
     split_of,
     split_within,
     tells_no_class,
 )
 from pipeline.images.patience import DataError, glimpsed, is_folder, listed
 from pipeline.runtime.progress import say
+from pipeline.runtime.wording import counted, same, some
 
 DEEPEST = 4  # folders between --data and the split that was probably meant
 MOST = 200  # folders that are looked at to find it

@@ -12,17 +12,10 @@ import numpy as np
 
 from cache.format.manifest import USABLE, Images, printable_paths
 from pipeline.images.folders import DataFolder, class_folders
-from pipeline.images.names import (
-    as_text,
-    counted,
-    is_hidden,
-    is_system_path,
-    on_disk,
-    same,
-    some,
-)
+from pipeline.images.names import as_text, is_hidden, is_system_path, on_disk
 from pipeline.images.patience import DataError, is_folder, listed, status
 from pipeline.runtime.progress import Progress
+from pipeline.runtime.wording import counted, same, some
 
 # Threads that list folders on another machine's disk, where listing is mostly waiting.
 # On a local disk they would only wait for each other.

@@ -1,12 +1,10 @@
-"""Read names of files and folders: as text whatever the locale, equal whatever their
-Unicode normalisation, and left out if a system made them."""
+"""Read names of files and folders: as text whatever the locale, left out if a system
+made them, and for what they tell of a split or a kind of file."""
 
 from __future__ import annotations
 
 import os
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
 from functools import cache
 
 from PIL import Image
@@ -59,7 +57,6 @@ TEXT_NAMES = frozenset(  # of files without a suffix that are no images
         *("license", "licence", "makefile", "notice", "readme"),
     )
 )
-FEW = 3  # names shown of a longer list
 
 
 def is_hidden(name: str) -> bool:
@@ -158,33 +155,6 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def same(name: str) -> str:
-    """Return the form of a name by which names are compared. macOS, and archives made
-    there, write é as two characters; elsewhere é is one (Unicode's NFD and NFC)."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
-
-
-def told_apart(*names: str) -> tuple[str, ...]:
-    """Return names as a message shows them: those that look like each other with
-    escapes for everything beyond ASCII, and all in quotes if spaces tell them apart."""
-    looks = [unicodedata.normalize("NFKC", name).strip() for name in names]
-    if len(set(looks)) == len(set(names)):
-        return names
-    return tuple(ascii(name) for name in names)
-
-
-def some(names: Iterable[str], few: int = FEW) -> str:
-    """Return the first few of several names, for a message. A name that begins or ends
-    with a blank is in quotes."""
-    listed: Sequence[str] = [name if name == name.strip() else repr(name) for name in names]
-    return ", ".join(listed[:few]) + (", …" if len(listed) > few else "")
-
-
-def counted(n: int, what: str, several: str | None = None) -> str:
-    """Return a number with its noun: 1 class, 2 classes."""
-    return f"{n:,} {what if n == 1 else several or what + 's'}"
 
 
 def natural(name: str) -> str:

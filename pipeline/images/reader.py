@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from cache.format.manifest import Images
-from pipeline.images.names import as_text, on_disk, same
+from pipeline.images.names import as_text, on_disk
 from pipeline.images.patience import DataError, listed, read_file
 from pipeline.render.dali import NoMemory, RenderError, lacks_memory
 from pipeline.runtime.threads import threads_for
+from pipeline.runtime.wording import same
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"
 # For images whose manifest is made at each start.

@@ -20,6 +20,7 @@ from pipeline.config import ModelSpec
 from pipeline.models import stand_ins
 from pipeline.models.model import METADATA, ModelError
 from pipeline.models.stand_ins import StandIn
+from pipeline.runtime.wording import some
 
 Tensors = dict[str, torch.Tensor]  # a state dict: name → tensor
 TIMM = ("state_dict_ema", "model_ema", "state_dict", "model")  # entries in timm's order
@@ -136,7 +137,7 @@ class Checkpoint:
                 raise ModelError(
                     f"{self.path} has no entry {self.entry!r}; "
                     + (
-                        f"its weights are in {_listed(there)}: pass {self.path}#{there[0]}"
+                        f"its weights are in {some(there, LISTED)}: pass {self.path}#{there[0]}"
                         if there
                         else f"its weights are in no entry: pass {self.path}"
                     )
@@ -151,8 +152,8 @@ class Checkpoint:
         if len(found) > 1:
             names = [fit.name or fit.entry for fit in found]
             raise ModelError(
-                f"{self.path} holds several sets of weights for {model}: {_listed(names)}; choose "
-                f"one, like {self.path}#{names[0]}"
+                f"{self.path} holds several sets of weights for {model}: "
+                f"{some(names, LISTED)}; choose one, like {self.path}#{names[0]}"
             )
         return found[0] if found else None
 
@@ -200,11 +201,6 @@ class Checkpoint:
             f"{len(left)} of {len(self.sets[taken.entry])} tensors of {self.path} lie outside of "
             f"{taken.prefix} and were left out, the first is {left[0]}"
         ]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def fitting(tensors: Tensors, own: Collection[str]) -> dict[str, Tensors]:
@@ -450,7 +446,7 @@ def described(content: object) -> str:
     """Say what a file holds: its entries, with the kind of each."""
     if isinstance(content, Mapping) and content:
         entries = [f"{key} ({_kind_of(value)})" for key, value in content.items()]
-        return _listed(entries)
+        return some(entries, LISTED)
     return _kind_of(content)
 
 

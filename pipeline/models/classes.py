@@ -3,15 +3,13 @@ in the order of a data set's classes."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from pipeline.models.model import Model, ModelError
-
-SHOWN = 3  # class names that a message shows
+from pipeline.runtime.wording import same, some
 
 
 def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
@@ -57,7 +55,7 @@ def difference(one: str, names: Sequence[str], another: str, others: Sequence[st
         for whose, own, other in ((one, names, there), (another, others, here))
     ]
     if any(lone for _, lone in only):
-        return ", ".join(f"only {whose} has {_few(lone)}" for whose, lone in only if lone)
+        return ", ".join(f"only {whose} has {some(lone)}" for whose, lone in only if lone)
     for i, (a, b) in enumerate(zip(names, others, strict=False)):
         if not same_names([a], [b]):
             return f"class {i} is {a} in {one} and {b} in {another}"
@@ -97,9 +95,4 @@ def reorder_head(module: nn.Module, heads: Sequence[str], rows: Sequence[int]) -
 
 
 def _plain(names: Sequence[str]) -> list[str]:
-    return [unicodedata.normalize("NFC", name) for name in names]
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return list(map(same, names))

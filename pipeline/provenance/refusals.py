@@ -15,7 +15,6 @@ from cache.format.schema import architecture, first_difference
 from pipeline.config import Config
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_images
-from pipeline.images.names import same, some, told_apart
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.models.model import Model
@@ -24,6 +23,7 @@ from pipeline.provenance.fingerprint import fingerprint
 from pipeline.render.dali import GPU_BACKENDS
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import rounding
+from pipeline.runtime.wording import same, some, told_apart
 
 # The decoder of versions up to 0.6, on a GPU.
 OLD_DECODER = "DALI's own choice of decoder, which made an image's pixels depend on its batch"

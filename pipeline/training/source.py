@@ -19,7 +19,6 @@ from pipeline.config import Config, ConfigError, CropPolicy, CutMix
 from pipeline.images.folders import DataFolder, class_folders
 from pipeline.images.layout import map_classes
 from pipeline.images.listing import require_same_files
-from pipeline.images.names import same, some
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.classes import known_classes
@@ -34,6 +33,7 @@ from pipeline.provenance.refusals import (
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import say
+from pipeline.runtime.wording import same, some
 from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.sampling.epoch_order import blocks_of
 

@@ -92,7 +92,7 @@ def train(
                 f"or more"
             )
         state = processes.first(lambda: state_of_run(out, config, source))
-        validated = find_validation(data, validation, source, processes, scans[1])
+        validated = find_validation(data, validating, source, processes, scans[1])
         student = processes.together(lambda: _student(config, source))
         for line in [*student.introduction("student"), *_unusual(config, source)]:
             say(line)
@@ -139,25 +139,23 @@ def _train_epochs(run: Run) -> dict:
 
 def find_validation(
     data: DataFolder,
-    other: Path | None,
+    folder: Path | None,
     source: Source,
     processes: Processes = ALONE,
     before: Scanned | None = None,
 ) -> Validation | None:
-    """Find the images to validate on: those of ``other``, or of val/ beside the
-    training images.
+    """Scan the images to validate on.
 
-    Returns None if there is neither. before: an earlier start's scan of the folder.
-    Raises DataError.
+    folder: the class folders of this machine; None: there are none, and that is said.
+    before: an earlier start's scan of the folder. Raises DataError.
     """
-    folder = processes.together(lambda: _validation_folder(data, other))
     if not processes.first(lambda: folder is not None):
         processes.first(
             lambda: say(f"no validation: {_why_unvalidated(data)}, and no --val-data was given")
         )
         return None
-    folder = processes.together(lambda: _required(folder, data))
-    mine = DataFolder(folder, source.data.class_names, mapped=True)
+    found = processes.together(lambda: _required(folder, data))
+    mine = DataFolder(found, source.data.class_names, mapped=True)
     return Validation(mine, processes.first(lambda: _to_validate_on(mine, source, before)))
 
 

@@ -18,7 +18,7 @@ from support.small import CLASSES, CPU, changed, tree, write_photos, write_teach
 from support.stages import generate, train
 
 from cache import LabelStore
-from pipeline.images import folders, layout, names
+from pipeline.images import folders, layout
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import (
     map_classes,
@@ -32,6 +32,7 @@ from pipeline.images.listing import list_files, require_same_files
 from pipeline.images.patience import DataError
 from pipeline.images.scan_cache import Scanned
 from pipeline.inspection.relabel import recheck
+from pipeline.runtime import wording
 
 
 @pytest.fixture
@@ -533,7 +534,7 @@ def test_names_that_look_the_same_are_shown_apart(tmp_path):
     ],
 )
 def test_only_names_that_look_the_same_are_escaped(several, shown):
-    assert names.told_apart(*several) == shown
+    assert wording.told_apart(*several) == shown
 
 
 LOCALES = {
