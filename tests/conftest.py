@@ -22,7 +22,7 @@ SLOW = {
     *("test_killed", "test_power_loss", "test_workers", "test_merge", "test_verify"),
     *("test_hostile", "test_photographs", "test_compile", "test_generate", "test_relabel"),
     *("test_online", "test_fidelity", "test_processes", "test_student", "test_discriminator"),
-    "test_validating",
+    *("test_validating", "test_scan_cache", "test_folders", "test_checkpoints"),
     *("test_bench", "test_study", "test_docs", "test_recipes", "test_cli", "test_wheel"),
     *(
         "test_surroundings",

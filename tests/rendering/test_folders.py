@@ -105,6 +105,14 @@ def test_one_folder_of_images_inside_each_class_is_no_obstacle(tmp_path):
         require_class_folders(DataFolder.find(tmp_path, "train"))
 
 
+def test_a_split_of_one_class_beside_a_class_is_no_class(tmp_path):
+    for place in ("training/ant", "bee"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"has 1 folder that holds folders .* \(training\)"):
+        require_class_folders(DataFolder.find(tmp_path, "train"))
+
+
 def test_folders_of_folders_that_a_class_map_names_are_classes(small, tmp_path):
     data = moved(small, train="animals/wild", val="animals/tame")
     (tmp_path / "map.txt").write_text("animals\nplants\n")
