@@ -105,7 +105,7 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any])
             "format": FORMAT,
             "format_version": format_version(attributes["provenance"]),
             "views": views,
-            "how_to_read": how_to_read(attributes["codec"], mixed),
+            "how_to_read": how_to_read(attributes["provenance"], mixed),
             "record_fields": [
                 [name, RECORD[name].base.str, list(RECORD[name].shape)]
                 for name in RECORD.names or ()

@@ -190,6 +190,12 @@ class Render(Section):
         "GPU's JPEG decoder for baseline JPEGs: an experiment, not yet seen on a card). Crops of "
         "a store are rendered on the backend that the store was made on",
     )
+    resize: Literal["pillow", "dali"] | None = Field(
+        None,
+        description="who resizes crops: pillow (integer arithmetic on the CPU, the pixels that "
+        "Pillow makes), or dali (on a GPU always; on the CPU for stores that began before version "
+        "0.10). null: as the store or the run was begun, otherwise pillow on the CPU",
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -201,6 +207,15 @@ class Render(Section):
         description="a larger image is left out: it may be a decompression bomb, and takes 3 bytes "
         "a pixel in every decoder thread",
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Render:
+        if self.resize == "pillow" and self.backend != "cpu":
+            raise ValueError(
+                f"render.resize pillow needs render.backend cpu, got {self.backend}; leave "
+                "render.resize out"
+            )
+        return self
 
 
 class Discriminator(Section):

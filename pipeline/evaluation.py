@@ -19,7 +19,7 @@ from pipeline.images.scan import scan, unusable_summary
 from pipeline.models.classes import known_classes
 from pipeline.models.model import Model, mean_softmax
 from pipeline.models.weights import load
-from pipeline.render.dali import CentreRenderer
+from pipeline.render.renderer import CentreRenderer
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.device_transfer import Sender, Sent
 from pipeline.runtime.distributed import Processes

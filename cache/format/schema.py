@@ -33,10 +33,12 @@ import zarr
 
 FORMAT = "meal-v2-label-store"
 ENTRY = "entry"  # of a teacher: the part of a file that held its weights; for people alone
-VERSION, IMPORTED, ON_GPU = 3, 4, 5  # versions of new stores (format_version)
+# Versions of new stores (format_version)
+VERSION, IMPORTED, ON_GPU, FIXED_POINT = 3, 4, 5, 6
 # Versions that can be read. 2 added CutMix, 3 the seal, 4 labels that others made (of
-# whose making less is known), 5 TF32 and the hardware decoder of GPUs.
-VERSIONS = (1, 2, 3, 4, 5)
+# whose making less is known), 5 TF32 and the hardware decoder of GPUs, 6 crops resized
+# in integer arithmetic.
+VERSIONS = (1, 2, 3, 4, 5, 6)
 SEALED = 3  # first version with a seal
 
 # The arrays that are kept per crop beside its label: dtype, and the names of the
@@ -124,11 +126,13 @@ def architecture(name: str) -> str:
 def format_version(provenance: dict[str, Any]) -> int:
     """Return the format version of a new store of this provenance: the lowest version,
     from ``VERSION`` on, whose readers know everything that the provenance names."""
+    renderer = provenance.get("renderer", {})
     on_gpu = (
-        provenance.get("renderer", {}).get("backend") == "gpu-hardware"
+        renderer.get("backend") == "gpu-hardware"
         or provenance["compute"].get("precision") == "tf32"
     )
     own = [ON_GPU] * on_gpu + [IMPORTED] * ("imported" in provenance)
+    own += [FIXED_POINT] * (renderer.get("resize") == "pillow")
     return max([VERSION, *own, *map(format_version, provenance.get("merged", ()))])
 
 
@@ -189,12 +193,13 @@ def array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return found.with_config({"write_empty_chunks": True})
 
 
-def how_to_read(codec: dict[str, Any], mixed: bool) -> str:
+def how_to_read(provenance: dict[str, Any], mixed: bool) -> str:
     """Return the attribute ``how_to_read``, which explains the arrays to a reader
     without this project."""
+    codec = provenance["codec"]
     return (
-        MIXING
-        * mixed
+        MIXING * mixed
+        + RESIZING * (provenance["renderer"].get("resize") == "pillow")
         + "labels[view, image] are codes q of the mean softmax of the teachers for the crop "
         "boxes[view, image] (top, left, height, width in pixels "
         "of the decoded image), mirrored left-right if flips[view, image]. Decode a row, with the "
@@ -205,6 +210,14 @@ def how_to_read(codec: dict[str, Any], mixed: bool) -> str:
     )
 
 
+RESIZING = (
+    "The pixels that the teachers saw, byte by byte, in Pillow: image.convert('RGB').crop((left, "
+    "top, left + width, top + height)).resize((size, height), filter).resize((size, size), "
+    "filter), and transpose(FLIP_LEFT_RIGHT) if flips; filter is BILINEAR or BICUBIC, as "
+    "provenance.crops.interpolation says; size is the image_size of each of provenance.teachers; "
+    "with provenance.crops.exif apply, ImageOps.exif_transpose comes first. torch's resize of "
+    "uint8 with antialias=True is at most one level of 255 away, with bicubic two. "
+)
 MIXING = (
     "CutMix: the teachers saw the crop of boxes and flips below, resized to size x size pixels, "
     "with a rectangle of the crop of the row mix_partner[view, image] "

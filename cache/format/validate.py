@@ -158,7 +158,10 @@ def shape_of_attributes(imported: bool) -> dict[str, Shape]:
             "cutmix?": {"prob": number(1e-9, 1), "beta": number(1e-9, 100)},
             "views?": never,  # The number of views grows, so it is no part of the recipe.
         },
-        "renderer": {"backend": one_of("cpu", "gpu", "gpu-hardware")},
+        "renderer": {
+            "backend": one_of("cpu", "gpu", "gpu-hardware"),
+            "resize?": one_of("pillow"),
+        },
         "codec": CODEC,
         "compute": {
             **(UNKNOWN_COMPUTE if imported else COMPUTE),

@@ -36,8 +36,8 @@ from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
 from pipeline.provenance.fingerprint import fingerprint_rows
 from pipeline.provenance.refusals import require_same_classes
-from pipeline.render.dali import STEPS
-from pipeline.render.settings import RenderSettings
+from pipeline.render.renderer import record
+from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime import threads
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.wording import counted, same, some
@@ -112,6 +112,7 @@ def import_labels(
             raise StoreError(
                 f"{path} holds labels that were made here; choose another --store for imported ones"
             )
+        about["renderer"] = record(RenderSettings(resize=resize_of(store.provenance)))
         for section, wanted in about.items():
             if difference := schema.first_difference(section, store.provenance[section], wanted):
                 where, theirs, ours = difference
@@ -266,6 +267,15 @@ def _size(file: Path) -> int:
     return found.st_size
 
 
+def _resizes_of(path: Path) -> list[str]:
+    """Return who resizes a store's crops: as the store was begun, as far as its
+    description can be read; otherwise the possible ones, the likely one first."""
+    attributes, _ = repair.attributes_of(path)
+    if attributes:
+        return [resize_of(attributes["provenance"])]
+    return ["pillow", "dali"] if path.exists() else ["pillow"]
+
+
 def _about(source: _Source, known: Known, codec: dict) -> dict:
     """Assemble the provenance of imported labels. Unknown values are null."""
     one = {
@@ -287,7 +297,7 @@ def _about(source: _Source, known: Known, codec: dict) -> dict:
             "interpolation": known.interpolation,
             "exif": "ignore",
         },
-        "renderer": {"backend": "cpu", "steps": STEPS},
+        "renderer": record(RenderSettings()),
         "codec": codec,
         "compute": dict.fromkeys(("batch_size", "precision", "device")),
     }
@@ -297,24 +307,28 @@ def _opened(
     path: Path, data: DataFolder, source: _Source, about: dict, before: Scanned
 ) -> StoreWriter:
     """Open the store, create it, or rebuild its description."""
-    for every in (False, True):
+    tries = [(every, resize) for every in (False, True) for resize in _resizes_of(path)]
+    for every, resize in tries:
 
-        def make(at: Path, views: int, every: bool = every) -> None:
+        def make(at: Path, views: int, every: bool = every, resize: str = resize) -> None:
+            settings = RenderSettings(interpolation=about["crops"]["interpolation"], resize=resize)
             found = scan(
                 replace(data, mapped=True),  # looked at before, unless a store is mended
-                RenderSettings.of_provenance(about),
+                settings,
                 order_seed=SEED,
                 before=before,
                 every=every,
             )
-            _create(at, data, source, about, found, max(source.views, views))
+            origin = about | {"renderer": record(settings)}
+            _create(at, data, source, origin, found, max(source.views, views))
 
         try:
             return repair.opened(path, make, say)
         except BusyStore:
             raise
         except StoreError:
-            if every or not path.exists() or not has_system_files(data):
+            left = tries[tries.index((every, resize)) + 1 :]
+            if not path.exists() or not left or (left[0][0] and not has_system_files(data)):
                 raise
     raise AssertionError
 

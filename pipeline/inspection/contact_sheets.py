@@ -18,7 +18,7 @@ from pipeline.images import reader
 from pipeline.images.reader import Reader
 from pipeline.inspection.statistics import Survey
 from pipeline.inspection.stored_crops import pixels_of
-from pipeline.render.dali import CropRenderer
+from pipeline.render.renderer import CropRenderer
 from pipeline.render.settings import RenderSettings
 
 CARDS = 12  # cards on a sheet, at most

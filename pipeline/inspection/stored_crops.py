@@ -11,8 +11,8 @@ from cache import LabelStore
 from cache.format.crops import Crops
 from pipeline.images import reader
 from pipeline.images.reader import Reader
-from pipeline.render.dali import CropRenderer
 from pipeline.render.mixing import paste_all
+from pipeline.render.renderer import CropRenderer
 from pipeline.render.settings import RenderSettings
 
 

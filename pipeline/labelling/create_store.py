@@ -34,23 +34,35 @@ def repair_store(work: Labelling, path: Path) -> None:
     this command.
     """
 
-    for every in (False, True):
+    named, backend = work.config.render.resize, work.config.render.backend
+    # Before version 0.10 DALI resized.
+    resizes = [named] if named else ["pillow", "dali"] if backend == "cpu" else ["dali"]
+    tries = [(r, every) for every in (False, True) for r in resizes]
+    if not has_system_files(work.data):
+        tries = tries[: len(resizes)]
+    for resize, every in tries:
+        tried = replace(
+            work,
+            config=description.with_resize(work.config, resize),
+            data=replace(work.data, mapped=True),  # accepted once, by the store
+        )
 
-        def make(fresh: Path, kept: dict | None, views: int, every: bool = every) -> None:
+        def make(
+            fresh: Path,
+            kept: dict | None,
+            views: int,
+            tried: Labelling = tried,
+            every: bool = every,
+        ) -> None:
             create_store(
-                replace(work, data=replace(work.data, mapped=True)),  # accepted once, by the store
-                fresh,
-                kept=kept,
-                views=views,
-                before=Scanned.beside(path),
-                every=every,
+                tried, fresh, kept=kept, views=views, before=Scanned.beside(path), every=every
             )
 
         try:
             repair.remake(path, make, say)
             break
         except StoreError:
-            if every or not has_system_files(work.data):
+            if (resize, every) == tries[-1]:
                 raise
     if left := opened(path)[1]:
         raise StoreError(left)

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from cache import LabelStore, repair
@@ -29,6 +30,7 @@ from pipeline.labelling.stream import Labeller, place_of
 from pipeline.models.classes import known_classes
 from pipeline.models.weights import load_teachers
 from pipeline.provenance import refusals
+from pipeline.provenance.description import as_begun
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import require_precision
 from pipeline.runtime.profiling import LABELLING, advice_on_labelling, report
@@ -105,6 +107,8 @@ def generate(
                 "grow",
             )
             writer = StoreWriter(path)
+        begun = as_begun(config, writer.store.provenance)
+        work = replace(work, config=begun)
         _require_same(work, writer.store)
         writer = grown(writer, config.crops.views, share.leads)
         doubtful = _discard_damaged(writer, share, config.render.threads) if check else []

@@ -29,10 +29,10 @@ from pipeline.labelling.shares import Share
 from pipeline.models.classes import known_classes
 from pipeline.models.model import Model, ModelError, ensemble
 from pipeline.models.weights import load, load_teachers
-from pipeline.provenance.description import layout_of
+from pipeline.provenance.description import as_begun, layout_of
 from pipeline.provenance.refusals import require_class_count, require_same_recipe
 from pipeline.render import dali
-from pipeline.render.dali import CropRenderer, Rendered
+from pipeline.render.renderer import CropRenderer, Rendered
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.progress import say
@@ -330,7 +330,8 @@ def _finished(
         if store.made_by != "generate-labels":
             raise StoreError(f"it was made by {store.made_by}; choose another --store")
         if teachers:
-            require_same_recipe(store, config, teachers, device)
+            begun = as_begun(config, store.provenance)
+            require_same_recipe(store, begun, teachers, device)
     except MealError as error:
         say(f"{path} is not counted: {error}")
         return 0.0

@@ -26,8 +26,8 @@ from pipeline.images.reader import Reader
 from pipeline.labelling.inputs import Labelling
 from pipeline.labelling.shares import Unit
 from pipeline.models.model import ModelError, ensemble
-from pipeline.render.dali import BLANK, CropRenderer
 from pipeline.render.mixing import paste_all
+from pipeline.render.renderer import BLANK, CropRenderer
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.device_transfer import Returning, Sender, Sent
 from pipeline.runtime.precision import fixed_shapes
@@ -267,7 +267,7 @@ class Labeller:
             with self.clock.part("read"):
                 blobs = iter(self.read(job.rows[cut][usable]))
             filled = [next(blobs) if good else BLANK for good in usable]
-            with self.clock.part("render"), reader.naming(self.store.images, job.rows[cut]):
+            with reader.naming(self.store.images, job.rows[cut]):
                 views = self._renderer(len(job.unit.views))(filled, *job.rendered_at(cut))
             yield cut, views
 
@@ -306,6 +306,7 @@ class Labeller:
                 RenderSettings.of_config(self.config),
                 # Pasting makes new tensors, so pinned tensors would be of no use.
                 pinned=self.send.device.type == "cuda" and not self.store.mixed,
+                clock=self.clock,
             )
         return self.renderers[views]
 

@@ -21,8 +21,9 @@ from pipeline.images.folders import DataFolder
 from pipeline.images.reader import Reader
 from pipeline.models.model import Model
 from pipeline.provenance.fingerprint import fingerprint, fingerprint_rows
-from pipeline.render.dali import DECODERS, GPU_BACKENDS, STEPS, dali_version
-from pipeline.render.settings import RenderSettings
+from pipeline.render.dali import GPU_BACKENDS, dali_version
+from pipeline.render.renderer import record
+from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.sampling.random_crop import TRIES
 
 
@@ -42,11 +43,7 @@ def recipe(config: Config, codec: Codec, teachers: list[Model], device: torch.de
     return {
         "teachers": [teacher.describe() for teacher in teachers],
         "crops": {"policy": "random-resized-crop", "tries": TRIES, **policy},
-        "renderer": {
-            "backend": config.render.backend,
-            "steps": STEPS,
-            **DECODERS.get(config.render.backend, {}),
-        },
+        "renderer": record(RenderSettings.of_config(config)),
         "codec": codec.describe(),
         "compute": compute,
     }
@@ -107,12 +104,26 @@ def describe_store(
     }
 
 
+def as_begun(config: Config, provenance: dict) -> Config:
+    """Complete a config with the resize that a store was begun with, unless the config
+    names one."""
+    if config.render.resize:
+        return config
+    return with_resize(config, resize_of(provenance))
+
+
+def with_resize(config: Config, resize: str) -> Config:
+    """Return a config with another ``render.resize``."""
+    render = config.render.model_copy(update={"resize": resize})
+    return config.model_copy(update={"render": render})
+
+
 def made_with(*, gpu: bool = False) -> dict[str, str]:
     """Return the versions of the software that makes a store and, with ``gpu``, also
     the GPU (``gpu_facts``). Fingerprints and digests decide whether another version
     matters."""
     versions = {"python": platform.python_version(), "dali": dali_version}
-    for name in ("torch", "timm", "numpy", "scipy", "zarr"):
+    for name in ("torch", "timm", "numpy", "numba", "scipy", "zarr"):
         versions[name] = version(name)
     return versions | (gpu_facts() if gpu else {})
 

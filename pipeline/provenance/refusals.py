@@ -21,7 +21,7 @@ from pipeline.models.model import Model
 from pipeline.provenance.description import made_with, recipe
 from pipeline.provenance.fingerprint import fingerprint
 from pipeline.render.dali import GPU_BACKENDS
-from pipeline.render.settings import RenderSettings
+from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime.precision import rounding
 from pipeline.runtime.wording import same, some, told_apart
 
@@ -73,6 +73,12 @@ def require_same_recipe(
     """Raise StoreError if this command differs from the command that made the store.
     The message names the first difference."""
     now = recipe(config, CODECS[config.store.codec], teachers, device)
+    resizes = resize_of(store.provenance), resize_of(now)
+    if store.provenance["renderer"]["backend"] == config.render.backend and len(set(resizes)) > 1:
+        raise StoreError(
+            f"{store.path} was made with render.resize {resizes[0]}, this is {resizes[1]}; leave "
+            f"render.resize out, or generate a new store"
+        )
     for theirs, ours in zip(store.provenance["teachers"], now["teachers"], strict=False):
         if theirs["weights"] == ours["weights"] and architecture(theirs["model"]) == architecture(
             ours["model"]

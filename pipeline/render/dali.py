@@ -1,10 +1,8 @@
-"""Render crops: encoded images and crops → uint8 pixels. Teachers, student and
-evaluation all see the pixels of this renderer. Only this module uses DALI.
+"""Run DALI, which decodes images and, on a GPU, resizes crops too. Only this module and
+dali_resize.py use DALI.
 
-A crop is cut out of the decoded image and then resized (``fn.resize`` with a region
-gives other pixels). On the CPU, where only one crop of an image is needed, only the
-crop's region is decoded; its pixels equal the whole decode's bit for bit. Pixels depend
-neither on the batch nor on the number of threads.
+On the CPU an image's decoded pixels depend neither on the batch nor on the number of
+threads, and a region's pixels equal the whole decode's bit for bit.
 
 A GPU has two JPEG decoders, whose pixels differ: one in CUDA, one in hardware. By
 default DALI gives the largest 65 % of a batch to the hardware, so that an image's
@@ -37,14 +35,8 @@ from nvidia.dali import fn, types
 from cache.errors import MealError
 from pipeline.render.hardware_jpeg import hardware_engines, is_baseline_jpeg
 from pipeline.render.settings import RenderSettings
-from pipeline.runtime.threads import threads_for
 
-# The steps from a decoded image to a crop, in order, as a store records them.
-STEPS = "slice, resize with anti-aliasing, flip"
 dali_version: str = dali.__version__
-# A black pixel (PPM). It is rendered in place of an unusable image, so that the other
-# images keep their places in the batch.
-BLANK = b"P6 1 1 255\n\0\0\0"
 GPU_BACKENDS = ("gpu", "gpu-hardware")
 # Settings of each backend that change pixels, as a store records them beside the
 # backend's name.
@@ -55,14 +47,10 @@ DECODERS = {
         "CUDA (0.0)"
     },
 }
-# A longer image, in multiples of its shorter side, is thin: evaluation resizes only its
-# central square. Another number would change the pixels of evaluations.
-THIN = 8
 # What DALI says when it gets no memory, or no thread for want of memory.
 _FULL = re.compile(
     "out of memory|bad_alloc|an't allocate|MemoryAllocation|Resource temporarily unavailable"
 )
-_INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 class RenderError(MealError):
@@ -82,24 +70,25 @@ class NoMemory(RenderError):
     """A failure to render for want of memory on the CPU."""
 
 
-class _Graph:
+class Graph:
     """Runs DALI pipelines on encoded images, and rebuilds them after an undecodable
     image has killed them.
 
     Only ``gpu-hardware`` has two pipelines: one for the hardware decoder, one for CUDA.
-    pinned: a renderer on the CPU puts its results into pinned memory, from where they
-    go to a GPU without another copy.
     """
 
-    def __init__(self, batch_size: int, settings: RenderSettings, *, pinned: bool = False) -> None:
+    # If true, outputs are valid as long as somebody holds them; otherwise, on a CPU, up
+    # to the next run.
+    lasting = False
+
+    def __init__(self, batch_size: int, settings: RenderSettings) -> None:
         self.batch_size, self.settings, self.threads = (
             batch_size,
             settings,
-            threads_for(settings.threads),
+            settings.decoder_threads,
         )
         self.backend = backend = settings.backend
         self.gpu, self.divides = backend in GPU_BACKENDS, backend == "gpu-hardware"
-        self.pinned = pinned and not self.gpu
         if self.gpu and not torch.cuda.is_available():
             raise RenderError(
                 f"pixels rendered on a GPU (render.backend: {backend}) need one, and torch finds "
@@ -228,30 +217,11 @@ class _Graph:
             for _, copied in self.lent.values():
                 copied.synchronize()
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """Allocate memory for results, uint8, on the renderer's device."""
-        try:
-            if self.gpu or self.pinned:
-                return torch.empty(
-                    shape,
-                    dtype=torch.uint8,
-                    device=self.device if self.gpu else "cpu",
-                    pin_memory=self.pinned,
-                )
-            # Allocated by numpy, which asks for huge pages; torch doesn't.
-            return torch.from_numpy(np.empty(shape, np.uint8))
-        except torch.OutOfMemoryError:  # of a GPU
-            raise
-        except (RuntimeError, MemoryError, ValueError):
-            # A stranger's store may ask for more memory than there is.
-            raise NoMemory(
-                f"pictures of {' × '.join(map(str, shape))} bytes don't fit into memory"
-            ) from None
-
     def _built(self, hardware: bool) -> dali.Pipeline:
-        # On a GPU DALI's default executor returns outputs without waiting for them, and
-        # lets them be kept. On the CPU it has no advantage here.
-        executor = {} if self.gpu else {"exec_async": False, "exec_pipelined": False}
+        # DALI's default executor lets outputs be kept, and on a GPU it returns them
+        # without waiting for them.
+        default = self.gpu or self.lasting
+        executor = {} if default else {"exec_async": False, "exec_pipelined": False}
         pipe = dali.Pipeline(
             batch_size=self.batch_size,
             num_threads=self.threads,
@@ -281,6 +251,24 @@ class _Graph:
             **where,
         )
 
+    def region(self, encoded: dali.data_node.DataNode, name: object) -> dali.data_node.DataNode:
+        """Decode only a region of each image, on the CPU. The arguments ``start{name}``
+        and ``shape{name}`` of ``run`` are int32 [n, 2], its top and left, and its
+        height and width, in pixels."""
+        start, shape = (
+            fn.external_source(name=f"{what}{name}", dtype=types.INT32, ndim=1)
+            for what in ("start", "shape")
+        )
+        return fn.decoders.image_slice(
+            encoded,
+            start=start,
+            shape=shape,
+            axes=[0, 1],
+            output_type=types.RGB,
+            adjust_orientation=self.settings.exif == "apply",
+            jpeg_fancy_upsampling=True,
+        )
+
     def _culprit(self, blobs: Sequence[bytes]) -> tuple[int | None, bool]:
         """Find the image that can't be decoded, by decoding each image alone, on the
         CPU and on the renderer's own backend. Returns the image's place, None if it
@@ -293,167 +281,50 @@ class _Graph:
         return 0 if len(blobs) == 1 else None, False
 
 
-class CropRenderer(_Graph):
-    """Renders crops of images at one or several output sizes, from one decode per
-    image. sizes: in pixels. views: crops of each image."""
+class Decoder(Graph):
+    """Decodes images on the CPU: whole, or with ``regions`` a region of each."""
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        views: int,
-        batch_size: int,
-        settings: RenderSettings,
-        *,
-        pinned: bool = False,
-    ) -> None:
-        super().__init__(batch_size, settings, pinned=pinned)
-        self.sizes, self.views = sorted(set(sizes)), views
+    lasting = True
+
+    def __init__(self, batch_size: int, settings: RenderSettings, *, regions: bool) -> None:
+        super().__init__(batch_size, settings)
+        self.regions = regions
 
     def define(
         self, encoded: dali.data_node.DataNode, decode: Callable
     ) -> list[dali.data_node.DataNode]:
-        def argument(name: str, dtype: types.DALIDataType, ndim: int) -> dali.data_node.DataNode:
-            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+        return [self.region(encoded, "") if self.regions else decode(encoded)]
 
-        outputs = []
-        image = None if self.views == 1 and not self.gpu else decode(encoded)
-        for view in range(self.views):
-            start, shape = (
-                argument(f"start{view}", types.INT32, 1),
-                argument(f"shape{view}", types.INT32, 1),
-            )
-            flip = argument(f"flip{view}", types.INT32, 0)
-            if image is None:
-                cut = fn.decoders.image_slice(
-                    encoded,
-                    start=start,
-                    shape=shape,
-                    axes=[0, 1],
-                    output_type=types.RGB,
-                    adjust_orientation=self.settings.exif == "apply",
-                    jpeg_fancy_upsampling=True,
-                )
-            else:
-                cut = fn.slice(image, start=start, shape=shape, axes=[0, 1])
-            for size in self.sizes:
-                resized = fn.resize(
-                    cut,
-                    size=[size, size],
-                    interp_type=_INTERPOLATION[self.settings.interpolation],
-                    antialias=True,
-                )
-                outputs.append(fn.flip(resized, horizontal=flip))
-        return outputs
-
-    def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
-        """Render the crops of n images.
-
-        blobs: n encoded images. boxes: int [views, n, 4] top, left, height, width in
-        pixels. flips: bool [views, n]. Returns per view a dict: output size → uint8 [n,
-        size, size, 3], on the renderer's device.
-        """
+    def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray | None = None) -> Decoded:
+        """Decode n images. boxes: int [n, 4], the regions: top, left, height and width
+        in pixels. Raises RenderError."""
         arguments: dict[str, np.ndarray] = {}
-        for view in range(self.views):
-            box = boxes[view].astype(np.int32)
-            arguments |= {
-                f"start{view}": box[:, :2],
-                f"shape{view}": box[:, 2:],
-                f"flip{view}": flips[view].astype(np.int32),
-            }
-        rendered = Rendered(
-            {size: self.empty(self.views, len(blobs), size, size, 3) for size in self.sizes}
-        )
-        self.fill([view[size] for view in rendered for size in self.sizes], blobs, **arguments)
-        return rendered
+        if boxes is not None:
+            boxes = boxes.astype(np.int32)
+            arguments = {"start": boxes[:, :2], "shape": boxes[:, 2:]}
+        (images,) = self.run(blobs, hardware=False, **arguments)
+        return Decoded(images)
 
 
-class Rendered(list[dict[int, torch.Tensor]]):
-    """Rendered crops, a list over views: output size → uint8 [n, size, size, 3].
+class Decoded:
+    """Decoded images in DALI's memory, which isn't copied.
 
-    all_views: the same memory, output size → uint8 [views, n, size, size, 3].
+    table: int64 [n, 3]: the address of each image's pixels, uint8 [height, width, 3],
+    which lasts as long as this object; height, and width in pixels.
     """
 
-    def __init__(self, all_views: dict[int, torch.Tensor]) -> None:
-        self.all_views = all_views
-        views = len(next(iter(all_views.values())))
-        super().__init__(
-            {size: pixels[view] for size, pixels in all_views.items()} for view in range(views)
-        )
+    def __init__(self, images: dali.tensors.TensorListCPU) -> None:
+        self.images = images
+        self.table = np.array(
+            [
+                (image.data_ptr(), *shape[:2])
+                for image, shape in zip(images, images.shape(), strict=True)
+            ],
+            np.int64,
+        ).reshape(-1, 3)
 
 
-class CentreRenderer(_Graph):
-    """Renders evaluation's view: resizes the shorter side to size · 256 / 224 (rounded
-    down, as timm does), then cuts the central square (He et al., arXiv 1512.03385, as
-    in the paper).
-
-    Of a thin image, longer than ``THIN`` times its shorter side, only the central
-    square is resized. Its pixels are those of the whole resize, to one level of 255.
-    The whole resize would take 11 GB for 1 × 60,000 pixels at 224 px.
-
-    looks: (output size in pixels, interpolation) of each model.
-    """
-
-    def __init__(
-        self,
-        looks: Sequence[tuple[int, str]],
-        batch_size: int,
-        settings: RenderSettings,
-        *,
-        pinned: bool = False,
-    ) -> None:
-        super().__init__(batch_size, settings, pinned=pinned)
-        self.looks = sorted(set(looks))
-
-    def define(
-        self, encoded: dali.data_node.DataNode, decode: Callable
-    ) -> list[dali.data_node.DataNode]:
-        image = decode(encoded)
-        outputs = []
-        for i, (size, interpolation) in enumerate(self.looks):
-            low, high, whole = (
-                fn.external_source(name=f"{name}{i}", dtype=types.FLOAT, ndim=1)
-                for name in ("low", "high", "whole")
-            )
-            start = fn.external_source(name=f"start{i}", dtype=types.INT32, ndim=1)
-            resized = fn.resize(
-                image,
-                roi_start=low,
-                roi_end=high,
-                size=whole,
-                interp_type=_INTERPOLATION[interpolation],
-                antialias=True,
-            )
-            outputs.append(fn.slice(resized, start=start, shape=[size, size], axes=[0, 1]))
-        return outputs
-
-    def __call__(
-        self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray
-    ) -> dict[tuple[int, str], torch.Tensor]:
-        """Render n encoded images with decoded heights and widths [n] in pixels: (size,
-        interpolation) → uint8 [n, size, size, 3], on the renderer's device."""
-        arguments: dict[str, np.ndarray] = {}
-        shape = np.stack([height, width], axis=1).astype(np.int64)
-        shorter = shape.min(axis=1, keepdims=True)
-        thin = shape.max(axis=1, keepdims=True) > THIN * shorter
-        for i, (size, _) in enumerate(self.looks):
-            whole = size * 256 // 224 * shape // shorter
-            start = np.rint((whole - size) / 2)
-            # The region of the decoded image that is resized, in its own pixels.
-            low = np.where(thin, start * shape / whole, 0).astype(np.float32)
-            high = np.where(thin, (start + size) * shape / whole, shape).astype(np.float32)
-            arguments |= {
-                f"low{i}": low,
-                # Beyond 16 million pixels float32 has no fractions: one step at least.
-                f"high{i}": np.maximum(high, np.nextafter(low, np.float32(np.inf))),
-                f"whole{i}": np.where(thin, size, whole).astype(np.float32),
-                f"start{i}": np.where(thin, 0, start).astype(np.int32),
-            }
-        made = {look: self.empty(len(blobs), look[0], look[0], 3) for look in self.looks}
-        self.fill(list(made.values()), blobs, **arguments)
-        return made
-
-
-class _OneImage(_Graph):
+class _OneImage(Graph):
     """Examines one image at a time. There is one image per pipeline, and one pipeline
     per thread.
 

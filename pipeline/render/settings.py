@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cache import LabelStore
 from pipeline.config import Config, CropPolicy, Render
+from pipeline.runtime.threads import threads_for
 
 MAX_MEGAPIXELS = 179.0  # Pillow's limit for a decompression bomb, too; 0.5 GB decoded
 
@@ -15,10 +16,12 @@ MAX_MEGAPIXELS = 179.0  # Pillow's limit for a decompression bomb, too; 0.5 GB d
 class RenderSettings:
     """Settings of decoding and resizing.
 
-    interpolation: "bilinear" or "bicubic". exif: "apply" turns photographs by their
-    EXIF orientation, "ignore" doesn't. backend: "cpu", "gpu" or "gpu-hardware".
-    threads: number of threads that read and decode; None: one per core, at most 16
-    (``threads_for``). max_megapixels: a larger image is unusable.
+    resize: "pillow", the pixels that Pillow makes (fixed_point.py), or "dali"; "" takes
+    "pillow" on the CPU and "dali" on a GPU. interpolation: "bilinear" or "bicubic".
+    exif: "apply" turns photographs by their EXIF orientation, "ignore" doesn't.
+    backend: "cpu", "gpu" or "gpu-hardware". threads: number of threads that read and
+    decode; None: one per core, at most 16 (``threads_for``). max_megapixels: a larger
+    image is unusable.
     """
 
     interpolation: str = "bilinear"
@@ -26,12 +29,27 @@ class RenderSettings:
     backend: str = "cpu"
     threads: int | None = None
     max_megapixels: float = MAX_MEGAPIXELS
+    resize: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.resize:
+            object.__setattr__(self, "resize", "pillow" if self.backend == "cpu" else "dali")
+
+    @property
+    def decoder_threads(self) -> int:
+        """Return the number of threads that decode, and of threads that resize."""
+        return threads_for(self.threads)
 
     @classmethod
     def of(cls, crops: CropPolicy, render: Render) -> RenderSettings:
         """Take the settings from two sections of a config."""
         return cls(
-            crops.interpolation, crops.exif, render.backend, render.threads, render.max_megapixels
+            crops.interpolation,
+            crops.exif,
+            render.backend,
+            render.threads,
+            render.max_megapixels,
+            render.resize or "",
         )
 
     @classmethod
@@ -43,12 +61,22 @@ class RenderSettings:
     def of_provenance(cls, provenance: dict, threads: int | None = None) -> RenderSettings:
         """Take the settings that a store's crops were rendered with, from its
         provenance."""
-        crops = provenance["crops"]
+        crops, renderer = provenance["crops"], provenance["renderer"]
         return cls(
-            crops["interpolation"], crops["exif"], provenance["renderer"]["backend"], threads
+            crops["interpolation"],
+            crops["exif"],
+            renderer["backend"],
+            threads,
+            resize=resize_of(provenance),
         )
 
     @classmethod
     def of_store(cls, store: LabelStore, threads: int | None = None) -> RenderSettings:
         """Take the settings that a store's crops were rendered with."""
         return cls.of_provenance(store.provenance, threads)
+
+
+def resize_of(provenance: dict) -> str:
+    """Return who resized a store's crops: "pillow" or "dali". Before version 0.10 DALI
+    was the only one, and stores don't name it."""
+    return provenance["renderer"].get("resize", "dali")

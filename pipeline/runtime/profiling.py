@@ -25,9 +25,10 @@ MUCH = 0.1  # share of the time above which a wait is worth advice
 _END: Any = object()
 # Parts of a stage: first the parts of the thread that feeds the model, then the parts
 # of other threads.
+RENDERING = ("decode", "resize", "decode and resize")
 LABELLING = (
     ("teachers", "wait for crops", "wait for the writer"),
-    ("read", "render", "mix", "send", "code", "write"),
+    ("read", *RENDERING, "mix", "send", "code", "write"),
 )
 TRAINING = (
     (
@@ -38,7 +39,7 @@ TRAINING = (
         "validate",
         "save",
     ),
-    ("labels", "read", "render", "mix", "send"),
+    ("labels", "read", *RENDERING, "mix", "send"),
 )
 
 
@@ -67,9 +68,10 @@ class Clock:
         self.begun = time.perf_counter()
 
     @contextmanager
-    def part(self, name: str, *, of_model: bool = False) -> Iterator[None]:
+    def part(self, name: str, *, of_model: bool = False, among: int = 1) -> Iterator[None]:
         """Add the time of a block to a part. of_model: the block runs the model, so an
-        exact clock waits for the GPU."""
+        exact clock waits for the GPU. among: so many threads share the part's work, and
+        each adds its share of the time."""
         begun = time.perf_counter()
         try:
             yield
@@ -77,7 +79,7 @@ class Clock:
                 self.settle()
         finally:
             with self.lock:
-                self.seconds[name] += time.perf_counter() - begun
+                self.seconds[name] += (time.perf_counter() - begun) / among
 
     def waits(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Yield the items, and add the time of waiting for each item to the part

@@ -13,8 +13,8 @@ import torch
 from cache.format.crops import BoxesAndFlips, Crops, Mixes
 from pipeline.config import CutMix, Train
 from pipeline.images.reader import Reader, naming
-from pipeline.render.dali import CropRenderer, Rendered
 from pipeline.render.mixing import paste_all
+from pipeline.render.renderer import CropRenderer, Rendered
 from pipeline.runtime.device_transfer import Sender, Sent
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.threads import ahead
@@ -155,7 +155,9 @@ class Replay:
         most = max(len(self._mine(size)) for size in self.sizes) * (1 + self.views * mixed)
         # Pasting makes new tensors, so pinned tensors would be of no use.
         pinned = execution.on_gpu and not mixed
-        self.renderer = CropRenderer(sizes, self.views, most, source.settings, pinned=pinned)
+        self.renderer = CropRenderer(
+            sizes, self.views, most, source.settings, pinned=pinned, clock=self.clock
+        )
 
     def close(self) -> None:
         """End all threads."""
@@ -336,7 +338,7 @@ class Replay:
         """
         with self.clock.part("read"):
             blobs = self.read(rows)
-        with self.clock.part("render"), naming(self.source.images, rows):
+        with naming(self.source.images, rows):
             return self.renderer(blobs, boxes, flips)
 
 

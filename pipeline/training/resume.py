@@ -22,6 +22,9 @@ FREE_KEYS = (
 )
 
 
+OLD_RESIZE = "dali"  # of runs of versions before 0.10, which record none
+
+
 def views_of_run(out: Path) -> int | None:
     """Return how many views the run in ``out`` replays; None if there is no run. A
     store that has grown since must not change the number."""
@@ -30,6 +33,17 @@ def views_of_run(out: Path) -> int | None:
         return None
     try:
         return run.config().train.views
+    except RunError:  # state_of_run raises it again
+        return None
+
+
+def resize_of_run(out: Path) -> str | None:
+    """Return who resizes the crops of the run in ``out``, "pillow" or "dali"; None if
+    there is no run. A run's pixels never change."""
+    if not (out / STATE).exists():
+        return None
+    try:
+        return RunFolder(out).config().render.resize or OLD_RESIZE
     except RunError:  # state_of_run raises it again
         return None
 
@@ -66,6 +80,7 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
             flat(run.config().model_dump(mode="json")),
             flat(config.model_dump(mode="json")),
         )
+        before["render.resize"] = before.get("render.resize") or OLD_RESIZE
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(

@@ -24,13 +24,13 @@ from pipeline.images.scan_cache import Scanned
 from pipeline.models.classes import known_classes
 from pipeline.models.model import Model
 from pipeline.models.weights import load_teachers
-from pipeline.provenance.description import layout_of, policy_of, recipe
+from pipeline.provenance.description import layout_of, policy_of, recipe, with_resize
 from pipeline.provenance.refusals import (
     require_class_count,
     require_same_classes,
     require_same_pixels,
 )
-from pipeline.render.settings import RenderSettings
+from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import say
 from pipeline.runtime.wording import same, some
@@ -85,6 +85,7 @@ def choose_source(
         data = map_classes(data, known_classes(teachers), "the teachers")
         require_class_count(data, teachers)
     settings, seed = RenderSettings.of_config(config), config.crops.seed
+    config = with_resize(config, settings.resize)
     found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
     how: dict = {}  # everything beside the images that labels depend on
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs
@@ -157,7 +158,10 @@ def _from_store(
             "crops": policy_of(store),
             "train": config.train.model_copy(update={"views": views}),
             "render": config.render.model_copy(
-                update={"backend": store.provenance["renderer"]["backend"]}
+                update={
+                    "backend": store.provenance["renderer"]["backend"],
+                    "resize": resize_of(store.provenance),
+                }
             ),
         }
     )
@@ -219,14 +223,16 @@ def _require_same_policy(config: Config, store: LabelStore) -> None:
             f"train.cutmix would mix the pictures of {store.path} again, which its teachers saw "
             f"mixed; set train.cutmix=null"
         )
-    if (
-        "backend" in config.render.model_fields_set
-        and config.render.backend != store.provenance["renderer"]["backend"]
-    ):
-        raise ConfigError(
-            f"render.backend is {config.render.backend}, {store.path} was made with "
-            f"{store.provenance['renderer']['backend']}; leave it out"
-        )
+    made = {
+        "backend": store.provenance["renderer"]["backend"],
+        "resize": resize_of(store.provenance),
+    }
+    for name, theirs in made.items():
+        ours = getattr(config.render, name)
+        if name in config.render.model_fields_set and ours not in (None, theirs):
+            raise ConfigError(
+                f"render.{name} is {ours}, {store.path} was made with {theirs}; leave it out"
+            )
 
 
 def _plain(value: object) -> object:

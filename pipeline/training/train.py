@@ -21,6 +21,7 @@ from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
 from pipeline.models.weights import load
+from pipeline.provenance.description import with_resize
 from pipeline.runs.folder import CONFIG, SCANS, RunError
 from pipeline.runtime.distributed import ALONE, Processes
 from pipeline.runtime.execution import Execution
@@ -28,7 +29,7 @@ from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
 from pipeline.training.loop import Run
-from pipeline.training.resume import classes_of_run, state_of_run, views_of_run
+from pipeline.training.resume import classes_of_run, resize_of_run, state_of_run, views_of_run
 from pipeline.training.source import Source, choose_source
 
 
@@ -77,6 +78,9 @@ def train(
         if begun and store is None and not data.mapped:
             # Versions up to 0.8 took more folders for class folders.
             data = replace(data, class_names=begun, mapped=True)
+        if store is None and not config.render.resize:
+            resize = processes.first(lambda: resize_of_run(out))
+            config = with_resize(config, resize) if resize else config
         config, source, teachers = choose_source(
             config,
             data,

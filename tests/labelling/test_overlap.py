@@ -29,7 +29,7 @@ from pipeline.labelling import stream
 from pipeline.labelling.stream import UNITS, Labeller
 from pipeline.models.model import ModelError
 from pipeline.provenance.fingerprint import OTHER_BATCHES
-from pipeline.render.dali import CropRenderer
+from pipeline.render.renderer import CropRenderer
 from pipeline.runtime import device_transfer
 from pipeline.runtime.device_transfer import Sender, Sent
 from pipeline.runtime.threads import ahead, behind

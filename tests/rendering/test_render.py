@@ -24,7 +24,8 @@ from pipeline.images import reader
 from pipeline.images.patience import DataError
 from pipeline.provenance.refusals import require_same_pixels
 from pipeline.render import dali, hardware_jpeg
-from pipeline.render.dali import BLANK, CentreRenderer, CropRenderer, RenderError, WholeDecode
+from pipeline.render.dali import RenderError, WholeDecode
+from pipeline.render.renderer import BLANK, CentreRenderer, CropRenderer
 from pipeline.render.settings import RenderSettings
 from pipeline.sampling import philox, random_crop
 

@@ -20,7 +20,7 @@ from pipeline.inspection import store_facts as facts
 from pipeline.labelling import generate as stage_one
 from pipeline.labelling import plan
 from pipeline.labelling.shares import Share
-from pipeline.render.dali import CentreRenderer, CropRenderer
+from pipeline.render.renderer import CentreRenderer, CropRenderer
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.distributed import Processes
 from pipeline.runtime.execution import Execution
@@ -31,7 +31,7 @@ from pipeline.training.source import DrawnCrops, Source, StoredLabels
 from pipeline.training.targets import Targets
 
 CPU = torch.device("cpu")
-SETTINGS = ("interpolation", "exif", "backend", "threads", "max_megapixels")
+SETTINGS = ("interpolation", "exif", "backend", "threads", "max_megapixels", "resize")
 
 
 def _split(how: dict, *names: str) -> dict:

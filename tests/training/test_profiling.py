@@ -13,7 +13,7 @@ from support.stages import generate, train
 
 from pipeline.config import Config
 from pipeline.labelling import stream
-from pipeline.render.dali import CropRenderer
+from pipeline.render.renderer import CropRenderer
 from pipeline.runtime.profiling import Clock, advice_on_labelling, advice_on_training
 from pipeline.training.loop import Learner
 

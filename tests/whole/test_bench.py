@@ -206,7 +206,7 @@ def test_a_measurement_that_fails_is_told_and_the_next_one_measured(tmp_path, mo
 
 def test_pixels_that_depend_on_the_batch_would_be_seen(tmp_path, monkeypatch):
     gpu = gpu_tools(monkeypatch)
-    from pipeline.render.dali import CropRenderer
+    from pipeline.render.renderer import CropRenderer
 
     real = CropRenderer.__call__
 

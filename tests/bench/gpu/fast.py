@@ -16,7 +16,7 @@ from support.stages import crop_renderer, drawn_crops
 from pipeline.labelling.cost import estimate, flops
 from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load, load_teachers
-from pipeline.render.dali import CropRenderer
+from pipeline.render.renderer import CropRenderer
 from pipeline.runtime.precision import fixed_shapes
 
 AIM = "≥ 0.97 is the aim"  # for each stage, beside its models alone

@@ -1,0 +1,169 @@
+"""Resize crops and central squares on the CPU to the pixels that Pillow makes
+(resample.py).
+
+DALI decodes, a pool of threads resizes. A batch is rendered in parts: while one part is
+resized, the next is decoded, so that no core waits. Only the parts' pictures are in
+memory, not the batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from pipeline.render.dali import Decoded, Decoder, RenderError
+from pipeline.render.resample import SQUARE, resize_all
+from pipeline.render.settings import RenderSettings
+from pipeline.runtime.profiling import Clock
+from pipeline.sampling.centre import centre
+
+PART = 32  # images that are decoded at once, at least
+TASKS = 2  # tasks for each thread that resizes a part: few wait for the last
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Squares to make of n images, some of each, at one output size.
+
+    table: int64 [squares, n, 9], with the columns of ``resample.SQUARE``. cubic:
+    bicubic, otherwise bilinear. made: uint8 [squares, n, size, size, 3], receives the
+    squares.
+    """
+
+    table: np.ndarray
+    cubic: bool
+    made: np.ndarray
+
+    def outside(self, shapes: np.ndarray, first: int) -> np.ndarray:
+        """Return which images, bool [m], have a box that is not inside the image.
+        shapes: int64 [m, 2], of the images from place ``first`` on."""
+        boxes = self.table[:, first : first + len(shapes), :4]
+        corner, extent = boxes[..., :2], boxes[..., 2:]
+        bad = (corner < 0) | (extent < 1) | (corner + extent > shapes)
+        return bad.any(axis=(0, 2))
+
+
+class _Engine:
+    """Decodes images and resizes squares of them, part by part."""
+
+    gpu = False
+
+    def __init__(
+        self, batch_size: int, settings: RenderSettings, clock: Clock, *, regions: bool
+    ) -> None:
+        self.threads, self.clock = settings.decoder_threads, clock
+        self.part = min(batch_size, max(PART, 2 * self.threads))
+        self.regions, self.decode = regions, Decoder(self.part, settings, regions=regions)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="resize")
+
+    def run(self, blobs: Sequence[bytes], several: Sequence[Squares]) -> None:
+        """Make squares of n encoded images. If the decoder decodes regions, each image
+        has one square's box. Raises RenderError."""
+        resizing: list[Future] = []
+        try:
+            for first in range(0, len(blobs), self.part):
+                here = slice(first, first + self.part)
+                images = self._decoded(blobs[here], first, several)
+                for task in resizing:
+                    task.result()
+                resizing = [
+                    self.pool.submit(self._resize, images, squares, first, start, end)
+                    for start, end in _spans(len(images.table), TASKS * self.threads)
+                    for squares in several
+                ]
+            for task in resizing:
+                task.result()
+        finally:
+            for task in resizing:
+                task.exception()  # waits
+
+    def _decoded(self, blobs: Sequence[bytes], first: int, several: Sequence[Squares]) -> Decoded:
+        """Decode the images of a part, and require that they hold their squares' boxes.
+        first: the part's place in the batch."""
+        boxes = several[0].table[0, first : first + len(blobs), :4] if self.regions else None
+        try:
+            with self.clock.part("decode"):
+                images = self.decode(blobs, boxes)
+            for squares in several if boxes is None else ():
+                if (outside := squares.outside(images.table[:, 1:], first)).any():
+                    raise RenderError("a crop lies outside of the image", int(outside.argmax()))
+        except RenderError as error:
+            if error.place is not None:
+                error.place += first
+            raise
+        return images
+
+    def _resize(self, images: Decoded, squares: Squares, first: int, start: int, end: int) -> None:
+        """Resize the squares of some images of a part. first: the part's place in the
+        batch. start, end: the images' places in the part."""
+        table = squares.table[:, first : first + len(images.table)].copy()
+        if self.regions:  # the decoded image is the box
+            table[..., :2] = 0
+        with self.clock.part("resize", among=self.threads):
+            places = (start, end, first + start)
+            resize_all(images.table, table, squares.cubic, places, squares.made)
+
+
+def _spans(n: int, parts: int) -> list[tuple[int, int]]:
+    """Divide n items into at most ``parts`` spans of nearly equal length."""
+    ends = [n * i // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in pairwise(ends) if a < b]
+
+
+class FixedPointCrops:
+    """Renders crops. Where only one crop of each image is needed, only the crop's
+    region is decoded."""
+
+    gpu = False
+
+    def __init__(self, views: int, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
+        self.engine = _Engine(batch_size, settings, clock, regions=views == 1)
+        self.cubic = settings.interpolation == "bicubic"
+
+    def render(
+        self,
+        made: dict[int, torch.Tensor],
+        blobs: Sequence[bytes],
+        boxes: np.ndarray,
+        flips: np.ndarray,
+    ) -> None:
+        """Render as ``CropRenderer`` does, into ``made``: output size → uint8 [views,
+        n, size, size, 3]."""
+        several = []
+        for size, pixels in made.items():
+            table = np.zeros((*flips.shape, len(SQUARE)), np.int64)
+            table[..., :4], table[..., 4:6], table[..., 8] = boxes, size, flips
+            several.append(Squares(table, self.cubic, pixels.numpy()))
+        self.engine.run(blobs, several)
+
+
+class FixedPointCentre:
+    """Renders central squares. Only the square is resized, not the whole image."""
+
+    gpu = False
+
+    def __init__(self, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
+        self.engine = _Engine(batch_size, settings, clock, regions=False)
+
+    def render(
+        self,
+        made: dict[tuple[int, str], torch.Tensor],
+        blobs: Sequence[bytes],
+        height: np.ndarray,
+        width: np.ndarray,
+    ) -> None:
+        """Render as ``CentreRenderer`` does, into ``made``: (size, interpolation) →
+        uint8 [n, size, size, 3]."""
+        shapes = np.stack([height, width], axis=1).astype(np.int64)
+        several = []
+        for (size, interpolation), pixels in made.items():
+            table = np.zeros((1, len(shapes), len(SQUARE)), np.int64)
+            table[0, :, 2:4] = shapes
+            table[0, :, 4:6], table[0, :, 6:8] = centre(shapes, size)
+            several.append(Squares(table, interpolation == "bicubic", pixels.numpy()[None]))
+        self.engine.run(blobs, several)
