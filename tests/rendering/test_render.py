@@ -25,8 +25,10 @@ from pipeline.images.patience import DataError
 from pipeline.provenance.refusals import require_same_pixels
 from pipeline.render import dali, hardware_jpeg
 from pipeline.render.dali import RenderError, WholeDecode
+from pipeline.render.dali_resize import THIN, DaliCentre
 from pipeline.render.renderer import BLANK, CentreRenderer, CropRenderer
 from pipeline.render.settings import RenderSettings
+from pipeline.runtime.profiling import Clock
 from pipeline.sampling import philox, random_crop
 
 Rendered = list[dict[int, torch.Tensor]]
@@ -247,7 +249,7 @@ def test_evaluation_takes_images_of_any_shape_and_several_sizes_at_once():
             assert torch.equal(pixels, together[size, interpolation][i])
 
 
-class Whole(CentreRenderer):
+class Whole(DaliCentre):
     """Evaluation's view as it was up to version 0.8: every image resized whole."""
 
     def define(self, encoded: object, decode: Callable) -> list:
@@ -260,19 +262,17 @@ class Whole(CentreRenderer):
             outputs.append(fn.slice(resized, start=start, shape=[size, size], axes=[0, 1]))
         return outputs
 
-    def __call__(self, blobs: list[bytes], height: np.ndarray, width: np.ndarray) -> dict:
+    def render(self, made: dict, blobs: list[bytes], height: np.ndarray, width: np.ndarray) -> None:
         given = {}
         for i, (size, _) in enumerate(self.looks):
             short, shorter = size * 256 // 224, np.minimum(height, width)
             whole = np.stack([short * height // shorter, short * width // shorter], axis=1)
             given[f"whole{i}"] = whole.astype(np.float32)
             given[f"start{i}"] = np.rint((whole - size) / 2).astype(np.int32)
-        made = {look: self.empty(len(blobs), look[0], look[0], 3) for look in self.looks}
         self.fill(list(made.values()), blobs, **given)
-        return made
 
 
-def test_evaluations_pixels_are_those_of_the_image_resized_whole():
+def test_dalis_evaluation_shows_the_pixels_of_the_image_resized_whole():
     """Bit for bit for ordinary images. Of thin ones only the central square is resized,
     to the same pixels but for rounding. Both are in one batch."""
     dice = np.random.default_rng(0)
@@ -286,11 +286,12 @@ def test_evaluations_pixels_are_those_of_the_image_resized_whole():
         for shape in shapes
     ]
     looks = [(size, kind) for size in (32, 96, 224) for kind in ("bilinear", "bicubic")]
-    settings = RenderSettings(threads=2)
-    ours, before = (
-        kind(looks, len(blobs), settings)(blobs, *shapes.T) for kind in (CentreRenderer, Whole)
-    )
-    thin = torch.from_numpy(shapes.max(axis=1) > dali.THIN * shapes.min(axis=1))
+    settings = RenderSettings(threads=2, resize="dali")
+    centre = CentreRenderer(looks, len(blobs), settings)
+    ours = centre(blobs, *shapes.T)
+    centre.engine = Whole(centre.looks, len(blobs), settings, Clock())
+    before = centre(blobs, *shapes.T)
+    thin = torch.from_numpy(shapes.max(axis=1) > THIN * shapes.min(axis=1))
     assert 20 < thin.sum() < 60
     for look in looks:
         assert torch.equal(ours[look][~thin], before[look][~thin])
@@ -328,7 +329,7 @@ def test_a_batch_that_no_memory_holds_names_its_largest_image(store, monkeypatch
         def run(error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(renderer.pipes[False], "run", run)
+        monkeypatch.setattr(renderer.engine.engine.decode.pipes[False], "run", run)
         with pytest.raises(DataError, match=line), reader.naming(store.images, rows):
             renderer(blobs, *crops_of(blobs, 1))
         renderer(blobs, *crops_of(blobs, 1))  # the renderer lives on
@@ -450,7 +451,7 @@ def test_baseline_jpegs_are_known_by_their_header():
 
 
 def test_which_decoder_a_gpu_uses_is_said_and_never_left_to_the_batch(monkeypatch):
-    renderer = crop_renderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 4, threads=1, resize="dali").engine
     monkeypatch.setattr(
         dali.fn.decoders,
         "image",
@@ -476,7 +477,7 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
         with pytest.raises(RenderError, match="Tesla V100 has none; use render.backend: gpu$"):
             crop_renderer([32], 1, 4, **how)
     else:
-        assert crop_renderer([32], 1, 4, **how).divides
+        assert crop_renderer([32], 1, 4, **how).engine.divides
 
 
 @pytest.mark.parametrize(
@@ -490,13 +491,15 @@ def test_a_gpu_without_a_hardware_decoder_is_refused_by_name(monkeypatch, engine
 def test_a_gpu_that_is_full_is_no_images_fault(said, monkeypatch):
     """The error is torch's for want of memory, to which the command line adds its
     advice."""
-    renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 8, threads=1, resize="dali")
     blobs = [encoded(cut(40, 50), "JPEG")] * 2
     renderer(blobs, *crops_of(blobs, 1))
-    renderer.gpu = True
+    renderer.engine.gpu = True
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(
-        renderer.pipes[False], "run", lambda stream: (_ for _ in ()).throw(RuntimeError(said))
+        renderer.engine.pipes[False],
+        "run",
+        lambda stream: (_ for _ in ()).throw(RuntimeError(said)),
     )
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         renderer(blobs, *crops_of(blobs, 1))
@@ -519,22 +522,18 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
     other images are rendered apart."""
     kinds = list(odd_files().values())
     boxes, flips = crops_of(kinds, views)
-    plain = crop_renderer([32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2)(
-        kinds, boxes, flips
-    )
-    renderer = crop_renderer(
-        [32, 48], views, 16, interpolation="bilinear", exif="ignore", threads=2
-    )
-    renderer.divides = True
+    plain = crop_renderer([32, 48], views, 16, threads=2, resize="dali")(kinds, boxes, flips)
+    renderer = crop_renderer([32, 48], views, 16, threads=2, resize="dali")
+    renderer.engine.divides = True
     fed: list[tuple[bool, int]] = []
-    run = renderer.run
+    run = renderer.engine.run
 
     def spy(blobs: list[bytes], *, hardware: bool = False, **arguments: np.ndarray) -> object:
         assert all(hardware_jpeg.is_baseline_jpeg(blob) == hardware for blob in blobs)
         fed.append((hardware, len(blobs)))
         return run(blobs, hardware=hardware, **arguments)
 
-    renderer.run = spy
+    renderer.engine.run = spy
     for chosen in (np.arange(12), np.array([4, 0, 6, 2]), np.array([0, 1]), np.array([5, 3])):
         made = renderer([kinds[i] for i in chosen], boxes[:, chosen], flips[:, chosen])
         for view in range(views):
@@ -546,8 +545,8 @@ def test_images_that_go_through_two_pipelines_come_back_in_their_places(views):
 def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied():
     """The hardware decoder writes without waiting for the GPU's earlier work."""
     blobs = [encoded(cut(40, 50), "JPEG"), encoded(cut(40, 50), "PNG")]
-    renderer = crop_renderer([32], 1, 4, interpolation="bilinear", exif="ignore", threads=1)
-    renderer.divides = True
+    renderer = crop_renderer([32], 1, 4, threads=1, resize="dali")
+    renderer.engine.divides = True
     happened: list[str] = []
 
     class Copied:
@@ -557,12 +556,12 @@ def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied
         def synchronize(self) -> None:
             happened.append(self.name)
 
-    run = renderer.run
-    renderer.run = lambda blobs, **how: (
+    run = renderer.engine.run
+    renderer.engine.run = lambda blobs, **how: (
         happened.append("hardware" if how["hardware"] else "CUDA"),
         run(blobs, **how),
     )[1]
-    renderer.lent = {
+    renderer.engine.lent = {
         True: (None, Copied("waits for the hardware's")),
         False: (None, Copied("waits for CUDA's")),
     }
@@ -573,8 +572,8 @@ def test_the_hardware_decoder_is_told_only_when_the_batch_before_has_been_copied
 def test_an_image_of_the_second_pipeline_that_fails_is_named_by_its_place():
     kinds = [*odd_files().values()]
     boxes, flips = crops_of(kinds, 1)
-    renderer = crop_renderer([32], 1, 16, interpolation="bilinear", exif="ignore", threads=1)
-    renderer.divides = True
+    renderer = crop_renderer([32], 1, 16, threads=1, resize="dali")
+    renderer.engine.divides = True
     kinds[6] = kinds[6][:200]
     with pytest.raises(RenderError) as failed:
         renderer(kinds, boxes, flips)
@@ -596,15 +595,15 @@ def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, mo
             looked.append(self.backend)
             return None if self.backend == "gpu" and blob == blobs[3] else (40, 50)
 
-    renderer = crop_renderer([32], 1, 8, interpolation="bilinear", exif="ignore", threads=1)
+    renderer = crop_renderer([32], 1, 8, threads=1, resize="dali")
     renderer(blobs, boxes, flips)
     monkeypatch.setattr(dali, "WholeDecode", Look)
     monkeypatch.setattr(
-        renderer.pipes[False],
+        renderer.engine.pipes[False],
         "run",
         lambda: (_ for _ in ()).throw(RuntimeError("the GPU's decoder can't")),
     )
-    renderer.backend = "gpu"
+    renderer.engine.backend = "gpu"
     with pytest.raises(RenderError, match="the GPU's decoder can't") as failed:
         renderer(blobs, boxes, flips)
     assert failed.value.place == 3 and looked == ["cpu"] * 5 + ["gpu"] * 4
@@ -618,7 +617,7 @@ def test_an_image_that_only_the_renderers_own_decoder_refuses_is_named(store, mo
 
 
 def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
-    store, photos, teachers_pixels, monkeypatch
+    store, photos, monkeypatch
 ):
     class Default(dali.dali.Pipeline):
         def __init__(self, **how: object) -> None:
@@ -630,10 +629,12 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
                 }
             )
 
-    monkeypatch.setattr(dali.dali, "Pipeline", Default)
-    renderer = crop_renderer([48], 1, 16, interpolation="bilinear", exif="ignore", threads=2)
     blobs = [(photos / "train" / path).read_bytes() for path in store.images.path]
     boxes, flips = store.crops(0, slice(None))
+    how = {"threads": 2, "resize": "dali"}
+    wanted = crop_renderer([48], 1, 90, **how)(blobs, boxes[None], flips[None])[0][48]
+    monkeypatch.setattr(dali.dali, "Pipeline", Default)
+    renderer = crop_renderer([48], 1, 16, **how).engine
     made = []
     for start in range(0, 90, 16):
         here = slice(start, start + 16)
@@ -645,7 +646,7 @@ def test_dalis_default_executor_which_a_gpu_has_makes_the_same_pixels_that_stay(
         (output,) = renderer.run(blobs[here], **given)
         assert renderer.pipes[False].exec_dynamic
         made.append(torch.from_dlpack(output.as_tensor()))  # without a copy
-    assert torch.equal(torch.cat(made), teachers_pixels[0][48])
+    assert torch.equal(torch.cat(made), wanted)
 
 
 @pytest.mark.parametrize("depends_on", ["the number in a batch", "the place in a batch", "nothing"])
@@ -658,7 +659,7 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(
 
     def shifty(
         self: CropRenderer, blobs: list[bytes], boxes: np.ndarray, flips: np.ndarray
-    ) -> dali.Rendered:
+    ) -> Rendered:
         made = real(self, blobs, boxes, flips)
         if depends_on == "the number in a batch" and len(blobs) > 30:
             made[0][48][9, 5, 5, 0] ^= 1
