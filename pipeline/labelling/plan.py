@@ -35,6 +35,7 @@ from pipeline.render import dali
 from pipeline.render.renderer import CropRenderer, Rendered
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.precision import fixed_shapes, require_precision
+from pipeline.runtime.profiling import Clock
 from pipeline.runtime.progress import say
 from pipeline.sampling import philox, random_crop
 
@@ -80,6 +81,9 @@ class Plan:
     precision: str
     teachers_per_second: float
     loader_per_second: float | None
+    # Milliseconds a crop of reading, decoding and resizing. Decoding goes on beside
+    # resizing, so the sum is more than the loader takes.
+    loader_milliseconds: dict[str, float] | None
     crops_per_second: float
     hours: float
     workers: int
@@ -121,6 +125,7 @@ def make_plan(
     teachers, real = _teachers(config, device)
     classes = teachers[0].classes
     count, pixels, rendering, boxes = IMAGENET_IMAGES, None, None, None
+    loader: dict[str, float] | None = None
     if data is not None:
         data = map_classes(data, known_classes(teachers), "the teachers")
         require_class_folders(data)
@@ -129,7 +134,7 @@ def make_plan(
         count = len(paths)
         some = np.unique(np.linspace(0, count - 1, min(count, IMAGES)).astype(int))
         files = dict(zip(paths[some], lengths[some].tolist(), strict=True))
-        pixels, boxes, rendering = _rendered(
+        pixels, boxes, rendering, loader = _rendered(
             config, data.path, files, {t.image_size for t in teachers}
         )
     if pixels is None:
@@ -171,6 +176,7 @@ def make_plan(
         precision=config.store.precision,
         teachers_per_second=1 / forward,
         loader_per_second=1 / rendering if rendering else None,
+        loader_milliseconds=loader,
         crops_per_second=1 / per_crop,
         hours=left * per_crop / 3600,
         workers=share.workers,
@@ -208,12 +214,12 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
 
 def _rendered(
     config: Config, folder: Path, files: dict[str, int], sizes: set[int]
-) -> tuple[dict[int, torch.Tensor], np.ndarray, float]:
+) -> tuple[dict[int, torch.Tensor], np.ndarray, float, dict[str, float]]:
     """Render crops of some images.
 
     files: path in the folder → size in bytes, -1 for a link to nothing. Returns the
-    crops by output size, their boxes [n, 4], and the seconds that reading and rendering
-    took per crop.
+    crops by output size, their boxes [n, 4], the seconds that reading and rendering
+    took per crop, and the milliseconds of each part of it.
     """
     look = Look(folder, RenderSettings.of_config(config))
     with dali.quiet_decoders():
@@ -229,19 +235,25 @@ def _rendered(
     height, width = np.array([shapes[path] for path in good]).T
     drawn = [random_crop.draw(config.crops, identity, height, width, view) for view in range(views)]
     boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
-    renderer = CropRenderer(sorted(sizes), views, len(good), RenderSettings.of_config(config))
+    settings, clock = RenderSettings.of_config(config), Clock()
+    renderer = CropRenderer(sorted(sizes), views, len(good), settings, clock=clock)
 
     def work() -> Rendered:
-        made = renderer([read_file(folder / on_disk(path)) for path in good], boxes, flips)
+        with clock.part("read"):
+            blobs = [read_file(folder / on_disk(path)) for path in good]
+        made = renderer(blobs, boxes, flips)
         if renderer.gpu:
             torch.cuda.synchronize()
         return made
 
-    made, seconds = work(), _timed(work)
+    made = work()
+    clock.begin()
+    seconds, calls = _timed(work)
     return (
         {size: torch.cat([view[size] for view in made]) for size in sizes},
         boxes.reshape(-1, 4),
         seconds / (views * len(good)),
+        {part: 1000 * took / (calls * views * len(good)) for part, took in clock.seconds.items()},
     )
 
 
@@ -270,7 +282,7 @@ def _labelled(
     def timed(n: int) -> float:
         crops = {size: p[torch.arange(n, device=device) % most] for size, p in pixels.items()}
         forward(crops, n)
-        return _timed(lambda: forward(crops, n)) / n
+        return _timed(lambda: forward(crops, n))[0] / n
 
     with fixed_shapes():
         per_crop = timed(batch if only_batches else min(batch, most, SLOW))
@@ -283,13 +295,14 @@ def _labelled(
         ).cpu().numpy(), per_crop
 
 
-def _timed(work: Callable[[], object]) -> float:
-    """Return the mean seconds per call, over as many calls as take ``SECONDS``."""
+def _timed(work: Callable[[], object]) -> tuple[float, int]:
+    """Call as often as takes ``SECONDS``. Returns the mean seconds per call, and the
+    number of calls."""
     begun, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - begun < SECONDS:
         work()
         calls += 1
-    return (time.perf_counter() - begun) / calls
+    return (time.perf_counter() - begun) / calls, calls
 
 
 def _bytes_per_crop(config: Config, p: np.ndarray, boxes: np.ndarray) -> float:

@@ -33,6 +33,9 @@ def plan_page(plan: Plan) -> None:
         f"crops/s on this {plan.device}, {plan.precision}: teachers "
         f"{plan.teachers_per_second:,.1f}{loader}",
     )
+    if plan.loader_milliseconds:
+        parts = ", ".join(f"{name} {took:.2g}" for name, took in plan.loader_milliseconds.items())
+        table.add_row("", f"of the loader's time, in ms a crop: {parts}")
     workers = (
         f", {duration(3600 * plan.hours / plan.workers)} with {plan.workers} workers like it"
         if plan.workers > 1

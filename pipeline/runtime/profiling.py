@@ -175,9 +175,11 @@ def _of_the_loader(
     clock: Clock, config: Config, device: torch.device, who: str, more: list[str], store: str
 ) -> str:
     seconds, now, most = clock.seconds, threads_for(config.render.threads), threads_for(None)
-    if seconds["labels"] > seconds["read"] + seconds["render"]:
+    # Decoding and resizing go on beside each other, on the same cores.
+    rendering = sum(seconds[name] for name in RENDERING)
+    if seconds["labels"] > seconds["read"] + rendering:
         return f"{who} for labels, which are read from the store: put --store on a faster disk"
-    if seconds["read"] > seconds["render"]:
+    if seconds["read"] > rendering:
         return (
             f"{who} for crops, and reading the files takes most of that: put --data on a faster "
             "disk, or set render.threads higher"
@@ -186,7 +188,8 @@ def _of_the_loader(
         more = [f"set render.threads to {most} (now {now})", *more]
     if device.type == "cuda" and config.render.backend == "cpu":
         more.append(f"decode on the GPU (render.backend=gpu, with {store})")
-    return f"{who} for crops, and decoding takes most of that: " + _or(
+    what = "resizing" if seconds["resize"] > seconds["decode"] else "decoding"
+    return f"{who} for crops, and {what} takes most of that: " + _or(
         [*more, "give this process more cores"]
     )
 

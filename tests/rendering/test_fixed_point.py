@@ -177,7 +177,7 @@ def test_a_failure_in_a_later_part_names_its_image_and_the_renderer_lives_on(vie
     flips, renderer = np.zeros((views, 100), bool), crop_renderer([32], views, 100, threads=2)
     good = renderer(blobs, boxes, flips).all_views[32].clone()
     with pytest.raises(RenderError, match="DALI could not render") as failed:
-        renderer([*blobs[:71], blobs[0][:300], *blobs[72:]], boxes, flips)
+        renderer([*blobs[:71], blobs[0][:2000], *blobs[72:]], boxes, flips)
     assert failed.value.place == 71
     beyond = boxes.copy()
     beyond[-1, 77, 2] = 88  # a row below the image
