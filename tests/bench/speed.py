@@ -35,13 +35,12 @@ from pathlib import Path
 import numpy as np
 import scale
 import torch
-from PIL import Image
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from loaders import the_loader
 from machine import machine
 from parts import (
     CLASSES,
@@ -71,7 +70,7 @@ from pipeline.models.weights import load, load_teachers
 from pipeline.runtime import progress
 from pipeline.runtime.malloc import keep_freed_memory
 from pipeline.sampling.crop_sampler import CropSampler
-from pipeline.training.batches import Batching, Replay
+from pipeline.training.batches import Batching
 
 SLOWER = 1.25
 
@@ -275,81 +274,6 @@ def online(place: Place) -> Iterator[Figure]:
         f"seconds; {place.extent.student} taught by {' + '.join(place.extent.teachers)}. Of "
         f"floating-point operations {allowed:.2f}",
     )
-
-
-class Torchvision(torch.utils.data.Dataset):
-    """Several crops of each image, decoded by Pillow and cropped by torchvision."""
-
-    def __init__(self, folder: Path, crops: int) -> None:
-        self.files, self.crops = sorted(folder.glob("*/*.jpg")), crops
-        self.change = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(224),
-                transforms.RandomHorizontalFlip(),
-                transforms.PILToTensor(),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        with Image.open(self.files[i]) as picture:
-            picture = picture.convert("RGB")
-        return torch.stack([self.change(picture) for _ in range(self.crops)])
-
-
-def the_loader(place: Place) -> Iterator[Figure]:
-    config = place.config()
-    found = place.manifest
-    processes = len(os.sched_getaffinity(0))
-    for crops in (1, 2, 4):
-        source = drawn_crops(
-            found,
-            CLASSES,
-            config.crops.model_copy(update={"views": crops}),
-            crops,
-            (len(found),) * 2,
-        )
-        ours = make_replay(
-            source,
-            place.many,
-            sizes=[224],
-            batch_size=64 * crops,
-            seed=0,
-            rendering=config.render,
-            crops_per_image=crops,
-        )
-        theirs = torch.utils.data.DataLoader(
-            Torchvision(place.many, crops),
-            64,
-            shuffle=True,
-            num_workers=processes,
-            persistent_workers=True,
-        )
-
-        def load_ours(ours: Replay = ours) -> None:
-            with ours.epoch(0) as batches:
-                for _ in batches:
-                    pass
-
-        def load_theirs(theirs: torch.utils.data.DataLoader = theirs) -> None:
-            for _ in theirs:
-                pass
-
-        load_ours(), load_theirs()
-        timed = pairs(lambda: seconds(load_theirs), lambda: seconds(load_ours), place.repeats)
-        rates = [
-            statistics.median(len(found) * crops / took for took in side)
-            for side in zip(*timed, strict=True)
-        ]
-        yield Figure(
-            f"loader / Pillow + torchvision, {crops} crop{'s' * (crops > 1)} per decode",
-            [a / b for a, b in timed],
-            None,
-            f"{rates[1]:,.0f} and {rates[0]:,.0f} crops/s at 224 px, "
-            f"{processes} threads or processes",
-        )
 
 
 def labels(place: Place) -> Iterator[Figure]:

@@ -13,7 +13,7 @@ from support.stages import generate, train
 
 from pipeline.config import Config
 from pipeline.labelling import stream
-from pipeline.render.renderer import CropRenderer
+from pipeline.render.dali import Decoder
 from pipeline.runtime.profiling import Clock, advice_on_labelling, advice_on_training
 from pipeline.training.loop import Learner
 
@@ -53,9 +53,9 @@ def most(found: dict[str, float]) -> str:
             "set store.compile=true for a new store",
         ),
         (
-            CropRenderer,
+            Decoder,
             "__call__",
-            "render",
+            "decode",
             "the teachers wait for crops, and decoding takes most of that: raise "
             "store.views_per_decode (1 of 2 views now)",
         ),
@@ -79,7 +79,7 @@ def test_what_limits_labelling_is_named(photos, recipe, tmp_path, monkeypatch, c
         for name in ("teachers", "wait for crops", "wait for the writer", "the rest")
     )
     assert 6 * SLOW <= feeding <= took
-    assert {"read", "render", "send", "code", "write"} <= found.keys()
+    assert {"read", "decode", "resize", "send", "code", "write"} <= found.keys()
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_what_limits_labelling_is_named(photos, recipe, tmp_path, monkeypatch, c
             "the student is the limit, the loader keeps up: set train.compile=true",
         ),
         (
-            CropRenderer,
+            Decoder,
             "__call__",
-            "render",
+            "decode",
             "the student waits for crops, and decoding takes most of that: "
             "show several crops of each decoded image",
         ),
@@ -119,7 +119,8 @@ def test_what_limits_training_is_named(
         "save",
         "labels",
         "read",
-        "render",
+        "decode",
+        "resize",
     } <= found.keys()
 
 
@@ -145,25 +146,25 @@ CUDA = torch.device("cuda")
         ({"teachers": 9, "wait_for_crops": 0.5}, {}, CPU, "the teachers are the limit"),
         ({"teachers": 9, "wait_for_crops": 0.5}, {}, CUDA, "store.precision=float16"),
         (
-            {"teachers": 5, "wait_for_crops": 5, "read": 6, "render": 3},
+            {"teachers": 5, "wait_for_crops": 5, "read": 6, "decode": 3},
             {},
             CPU,
             "put --data on a faster disk",
         ),
         (
-            {"teachers": 5, "wait_for_crops": 5, "read": 1, "render": 8},
-            {"render": {"threads": 1}},
+            {"teachers": 5, "wait_for_crops": 5, "read": 1, "decode": 8},
+            {"decode": {"threads": 1}},
             CPU,
             "set render.threads to ",
         ),
         (
-            {"teachers": 5, "wait_for_crops": 5, "read": 1, "render": 8},
+            {"teachers": 5, "wait_for_crops": 5, "read": 1, "decode": 8},
             {"crops": {"views": 8}},
             CPU,
             "raise store.views_per_decode (4 of 8 views now)",
         ),
         (
-            {"teachers": 5, "wait_for_crops": 5, "read": 1, "render": 8},
+            {"teachers": 5, "wait_for_crops": 5, "read": 1, "decode": 8},
             {},
             CUDA,
             "render.backend=gpu",
@@ -197,19 +198,19 @@ def test_advice_on_labelling(seconds, settings, device, said):
             "loader keeps up: train.precision=bfloat16, or use more GPUs",
         ),
         (
-            {"forward_and_backward": 5, "wait_for_crops": 5, "labels": 8, "render": 3},
+            {"forward_and_backward": 5, "wait_for_crops": 5, "labels": 8, "decode": 3},
             {},
             CPU,
             "put --store on a faster disk",
         ),
         (
-            {"forward_and_backward": 5, "wait_for_crops": 5, "read": 8, "render": 3},
+            {"forward_and_backward": 5, "wait_for_crops": 5, "read": 8, "decode": 3},
             {},
             CPU,
             "put --data on a faster disk",
         ),
         (
-            {"forward_and_backward": 5, "wait_for_crops": 5, "render": 8},
+            {"forward_and_backward": 5, "wait_for_crops": 5, "decode": 8},
             {"train": {"crops_per_image": 4, "batch_size": 8}},
             CPU,
             "more cores",
