@@ -153,7 +153,7 @@ CUDA = torch.device("cuda")
         ),
         (
             {"teachers": 5, "wait_for_crops": 5, "read": 1, "decode": 8},
-            {"decode": {"threads": 1}},
+            {"render": {"threads": 1}},
             CPU,
             "set render.threads to ",
         ),

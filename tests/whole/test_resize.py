@@ -103,7 +103,7 @@ def test_another_resize_than_the_stores_is_refused(
         train(resizing(recipe, asked), photos, tmp_path / "run", store=path)
     other = store_path if made == "dali" else old_store
     with pytest.raises(StoreError, match="renderer"):
-        merge([path, other], tmp_path / "merged.zarr")
+        merge([path, other], tmp_path / "merged.zarr", say=print, progress=lambda n: None)
 
 
 def test_a_student_of_an_old_store_sees_what_its_teachers_saw(old_store, recipe, photos, tmp_path):
