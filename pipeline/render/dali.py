@@ -303,7 +303,7 @@ class Decoder(Graph):
             boxes = boxes.astype(np.int32)
             arguments = {"start": boxes[:, :2], "shape": boxes[:, 2:]}
         (images,) = self.run(blobs, hardware=False, **arguments)
-        return Decoded(images)
+        return Decoded(images, self.pipes[False])
 
 
 class Decoded:
@@ -313,8 +313,9 @@ class Decoded:
     which lasts as long as this object; height, and width in pixels.
     """
 
-    def __init__(self, images: dali.tensors.TensorListCPU) -> None:
-        self.images = images
+    def __init__(self, images: dali.tensors.TensorListCPU, pipe: dali.Pipeline) -> None:
+        # A failure drops the pipeline, which would take the memory with it.
+        self.images, self.pipe = images, pipe
         self.table = np.array(
             [
                 (image.data_ptr(), *shape[:2])
