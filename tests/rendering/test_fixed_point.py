@@ -172,7 +172,7 @@ def test_a_batch_of_many_parts_is_rendered_as_its_images_alone():
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_failure_in_a_later_part_names_its_image_and_the_renderer_lives_on(views):
-    photo = Image.fromarray(load_sample_images().images[1][:90, :120])
+    photo = Image.fromarray(load_sample_images().images[1][:240, :320])
     blobs, boxes = [encoded(photo, "JPEG")] * 100, np.tile([3, 4, 80, 100], (views, 100, 1))
     flips, renderer = np.zeros((views, 100), bool), crop_renderer([32], views, 100, threads=2)
     good = renderer(blobs, boxes, flips).all_views[32].clone()
@@ -180,7 +180,7 @@ def test_a_failure_in_a_later_part_names_its_image_and_the_renderer_lives_on(vie
         renderer([*blobs[:71], blobs[0][: len(blobs[0]) // 2], *blobs[72:]], boxes, flips)
     assert failed.value.place == 71
     beyond = boxes.copy()
-    beyond[-1, 77, 2] = 88  # a row below the image
+    beyond[-1, 77, 2] = 238  # a row below the image
     with pytest.raises(RenderError) as failed:
         renderer(blobs, beyond, flips)
     assert views == 1 or failed.value.place == 77
