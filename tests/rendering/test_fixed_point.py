@@ -173,7 +173,7 @@ def test_a_batch_of_many_parts_is_rendered_as_its_images_alone():
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_failure_in_a_later_part_names_its_image_and_the_renderer_lives_on(views):
     photo = Image.fromarray(load_sample_images().images[1][:240, :320])
-    blobs, boxes = [encoded(photo, "JPEG")] * 100, np.tile([3, 4, 80, 100], (views, 100, 1))
+    blobs, boxes = [encoded(photo, "JPEG")] * 100, np.tile([3, 4, 230, 100], (views, 100, 1))
     flips, renderer = np.zeros((views, 100), bool), crop_renderer([32], views, 100, threads=2)
     good = renderer(blobs, boxes, flips).all_views[32].clone()
     with pytest.raises(RenderError, match="DALI could not render") as failed:
