@@ -32,7 +32,8 @@ class Reader:
         self, folder: Path, images: Images, threads: int | None = None, repair: str = _REPAIR
     ) -> None:
         self.folder, self.images, self.repair = folder, images, repair
-        self.pool = ThreadPoolExecutor(threads_for(threads))
+        self.threads = threads_for(threads)
+        self.pool = ThreadPoolExecutor(self.threads)
         self._listed: dict[Path, dict[str, str]] = {}
 
     def __enter__(self) -> Reader:
@@ -42,7 +43,12 @@ class Reader:
         self.pool.shutdown(cancel_futures=True)
 
     def __call__(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        return list(self.pool.map(self._one, rows))
+        # A task for each file costs a third of what reading it costs.
+        parts = np.array_split(np.asarray(rows), min(len(rows), 4 * self.threads) or 1)
+        return [blob for part in self.pool.map(self._several, parts) for blob in part]
+
+    def _several(self, rows: np.ndarray) -> list[bytes]:
+        return [self._one(row) for row in rows.tolist()]
 
     def _one(self, row: int) -> bytes:
         name = self.images.path[row]

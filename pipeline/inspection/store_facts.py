@@ -221,7 +221,9 @@ def _label_lines(facts: StoreFacts) -> list[tuple[str, str]]:
     if not facts.imported:
         how = f"{compute['precision']}, batches of {compute['batch_size']}"
         backend = facts.renderer["backend"]
-        lines.append(("made on", f"{compute['device']}, {how}, rendered on {backend}"))
+        resized = "as Pillow does" if facts.renderer.get("resize") == "pillow" else "by DALI"
+        rendered = f"rendered on {backend}, resized {resized}"
+        lines.append(("made on", f"{compute['device']}, {how}, {rendered}"))
     return lines
 
 

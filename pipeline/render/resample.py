@@ -8,7 +8,8 @@ so the result is the same on every CPU, whatever vector instructions it has.
 ``image.resize((size, height), filter).resize((size, size), filter)`` makes these bytes
 in every version of Pillow. ``image.resize((size, size), filter)`` makes them up to
 Pillow 12. Pillow 13 convolves columns first if an image shrinks by more than twice as
-many rows as columns.
+many rows as columns, which moves some pixels by one level of 255, with bicubic weights
+at hard edges by some 25.
 
 numba compiles these functions once per machine and keeps the result beside this file,
 or in the user's cache folder. They run without the interpreter's lock.
@@ -60,25 +61,25 @@ def _bytes_at(context: Any, address: Any) -> Any:
 
 @intrinsic
 def _convolve(
-    context: Any, source: Any, at: Any, weights: Any, column: Any, taps: Any, made: Any, to: Any
+    context: Any, source: Any, at: Any, weights: Any, taps: Any, made: Any, to: Any
 ) -> Any:
     """Convolve ``ROWS`` rows at one output column.
 
     source: uint8 [rows, bytes]. at: place in ``source``, in bytes, of the first RGB
-    pixel under the filter, in the first row. weights: int32 [columns, at least taps].
-    made: uint8 [rows, bytes]. to: place in ``made``, in bytes, of the output pixel in
-    the first row. Four bytes are read and written for each pixel of three.
+    pixel under the filter, in the first row. weights: int32 [at least taps]. made:
+    uint8 [rows, bytes]. to: place in ``made``, in bytes, of the output pixel in the
+    first row. Four bytes are read and written for each pixel of three.
 
     LLVM doesn't find these vectors in a loop over three colours by itself: the loop
     takes four times as long.
     """
-    signature = numba.types.void(source, at, weights, column, taps, made, to)
+    signature = numba.types.void(source, at, weights, taps, made, to)
 
     def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         int32, int64, lanes = ir.IntType(32), ir.IntType(64), 4 * ROWS
         arrays = {
             place: make_array(signature.args[place])(context, b, arguments[place])
-            for place in (0, 2, 5)
+            for place in (0, 2, 4)
         }
 
         def start(place: int, offset: Any) -> Any:
@@ -89,7 +90,7 @@ def _convolve(
             """Return the bytes from a row of an array to the next."""
             return b.extract_value(arrays[place].strides, 0)
 
-        taps = arguments[4]
+        taps = arguments[3]
         sums, colours = ir.VectorType(int32, lanes), ir.VectorType(ir.IntType(8), lanes)
         pixels = ir.VectorType(int32, ROWS)
 
@@ -99,9 +100,9 @@ def _convolve(
         def same(value: int) -> Any:
             return ir.Constant(sums, [value] * lanes)
 
-        first, first_made = start(0, arguments[1]), start(5, arguments[6])
+        first, first_made = start(0, arguments[1]), start(4, arguments[5])
         rows = [b.add(first, b.mul(pitch(0), int64(row))) for row in range(ROWS)]
-        filters = start(2, b.mul(pitch(2), arguments[3]))
+        filters = start(2, int64(0))
         before, loop, after = b.block, b.append_basic_block(), b.append_basic_block()
         b.branch(loop)
         b.position_at_end(loop)
@@ -125,7 +126,7 @@ def _convolve(
         level = b.select(b.icmp_signed(">", level, same(255)), same(255), level)
         written = b.bitcast(b.trunc(level, colours), pixels)
         for row in range(ROWS):
-            place = b.add(first_made, b.mul(pitch(5), int64(row)))
+            place = b.add(first_made, b.mul(pitch(4), int64(row)))
             b.store(b.extract_element(written, int32(row)), word(place), align=1)
         return context.get_dummy_value()
 
@@ -207,8 +208,7 @@ def _horizontal(
             _convolve(
                 read,
                 first * read.strides[0] + 3 * (left + bounds[x, 0]),
-                weights,
-                x,
+                weights[x],
                 bounds[x, 1],
                 made,
                 row * made.strides[0] + 3 * x,

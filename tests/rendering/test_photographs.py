@@ -38,8 +38,8 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
-    """Decoder, resizer and code are others: Pillow's resize differs from DALI's by
-    0.17/255 on average."""
+    """Decoder, resizer and code are others, and the pixels are the same: labels differ by
+    the rounding of float32 alone."""
     recipe = config_file.validate({"store": {"batch_size": 25, "codec": "float32"}}, "test")
     recipe = recipe.model_copy(update={"teachers": (spec(shared, 1), spec(shared, 2))})
     store = generate(
@@ -56,16 +56,16 @@ def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
             store.images.path[rows], *store.crops(0, rows), strict=True
         ):
             picture = Image.open(sample / path).convert("RGB")
-            crop = F.resized_crop(
-                picture, top, left, height, width, [size, size], F.InterpolationMode.BILINEAR
-            )
+            crop = picture.crop((left, top, left + width, top + height))
+            for shape in ((size, height), (size, size)):
+                crop = crop.resize(shape, Image.Resampling.BILINEAR)
             for_model.append(
                 F.normalize(F.to_tensor(F.hflip(crop) if flip else crop), [0.5] * 3, [0.5] * 3)
             )
         with torch.no_grad():
             total = total + module(torch.stack(for_model)).softmax(1).numpy() / 2
     kl, tv = divergence(total, store.probabilities(0, rows))
-    assert kl.mean() < 2e-3 and tv.mean() < 0.03
+    assert kl.max() < 1e-9 and tv.max() < 1e-5
 
 
 def test_top_1_is_what_timms_own_transform_gives(shared, sample):
@@ -84,8 +84,9 @@ def test_top_1_is_what_timms_own_transform_gives(shared, sample):
         )
     target = torch.from_numpy(manifest.class_index.astype(np.int64))
     theirs = 100 * (logits.argmax(1) == target).double().mean().item()
-    # One image of fifty may be right for one and wrong for the other.
-    assert abs(result["top1"] - theirs) <= 2 and result["top1"] > 75
+    assert result["top1"] == theirs > 75
+    # Pillow 13 resizes the columns of some images first, which moves some pixels by a
+    # level.
     assert result["loss"] == pytest.approx(
-        torch.nn.functional.cross_entropy(logits, target).item(), abs=0.02
+        torch.nn.functional.cross_entropy(logits, target).item(), abs=1e-3
     )

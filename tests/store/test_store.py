@@ -508,7 +508,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
     for place, says in (
         (
             newer,
-            "has label store format 6, this program reads 1 to 5; "
+            f"has label store format {VERSIONS[-1] + 1}, this program reads 1 to {VERSIONS[-1]}; "
             "it was made by a newer version: update this program",
         ),
         (
