@@ -38,8 +38,8 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
-    """Decoder, resizer and code are others, and the pixels are the same: labels differ by
-    the rounding of float32 alone."""
+    """Decoder, resizer and code are others, and the pixels are the same: labels differ
+    by the rounding of float32 alone."""
     recipe = config_file.validate({"store": {"batch_size": 25, "codec": "float32"}}, "test")
     recipe = recipe.model_copy(update={"teachers": (spec(shared, 1), spec(shared, 2))})
     store = generate(
@@ -65,7 +65,7 @@ def test_labels_equal_pillow_timm_and_torch_by_hand(shared, sample, tmp_path):
         with torch.no_grad():
             total = total + module(torch.stack(for_model)).softmax(1).numpy() / 2
     kl, tv = divergence(total, store.probabilities(0, rows))
-    assert kl.max() < 1e-9 and tv.max() < 1e-5
+    assert kl.max() < 1e-6 and tv.max() < 1e-5
 
 
 def test_top_1_is_what_timms_own_transform_gives(shared, sample):

@@ -513,7 +513,7 @@ def test_what_is_no_label_store_of_this_version_is_refused_in_one_line(full, tmp
         ),
         (
             older,
-            "has label store format 0, this program reads 1 to 5; "
+            f"has label store format 0, this program reads 1 to {VERSIONS[-1]}; "
             "use the version of this program that made it",
         ),
         (other, "not a label store .*'something'"),
