@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from pipeline.render.dali import Decoded, Decoder, RenderError
+from pipeline.render.dali import Decoded, Decoder, NoMemory, RenderError
 from pipeline.render.resample import SQUARE, resize_all
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.profiling import Clock
@@ -89,9 +89,16 @@ class _Engine:
         try:
             with self.clock.part("decode"):
                 images = self.decode(blobs, boxes)
-            for squares in several if boxes is None else ():
-                if (outside := squares.outside(images.table[:, 1:], first)).any():
-                    raise RenderError("a crop lies outside of the image", int(outside.argmax()))
+            shapes = images.table[:, 1:]
+            outside = np.zeros(len(blobs), bool)
+            for squares in several:
+                outside |= (
+                    squares.outside(shapes, first)
+                    if boxes is None
+                    else (shapes != boxes[:, 2:]).any(axis=1)
+                )
+            if outside.any():
+                raise RenderError("a crop lies outside of the image", int(outside.argmax()))
         except RenderError as error:
             if error.place is not None:
                 error.place += first
@@ -104,9 +111,12 @@ class _Engine:
         table = squares.table[:, first : first + len(images.table)].copy()
         if self.regions:  # the decoded image is the box
             table[..., :2] = 0
-        with self.clock.part("resize", among=self.threads):
-            places = (start, end, first + start)
-            resize_all(images.table, table, squares.cubic, places, squares.made)
+        places = (start, end, first + start)
+        try:
+            with self.clock.part("resize", among=self.threads):
+                resize_all(images.table, table, squares.cubic, places, squares.made)
+        except MemoryError:
+            raise NoMemory("a crop could not be resized (out of memory)") from None
 
 
 def _spans(n: int, parts: int) -> list[tuple[int, int]]:

@@ -165,6 +165,8 @@ def test_pixels_depend_on_no_batch_or_thread(store, photos, teachers_pixels):
 @pytest.mark.parametrize("exif", ["ignore", "apply"])
 def test_every_kind_of_image_gives_the_student_the_teachers_pixels(exif, interpolation):
     files, views, how = odd_files(), 6, {"exif": exif, "interpolation": interpolation}
+    deep = np.linspace(0, 65535, 151 * 203).reshape(151, 203).astype(np.uint16)
+    files["16 bits"] = encoded(Image.fromarray(deep), "PNG")
     whole = WholeDecode(RenderSettings(exif=exif))
     height, width = np.array([whole(blob) for blob in files.values()]).T
     identity = philox.identities(np.array([*files], object))
