@@ -17,7 +17,7 @@ from support.small import changed
 from support.stages import CPU, evaluate, generate, scan, train
 
 from pipeline.runtime import waiting
-from pipeline.runtime.waiting import are_crowded, giving_way, others, sleeping_threads, work_on
+from pipeline.runtime.waiting import are_crowded, giving_way, others, work_on
 
 PATIENCE = 120  # seconds
 STAT = """cpu  700 0 300 9000 0 0 0 0 0 0
