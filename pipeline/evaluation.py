@@ -26,6 +26,7 @@ from pipeline.runtime.distributed import Processes
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import ahead
+from pipeline.runtime.waiting import giving_way
 
 
 @dataclass
@@ -186,6 +187,7 @@ def evaluate(
         Progress(settings.what, sum(map(len, cuts)), "images") as progress,
         reader as read,
         torch.inference_mode(),
+        giving_way(execution.device),
     ):
 
         def rendered() -> Iterator[tuple[np.ndarray, Sent[tuple]]]:

@@ -25,6 +25,7 @@ from pipeline.provenance.refusals import require_same_pixels
 from pipeline.runtime.precision import rounding
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for
+from pipeline.runtime.waiting import giving_way
 
 WORST = 5  # crops named in a result
 THREADS = 8  # each holds a shard in memory, and a decoded chunk of the shard
@@ -144,6 +145,7 @@ def relabel(
     with (
         Reader(folder, store.images) as read,
         Progress("labelling again", len(places), "crops") as progress,
+        giving_way(device),
     ):
         for start in range(0, len(places), compute["batch_size"]):
             part = places[start : start + compute["batch_size"]]

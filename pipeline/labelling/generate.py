@@ -36,6 +36,7 @@ from pipeline.runtime.precision import require_precision
 from pipeline.runtime.profiling import LABELLING, advice_on_labelling, report
 from pipeline.runtime.progress import Progress, duration, say
 from pipeline.runtime.threads import threads_for
+from pipeline.runtime.waiting import giving_way
 
 CHECK_THREADS = 4  # each holds the codes of one shard, some 32 MiB
 
@@ -200,6 +201,7 @@ def _fill(
     with (
         Progress("labelling", total, "crops") as progress,
         Reader(work.data.path, store.images, threads) as read,
+        giving_way(work.device),
     ):
         clock.begin()
         label, waited = Labeller(work, writer, read), False

@@ -28,6 +28,7 @@ from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
+from pipeline.runtime.waiting import giving_way
 from pipeline.training.loop import Run
 from pipeline.training.resume import classes_of_run, resize_of_run, state_of_run, views_of_run
 from pipeline.training.source import Source, choose_source
@@ -107,7 +108,7 @@ def train(
             )
         )
         run.learner = processes.joined(run.learner)
-        with closing(run.replay), fixed_shapes():
+        with closing(run.replay), fixed_shapes(), giving_way(execution.device):
             if state is not None:
                 run.restore(state)
             return _train_epochs(run)

@@ -316,7 +316,7 @@ class Place:
         model: Model,
         teachers: list[Model] | None = None,
     ) -> Run:
-        source.data = DataFolder(data, CLASSES)
+        source.data = DataFolder(data, source.data.class_names)
         run = Run(
             config, self.folder / "run", model, teachers or [], source, None, Execution(self.device)
         )

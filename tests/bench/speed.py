@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from busy import on_busy_cores
 from loaders import the_loader
 from machine import machine
 from parts import (
@@ -344,6 +345,7 @@ MEASUREMENTS = {
     "online": online,
     "loader": the_loader,
     "labels": labels,
+    "busy cores": on_busy_cores,
 }
 
 
