@@ -104,10 +104,10 @@ class First(Clock):
 
     first = 0.0
 
-    def part(self, name: str, *, of_model: bool = False) -> AbstractContextManager:
+    def part(self, name: str, *, of_model: bool = False, among: int = 1) -> AbstractContextManager:
         if name == "teachers":
             self.first = self.first or time.perf_counter()
-        return super().part(name, of_model=of_model)
+        return super().part(name, of_model=of_model, among=among)
 
 
 def stand_in(seconds: float, device: torch.device = CPU) -> StandIn:
