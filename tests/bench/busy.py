@@ -22,24 +22,26 @@ from pipeline.models.weights import load, load_teachers
 from pipeline.runtime.waiting import LOOK, giving_way
 from pipeline.training.loop import Run
 
-CONDITIONS = tuple(product((True, False), repeat=2))  # (giving way, busy)
+# A single process can be worse than one for each core: the scheduler may put both of
+# torch's threads on the core that is left.
+WORK = (0, 1, len(os.sched_getaffinity(0)))  # processes beside the run
 
 
 @contextmanager
-def other_work() -> Iterator[Callable[[bool], None]]:
+def other_work() -> Iterator[Callable[[int], None]]:
     """Hold a process for each core that counts for ever. Yields a function that lets
-    all of them run, or stops them."""
+    a number of them run, and stops the others."""
     several = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"])
         for _ in os.sched_getaffinity(0)
     ]
 
-    def let(run: bool) -> None:
-        for process in several:
-            process.send_signal(signal.SIGCONT if run else signal.SIGSTOP)
+    def let(running: int) -> None:
+        for i, process in enumerate(several):
+            process.send_signal(signal.SIGCONT if i < running else signal.SIGSTOP)
 
     try:
-        let(False)
+        let(0)
         yield let
     finally:
         for process in several:
@@ -66,30 +68,29 @@ def rate(run: Run, least: float) -> float:
 
 
 def compared(name: str, measure: Callable[[], float], repeats: int, what: str) -> Iterator[Figure]:
-    """Measure a rate under all four conditions, in turn."""
-    found: dict[tuple[bool, bool], list[float]] = {each: [] for each in CONDITIONS}
+    """Measure a rate beside each amount of other work, with threads that give way and
+    with threads that spin, in turn."""
+    conditions = list(product((True, False), WORK))
+    found: dict[tuple[bool, int], list[float]] = {each: [] for each in conditions}
     with other_work() as let:
         measure()
         for _ in range(repeats):
-            for gives_way, busy in CONDITIONS:
-                let(busy)
+            for gives_way, work in conditions:
+                let(work)
                 with giving_way(CPU) if gives_way else nullcontext():
-                    found[gives_way, busy].append(measure())
+                    found[gives_way, work].append(measure())
     middle = {each: statistics.median(rates) for each, rates in found.items()}
-    for gives_way, how in ((True, "busy / free cores"), (False, "the same, threads spin")):
-        free, busy = found[gives_way, False], found[gives_way, True]
+    for work in WORK:
+        pairs = zip(found[True, work], found[False, work], strict=True)
+        beside = f"beside {work} process{'es' * (work > 1)}" if work else "on free cores"
         yield Figure(
-            f"{name}, {how}",
-            [a / b for a, b in zip(busy, free, strict=True)],
+            f"{name}, {beside}: giving way / spinning",
+            [a / b for a, b in pairs],
             None,
-            f"{middle[gives_way, True]:,.3g} of {middle[gives_way, False]:,.3g} {what}",
+            f"{middle[True, work]:,.3g} and {middle[False, work]:,.3g} {what}; "
+            f"{middle[True, work] / middle[True, 0]:.2f} and "
+            f"{middle[False, work] / middle[False, 0]:.2f} of those on free cores",
         )
-    yield Figure(
-        f"{name}, giving way / spinning, free",
-        [a / b for a, b in zip(found[True, False], found[False, False], strict=True)],
-        None,
-        "what it costs where nothing else runs",
-    )
 
 
 def on_busy_cores(place: Place) -> Iterator[Figure]:
