@@ -75,7 +75,7 @@ def test_a_store_has_the_crops_and_labels_of_the_files(imported, published, phot
 def test_what_nobody_knows_is_said(imported, published, photos):
     document = json.loads((imported / "zarr.json").read_text())["attributes"]
     assert (
-        document["format_version"] == 4
+        document["format_version"] == 6
         and document["provenance"]["imported"]["labels"] == "marginal_smoothing_k2"
     )
     (teacher,) = document["provenance"]["teachers"]

@@ -29,6 +29,7 @@ from pipeline.models.model import Model, ensemble
 from pipeline.models.weights import load
 from pipeline.provenance import description, refusals
 from pipeline.render.dali import DECODERS
+from pipeline.render.renderer import STEPS
 from pipeline.runs.folder import RunError
 from pipeline.runtime.device_transfer import Returning
 from pipeline.runtime.precision import (
@@ -337,19 +338,22 @@ def test_an_average_is_judged_by_its_parts(photos, recipe, tmp_path, h100):
     on_a_gpu(parts[1], "tf32", {"gpu": "NVIDIA H100"})
     both = merge(parts, tmp_path / "both.zarr", say=print, progress=lambda n: None)
     assert [part.get("gpu") for part in both.provenance["merged"]] == [None, "NVIDIA H100"]
-    assert both.attributes["format_version"] == 5  # older programs don't know TF32
+    # Older programs know neither TF32 nor the resize.
+    assert both.attributes["format_version"] == 6
     assert relabel._arithmetic(both.provenance, {}, CPU, "float32") == pytest.approx(
         (1e-3 + 2.1e-2) / 2
     )
 
 
 def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):
-    origin = LabelStore.open(store_path).provenance
+    new = LabelStore.open(store_path).provenance
     assert (
-        schema.format_version(origin)
-        == 3
+        schema.format_version(new)
+        == 6
         == json.loads((store_path / "zarr.json").read_text())["attributes"]["format_version"]
     )
+    origin = new | {"renderer": {"backend": "cpu"}}  # resized by DALI
+    assert schema.format_version(origin) == 3
     assert (
         schema.format_version(origin | {"compute": origin["compute"] | {"precision": "tf32"}}) == 5
     )
@@ -378,10 +382,10 @@ def test_only_what_older_programs_cannot_know_has_a_new_format(store_path):
 def test_a_bit_that_flips_in_the_number_of_the_new_format_is_damage(store_path, tmp_path):
     """The damaged number isn't taken for a version that another program could read."""
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
-    assert on_a_gpu(copy, "tf32", {"gpu": "NVIDIA H100"}).attributes["format_version"] == 5
+    assert on_a_gpu(copy, "tf32", {"gpu": "NVIDIA H100"}).attributes["format_version"] == 6
     description = copy / "zarr.json"
     description.write_text(
-        description.read_text().replace('"format_version": 5', '"format_version": 69')
+        description.read_text().replace('"format_version": 6', '"format_version": 70')
     )
     with pytest.raises(DamagedStore):
         LabelStore.open(copy)
@@ -410,7 +414,8 @@ def test_a_store_whose_decoder_depended_on_the_batch_is_not_gone_on_with(
 ):
     """Earlier versions made such stores with render.backend gpu."""
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
-    edit_store(copy, lambda attributes: attributes["provenance"]["renderer"].update(backend="gpu"))
+    renderer = {"backend": "gpu", "steps": STEPS["dali"]}
+    edit_store(copy, lambda attributes: attributes["provenance"].update(renderer=renderer))
     teachers = [load(spec) for spec in recipe.teachers]
     with pytest.raises(
         StoreError,
