@@ -22,8 +22,6 @@ from pipeline.models.weights import load, load_teachers
 from pipeline.runtime.waiting import LOOK, giving_way
 from pipeline.training.loop import Run
 
-# A single process can be worse than one for each core: the scheduler may put both of
-# torch's threads on the core that is left.
 WORK = (0, 1, len(os.sched_getaffinity(0)))  # processes beside the run
 
 

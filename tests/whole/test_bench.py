@@ -37,7 +37,7 @@ def test_every_ratio_is_measured_and_written(tmp_path):
     document = json.loads((tmp_path / "speed.json").read_text())
     assert document["machine"]["cores"] >= 1
     figures = {figure["name"]: figure for figure in document["figures"]}
-    assert len(figures) == 12
+    assert len(figures) == 25
     assert all(
         math.isfinite(ratio) and ratio > 0
         for figure in figures.values()
