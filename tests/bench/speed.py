@@ -86,6 +86,13 @@ def left_by(loader: float, found: list[tuple[float, float]]) -> str:
     )
 
 
+def busy(work: float, took: float) -> str:
+    """Tell how busy all cores were with ``work`` seconds of this process's threads: a
+    stand-in leaves them to the loader, coding and writing."""
+    share = work / (took * len(os.sched_getaffinity(0)))
+    return f"the cores are {100 * min(1.0, share):.0f} % busy"
+
+
 def the_teachers(place: Place) -> Iterator[Figure]:
     config = place.config(
         teachers=place.teachers,
@@ -167,10 +174,16 @@ def the_stand_in_teachers(place: Place) -> Iterator[Figure]:
             bare = batches * mean_seconds(
                 partial(ensemble, [teacher], pixels, "float32", batch_size=64)
             )
-            ours.append(bare / place.labelled(config, place.many, empty, [teacher])[0])
+            begun = time.process_time()
+            took = place.labelled(config, place.many, empty, [teacher])[0]
+            work = time.process_time() - begun
+            ours.append(bare / took)
         with serial():
             theirs = [bare / place.labelled(config, place.many, empty, [teacher])[0]]
-    detail = f"{batches} batches of 64 at 224 px, {64 / alone:,.0f} crops/s from the loader alone"
+    detail = (
+        f"{batches} batches of 64 at 224 px, {64 / alone:,.0f} crops/s from the loader alone; "
+        f"{busy(work, took)}"
+    )
     yield Figure("stage one / stand-in teacher", ours, 0.95, detail)
     yield Figure(
         "stage one / the same, serial", theirs, None, "must be below 0.95, or this measures nothing"
@@ -237,12 +250,15 @@ def the_stand_in_student(place: Place) -> Iterator[Figure]:
             alone = loading()
             run = place.training(config, source, place.many, stand_in(alone * SLOWER))
             bare = len(loader.sizes) * mean_seconds(partial(run._step, batch))
-            ours.append(bare / of_a_pass(run))
+            begun = time.process_time()
+            took = of_a_pass(run)
+            work = time.process_time() - begun
+            ours.append(bare / took)
         with serial():
             theirs = [bare / of_a_pass(run)]
     detail = (
         f"{len(loader.sizes)} batches of 64 at 224 px, "
-        f"{64 / alone:,.0f} images/s from the loader alone"
+        f"{64 / alone:,.0f} images/s from the loader alone; {busy(work, took)}"
     )
     yield Figure("stage two / stand-in student", ours, 0.95, detail)
     yield Figure(
