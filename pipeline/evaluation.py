@@ -186,6 +186,7 @@ def evaluate(
     with (
         Progress(settings.what, sum(map(len, cuts)), "images") as progress,
         reader as read,
+        renderer,
         torch.inference_mode(),
         giving_way(execution.device),
     ):

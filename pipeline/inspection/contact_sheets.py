@@ -154,7 +154,7 @@ def _whole(store: LabelStore, rows: np.ndarray, read: Reader) -> torch.Tensor:
     renderer = CropRenderer(
         [2 * THUMBNAIL], 1, len(rows), replace(RenderSettings.of_store(store), backend="cpu")
     )
-    with reader.naming(manifest, rows):
+    with reader.naming(manifest, rows), renderer:
         return renderer(read(rows), boxes[None], np.zeros((1, len(rows)), bool))[0][2 * THUMBNAIL]
 
 

@@ -38,7 +38,7 @@ def pixels_of(
     renderer = CropRenderer(
         sorted(sizes), 1, len(shown), replace(settings, backend=backend or settings.backend)
     )
-    with reader.naming(store.images, rows):
+    with reader.naming(store.images, rows), renderer:
         boxes, flips = (np.concatenate(column)[None] for column in zip(*whole, strict=True))
         (pixels,) = renderer(read(rows), boxes, flips)
     return paste_all(pixels, slice(len(places)), place, crops.rectangle) if store.mixed else pixels

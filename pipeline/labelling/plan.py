@@ -246,9 +246,10 @@ def _rendered(
             torch.cuda.synchronize()
         return made
 
-    made = work()
-    clock.begin()
-    seconds, calls = _timed(work)
+    with renderer:
+        made = work()
+        clock.begin()
+        seconds, calls = _timed(work)
     return (
         {size: torch.cat([view[size] for view in made]) for size in sizes},
         boxes.reshape(-1, 4),

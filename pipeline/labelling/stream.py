@@ -152,6 +152,9 @@ class Labeller:
                     job.writing.release()
                     job.claims.close()
             self.open = []
+            for renderer in self.renderers.values():
+                renderer.close()
+            self.renderers.clear()
         return done
 
     def _or_leave(self, deal_with: Callable[[T], None]) -> Callable[[T], None]:

@@ -30,34 +30,43 @@ def fingerprint(
     smaller batches. Raises RenderError if a crop's pixels depend on its batch.
     """
     n, sizes = len(crops), sorted(sizes)
-    rendered = (
-        CropRenderer(sizes, 1, max(1, n), settings)(blobs, crops.boxes[None], crops.flips[None])[0]
-        if n
-        else {}
-    )
-    parts = [part for part in np.array_split(np.arange(n)[::-1], OTHER_BATCHES) if len(part)]
-    again = CropRenderer(sizes, 1, max(map(len, parts)), settings) if parts else None
-    for part in parts:
-        others = again([blobs[i] for i in part], crops.boxes[None, part], crops.flips[None, part])[
-            0
-        ]
-        for size, pixels in others.items():
-            differs = (
-                (rendered[size][torch.from_numpy(part.copy())] != pixels).flatten(1).any(dim=1)
-            )
-            if differs.any():
-                backend = settings.backend
-                raise RenderError(
-                    f"render.backend {backend} makes other pixels of an image when others are "
-                    f"rendered with it ({int(differs.sum())} of {len(part)} crops "
-                    f"differ at {size} px), so no student would see what the teachers saw; use "
-                    f"render.backend: {'gpu' if backend == 'gpu-hardware' else 'cpu'}, "
-                    "and a new store"
-                )
+    rendered: dict[int, torch.Tensor] = {}
+    if n:
+        with CropRenderer(sizes, 1, n, settings) as renderer:
+            rendered = renderer(blobs, crops.boxes[None], crops.flips[None])[0]
+        _require_the_same(rendered, blobs, crops, settings)
     return {
         str(size): hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()
         for size, pixels in rendered.items()
     }
+
+
+def _require_the_same(
+    rendered: dict[int, torch.Tensor],
+    blobs: Sequence[bytes],
+    crops: Crops,
+    settings: RenderSettings,
+) -> None:
+    """Render the crops once more, in another order and in smaller batches. Raises
+    RenderError if a pixel differs from ``rendered``, output size → uint8 [n, size,
+    size, 3]."""
+    places = np.array_split(np.arange(len(crops))[::-1], OTHER_BATCHES)
+    parts = [part for part in places if len(part)]
+    with CropRenderer([*rendered], 1, max(map(len, parts)), settings) as again:
+        for part in parts:
+            boxes, flips = crops.boxes[None, part], crops.flips[None, part]
+            for size, pixels in again([blobs[i] for i in part], boxes, flips)[0].items():
+                before = rendered[size][torch.from_numpy(part.copy())]
+                differs = (before != pixels).flatten(1).any(dim=1)
+                if differs.any():
+                    backend = settings.backend
+                    raise RenderError(
+                        f"render.backend {backend} makes other pixels of an image when others are "
+                        f"rendered with it ({int(differs.sum())} of {len(part)} crops "
+                        f"differ at {size} px), so no student would see what the teachers saw; use "
+                        f"render.backend: {'gpu' if backend == 'gpu-hardware' else 'cpu'}, "
+                        "and a new store"
+                    )
 
 
 def fingerprint_rows(images: Images) -> np.ndarray:

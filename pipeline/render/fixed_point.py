@@ -61,6 +61,10 @@ class _Engine:
         self.regions, self.decode = regions, Decoder(self.part, settings, regions=regions)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="resize")
 
+    def close(self) -> None:
+        """End the threads that resize."""
+        self.pool.shutdown()
+
     def run(self, blobs: Sequence[bytes], several: Sequence[Squares]) -> None:
         """Make squares of n encoded images. If the decoder decodes regions, each image
         has one square's box. Raises RenderError."""

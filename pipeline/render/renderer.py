@@ -9,6 +9,7 @@ neither on the batch nor on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -65,11 +66,22 @@ class _Renderer:
     def __init__(
         self, engine: DaliCrops | DaliCentre | FixedPointCrops | FixedPointCentre, pinned: bool
     ) -> None:
-        self.gpu = engine.gpu
+        self.engine, self.gpu = engine, engine.gpu
         self.pinned = pinned and not self.gpu
         # Taken here, since torch's current device may differ in the thread that
         # renders.
         self.device = torch.cuda.current_device() if self.gpu else "cpu"
+
+    def close(self) -> None:
+        """End the threads that resize. The renderer can't be used any more."""
+        if isinstance(self.engine, FixedPointCrops | FixedPointCentre):
+            self.engine.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def empty(self, *shape: int) -> torch.Tensor:
         """Allocate memory for results, uint8, on the renderer's device."""
@@ -104,12 +116,12 @@ class CropRenderer(_Renderer):
         clock: Clock | None = None,
     ) -> None:
         self.sizes, self.views, clock = sorted(set(sizes)), views, clock or Clock()
-        self.engine = (
+        engine = (
             FixedPointCrops(views, batch_size, settings, clock)
             if settings.resize == "pillow"
             else DaliCrops(self.sizes, views, batch_size, settings, clock)
         )
-        super().__init__(self.engine, pinned)
+        super().__init__(engine, pinned)
 
     def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
         """Render the crops of n images.
@@ -139,12 +151,12 @@ class CentreRenderer(_Renderer):
         clock: Clock | None = None,
     ) -> None:
         self.looks, clock = sorted(set(looks)), clock or Clock()
-        self.engine = (
+        engine = (
             FixedPointCentre(batch_size, settings, clock)
             if settings.resize == "pillow"
             else DaliCentre(self.looks, batch_size, settings, clock)
         )
-        super().__init__(self.engine, pinned)
+        super().__init__(engine, pinned)
 
     def __call__(
         self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray

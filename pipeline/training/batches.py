@@ -163,6 +163,7 @@ class Replay:
         """End all threads."""
         self.forget()
         self.read.__exit__()
+        self.renderer.close()
 
     def _mine(self, size: int) -> range:
         """Return the places in a global batch of ``size`` images that are this
