@@ -108,6 +108,9 @@ class Graph:
         # outputs have been copied.
         self.lent: dict[bool, tuple] = {}
 
+    def close(self) -> None:
+        """Do nothing: DALI's threads end with its pipelines."""
+
     def define(
         self, encoded: dali.data_node.DataNode, decode: Callable
     ) -> list[dali.data_node.DataNode]:

@@ -137,6 +137,7 @@ class FixedPointCrops:
 
     def __init__(self, views: int, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
         self.engine = _Engine(batch_size, settings, clock, regions=views == 1)
+        self.close = self.engine.close
         self.cubic = settings.interpolation == "bicubic"
 
     def render(
@@ -163,6 +164,7 @@ class FixedPointCentre:
 
     def __init__(self, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
         self.engine = _Engine(batch_size, settings, clock, regions=False)
+        self.close = self.engine.close
 
     def render(
         self,

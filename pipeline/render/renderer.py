@@ -60,22 +60,18 @@ class _Renderer:
     """Allocates memory for what a renderer makes.
 
     pinned: a renderer on the CPU puts its results into pinned memory, from where they
-    go to a GPU without another copy. clock: adds up the time of decoding and resizing.
+    go to a GPU without another copy. close(): end the threads that resize. clock: adds
+    up the time of decoding and resizing.
     """
 
     def __init__(
         self, engine: DaliCrops | DaliCentre | FixedPointCrops | FixedPointCentre, pinned: bool
     ) -> None:
-        self.engine, self.gpu = engine, engine.gpu
+        self.gpu, self.close = engine.gpu, engine.close
         self.pinned = pinned and not self.gpu
         # Taken here, since torch's current device may differ in the thread that
         # renders.
         self.device = torch.cuda.current_device() if self.gpu else "cpu"
-
-    def close(self) -> None:
-        """End the threads that resize. The renderer can't be used any more."""
-        if isinstance(self.engine, FixedPointCrops | FixedPointCentre):
-            self.engine.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -116,12 +112,12 @@ class CropRenderer(_Renderer):
         clock: Clock | None = None,
     ) -> None:
         self.sizes, self.views, clock = sorted(set(sizes)), views, clock or Clock()
-        engine = (
+        self.engine = (
             FixedPointCrops(views, batch_size, settings, clock)
             if settings.resize == "pillow"
             else DaliCrops(self.sizes, views, batch_size, settings, clock)
         )
-        super().__init__(engine, pinned)
+        super().__init__(self.engine, pinned)
 
     def __call__(self, blobs: Sequence[bytes], boxes: np.ndarray, flips: np.ndarray) -> Rendered:
         """Render the crops of n images.
@@ -151,12 +147,12 @@ class CentreRenderer(_Renderer):
         clock: Clock | None = None,
     ) -> None:
         self.looks, clock = sorted(set(looks)), clock or Clock()
-        engine = (
+        self.engine = (
             FixedPointCentre(batch_size, settings, clock)
             if settings.resize == "pillow"
             else DaliCentre(self.looks, batch_size, settings, clock)
         )
-        super().__init__(engine, pinned)
+        super().__init__(self.engine, pinned)
 
     def __call__(
         self, blobs: Sequence[bytes], height: np.ndarray, width: np.ndarray
