@@ -401,6 +401,11 @@ class Config(Section):
             )
         return self
 
+    def with_resize(self, resize: str) -> Config:
+        """Return the config with another ``render.resize``."""
+        render = self.render.model_copy(update={"resize": resize})
+        return self.model_copy(update={"render": render})
+
     def to_yaml(self) -> str:
         """Return the config as YAML, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -43,7 +43,7 @@ def repair_store(work: Labelling, path: Path) -> None:
     for resize, every in tries:
         tried = replace(
             work,
-            config=description.with_resize(work.config, resize),
+            config=work.config.with_resize(resize),
             data=replace(work.data, mapped=True),  # accepted once, by the store
         )
 

@@ -118,7 +118,7 @@ def make_plan(
     timed with random weights. Raises MealError for whatever ``generate-labels`` would
     refuse.
     """
-    share = share or Share()
+    share, config = share or Share(), _as_begun(config, path)
     if data is not None:
         require_outside("--store", path, [data.path])
     require_precision(config.store.precision, device, "store.precision")
@@ -191,6 +191,15 @@ def make_plan(
         files=shards * (4 + 2 * bool(config.crops.cutmix) + bool(CODECS[config.store.codec].tail)),
         free_bytes=_free(path),
     )
+
+
+def _as_begun(config: Config, path: Path | None) -> Config:
+    """Complete a config with the resize of the store that is there, if it can be
+    read."""
+    try:
+        return as_begun(config, LabelStore.open(path).provenance) if path else config
+    except MealError:  # told when its finished shards are counted
+        return config
 
 
 def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
@@ -344,8 +353,7 @@ def _finished(
         if store.made_by != "generate-labels":
             raise StoreError(f"it was made by {store.made_by}; choose another --store")
         if teachers:
-            begun = as_begun(config, store.provenance)
-            require_same_recipe(store, begun, teachers, device)
+            require_same_recipe(store, config, teachers, device)
     except MealError as error:
         say(f"{path} is not counted: {error}")
         return 0.0

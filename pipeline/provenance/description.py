@@ -109,13 +109,7 @@ def as_begun(config: Config, provenance: dict) -> Config:
     names one."""
     if config.render.resize:
         return config
-    return with_resize(config, resize_of(provenance))
-
-
-def with_resize(config: Config, resize: str) -> Config:
-    """Return a config with another ``render.resize``."""
-    render = config.render.model_copy(update={"resize": resize})
-    return config.model_copy(update={"render": render})
+    return config.with_resize(resize_of(provenance))
 
 
 def made_with(*, gpu: bool = False) -> dict[str, str]:

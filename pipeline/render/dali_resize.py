@@ -8,13 +8,15 @@ gives other pixels).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
 from nvidia import dali
 from nvidia.dali import fn, types
 
-from pipeline.render.dali import Graph
+from pipeline.render.dali import Graph, RenderError
+from pipeline.render.hardware_jpeg import is_baseline_jpeg
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.profiling import Clock
 from pipeline.sampling.centre import centre
@@ -25,7 +27,96 @@ THIN = 8
 _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
-class DaliCrops(Graph):
+class _Resizing(Graph):
+    """Decodes and resizes into memory that is given.
+
+    clock: adds up the time of decoding and resizing.
+    """
+
+    def __init__(self, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
+        super().__init__(batch_size, settings)
+        self.clock = clock
+        # The last outputs of each pipeline on a GPU, and the event after which the
+        # outputs have been copied.
+        self.lent: dict[bool, tuple] = {}
+
+    def close(self) -> None:
+        """Do nothing: DALI's threads end with its pipelines."""
+
+    def fill(
+        self, targets: Sequence[torch.Tensor], blobs: Sequence[bytes], **arguments: np.ndarray
+    ) -> None:
+        """Render encoded images into ``targets``, one tensor for each output, uint8
+        [len(blobs), …] on the renderer's device."""
+        if self.divides:
+            baseline = np.array([is_baseline_jpeg(blob) for blob in blobs], dtype=bool)
+            for hardware in (True, False):
+                if len(rows := np.flatnonzero(baseline == hardware)):
+                    self._fill_rows(targets, rows, blobs, arguments, hardware)
+            return
+        outputs = self.run(blobs, hardware=False, **arguments)
+        for target, output in zip(targets, outputs, strict=True):
+            if self.gpu:
+                target.copy_(torch.from_dlpack(output.as_tensor()))
+            else:
+                np.copyto(target.numpy(), output.as_array())
+        self._keep(False, outputs)
+
+    def _fill_rows(
+        self,
+        targets: Sequence[torch.Tensor],
+        rows: np.ndarray,
+        blobs: Sequence[bytes],
+        arguments: dict[str, np.ndarray],
+        hardware: bool,
+    ) -> None:
+        """Render the images at ``rows``, int64 [n], by one decoder into the same rows
+        of ``targets``."""
+        filled = rows
+        if hardware:
+            # The first batch fixes how many images of a batch the hardware takes, so
+            # all batches are filled up to the same size, with the smallest image.
+            smallest = min(rows, key=lambda row: len(blobs[row]))
+            filled = np.concatenate([rows, np.full(self.batch_size - len(rows), smallest)])
+            # The hardware decoder writes without waiting for earlier work on the GPU
+            # (seen on an H100 by others: torchcodec's pull request 1634). So it may
+            # start only when the memory of the batch before has been read.
+            for _, copied in self.lent.values():
+                copied.synchronize()
+        try:
+            outputs = self.run(
+                [blobs[row] for row in filled],
+                hardware=hardware,
+                **{name: array[filled] for name, array in arguments.items()},
+            )
+        except RenderError as error:
+            if error.place is not None:
+                error.place = int(filled[error.place])
+            raise
+        at = torch.from_numpy(rows).to(targets[0].device)
+        for target, output in zip(targets, outputs, strict=True):
+            target.index_copy_(0, at, torch.from_dlpack(output.as_tensor())[: len(rows)])
+        self._keep(hardware, outputs)
+
+    def _keep(self, hardware: bool, outputs: Sequence) -> None:
+        """Hold a GPU's outputs until they have been copied, since DALI may use their
+        memory again once the outputs are released."""
+        if not self.gpu:
+            return
+        if hardware in self.lent:
+            self.lent[hardware][1].synchronize()
+        # A blocking event: a thread that waits for it leaves its core to the decoders.
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+        self.lent[hardware] = outputs, copied
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the interpreter's end the GPU may be gone
+            for _, copied in self.lent.values():
+                copied.synchronize()
+
+
+class DaliCrops(_Resizing):
     """Renders crops of images at one or several output sizes, from one decode per
     image. sizes: in pixels. views: crops of each image."""
 
@@ -37,8 +128,7 @@ class DaliCrops(Graph):
         settings: RenderSettings,
         clock: Clock,
     ) -> None:
-        super().__init__(batch_size, settings)
-        self.clock = clock
+        super().__init__(batch_size, settings, clock)
         self.sizes, self.views = sizes, views
 
     def define(
@@ -88,7 +178,7 @@ class DaliCrops(Graph):
             self.fill(targets, blobs, **arguments)
 
 
-class DaliCentre(Graph):
+class DaliCentre(_Resizing):
     """Renders central squares (``CentreRenderer``).
 
     Of a thin image, longer than ``THIN`` times its shorter side, only the central
@@ -105,8 +195,7 @@ class DaliCentre(Graph):
         settings: RenderSettings,
         clock: Clock,
     ) -> None:
-        super().__init__(batch_size, settings)
-        self.clock = clock
+        super().__init__(batch_size, settings, clock)
         self.looks = looks
 
     def define(

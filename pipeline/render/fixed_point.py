@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -31,25 +31,34 @@ class Squares:
     """Squares to make of n images, some of each, at one output size.
 
     table: int64 [squares, n, 9], with the columns of ``resample.SQUARE``. cubic:
-    bicubic, otherwise bilinear. made: uint8 [squares, n, size, size, 3], receives the
-    squares.
+    bicubic, otherwise bilinear. made: uint8 [squares, images, size, size, 3], receives
+    the squares, from the place ``first`` on.
     """
 
     table: np.ndarray
     cubic: bool
     made: np.ndarray
+    first: int = 0
 
-    def outside(self, shapes: np.ndarray, first: int) -> np.ndarray:
-        """Return which images, bool [m], have a box that is not inside the image.
-        shapes: int64 [m, 2], of the images from place ``first`` on."""
-        boxes = self.table[:, first : first + len(shapes), :4]
-        corner, extent = boxes[..., :2], boxes[..., 2:]
+    def part(self, first: int, n: int) -> Squares:
+        """Return the squares of n images from place ``first`` on, with a table of their
+        own."""
+        return replace(self, table=self.table[:, first : first + n].copy(), first=first)
+
+    def outside(self, shapes: np.ndarray) -> np.ndarray:
+        """Return which images, bool [n], have a box that is not inside the image.
+        shapes: int64 [n, 2], heights and widths of the images."""
+        corner, extent = self.table[..., :2], self.table[..., 2:4]
         bad = (corner < 0) | (extent < 1) | (corner + extent > shapes)
         return bad.any(axis=(0, 2))
 
 
-class _Engine:
-    """Decodes images and resizes squares of them, part by part."""
+class _FixedPoint:
+    """Decodes images and resizes squares of them, part by part.
+
+    regions: each image has one square, and only the square's box is decoded. clock:
+    adds up the time of decoding and resizing.
+    """
 
     gpu = False
 
@@ -66,19 +75,23 @@ class _Engine:
         self.pool.shutdown()
 
     def run(self, blobs: Sequence[bytes], several: Sequence[Squares]) -> None:
-        """Make squares of n encoded images. If the decoder decodes regions, each image
-        has one square's box. Raises RenderError."""
+        """Make squares of n encoded images. Raises RenderError."""
         resizing: list[Future] = []
         try:
             for first in range(0, len(blobs), self.part):
-                here = slice(first, first + self.part)
-                images = self._decoded(blobs[here], first, several)
+                parts = [squares.part(first, self.part) for squares in several]
+                try:
+                    images = self._decoded(blobs[first : first + self.part], parts)
+                except RenderError as error:
+                    if error.place is not None:
+                        error.place += first
+                    raise
                 for task in resizing:
                     task.result()
                 resizing = [
-                    self.pool.submit(self._resize, images, squares, first, start, end)
-                    for start, end in _spans(len(images.table), TASKS * self.threads)
-                    for squares in several
+                    self.pool.submit(self._resize, images, part, span)
+                    for span in _spans(len(images.table), TASKS * self.threads)
+                    for part in parts
                 ]
             for task in resizing:
                 task.result()
@@ -86,39 +99,26 @@ class _Engine:
             for task in resizing:
                 task.exception()  # waits
 
-    def _decoded(self, blobs: Sequence[bytes], first: int, several: Sequence[Squares]) -> Decoded:
-        """Decode the images of a part, and require that they hold their squares' boxes.
-        first: the part's place in the batch."""
-        boxes = several[0].table[0, first : first + len(blobs), :4] if self.regions else None
-        try:
-            with self.clock.part("decode"):
-                images = self.decode(blobs, boxes)
-            shapes = images.table[:, 1:]
-            outside = np.zeros(len(blobs), bool)
-            for squares in several:
-                outside |= (
-                    squares.outside(shapes, first)
-                    if boxes is None
-                    else (shapes != boxes[:, 2:]).any(axis=1)
-                )
-            if outside.any():
-                raise RenderError("a crop lies outside of the image", int(outside.argmax()))
-        except RenderError as error:
-            if error.place is not None:
-                error.place += first
-            raise
+    def _decoded(self, blobs: Sequence[bytes], parts: Sequence[Squares]) -> Decoded:
+        """Decode the images of a part. Raises RenderError if an image doesn't hold all
+        its boxes."""
+        boxes = parts[0].table[0, :, :4].copy() if self.regions else None
+        with self.clock.part("decode"):
+            images = self.decode(blobs, boxes)
+        if self.regions:  # the decoded image is the box
+            for part in parts:
+                part.table[..., :2] = 0
+        outside = np.any([part.outside(images.table[:, 1:]) for part in parts], axis=0)
+        if outside.any():
+            raise RenderError("a crop lies outside of the image", int(outside.argmax()))
         return images
 
-    def _resize(self, images: Decoded, squares: Squares, first: int, start: int, end: int) -> None:
-        """Resize the squares of some images of a part. first: the part's place in the
-        batch. start, end: the images' places in the part."""
-        table = squares.table[:, first : first + len(images.table)].copy()
-        if self.regions:  # the decoded image is the box
-            table[..., :2] = 0
-        places = (start, end, first + start)
+    def _resize(self, images: Decoded, part: Squares, span: tuple[int, int]) -> None:
+        """Resize the squares of the images from place span[0] up to, without, span[1]
+        of a part."""
         try:
             with self.clock.part("resize", among=self.threads):
-                resize_all(images.table, table, squares.cubic, places, squares.made)
+                resize_all(images.table, part.table, part.cubic, (*span, part.first), part.made)
         except MemoryError:
             raise NoMemory("a crop could not be resized (out of memory)") from None
 
@@ -129,15 +129,12 @@ def _spans(n: int, parts: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise(ends) if a < b]
 
 
-class FixedPointCrops:
+class FixedPointCrops(_FixedPoint):
     """Renders crops. Where only one crop of each image is needed, only the crop's
     region is decoded."""
 
-    gpu = False
-
     def __init__(self, views: int, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
-        self.engine = _Engine(batch_size, settings, clock, regions=views == 1)
-        self.close = self.engine.close
+        super().__init__(batch_size, settings, clock, regions=views == 1)
         self.cubic = settings.interpolation == "bicubic"
 
     def render(
@@ -154,17 +151,14 @@ class FixedPointCrops:
             table = np.zeros((*flips.shape, len(SQUARE)), np.int64)
             table[..., :4], table[..., 4:6], table[..., 8] = boxes, size, flips
             several.append(Squares(table, self.cubic, pixels.numpy()))
-        self.engine.run(blobs, several)
+        self.run(blobs, several)
 
 
-class FixedPointCentre:
+class FixedPointCentre(_FixedPoint):
     """Renders central squares. Only the square is resized, not the whole image."""
 
-    gpu = False
-
     def __init__(self, batch_size: int, settings: RenderSettings, clock: Clock) -> None:
-        self.engine = _Engine(batch_size, settings, clock, regions=False)
-        self.close = self.engine.close
+        super().__init__(batch_size, settings, clock, regions=False)
 
     def render(
         self,
@@ -182,4 +176,4 @@ class FixedPointCentre:
             table[0, :, 2:4] = shapes
             table[0, :, 4:6], table[0, :, 6:8] = centre(shapes, size)
             several.append(Squares(table, interpolation == "bicubic", pixels.numpy()[None]))
-        self.engine.run(blobs, several)
+        self.run(blobs, several)

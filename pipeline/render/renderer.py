@@ -57,11 +57,11 @@ class Rendered(list[dict[int, torch.Tensor]]):
 
 
 class _Renderer:
-    """Allocates memory for what a renderer makes.
+    """Allocates memory for pictures, and ends the engine's threads at the end of a
+    ``with`` block or by ``close()``.
 
     pinned: a renderer on the CPU puts its results into pinned memory, from where they
-    go to a GPU without another copy. close(): end the threads that resize. clock: adds
-    up the time of decoding and resizing.
+    go to a GPU without another copy.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class _Renderer:
 
 class CropRenderer(_Renderer):
     """Renders crops of images at one or several output sizes, from one decode per
-    image. sizes: in pixels. views: crops of each image."""
+    image. sizes: in pixels. views: crops of each image. clock: adds up the time of
+    decoding and resizing."""
 
     def __init__(
         self,
@@ -144,9 +145,8 @@ class CentreRenderer(_Renderer):
         settings: RenderSettings,
         *,
         pinned: bool = False,
-        clock: Clock | None = None,
     ) -> None:
-        self.looks, clock = sorted(set(looks)), clock or Clock()
+        self.looks, clock = sorted(set(looks)), Clock()
         self.engine = (
             FixedPointCentre(batch_size, settings, clock)
             if settings.resize == "pillow"

@@ -41,7 +41,7 @@ SPARE = 4  # bytes behind a row that may be read, or written with nothing meant
 
 def _compiled(function: Callable) -> Any:
     """Compile a function with numba. The result is kept on disk where a folder for it
-    can be written, otherwise each process compiles again (four seconds)."""
+    can be written, otherwise each process compiles again (some three seconds)."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba finds no folder that it may write
@@ -71,7 +71,7 @@ def _convolve(
     first row. Four bytes are read and written for each pixel of three.
 
     LLVM doesn't find these vectors in a loop over three colours by itself: the loop
-    takes four times as long.
+    takes three times as long.
     """
     signature = numba.types.void(source, at, weights, taps, made, to)
 

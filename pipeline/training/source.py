@@ -24,7 +24,7 @@ from pipeline.images.scan_cache import Scanned
 from pipeline.models.classes import known_classes
 from pipeline.models.model import Model
 from pipeline.models.weights import load_teachers
-from pipeline.provenance.description import layout_of, policy_of, recipe, with_resize
+from pipeline.provenance.description import layout_of, policy_of, recipe
 from pipeline.provenance.refusals import (
     require_class_count,
     require_same_classes,
@@ -85,7 +85,7 @@ def choose_source(
         data = map_classes(data, known_classes(teachers), "the teachers")
         require_class_count(data, teachers)
     settings, seed = RenderSettings.of_config(config), config.crops.seed
-    config = with_resize(config, settings.resize)
+    config = config.with_resize(settings.resize)
     found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
     how: dict = {}  # everything beside the images that labels depend on
     layout, views = (max(1, len(found)),) * 2, config.train.views or config.train.epochs

@@ -21,7 +21,6 @@ from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.model import Model
 from pipeline.models.weights import load
-from pipeline.provenance.description import with_resize
 from pipeline.runs.folder import CONFIG, SCANS, RunError
 from pipeline.runtime.distributed import ALONE, Processes
 from pipeline.runtime.execution import Execution
@@ -81,7 +80,7 @@ def train(
             data = replace(data, class_names=begun, mapped=True)
         if store is None and not config.render.resize:
             resize = processes.first(lambda: resize_of_run(out))
-            config = with_resize(config, resize) if resize else config
+            config = config.with_resize(resize) if resize else config
         config, source, teachers = choose_source(
             config,
             data,

@@ -161,7 +161,7 @@ def test_a_batch_of_many_parts_is_rendered_as_its_images_alone():
     blobs = [encoded(image, "JPEG") for image in images]
     for views in (1, 2):
         parts = crop_renderer([48], views, 150, threads=3)
-        assert parts.engine.engine.part < 50
+        assert parts.engine.part < 50
         made = parts(blobs, boxes[:views], flips[:views])
         one = crop_renderer([48], views, 1, threads=1)
         for i in (0, 31, 32, 64, 149):

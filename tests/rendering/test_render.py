@@ -331,7 +331,7 @@ def test_a_batch_that_no_memory_holds_names_its_largest_image(store, monkeypatch
         def run(error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(renderer.engine.engine.decode.pipes[False], "run", run)
+        monkeypatch.setattr(renderer.engine.decode.pipes[False], "run", run)
         with pytest.raises(DataError, match=line), reader.naming(store.images, rows):
             renderer(blobs, *crops_of(blobs, 1))
         renderer(blobs, *crops_of(blobs, 1))  # the renderer lives on
