@@ -274,12 +274,12 @@ def resize_all(
     images: int64 [n, 3]: the address of an image's pixels, uint8 [height, width, 3],
     height, and width. squares: int64 [squares, n, 9], rows of ``SQUARE``; boxes lie
     inside the images, which nothing checks here. cubic: bicubic, otherwise bilinear.
-    places: the first image and the image behind the last one to resize, and the first
-    one's place in ``made``, uint8 [squares, images, size, size, 3].
+    places: the first image to resize, the image behind the last one, and the place of
+    image 0 in ``made``, uint8 [squares, images, size, size, 3].
     """
-    first, end, at = places
-    for i in range(first, end):
+    start, end, at = places
+    for i in range(start, end):
         height, width = images[i, 1], images[i, 2]
         image = numba.carray(_bytes_at(images[i, 0]), (height, 3 * width))
         for square in range(len(squares)):
-            _resize(image, squares[square, i], cubic, made[square, at + i - first])
+            _resize(image, squares[square, i], cubic, made[square, at + i])
