@@ -198,6 +198,33 @@ def test_nothing_is_read_outside_of_a_picture():
     assert torch.equal(renderer(blobs, boxes, flips).all_views[32], good)
 
 
+AT_THE_END = """
+import ctypes, mmap, sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from pipeline.render.resample import resize_all
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+assert protect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+for height, width in ((8, 8), (16, 21), (1, 1), (9, 30)):
+    image = np.array([[start + page - 3 * height * width, height, width]])
+    for box in ((0, 0, height, width), (height - 1, width - 1, 1, 1)):
+        square = np.array([[[*box, 5, 5, 0, 0, 0]]])
+        made = np.full((1, 1, 5, 5, 3), 7, np.uint8)
+        resize_all(image, square, False, (0, 1, 0), made)
+        assert not made.any()
+"""
+
+
+def test_no_byte_behind_a_picture_is_read():
+    """The picture ends where memory may not be read."""
+    code = AT_THE_END.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 DIGEST = """
 import hashlib, sys
 sys.path[:0] = [{root!r}, {tests!r}]
