@@ -43,7 +43,7 @@ class Reader:
         self.pool.shutdown(cancel_futures=True)
 
     def __call__(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        # A task for each file costs a third of what reading it costs.
+        # A task for each file would cost a third as much as reading the file.
         parts = np.array_split(np.asarray(rows), min(len(rows), 4 * self.threads) or 1)
         return [blob for part in self.pool.map(self._several, parts) for blob in part]
 

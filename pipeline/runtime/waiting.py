@@ -3,7 +3,7 @@
 torch computes on a CPU with a team of OpenMP threads, which meet after every operation.
 A thread that arrives early spins for milliseconds, so that the team goes on at once. If
 another process holds the core of the last thread, spinning keeps that thread from its
-work, and a small model becomes some ten to forty times slower. Sleeping threads give
+work, and a small model becomes up to some thirty times slower. Sleeping threads give
 way, but on a free machine a small model pays for each waking. So the kind of waiting
 follows the machine. It never changes a result: the number of threads decides how sums
 are rounded, and it stays as it is.
