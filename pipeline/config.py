@@ -222,10 +222,24 @@ class Discriminator(Section):
     """MEAL V2's discriminator, trained together with the student: its loss is added to
     the soft cross-entropy."""
 
+    variant: Literal["paper", "unbounded", "train_py", "fkd_train_py"] | None = Field(
+        None,
+        description="paper: its pull on the student is at most influence; unbounded: it pulls "
+        "without a bound, as before version 0.11; train_py (online only), fkd_train_py: as the "
+        "authors' programs of these names run, with two outputs under a ReLU and the student's "
+        "learning rate in place of lr; null: paper, or what the run began with",
+    )
     lr: float = Field(
         1e-4,
         gt=0,
         description="its own learning rate at the start, which decays as the student's does",
+    )
+    influence: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="of variant paper: the largest ratio of its gradient to the cross-entropy's, "
+        "on a crop's logits",
     )
     reversal: bool = Field(
         False,
@@ -234,10 +248,37 @@ class Discriminator(Section):
     )
     input: Literal["log_mean", "mean_logits"] = Field(
         "log_mean",
-        description="input of the discriminator. log_mean: clamped log-probabilities; mean_logits, "
-        "as in the authors' code: the student's logits, and the mean of the teachers' logits "
-        "(online only)",
+        description="input of variants paper and unbounded. log_mean: clamped log-probabilities; "
+        "mean_logits, as in the authors' train.py: the student's logits, and the mean of the "
+        "teachers' logits (online only). fkd_train_py sees probabilities",
     )
+
+    @property
+    def authors(self) -> bool:
+        """Whether the discriminator is one of the authors' programs."""
+        return self.variant in ("train_py", "fkd_train_py")
+
+    @property
+    def seen(self) -> str:
+        """What the discriminator sees: "log_mean", "mean_logits" or "softmax"."""
+        return {"train_py": "mean_logits", "fkd_train_py": "softmax"}.get(
+            self.variant or "", self.input
+        )
+
+    @property
+    def bound(self) -> float | None:
+        """The largest ratio of the discriminator's gradient to the cross-entropy's;
+        None: no bound."""
+        return self.influence if self.variant in (None, "paper") else None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Discriminator:
+        if self.variant == "fkd_train_py" and self.input == "mean_logits":
+            raise ValueError(
+                "train.discriminator.variant fkd_train_py sees probabilities, got "
+                "train.discriminator.input mean_logits; leave input out, or take train_py"
+            )
+        return self
 
 
 class Train(Section):
@@ -348,10 +389,15 @@ class Train(Section):
                 "train.online asks teachers, whose labels are soft; leave it out, or set "
                 "train.labels=soft"
             )
-        if self.discriminator and self.discriminator.input == "mean_logits" and not self.online:
+        if self.discriminator and self.discriminator.seen == "mean_logits" and not self.online:
+            key, other = (
+                ("variant train_py", "fkd_train_py")
+                if self.discriminator.authors
+                else ("input mean_logits", "log_mean")
+            )
             raise ValueError(
-                "train.discriminator.input mean_logits needs live teachers, since a store holds no "
-                "logits; set it to log_mean, or train --online"
+                f"train.discriminator.{key} needs live teachers, since a store holds no logits; "
+                f"set it to {other}, or train --online"
             )
         if self.hard_weight and self.labels == "hard":
             raise ValueError(
@@ -405,6 +451,16 @@ class Config(Section):
         """Return the config with another ``render.resize``."""
         render = self.render.model_copy(update={"resize": resize})
         return self.model_copy(update={"render": render})
+
+    def with_variant(self, variant: str) -> Config:
+        """Return the config with another ``train.discriminator.variant``, if it has a
+        discriminator that leaves the variant open."""
+        judge = self.train.discriminator
+        if judge is None or judge.variant is not None:
+            return self
+        judge = judge.model_copy(update={"variant": variant})
+        train = self.train.model_copy(update={"discriminator": judge})
+        return self.model_copy(update={"train": train})
 
     def to_yaml(self) -> str:
         """Return the config as YAML, defaults included."""

@@ -52,6 +52,12 @@ CURVES = (
         "",
         "discriminator_accuracy",
     ),
+    Curve(
+        "discriminator_gradient",
+        "discriminator/gradient",
+        "discriminator's gradient",
+        "of the cross-entropy's",
+    ),
     Curve("lr", "training/lr", "learning rate", "of the last step"),
     Curve("images_per_second", "training/images_per_second", "speed", "images/s"),
 )

@@ -27,7 +27,7 @@ from pipeline.runtime.threads import share_the_interpreter
 from pipeline.sampling import philox
 from pipeline.training import losses, schedule
 from pipeline.training.batches import Batch, Batching, Replay
-from pipeline.training.losses import Discriminator
+from pipeline.training.discriminator import Discriminator, Influence
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
 
@@ -46,17 +46,14 @@ class Learner(nn.Module):
         self,
         student: Model,
         discriminator: Discriminator | None,
+        influence: Influence | None,
         targets: Targets,
-        precision: str,
-        compiled: bool,
     ) -> None:
         super().__init__()
         self.student, self.discriminator = student.module, discriminator
-        self.model, self.targets, self.precision = (
-            student.compiled() if compiled else student,
-            targets,
-            precision,
-        )
+        self.influence, self.targets = influence, targets
+        self.precision = targets.recipe.precision
+        self.model = student.compiled() if targets.recipe.compile else student
 
     def forward(self, pixels: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss to minimise, and sums for the metrics.
@@ -68,13 +65,15 @@ class Learner(nn.Module):
         first, the discriminator's loss, and the discriminator's right answers on the
         student's side and on the teachers' side.
         """
-        logits = self.model(pixels, self.precision)
+        logits = seen = self.model(pixels, self.precision)
+        if self.influence:
+            logits, seen = self.influence.fork(logits)
         loss = self.targets.loss(logits, goal)
         total = loss.mean()
         kl = against = torch.zeros((), device=logits.device)
         told = torch.zeros(2, device=logits.device)
         if self.discriminator:
-            against, told = self.discriminator(*self.targets.judged(logits, goal))
+            against, told = self.discriminator(*self.targets.judged(seen, goal))
             total = total + against
         with torch.no_grad():
             best = goal.hard if goal.soft is None else goal.soft
@@ -120,17 +119,19 @@ class Run:
         if recipe.sync_bn and self.processes.world > 1:
             sync_batchnorm(student)
         groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
-        self.discriminator = None
-        if recipe.discriminator:
+        self.discriminator = self.influence = None
+        if judge := recipe.discriminator:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(recipe.seed)
-                self.discriminator = Discriminator(
-                    student.classes, reversal=recipe.discriminator.reversal
-                ).to(self.device)
+                self.discriminator = Discriminator(student.classes, authors=judge.authors).to(
+                    self.device
+                )
+            self.influence = Influence(judge.bound, judge.reversal, self.device)
             groups.append(
                 {
                     "params": list(self.discriminator.parameters()),
-                    "base_lr": recipe.discriminator.lr,
+                    # The authors' programs overwrite their own d_lr in every epoch.
+                    "base_lr": recipe.lr if judge.authors else judge.lr,
                 }
             )
         # On a GPU one kernel updates all weights. On a CPU fusing would only round
@@ -145,7 +146,7 @@ class Run:
         )
         self.targets = Targets(config, source, teachers, execution)
         self.learner: nn.Module = Learner(
-            student, self.discriminator, self.targets, recipe.precision, recipe.compile
+            student, self.discriminator, self.influence, self.targets
         )
         sizes = [recipe.image_size, *(teacher.image_size for teacher in teachers)]
         self.replay = Replay(source, sizes, Batching.of(recipe), execution)
@@ -186,6 +187,8 @@ class Run:
         torch.manual_seed(int(philox.words(recipe.seed, first, self.processes.rank, 0, 3)[0, 0]))
         self.student.module.train()
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # of _step's results
+        if self.influence:
+            self.influence.sums.zero_()
         seen, crops, rate, note = (
             0,
             len(self.source.images.usable) * recipe.crops_per_image,
@@ -230,8 +233,10 @@ class Run:
             "images_per_second": round(seen / progress.seconds, 1),
         }
         if self.discriminator:
+            of_ce, of_judge = fetched(self.processes.sum(self.influence.sums)).tolist()
             metrics |= {
                 "discriminator_loss": against,
+                "discriminator_gradient": math.sqrt(of_judge / of_ce) if of_ce else None,
                 "discriminator_accuracy": 50 * (told_student + told_teachers),
                 "discriminator_accuracy_student": 100 * told_student,
                 "discriminator_accuracy_teachers": 100 * told_teachers,
@@ -367,7 +372,8 @@ class Run:
         if "discriminator_loss" in m:
             parts.append(
                 f"discriminator loss {m['discriminator_loss']:.4f}, accuracy "
-                f"{m['discriminator_accuracy']:.1f} %"
+                f"{m['discriminator_accuracy']:.1f} %, gradient "
+                f"{m['discriminator_gradient'] or 0:.2g} of the cross-entropy's"
             )
         if "val_top1" in m:
             parts.append(f"top-1 {m['val_top1']:.2f}, top-5 {m['val_top5']:.2f}")

@@ -23,6 +23,8 @@ FREE_KEYS = (
 
 
 OLD_RESIZE = "dali"  # of runs of versions before 0.10, which record none
+VARIANT = "train.discriminator.variant"
+OLD_VARIANT = "unbounded"  # of runs of versions before 0.11, which record none
 
 
 def views_of_run(out: Path) -> int | None:
@@ -46,6 +48,18 @@ def resize_of_run(out: Path) -> str | None:
         return RunFolder(out).config().render.resize or OLD_RESIZE
     except RunError:  # state_of_run raises it again
         return None
+
+
+def variant_of_run(out: Path) -> str:
+    """Return the variant of the discriminator of the run in ``out``, and "paper" if
+    there is no run with a discriminator."""
+    if not (out / STATE).exists():
+        return "paper"
+    try:
+        judge = RunFolder(out).config().train.discriminator
+    except RunError:  # state_of_run raises it again
+        return "paper"
+    return (judge.variant or OLD_VARIANT) if judge else "paper"
 
 
 def classes_of_run(out: Path) -> list[str] | None:
@@ -81,6 +95,8 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
             flat(config.model_dump(mode="json")),
         )
         before["render.resize"] = before.get("render.resize") or OLD_RESIZE
+        if VARIANT in before:
+            before[VARIANT] = before[VARIANT] or OLD_VARIANT
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(

@@ -14,6 +14,7 @@ from pipeline.models.model import Model, ensemble
 from pipeline.runtime.execution import Execution
 from pipeline.training import losses
 from pipeline.training.batches import Batch
+from pipeline.training.discriminator import log_floored
 from pipeline.training.source import Source
 
 
@@ -120,8 +121,10 @@ class Targets:
     def judged(self, logits: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the discriminator's inputs: float32 [n, classes] of the student and of
         the teachers."""
-        if self.recipe.discriminator.input == "mean_logits":
+        seen = self.recipe.discriminator.seen
+        if seen == "mean_logits":
             return logits, goal.mean_logits
-        return losses.log_floored(logits.softmax(dim=1), self.floor), losses.log_floored(
-            goal.soft, self.floor
-        )
+        student = logits.softmax(dim=1)
+        if seen == "softmax":
+            return student, goal.soft
+        return log_floored(student, self.floor), log_floored(goal.soft, self.floor)

@@ -29,7 +29,13 @@ from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
 from pipeline.runtime.waiting import giving_way
 from pipeline.training.loop import Run
-from pipeline.training.resume import classes_of_run, resize_of_run, state_of_run, views_of_run
+from pipeline.training.resume import (
+    classes_of_run,
+    resize_of_run,
+    state_of_run,
+    variant_of_run,
+    views_of_run,
+)
 from pipeline.training.source import Source, choose_source
 
 
@@ -81,6 +87,7 @@ def train(
         if store is None and not config.render.resize:
             resize = processes.first(lambda: resize_of_run(out))
             config = config.with_resize(resize) if resize else config
+        config = config.with_variant(processes.first(lambda: variant_of_run(out)))
         config, source, teachers = choose_source(
             config,
             data,

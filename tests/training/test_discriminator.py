@@ -15,6 +15,7 @@ from support.paths import SOFT_LABELS
 from support.small import CPU, changed, toy_provenance
 from support.stages import make_replay, make_targets, stored_labels, train
 from support.stores import write
+from torch import nn
 
 from cache import LabelStore
 from cache.create import create
@@ -25,7 +26,8 @@ from pipeline import config_file
 from pipeline.config import Config, ConfigError, ModelSpec
 from pipeline.models.weights import load, load_teachers
 from pipeline.training.batches import Batch
-from pipeline.training.losses import Discriminator, log_floored, reverse_gradient
+from pipeline.training.discriminator import Discriminator, Influence, log_floored
+from pipeline.training.losses import soft_cross_entropy
 from pipeline.training.targets import Goal, Targets
 
 LEARNT, HELD_OUT = 4096, 1024  # rows
@@ -239,29 +241,108 @@ def test_a_sharper_student_is_told_from_the_teachers(classes, least):
     assert rightly > least  # measured over five seeds: 0.94 or more, and 0.72 or more
 
 
-# ---- reversal
+# ---- what it does to the student
 
 
-def test_reversal_turns_the_students_gradient_and_nothing_else():
-    x = torch.tensor([1.0, -2.0], requires_grad=True)
-    turned = reverse_gradient(x)
-    (turned * torch.tensor([3.0, 4.0])).sum().backward()
-    assert turned.tolist() == [1, -2] and x.grad.tolist() == [-3, -4]
-    plain, reversing = Discriminator(10), Discriminator(10, reversal=True)
-    reversing.load_state_dict(plain.state_dict())
+def gradients(seed: int = 0, rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw gradients of both losses, float32 [rows, 10], whose ratios span 1e-3 to 1e3;
+    one row has no cross-entropy's gradient, and one no discriminator's."""
+    random = torch.Generator().manual_seed(seed)
+    of_ce, of_judge = (torch.randn(rows, 10, generator=random) for _ in range(2))
+    of_judge *= 10 ** (6 * torch.rand(rows, 1, generator=random) - 3)
+    of_ce[0], of_judge[1] = 0, 0
+    return of_ce, of_judge
+
+
+def joined(
+    of_ce: torch.Tensor, of_judge: torch.Tensor, bound: float | None, reversal: bool = False
+) -> tuple[torch.Tensor, list[float]]:
+    """Return the gradient that reaches the logits, and the sums of squares."""
+    logits = torch.randn(len(of_ce), 10, generator=torch.Generator().manual_seed(9))
+    influence = Influence(bound, reversal, torch.device("cpu"))
+    one, other = influence.fork(logits.requires_grad_())
+    assert torch.equal(one, logits) and torch.equal(other, logits)
+    ((one * of_ce).sum() + (other * of_judge).sum()).backward()
+    return logits.grad, influence.sums.tolist()
+
+
+def test_without_a_bound_the_gradients_are_added_and_with_reversal_subtracted():
+    of_ce, of_judge = gradients()
+    for reversal, expected in ((False, of_ce + of_judge), (True, of_ce - of_judge)):
+        found, sums = joined(of_ce, of_judge, None, reversal)
+        assert torch.equal(found, expected)
+        assert sums == pytest.approx(
+            [of_ce.square().sum().item(), of_judge.square().sum().item()], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("reversal", [False, True])
+def test_a_bound_shortens_the_discriminators_gradient_of_every_crop(reversal):
+    of_ce, of_judge = gradients()
+    found, sums = joined(of_ce, of_judge, 0.05, reversal)
+    theirs = (found - of_ce) * (-1 if reversal else 1)
+    length, allowed = theirs.norm(dim=1), 0.05 * of_ce.norm(dim=1)
+    assert (length <= allowed * 1.001 + 1e-6).all()
+    small = of_judge.norm(dim=1) <= allowed
+    assert 5 < small.sum() < 35
+    torch.testing.assert_close(theirs[small], of_judge[small], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(length[~small], allowed[~small], rtol=1e-3, atol=1e-6)
+    aligned = (theirs * of_judge).sum(dim=1) / (length * of_judge.norm(dim=1)).clamp_min(1e-12)
+    assert (aligned[~small][1:] > 0.999).all()  # shortened, not turned
+    # Every crop's cross-entropy still falls, at 1 - 0.05 of its rate at least.
+    assert ((found * of_ce).sum(dim=1) >= 0.9499 * of_ce.square().sum(dim=1)).all()
+    assert sums[1] == pytest.approx(theirs.square().sum().item(), rel=1e-3)
+
+
+def test_a_crops_gradient_depends_on_that_crop_alone():
+    of_ce, of_judge = gradients()
+    whole, _ = joined(of_ce, of_judge, 0.05)
+    parts = [joined(of_ce[part], of_judge[part], 0.05)[0] for part in (slice(0, 7), slice(7, 40))]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_the_discriminator_learns_the_same_with_any_bound_and_reversal():
     found = []
-    for judge in (plain, reversing):
-        student, teachers = (
-            torch.randn(8, 10, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-            for seed in (1, 2)
-        )
-        loss, right = judge(student, teachers)
-        loss.backward()
-        found.append(
-            (loss, right, teachers.grad, *(p.grad for p in judge.parameters()), student.grad)
-        )
-    assert all(torch.equal(a, b) for a, b in zip(*(parts[:-1] for parts in found), strict=True))
-    assert torch.equal(found[1][-1], -found[0][-1]) and found[0][-1].abs().min() > 0
+    for bound, reversal in ((None, False), (0.01, False), (None, True)):
+        torch.manual_seed(0)
+        judge, influence = Discriminator(10), Influence(bound, reversal, torch.device("cpu"))
+        student, teachers = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        one, other = influence.fork(student)
+        loss, right = judge(other, teachers)
+        (loss + (one * 1e-3).sum()).backward()
+        found.append((loss, right, *(p.grad for p in judge.parameters())))
+    assert all(torch.equal(a, b) for one in found[1:] for a, b in zip(found[0], one, strict=True))
+
+
+def mimic(bound: float | None, reversal: bool = False, rate: float = 0.01) -> tuple[float, float]:
+    """Let free logits of 256 crops learn from labels of 10 classes, in the presence of
+    a discriminator that learns fast. Returns the KL to the labels at the end, in nats,
+    and the discriminator's loss."""
+    labels = made_up_logits(10, 1, 1)[:256].float().softmax(dim=1)
+    torch.manual_seed(0)
+    student = (2 * torch.randn(256, 10)).requires_grad_()
+    judge = Discriminator(10)
+    influence = Influence(bound, reversal, torch.device("cpu"))
+    optimizer = torch.optim.Adam(
+        [{"params": [student], "lr": rate}, {"params": judge.parameters(), "lr": 0.001}]
+    )
+    for _ in range(1500):
+        one, other = influence.fork(student)
+        loss, _ = judge(log_floored(other.softmax(dim=1), 1e-6), log_floored(labels, 1e-6))
+        entropy = soft_cross_entropy(one, labels).mean()
+        optimizer.zero_grad()
+        (entropy + loss).backward()
+        optimizer.step()
+    with torch.no_grad():
+        kl = (soft_cross_entropy(student, labels) + torch.xlogy(labels, labels).sum(dim=1)).mean()
+    return kl.item(), loss.item()
+
+
+def test_a_bounded_discriminator_cant_keep_the_student_from_its_labels():
+    bounded, _ = mimic(0.05)
+    unbounded, _ = mimic(None)
+    assert bounded < 1e-3  # measured: 1e-6 or less
+    assert unbounded > 0.02  # measured: 0.09
 
 
 def test_a_student_helps_the_discriminator_and_with_reversal_deceives_it():
@@ -274,21 +355,85 @@ def test_a_student_helps_the_discriminator_and_with_reversal_deceives_it():
         ("deceiving", 0.01, True),
     ):
         torch.manual_seed(0)
-        student, judge = (
-            (2 * torch.randn(256, 10)).requires_grad_(),
-            Discriminator(10, reversal=reversal),
-        )
+        student, judge = (2 * torch.randn(256, 10)).requires_grad_(), Discriminator(10)
+        influence = Influence(None, reversal, torch.device("cpu"))
         optimizer = torch.optim.Adam(
             [{"params": [student], "lr": rate}, {"params": judge.parameters(), "lr": 0.001}]
         )
         for _ in range(300):
-            loss, _ = judge(log_floored(student.softmax(dim=1), 1e-6), teachers)
+            one, other = influence.fork(student)
+            loss, _ = judge(log_floored(other.softmax(dim=1), 1e-6), teachers)
             optimizer.zero_grad()
-            loss.backward()
+            (loss + 0 * one.sum()).backward()
             optimizer.step()
         losses[name] = loss.item()
     assert losses["helping"] < losses["frozen"] / 4  # measured over five seeds: a 25th or less
     assert losses["frozen"] < losses["deceiving"] - 0.3  # measured: 0.51 or more
+
+
+# ---- the authors' programs
+
+
+def authors_loss(judge: Discriminator, student: torch.Tensor, teachers: torch.Tensor):
+    """Return the loss as loss.py and models/discriminator.py of szq0214/MEAL-V2 compute
+    it: 1 × 1 convolutions, each under a ReLU, and a target of two columns."""
+    x = torch.cat([student, teachers], 0)[:, :, None, None]
+    for layer in judge.layers[::2]:
+        x = torch.relu(nn.functional.conv2d(x, layer.weight[:, :, None, None], layer.bias))
+    target = torch.tensor([[1.0, 0.0]] * len(student) + [[0.0, 1.0]] * len(teachers))
+    return nn.BCEWithLogitsLoss()(x.flatten(1), target)
+
+
+def test_the_authors_network_and_loss_are_theirs():
+    torch.manual_seed(0)
+    judge = Discriminator(1000, authors=True)
+    assert [layer.out_features for layer in judge.layers[::2]] == [125, 15, 2]
+    student, teachers = (5 * torch.randn(6, 1000) for _ in range(2))
+    found = []
+    for loss_of in (lambda *sides: judge(*sides)[0], lambda *sides: authors_loss(judge, *sides)):
+        one = student.clone().requires_grad_()
+        judge.zero_grad()
+        loss = loss_of(one, teachers)
+        loss.backward()
+        found.append([loss.detach(), one.grad, *(p.grad.clone() for p in judge.parameters())])
+    assert found[0][1].abs().max() > 0
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_answers_at_zero_count_as_guessing():
+    judge = Discriminator(10, authors=True)
+    nn.init.constant_(judge.layers[4].bias, -100.0)  # both outputs stay at zero
+    loss, right = judge(torch.randn(4, 10), torch.randn(4, 10))
+    assert right.tolist() == [0.5, 0.5] and loss.item() == pytest.approx(np.log(2))
+
+
+def test_each_variant_sees_and_learns_as_it_says(recipe, store_path):
+    expected = {  # what it sees, its bound and its rate, where the student's is 0.01
+        "paper": ("log_mean", 0.05, 0.3),
+        "unbounded": ("log_mean", None, 0.3),
+        "fkd_train_py": ("softmax", None, 0.01),
+        "train_py": ("mean_logits", None, 0.01),
+    }
+    for variant, (seen, bound, rate) in expected.items():
+        judge = config_file.validate(
+            {
+                "train": {
+                    "online": variant == "train_py",
+                    "discriminator": {"variant": variant, "lr": 0.3},
+                }
+            },
+            "test",
+        ).train.discriminator
+        assert (judge.seen, judge.bound) == (seen, bound)
+        assert (0.01 if judge.authors else judge.lr) == rate
+    targets = make_targets(
+        Config(train={"discriminator": {"variant": "fkd_train_py"}}),
+        stored_labels(LabelStore.open(store_path), 1),
+    )
+    logits, soft = torch.randn(5, 3), torch.rand(5, 3)
+    student, teachers = targets.judged(logits, Goal(soft, None, None))
+    assert torch.equal(student, logits.softmax(dim=1)) and torch.equal(teachers, soft)
 
 
 # ---- in training

@@ -29,7 +29,7 @@ from pipeline.models.model import ModelError
 from pipeline.models.weights import load
 from pipeline.runs.folder import RunError
 from pipeline.training import losses
-from pipeline.training.losses import Discriminator
+from pipeline.training.discriminator import Discriminator, log_floored
 
 
 def test_soft_cross_entropy_is_equation_3_by_hand():
@@ -97,7 +97,7 @@ def test_the_discriminator_is_equations_4_and_5_by_hand():
     assert [layer.out_features for layer in Discriminator(1000).layers[::2]] == [125, 16, 1]
     p = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(10), 4), dtype=torch.float32)
     logits = torch.randn(4, 10)
-    seen = [losses.log_floored(side, 0.02) for side in (logits.softmax(1), p)]
+    seen = [log_floored(side, 0.02) for side in (logits.softmax(1), p)]
     loss, accuracy = judge(*seen)
     theirs = judge.layers(torch.log(torch.clamp(p, min=0.02)))[:, 0].sigmoid()
     students = judge.layers(torch.log(torch.clamp(logits.softmax(1), min=0.02)))[:, 0].sigmoid()
@@ -107,7 +107,7 @@ def test_the_discriminator_is_equations_4_and_5_by_hand():
     assert accuracy.tolist() == pytest.approx(
         [(students < 0.5).float().mean().item(), (theirs > 0.5).float().mean().item()]
     )
-    moved = judge(losses.log_floored((logits + 7).softmax(1), 0.02), seen[1])
+    moved = judge(log_floored((logits + 7).softmax(1), 0.02), seen[1])
     torch.testing.assert_close(moved, (loss, accuracy))  # an offset of the logits changes nothing
 
 
