@@ -843,8 +843,8 @@ def merge_stores(stores, out, codec):
         "form",
         default="fkd",
         show_default=True,
-        metavar="fkd",
-        help="Format of the label files.",
+        metavar="fkd|ml-dr",
+        help="Format of the label files. Of ml-dr's sets those of crops and flips alone.",
     ),
     data_option,
     click.option("--store", required=True, type=folder, help="Label store to create or finish."),
@@ -863,14 +863,22 @@ def merge_stores(stores, out, codec):
     click.option(
         "--interpolation",
         type=click.Choice(["bilinear", "bicubic"]),
-        default="bicubic",
-        show_default=True,
-        help="Interpolation of the crops that were labelled; FKD's generator has bicubic.",
+        help="Interpolation of the crops that were labelled.  [default: as the generators have it, "
+        "bicubic for fkd, bilinear for ml-dr]",
     ),
     click.option(
         "--views",
         type=click.IntRange(1),
         help="Number of crops to take of each image, from the first on.  [default: all]",
+    ),
+    click.option(
+        "--rest",
+        type=click.Choice(["even", "none"]),
+        default="even",
+        show_default=True,
+        help="What a top-k label says of the other classes: they share the rest evenly (FKD's "
+        "marginal_smoothing, ml-dr's smooth), or have nothing (FKD's marginal_renorm). The files "
+        "don't tell.",
     ),
     click.option("--codec", default="pow8", show_default=True, help="Codec of the stored labels."),
     click.option(
@@ -887,6 +895,7 @@ def import_labels(
     image_size,
     interpolation,
     views,
+    rest,
     codec,
     split,
     class_map,
@@ -895,29 +904,32 @@ def import_labels(
     from the images that were labelled.
 
     FKD (arXiv 2112.01528) publishes such files, FKD's generator makes them, and MEAL
-    V2's authors use them for "Fast MEAL V2". Crops, flips and labels are taken as they
-    are. Facts that no file tells (weights, normalisation, how crops were drawn) are
-    recorded as unknown. Images without a label file are left out. Files are read as
-    tensors only: nothing in them is executed. Run the same command again to go on where
-    it was stopped.
+    V2's authors use them for "Fast MEAL V2". ml-dr (arXiv 2303.08983) publishes
+    ImageNet+-RRC, -RRC-Small and -RRC-Mini. Crops, flips and labels are taken as they
+    are. Facts that no file tells (weights, how crops were drawn) are recorded as
+    unknown. Images without a label file are left out. Nothing in a file is executed.
+    Run the same command again to go on where it was stopped.
 
     \b
-    Example:
+    Examples:
       python cli.py import-labels FKD_soft_label_500_crops_marginal_smoothing_k_5 \\
           --data imagenet --store fkd.zarr \\
           --teacher tf_efficientnet_l2_ns_475 --image-size 475
+      python cli.py import-labels imagenet_plus_rrc_mini --format ml-dr \\
+          --data imagenet --store rrc.zarr
     """
     from pipeline.exchange.fkd_format import LabelFileError
-    from pipeline.exchange.import_labels import REFUSED, Known, import_labels
+    from pipeline.exchange.import_labels import FORMATS, REFUSED, Known, import_labels
 
     if form in REFUSED:
         raise LabelFileError(
             f"{form} label sets can't be imported: {REFUSED[form]}; make labels with "
             f"generate-labels"
         )
-    if form != "fkd":
+    if form not in FORMATS:
         raise click.BadParameter(
-            f"{form!r} must be fkd ({' and '.join(REFUSED)} can't be replayed exactly)",
+            f"{form!r} must be {' or '.join(FORMATS)} ({', '.join(REFUSED)} can't be replayed "
+            f"exactly)",
             param_hint="--format",
         )
     import_labels(
@@ -925,7 +937,7 @@ def import_labels(
         _data(data, split, class_map),
         store,
         split=split,
-        known=Known(teachers, image_size, interpolation),
+        known=Known(teachers, image_size, interpolation, rest, form),
         views=views,
         codec=_codec(codec).name,
     )

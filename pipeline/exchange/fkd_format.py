@@ -11,7 +11,9 @@ crop:
     marginal_smoothing_kK    float [n, 2, K]      the K likeliest classes and their
                                                   probabilities; the rest is even
                                                   over the others (K is 5 or 10)
-    smoothing                float [n, 2]         the same with one class
+    marginal_renorm_kK       float [n, 2, K]      the same file; the rest is nothing,
+                                                  and the K are scaled to sum to one
+    smoothing                float [n, 2]         as marginal_smoothing, with one class
     hard                     int [n]              the likeliest class alone
 
 In other people's files the tensors may be numpy arrays, since FKD's own generator saves
@@ -200,7 +202,18 @@ def kind_of(labels: np.ndarray, classes: int) -> str | None:
         return f"marginal_smoothing_k{shape[1]}"
     if labels.dtype.kind == "f" and shape == (2,):
         return "smoothing"
-    return "hard" if labels.dtype.kind in "iu" and shape == () else None
+    if shape == () and (labels.dtype.kind in "iu" or (labels == np.rint(labels)).all()):
+        return "hard"  # the generator's half precision makes floats of class numbers, too
+    return None
+
+
+def renamed(kind: str, rest: str) -> str:
+    """Return the kind of labels whose rest is "even", or "none": FKD writes the same
+    files for both, and the reader has to know."""
+    if rest == "even":
+        return kind
+    k = {"smoothing": "1"}.get(kind, kind.removeprefix("marginal_smoothing_k"))
+    return f"marginal_renorm_k{k}" if k != kind else kind
 
 
 def dense(labels: np.ndarray, kind: str, classes: int) -> np.ndarray:
@@ -233,6 +246,11 @@ def dense(labels: np.ndarray, kind: str, classes: int) -> np.ndarray:
     rest = 1 - p.sum(axis=1, keepdims=True)
     if not (np.isfinite(p).all() and (p >= 0).all() and (rest >= -SUM).all()):
         raise ValueError("probabilities below zero, or whose sum is above one")
+    if kind.startswith("marginal_renorm"):
+        rest, total = np.zeros_like(rest), p.sum(axis=1, keepdims=True)
+        if not (total > 0).all():
+            raise ValueError("a label without any probability")
+        p = p / total
     out = np.repeat(np.maximum(rest, 0) / max(1, classes - index.shape[1]), classes, axis=1).astype(
         np.float32
     )
@@ -268,11 +286,13 @@ def boxes_of(coords: np.ndarray, height: int, width: int) -> np.ndarray:
         | (boxes[:, :2] + boxes[:, 2:] > scale[:2]).any(axis=1)
     )
     if coords.dtype == np.float16:
-        # An edge may have moved by a pixel where a side is above a thousand pixels.
+        # Half precision moves a fraction by 2^-12 at most: from a side of 2,048 pixels
+        # on by a pixel, from 6,144 on by two. The far edge has the errors of both.
         within = boxes.copy()
         within[:, 2:] = np.clip(boxes[:, 2:], 1, scale[:2])
         within[:, :2] = np.clip(boxes[:, :2], 0, scale[:2] - within[:, 2:])
-        outside = (np.abs(within - boxes) > 1).any(axis=1)
+        moved = np.maximum(1, 2 * np.floor(scale * 2.0**-12 + 0.5))
+        outside = (np.abs(within - boxes) > moved).any(axis=1)
         boxes = within
     if apart.any() or outside.any():
         place = int(np.argmax(apart.any(axis=1) | outside))
@@ -335,6 +355,13 @@ def named(paths: np.ndarray, split: str, place: Callable[[str, str], str]) -> di
             )
         taken[file] = image
     return taken
+
+
+def in_order(paths: np.ndarray) -> list[str]:
+    """Return those paths CLASS/…/NAME that torchvision's ImageFolder takes for images,
+    in its order: by class, then by folder, then by name."""
+    images = [path for path in paths.tolist() if path.lower().endswith(LISTED)]
+    return sorted(images, key=lambda path: (path.split("/")[0], *path.rpartition("/")[::2]))
 
 
 def require_a_name(split: str) -> None:

@@ -1,10 +1,7 @@
-"""Import published FKD label sets into a store, so that stage one can be skipped."""
+"""Import label sets of FKD and of ml-dr into a store, in place of stage one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +17,15 @@ from cache.format import schema
 from cache.format.codec import CODECS
 from cache.format.crops import Crops
 from cache.format.manifest import UNUSABLE, USABLE, Images
-from cache.format.validate import MOST_VIEWS
 from cache.system.local import require_local
 from cache.system.signals import check, finishing
 from cache.writer import StoreWriter
 from pipeline.exchange import fkd_format
-from pipeline.exchange.fkd_format import SPLITS, LabelFile, LabelFileError, named, require_a_name
+from pipeline.exchange.fkd_format import LabelFileError, require_a_name
+from pipeline.exchange.label_sets import FkdLabels, LabelSet, MlDrLabels
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_no_split, require_outside
-from pipeline.images.listing import has_system_files, list_files, require_same_files
-from pipeline.images.names import as_text, is_hidden, is_system_folder
-from pipeline.images.patience import is_file, is_folder, is_there, listed, read_file, status
+from pipeline.images.listing import has_system_files, require_same_files
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -40,20 +35,14 @@ from pipeline.render.renderer import record
 from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime import threads
 from pipeline.runtime.progress import Progress, say
-from pipeline.runtime.wording import counted, same, some
 
 SEED = 0  # seed of the row order
 AT_ONCE = 1 << 30  # bytes of labels that are held at once
 SIZE = 224  # pixels of the fingerprint's crops if the teachers' size isn't known
-TELLING = 64  # label files whose bytes identify a label set, beside all names and sizes
-
-
+FORMATS = ("fkd", "ml-dr")
 REFUSED = {
-    "tinyvit": "its crops follow from a seed and timm's augmentation code of that day, and its "
-    "teachers saw RandAugment, erasing and mixing, which a store of "
+    "tinyvit": "its teachers saw pictures after RandAugment and random erasing, which a store of "
     "crops can't replay",
-    "ml-dr": "its teachers saw RandAugment, random erasing and mixing of pictures, which a store "
-    "of crops can't replay",
 }
 
 
@@ -61,14 +50,19 @@ REFUSED = {
 class Known:
     """The facts about published labels that a user knows and no label file holds.
 
-    teachers: names of the models that made the labels. image_size: the teachers' input
-    size, in pixels. interpolation: interpolation of the labelled crops; FKD's generator
-    has bicubic.
+    form: format of the files, one of FORMATS (label_sets.py). teachers: names of the
+    models that made the labels. image_size: the teachers' input size, in pixels.
+    interpolation: interpolation of the labelled crops; None: that of the format's own
+    generator. rest: what a top-k label says of the other classes, "even" (they share
+    the remaining probability evenly) or "none" (they have none, and the named classes'
+    probabilities are scaled to sum to one).
     """
 
     teachers: Sequence[str] = ()
     image_size: int | None = None
-    interpolation: str = "bicubic"
+    interpolation: str | None = None
+    rest: str = "even"
+    form: str = "fkd"
 
 
 def import_labels(
@@ -81,16 +75,16 @@ def import_labels(
     views: int | None = None,
     codec: str = "pow8",
 ) -> LabelStore:
-    """Make a store from a folder of FKD's label files (fkd_format.py), or finish,
-    extend or mend the store that is there. Several processes may do so at once.
+    """Make a store from a folder of label files, or finish, extend or mend the store
+    that is there. Several processes may do so at once.
 
-    directory: the folder that holds CLASS/NAME.tar, or a folder one or two levels above
-    (IMAGENET/TRAIN/CLASS). data: the images that were labelled; images without a label
-    file are unusable. split: the images' folder in the label files' paths. views: the
-    number of crops of each image, from the first on; None: all. More views than the
-    store has extend the store. Raises MealError for every error that the user can fix:
-    a damaged file, crops that are no whole pixels of these images, labels of another
-    kind or number than the first file's.
+    directory: the folder that holds the files; for fkd the folder of CLASS/NAME.tar, or
+    a folder one or two levels above (IMAGENET/TRAIN/CLASS). data: the images that were
+    labelled; images without a label file are unusable. split: the images' folder in
+    FKD's label files' paths. views: the number of crops of each image, from the first
+    on; None: all. More views than the store has extend the store. Raises MealError for
+    every error that the user can fix: a damaged file, crops that are no whole pixels of
+    these images, labels of another kind or number than the first file's.
     """
     require_a_name(split)
     require_local(directory, data.path, path)
@@ -100,9 +94,15 @@ def import_labels(
     if not path.exists():
         require_class_folders(data)
     with fkd_format.reading():
-        source = _Source(directory, split, data, views)
-        if not path.exists() and not data.mapped:
-            _require_labelled_classes(source, data)
+        source: LabelSet = (
+            MlDrLabels(directory, data, views, known.rest)
+            if known.form == "ml-dr"
+            else FkdLabels(directory, split, data, views, known.rest)
+        )
+        if not path.exists():
+            say(_told(source))
+            if not data.mapped:
+                source.require_classes(data)
         about = _about(source, known, CODECS[codec].describe())
         before = Scanned.beside(path)
         writer = _opened(path, data, source, about, before)
@@ -129,144 +129,6 @@ def import_labels(
         return LabelStore.open(path)
 
 
-class _Source:
-    """The label files of a folder that belong to the images."""
-
-    def __init__(self, directory: Path, split: str, data: DataFolder, views: int | None) -> None:
-        classes = len(data.class_names)
-        paths, _, _, _ = list_files(data)
-        self.places = named(paths, split, fkd_format.generated)
-        self.root, self.below = _root_of(directory, split, list(self.places))
-        if self.root != directory:
-            say(f"label files are looked for in {self.root}")
-        self.split = split
-        self.files: dict[str, str] = {}
-        self.sizes = {image: self._find(image) for image in self.places.values()}
-        there = [image for image in sorted(self.files) if self.sizes[image] >= 0]
-        if not there:
-            raise LabelFileError(
-                f"{directory} has no label file for any of the {len(paths):,} images of "
-                f"{data.path}, like {fkd_format.generated(paths[0], split)}; "
-                "name the folder that holds the class folders of label files, and the images that "
-                "were labelled"
-            )
-        first = fkd_format.read(self.file(there[0]), classes)
-        self.kind, self.crops, self.half, self.classes = (
-            first.kind,
-            len(first.coords),
-            first.coords.dtype == np.float16,
-            classes,
-        )
-        self.show(views or self.crops)
-        digest = hashlib.sha256(
-            json.dumps([[self.files[image], self.sizes[image]] for image in there]).encode()
-        )
-        for image in there[:TELLING]:
-            digest.update(read_file(self.file(image)))
-        self.digest = digest.hexdigest()
-
-    def show(self, views: int) -> None:
-        """Use the first ``views`` crops of each image. Raises LabelFileError if there
-        are fewer crops."""
-        if views > min(self.crops, MOST_VIEWS):
-            raise LabelFileError(
-                f"{views} views are wanted, and the label files have {self.crops} crops; lower "
-                f"--views, or leave it out for all"
-            )
-        self.views = views
-
-    def _find(self, image: str) -> int:
-        """Find an image's label file, and return its size in bytes; -1 if there is
-        none.
-
-        The file is where FKD's generator puts it, or where FKD's training code looks
-        for it.
-        """
-        for place in dict.fromkeys(
-            (fkd_format.generated(image, self.split), fkd_format.place_of(image, self.split))
-        ):
-            self.files[image] = place.split("/", self.below)[-1]
-            if (size := _size(self.file(image))) >= 0:
-                return size
-        return -1
-
-    def file(self, image: str) -> Path:
-        """Return the path of an image's label file."""
-        return self.root / self.files[image]
-
-    def read(self, image: str) -> LabelFile:
-        """Read the first ``views`` crops of an image. Raises LabelFileError for fewer
-        crops, or for labels of another kind than the first file's."""
-        path = self.file(image)
-        found = fkd_format.read(path, self.classes)
-        if found.kind != self.kind or len(found.coords) < self.views:
-            raise LabelFileError(
-                f"{path} has {len(found.coords)} crops with labels of kind {found.kind}, others "
-                f"have {self.crops} of kind {self.kind}; get it anew, take fewer with --views, or "
-                "leave its image out: remove the file, and take a new --store"
-            )
-        return replace(
-            found,
-            coords=found.coords[: self.views],
-            flips=found.flips[: self.views],
-            labels=found.labels[: self.views],
-        )
-
-
-def _root_of(directory: Path, split: str, files: Sequence[str]) -> tuple[Path, int]:
-    """Find the folder that holds the label files: ``directory``, or a folder in it.
-
-    Returns the folder, and 1 if the folder is the split's own, otherwise 0. A folder
-    named after another split is never taken for the split's own, since the images of
-    both may have the same names.
-    """
-    if not directory.is_dir():
-        raise LabelFileError(
-            f"there is no folder {directory}; name the one that holds the label files"
-        )
-    below = sorted(entry for entry in directory.iterdir() if entry.is_dir())
-    some = files[:: max(1, len(files) // 1000)]
-    for root in (directory, *below):
-        for skipped in (0,) if root.name in SPLITS - {split} else (0, 1):
-            if any(is_file(root / file.split("/", skipped)[-1]) for file in some):
-                return root, skipped
-    return directory, 0
-
-
-def _require_labelled_classes(source: _Source, data: DataFolder) -> None:
-    """Raise LabelFileError if the label files have folders of classes that the images
-    lack. Labels know their classes by number, so every number would mean another
-    class."""
-    folder = source.root if source.below else source.root / source.split
-    if not is_there(folder):  # the label files lie as FKD's training code looks for them
-        folder = source.root
-    found = [source.files[image] for image, size in source.sizes.items() if size >= 0]
-    used = {file.removeprefix(f"{source.split}/").partition("/")[0] for file in found}
-    known = {same(name) for name in (*data.class_names, *used)}
-    names = sorted(
-        as_text(entry.name)
-        for entry in listed(folder)
-        if not (is_hidden(entry.name) or is_system_folder(entry.name)) and is_folder(entry)
-    )
-    if foreign := [n for n in names if same(n) not in known and n not in SPLITS]:
-        raise LabelFileError(
-            f"{folder} has label files of {counted(len(foreign), 'class', 'classes')} "
-            f"({some(foreign)}) that {data.path} has no folder of, so the numbers of classes would "
-            f"shift; pass all class folders' names, in the labels' order, as a --class-map"
-        )
-
-
-def _size(file: Path) -> int:
-    """Return a label file's size in bytes; -1 if there is none. Raises DataError if the
-    disk doesn't tell now: an image without labels is left out for ever."""
-    found = status(file)
-    if found is None:
-        return -1
-    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
-        raise LabelFileError(f"{file} is no ordinary file; remove it")
-    return found.st_size
-
-
 def _resizes_of(path: Path) -> list[str]:
     """Return who resizes a store's crops: as the store was begun, as far as its
     description can be read; otherwise the possible ones, the likely one first."""
@@ -276,25 +138,43 @@ def _resizes_of(path: Path) -> list[str]:
     return ["pillow", "dali"] if path.exists() else ["pillow"]
 
 
-def _about(source: _Source, known: Known, codec: dict) -> dict:
+def _told(source: LabelSet) -> str:
+    """Say which labels were found, and what is assumed of them."""
+    line = f"{source.crops} crops an image, labels of kind {source.kind}"
+    if source.kind.startswith("marginal_renorm"):
+        return f"{line}: the named classes alone have a probability"
+    if source.kind in ("full", "hard"):
+        return line
+    return (
+        f"{line}: the other classes share the rest evenly. No file tells; if these are labels of "
+        f"FKD's type marginal_renorm, pass --rest none"
+    )
+
+
+def _about(source: LabelSet, known: Known, codec: dict) -> dict:
     """Assemble the provenance of imported labels. Unknown values are null."""
     one = {
         "weights": None,
         "files": source.digest,
         "classes": source.classes,
-        "image_size": known.image_size,
-        "mean": None,
-        "std": None,
+        "image_size": known.image_size or source.image_size,
+        "mean": source.mean,
+        "std": source.std,
         "interpolation": None,
     }
+    names = known.teachers or source.teachers or ["unknown"]
     return {
-        "imported": {"format": "fkd", "labels": source.kind, "half_precision": bool(source.half)},
-        "teachers": [{"model": name, **one} for name in (known.teachers or ["unknown"])],
+        "imported": {
+            "format": source.format,
+            "labels": source.kind,
+            "half_precision": bool(source.half),
+        },
+        "teachers": [{"model": name, **one} for name in names],
         "crops": {
             "policy": "as imported",
             **dict.fromkeys(("tries", "scale", "ratio", "flip")),
             "seed": SEED,
-            "interpolation": known.interpolation,
+            "interpolation": known.interpolation or source.interpolation,
             "exif": "ignore",
         },
         "renderer": record(RenderSettings()),
@@ -304,7 +184,7 @@ def _about(source: _Source, known: Known, codec: dict) -> dict:
 
 
 def _opened(
-    path: Path, data: DataFolder, source: _Source, about: dict, before: Scanned
+    path: Path, data: DataFolder, source: LabelSet, about: dict, before: Scanned
 ) -> StoreWriter:
     """Open the store, create it, or rebuild its description."""
     tries = [(every, resize) for every in (False, True) for resize in _resizes_of(path)]
@@ -334,11 +214,11 @@ def _opened(
 
 
 def _create(
-    path: Path, data: DataFolder, source: _Source, about: dict, found: Images, views: int
+    path: Path, data: DataFolder, source: LabelSet, about: dict, found: Images, views: int
 ) -> None:
     """Create an empty store of the images that a scan found, in which images without a
     label file are unusable."""
-    unlabelled = np.array([source.sizes.get(image, -1) < 0 for image in found.path.tolist()]) & (
+    unlabelled = np.array([not source.labelled(image) for image in found.path.tolist()]) & (
         found.status == USABLE
     )
     reason = np.where(unlabelled, "no label file", found.reason).astype(object)
@@ -375,27 +255,15 @@ def _create(
 
 
 def _image(
-    source: _Source, manifest: Images, row: int
+    source: LabelSet, manifest: Images, row: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read the label file of an image of the manifest. Returns boxes, flips, and labels
     as the file stores them."""
-    image = str(manifest.path[row])
-    found = source.read(image)
-    try:
-        return (
-            fkd_format.boxes_of(found.coords, int(manifest.height[row]), int(manifest.width[row])),
-            found.flips,
-            found.labels,
-        )
-    except ValueError as error:
-        raise LabelFileError(
-            f"{source.file(image)} doesn't fit {image}: {error}; pass the images that were "
-            f"labelled, in their size, or leave this one out: remove the file, and take a new "
-            f"--store"
-        ) from None
+    height, width = int(manifest.height[row]), int(manifest.width[row])
+    return source.read(str(manifest.path[row]), height, width)
 
 
-def _fill(writer: StoreWriter, source: _Source) -> None:
+def _fill(writer: StoreWriter, source: LabelSet) -> None:
     """Write every missing or damaged shard.
 
     The label files of a shard are read once for as many views as memory has room for. A
@@ -433,18 +301,18 @@ def _fill(writer: StoreWriter, source: _Source) -> None:
     say(f"{store.path} is complete: {of} of {of} shards")
 
 
-def _group(source: _Source, store: LabelStore, good: np.ndarray) -> int:
+def _group(source: LabelSet, store: LabelStore, good: np.ndarray) -> int:
     """Return how many views of a shard's images are held in memory at once."""
     if len(good) == 0:
         return store.views
-    one = source.read(str(store.images.path[good[0]]))
-    per_view = len(good) * (one.labels[0].nbytes + 32)
+    _, _, labels = _image(source, store.images, good[0])
+    per_view = len(good) * (labels[0].nbytes + 32)
     return max(1, min(store.views, AT_ONCE // per_view))
 
 
 def _write(
     writer: StoreWriter,
-    source: _Source,
+    source: LabelSet,
     shard: int,
     views: list[int],
     good: np.ndarray,
@@ -474,15 +342,15 @@ def _write(
         writer.write(view, shard, codes, Crops(boxes[i], flips[i]))
 
 
-def _dense(labels: np.ndarray, source: _Source, store: LabelStore, rows: np.ndarray) -> np.ndarray:
+def _dense(labels: np.ndarray, source: LabelSet, store: LabelStore, rows: np.ndarray) -> np.ndarray:
     """Expand labels to probabilities. Raises LabelFileError with the name of the file
     whose labels are no probabilities."""
     try:
-        return fkd_format.dense(labels, source.kind, store.classes)
+        return source.dense(labels)
     except ValueError:
         for label, row in zip(labels, rows, strict=True):  # find the file
             try:
-                fkd_format.dense(label[None], source.kind, store.classes)
+                source.dense(label[None])
             except ValueError as error:
                 raise LabelFileError(
                     f"{source.file(str(store.images.path[row]))} holds {error}; get it anew from "

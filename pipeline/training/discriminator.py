@@ -3,6 +3,8 @@ student (arXiv 2009.08453, Eqs. 4 and 5, Sec. 4)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -94,14 +96,14 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: object, x: torch.Tensor, influence: Influence
+        context: Any, x: torch.Tensor, influence: Influence
     ) -> tuple[torch.Tensor, torch.Tensor]:
         context.influence = influence
         return x.view_as(x), x.view_as(x)
 
     @staticmethod
     def backward(
-        context: object, of_ce: torch.Tensor, of_judge: torch.Tensor
+        context: Any, of_ce: torch.Tensor, of_judge: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         return context.influence.join(of_ce, of_judge), None
 

@@ -145,9 +145,7 @@ class Run:
             fused=fused or None,
         )
         self.targets = Targets(config, source, teachers, execution)
-        self.learner: nn.Module = Learner(
-            student, self.discriminator, self.influence, self.targets
-        )
+        self.learner: nn.Module = Learner(student, self.discriminator, self.influence, self.targets)
         sizes = [recipe.image_size, *(teacher.image_size for teacher in teachers)]
         self.replay = Replay(source, sizes, Batching.of(recipe), execution)
         share_the_interpreter()

@@ -101,10 +101,10 @@ def scan(folder: Path, classes: Sequence[str], **how: object) -> Images:
 
 
 def import_labels(directory: Path, data: Path, path: Path, **how: object) -> LabelStore:
-    """Import label files. how: split, classes; teachers, image_size, interpolation;
-    views and codec."""
+    """Import label files. how: split, classes; teachers, image_size, interpolation,
+    rest, form; views and codec."""
     images = DataFolder.find(data, how.get("split", "train"), how.pop("classes", None))
-    known = imports.Known(**_split(how, "teachers", "image_size", "interpolation"))
+    known = imports.Known(**_split(how, "teachers", "image_size", "interpolation", "rest", "form"))
     return imports.import_labels(directory, images, path, known=known, **how)
 
 

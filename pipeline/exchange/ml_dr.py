@@ -1,0 +1,130 @@
+"""Read the label sets of ml-dr (Faghri et al., "Reinforce Data, Multiply Impact", arXiv
+2303.08983; github.com/apple/ml-dr) that hold crops and flips alone, as ImageNet+-RRC,
+-RRC-Small and -RRC-Mini do.
+
+The set is a folder. config.pth.tar says how the set was made. I.pth.tar has the labels
+of image I, which is a number in the order of torchvision's ImageFolder. It is
+torch.save of (I, [sample, …]), and each sample is
+{"params": [(top, left, height, width), flip], "prob": (probabilities, classes)}:
+the box in pixels, whether it was mirrored, and the likeliest classes. A set that wasn't
+compressed has {"random_resized_crop": (box, …), "random_horizontal_flip": (flip, …), …}
+in place of the list.
+
+The files hold numbers, strings, lists and dictionaries only, in a protocol of pickle
+that torch.load refuses to read as tensors only. So they are read here, by an unpickler
+that knows no class and no function.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIG = "config.pth.tar"
+# Augmentations that replaying a crop and a flip brings back, in ml-dr's names.
+REPLAYED = {"uint8", "random_resized_crop", "random_horizontal_flip", "to_tensor", "normalize"}
+SPOKEN = {
+    "rand_augment": "RandAugment",
+    "random_erase": "random erasing",
+    "mixup": "mixup",
+    "cutmix": "CutMix",
+    "resize": "a resize of the whole image",
+    "center_crop": "a central crop",
+    "random_crop": "a crop of fixed size",
+}
+
+
+def file_of(index: int) -> str:
+    """Return the name of the label file of an image."""
+    return f"{index}.pth.tar"
+
+
+class _Plain(pickle.Unpickler):
+    """Reads numbers, strings and containers, and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it asks for {module}.{name}, which may be a program")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ValueError("it holds tensors, where numbers were expected")
+
+
+def load(path: Path) -> Any:
+    """Return the content of a file that torch.save wrote, if it holds numbers, strings
+    and containers only. Nothing in the file is executed. Raises ValueError for other
+    content, and errors of many types for a damaged file."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError("it is no file of torch.save; joblib's files can't be read safely")
+        with zipfile.ZipFile(file) as packed:
+            (name,) = [n for n in packed.namelist() if n.endswith("/data.pkl")]
+            entry = packed.getinfo(name)
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("it is compressed, as torch never writes it")
+            return _Plain(io.BytesIO(packed.read(entry))).load()
+
+
+def augmentations(config: Any) -> dict[str, dict]:
+    """Return the augmentations that a set's config enables, with their settings. Raises
+    ValueError for a config that isn't one of ml-dr."""
+    try:
+        found = config["reinforce"]["image_augmentation"]
+        return {
+            str(name): dict(settings or {})
+            for name, settings in found.items()
+            if (settings or {}).get("enable", True)
+        }
+    except Exception as error:
+        raise ValueError(f"it doesn't say how crops were augmented ({error!r:.60})") from None
+
+
+def unreplayable(names: dict[str, dict]) -> str:
+    """Say which augmentations crop and flip can't replay; empty if there are none."""
+    foreign = [SPOKEN.get(name, name) for name in names if name not in REPLAYED]
+    if not foreign and "random_resized_crop" not in names:
+        return "no random crop"
+    return ", ".join(foreign)
+
+
+def samples_of(
+    content: Any, index: int, mirrored: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return boxes int64 [n, 4], flips bool [n], and labels float64 [n, 2, k], the
+    classes and their probabilities, of the content of an image's file.
+
+    mirrored: whether the set has flips. Raises ValueError, with the reason, for other
+    content.
+    """
+    if not (isinstance(content, (list, tuple)) and len(content) == 2):
+        raise ValueError("it doesn't hold an image's number and its samples")
+    number, samples = content
+    if number != index:
+        raise ValueError(f"it holds the labels of image {number!r:.20}")
+    if not isinstance(samples, (list, tuple)) or not samples:
+        raise ValueError("it has no samples")
+    boxes, flips, labels = [], [], []
+    for sample in samples:
+        try:
+            params, (p, classes) = sample["params"], sample["prob"]
+            if isinstance(params, dict):
+                box = params["random_resized_crop"][0]
+                flip = params["random_horizontal_flip"][0] if mirrored else False
+            else:
+                box, *flip = params
+                (flip,) = flip if mirrored else (False,)
+            boxes.append([float(value) for value in box])
+            labels.append([[float(one) for one in classes], [float(one) for one in p]])
+            flips.append(bool(flip))
+        except Exception:
+            raise ValueError("a sample isn't a crop, a flip and the likeliest classes") from None
+    if len({len(label[0]) for label in labels} | {len(label[1]) for label in labels}) != 1:
+        raise ValueError("its labels name different numbers of classes")
+    found = np.array(boxes)
+    if found.shape != (len(samples), 4) or not (found == np.rint(found)).all():
+        raise ValueError("a crop isn't four whole pixels")
+    return found.astype(np.int64), np.array(flips), np.array(labels)
