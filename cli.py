@@ -975,12 +975,14 @@ def export_labels(store, out, labels, views, split):
     (github.com/szq0214/FKD) reads it.
 
     top5 and top10 are FKD's marginal_smoothing_k5 and _k10: the likeliest classes, and
-    the remaining probability spread evenly over the others. Crops become fractions of
-    the image's height and width.
+    the remaining probability spread evenly over the others. full is FKD's ori. Crops
+    become fractions of the image's height and width. MEAL V2's FKD_train.py looks one
+    folder deeper than FKD's train_FKD.py: it finds OUT in the folder --softlabel_path,
+    if OUT has the name of the folder --imagenet.
 
     \b
     Example:
-      python cli.py export-labels labels.zarr --out soft_labels --labels top10
+      python cli.py export-labels labels.zarr --out soft_labels/imagenet --labels top10
     """
     from pipeline.exchange.export_labels import export_labels
 

@@ -24,14 +24,16 @@ from pipeline.exchange.import_labels import AT_ONCE
 from pipeline.images.layout import require_elsewhere
 from pipeline.runtime.progress import Progress, say
 
+# What FKD's and MEAL V2's training programs call each kind (--soft_label_type).
+TYPES = {"full": "ori", "top5": "marginal_smoothing_k5", "top10": "marginal_smoothing_k10"}
 NOTE = "exported-from.json"  # says which store and labels a folder holds
 
 
 def export_labels(
     path: Path, out: Path, *, labels: str = "top5", views: int | None = None, split: str = "train"
 ) -> int:
-    """Write a store's labels as FKD's training code reads them
-    (``--softlabel_path OUT``), one file per image.
+    """Write a store's labels as FKD's and MEAL V2's training programs read them, one
+    file per image.
 
     Files that ``out`` holds already are kept. labels: full, top5 or top10. views: the
     number of views, from the first on; None: all. split: the images' folder in the
@@ -88,9 +90,12 @@ def export_labels(
                     for _ in saved:
                         check()
             progress.advance(len(part))
+    how = f"--soft_label_type {TYPES[labels]} --num_classes {store.classes}"
+    say(f"{out} has {total:,} label files of {views} crops ({labels})")
+    say(f"FKD's train_FKD.py takes --softlabel_path {out} {how}")
     say(
-        f"{out} has {total:,} label files of {views} crops ({labels}); train FKD's code with "
-        f"--softlabel_path {out}"
+        f"MEAL V2's FKD_train.py looks one folder deeper: if --imagenet is .../{out.name}, it "
+        f"takes --softlabel_path {out.parent} {how}; otherwise rename {out} first"
     )
     return total
 

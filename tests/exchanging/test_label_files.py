@@ -17,6 +17,7 @@ from PIL import Image
 from support.command import run
 from support.killing import Moment, Run, Server
 from support.label_files import CROPS, write_set
+from support.peers import fkd_sample, recovered
 from support.small import CPU, changed, edit_store, tree
 from support.stages import import_labels, train
 from torchvision.transforms import functional
@@ -641,28 +642,113 @@ def test_what_is_left_is_even_over_the_other_classes(kept):
     )
 
 
-def test_an_exported_set_is_what_fkds_loader_reads(store_path, photos, tmp_path):
-    """FKD's steps run on files read by today's torch.load: crops in shares of the
-    image, resized by torchvision, flipped."""
-    store = LabelStore.open(store_path)
-    assert export_labels(store_path, tmp_path / "out", labels="full") == 90
+@pytest.fixture(scope="module")
+def twelve(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of labels of 12 classes, of which 3 have images."""
+    folder = tmp_path_factory.mktemp("twelve")
+    names = ["ant", "bee", "cat", *(f"d{i}" for i in range(9))]
+    for number, file in enumerate(sorted((photos / "train").glob("*/*.jpg"))):
+        with Image.open(file) as photo:
+            height, width = photo.height, photo.width
+        state = [
+            torch.tensor([[0, 0, 1, 1], [2 / height, 3 / width, 9 / height, 8 / width]]),
+            torch.tensor([False, True]),
+            torch.from_numpy(
+                np.random.default_rng(number).dirichlet(np.full(12, 0.3), 2).astype(np.float32)
+            ),
+        ]
+        place = folder / "set" / "train" / file.parent.name / f"{file.stem}.tar"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, place)
+    import_labels(folder / "set", photos, folder / "s.zarr", codec="float32", classes=names)
+    return folder / "s.zarr"
+
+
+@pytest.mark.parametrize("labels", ["full", "top5", "top10"])
+@pytest.mark.parametrize("program", ["fkd", "meal_v2"])
+def test_an_exported_set_is_what_their_loaders_read(twelve, photos, tmp_path, program, labels):
+    """Steps of FKD's and of MEAL V2's loader run on the files, with the options that
+    the export told."""
+    data = Path(shutil.copytree(photos, tmp_path / "imagenet"))
+    store, out = LabelStore.open(twelve), tmp_path / "soft" / "imagenet"
+    status, _, said = run("export-labels", twelve, "--out", out, "--labels", labels)
+    assert status == 0
+    (line,) = [
+        line for line in said.splitlines() if {"fkd": "FKD's", "meal_v2": "MEAL"}[program] in line
+    ]
+    told = line.replace(";", "").split()
+    path, label_type, classes = (
+        told[told.index(option) + 1]
+        for option in ("--softlabel_path", "--soft_label_type", "--num_classes")
+    )
+    assert Path(path) == {"fkd": out, "meal_v2": out.parent}[program] and classes == "12"
     for row in store.usable[::11]:
-        image = photos / "train" / store.images.path[row]
-        place = "/".join(str(image).split("/")[-3:]).split(".")[0] + ".tar"
-        coords, flips, labels = torch.load(tmp_path / "out" / place)
-        with Image.open(image) as photo:
-            for view in range(2):
-                top, left, height, width = (
-                    share * side
-                    for share, side in zip(
-                        coords[view].tolist(), [photo.height, photo.width] * 2, strict=True
-                    )
-                )
-                cut = functional.resized_crop(photo, top, left, height, width, [32, 32])
-                box = store.crops(view, [row])[0][0].tolist()
-                assert np.array_equal(cut, functional.resized_crop(photo, *box, [32, 32]))
-                assert flips[view] == store.crops(view, [row])[1][0]
-                assert np.array_equal(labels[view], store.probabilities(view, [row])[0])
+        image = data / "train" / store.images.path[row]
+        pictures, output = fkd_sample(Path(path), str(image), program, 32)
+        dense = recovered(output, label_type, 12)
+        for view in range(2):
+            (box,), (flip,) = store.crops(view, [row])
+            with Image.open(image) as photo:
+                cut = functional.resized_crop(photo, *box.tolist(), [32, 32])
+            wanted = functional.hflip(cut) if flip else cut
+            assert np.array_equal(pictures[view], wanted)
+            p = store.probabilities(view, [row])[0]
+            kept = np.argsort(-p)[: {"full": 12, "top5": 5, "top10": 10}[labels]]
+            assert dense[view].numpy()[kept] == pytest.approx(p[kept], abs=1e-6)
+            assert dense[view].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_every_type_of_label_is_what_their_programs_make_of_it():
+    """Recover_soft_label on stored labels, as the generator quantises them."""
+    p = np.random.default_rng(0).dirichlet(np.full(12, 0.3), 20).astype(np.float32)
+    best, top = p.argmax(axis=1), fkd_format.sparse(p, 5)
+    one = np.stack([best, p.max(axis=1)], axis=1).astype(np.float32)
+    for labels, rest, label_type in (
+        (p, "even", "ori"),
+        (best, "even", "hard"),
+        (one, "even", "smoothing"),
+        (top, "even", "marginal_smoothing_k5"),
+        (fkd_format.sparse(p, 10), "even", "marginal_smoothing_k10"),
+        (top, "none", "marginal_renorm"),
+    ):
+        kind = fkd_format.renamed(fkd_format.kind_of(labels, 12), rest)
+        theirs = recovered(torch.from_numpy(labels), label_type, 12)
+        assert fkd_format.dense(labels, kind, 12) == pytest.approx(theirs.numpy(), abs=1e-6)
+    half = best.astype(np.float16)  # as --use_fp16 saves class numbers
+    assert fkd_format.kind_of(half, 12) == "hard"
+    assert np.array_equal(fkd_format.dense(half, "hard", 12), np.eye(12, dtype="f4")[best])
+    assert fkd_format.kind_of(half + np.float16(0.5), 12) is None
+
+
+def test_labels_whose_rest_is_nothing_are_imported_and_recorded_so(published, photos, tmp_path):
+    words = ["import-labels", published, "--data", photos, "--codec", "float32", "--views", 1]
+    status, _, said = run(*words, "--store", tmp_path / "even.zarr")
+    assert status == 0 and "share the rest evenly" in said and "pass --rest none" in said
+    status, _, said = run(*words, "--store", tmp_path / "none.zarr", "--rest", "none")
+    assert status == 0 and "named classes alone have a probability" in said
+    even, none = (LabelStore.open(tmp_path / f"{name}.zarr") for name in ("even", "none"))
+    assert none.provenance["imported"]["labels"] == "marginal_renorm_k2"
+    assert "marginal_renorm_k2" in run("inspect", none.path)[1]
+    p, q = (store.probabilities(0, store.usable) for store in (even, none))
+    least = p.argmin(axis=1) == q.argmin(axis=1)
+    assert (q.min(axis=1) < 1e-30).all() and least.mean() > 0.2
+    np.put_along_axis(p, q.argmin(axis=1)[:, None], 0, axis=1)
+    assert q == pytest.approx(p / p.sum(axis=1, keepdims=True), abs=1e-6)
+    status, _, said = run(*words, "--store", tmp_path / "none.zarr")
+    assert (
+        status == 1 and "imported.labels marginal_renorm_k2, this is marginal_smoothing_k2" in said
+    )
+
+
+@pytest.mark.parametrize(("side", "most"), [(2047, 0), (4000, 1), (6143, 1), (9000, 2)])
+def test_half_precision_moves_a_crop_by_so_many_pixels(side, most):
+    random = np.random.default_rng(side)
+    extent = random.integers(1, side + 1, (20_000, 2))
+    first = random.integers(0, side + 1 - extent)
+    boxes = np.concatenate([first, extent], axis=1)
+    found = fkd_format.boxes_of((boxes / side).astype(np.float16), side, side)
+    assert np.abs(found - boxes).max() == most
+    assert (found[:, :2] >= 0).all() and (found[:, :2] + found[:, 2:] <= side).all()
 
 
 def test_from_a_store_to_files_and_back(store_path, photos, tmp_path):
@@ -722,12 +808,12 @@ def test_an_export_goes_on_where_it_was_stopped(store_path, tmp_path):
         (
             ["import-labels", "x", "--format", "tinyvit", "--data", "DATA", "--store", "s"],
             1,
-            "its crops follow from a seed",
+            "its teachers saw pictures after RandAugment",
         ),
         (
             ["import-labels", "x", "--format", "relabel", "--data", "DATA", "--store", "s"],
             2,
-            "must be fkd",
+            "must be fkd or ml-dr (tinyvit can't be replayed exactly)",
         ),
         (
             ["import-labels", "x", "--codec", "pow", "--data", "DATA", "--store", "s"],
