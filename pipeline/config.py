@@ -235,7 +235,7 @@ class Discriminator(Section):
         description="its own learning rate at the start, which decays as the student's does",
     )
     influence: float = Field(
-        0.05,
+        0.02,
         gt=0,
         lt=1,
         description="of variant paper: the largest ratio of its gradient to the cross-entropy's, "

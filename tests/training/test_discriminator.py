@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from support.paths import SOFT_LABELS
-from support.small import CPU, changed, toy_provenance
+from support.small import CPU, changed, toy_provenance, tree
 from support.stages import make_replay, make_targets, stored_labels, train
 from support.stores import write
 from torch import nn
@@ -25,6 +26,7 @@ from cache.writer import StoreWriter
 from pipeline import config_file
 from pipeline.config import Config, ConfigError, ModelSpec
 from pipeline.models.weights import load, load_teachers
+from pipeline.runs.folder import RunError
 from pipeline.training.batches import Batch
 from pipeline.training.discriminator import Discriminator, Influence, log_floored
 from pipeline.training.losses import soft_cross_entropy
@@ -339,7 +341,7 @@ def mimic(bound: float | None, reversal: bool = False, rate: float = 0.01) -> tu
 
 
 def test_a_bounded_discriminator_cant_keep_the_student_from_its_labels():
-    bounded, _ = mimic(0.05)
+    bounded, _ = mimic(0.02)
     unbounded, _ = mimic(None)
     assert bounded < 1e-3  # measured: 1e-6 or less
     assert unbounded > 0.02  # measured: 0.09
@@ -410,7 +412,7 @@ def test_answers_at_zero_count_as_guessing():
 
 def test_each_variant_sees_and_learns_as_it_says(recipe, store_path):
     expected = {  # what it sees, its bound and its rate, where the student's is 0.01
-        "paper": ("log_mean", 0.05, 0.3),
+        "paper": ("log_mean", 0.02, 0.3),
         "unbounded": ("log_mean", None, 0.3),
         "fkd_train_py": ("softmax", None, 0.01),
         "train_py": ("mean_logits", None, 0.01),
@@ -457,14 +459,20 @@ def test_the_student_is_another_without_with_and_with_a_reversed_discriminator(
 
 def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, tmp_path):
     still = changed(
-        recipe, train={"epochs": 1, "lr": 1e-12, "seed": 2, "discriminator": {"lr": 1e-12}}
+        recipe,
+        train={
+            "epochs": 1,
+            "lr": 1e-12,
+            "seed": 2,
+            "discriminator": {"lr": 1e-12, "influence": 0.1},
+        },
     )
     metrics = train(still, photos, tmp_path / "run", store=store_path, device=CPU)
     store = LabelStore.open(store_path)
     student = load(still.student, classes=3, image_size=32, seed=2)
     torch.manual_seed(2)
     judge = Discriminator(3)
-    loss, on_student, on_teachers = 0.0, 0, 0
+    loss, on_student, on_teachers, of_ce, of_judge = 0.0, 0, 0, 0.0, 0.0
     replay = make_replay(
         stored_labels(store, 2),
         photos / "train",
@@ -473,23 +481,85 @@ def test_the_metrics_are_the_discriminators_by_hand(photos, recipe, store_path, 
         seed=2,
         rendering=still.render,
     )
-    with replay.epoch(0) as batches, torch.no_grad():
+    with replay.epoch(0) as batches:
         for batch in batches:
             p = torch.from_numpy(store.probabilities(0, batch.rows))
-            ours = judge.layers(
-                log_floored(student(batch.pixels[32]).softmax(dim=1), (0.5 / 255) ** 2.5)
-            )[:, 0]
+            with torch.no_grad():
+                logits = student(batch.pixels[32]).requires_grad_()
+            ours = judge.layers(log_floored(logits.softmax(dim=1), (0.5 / 255) ** 2.5))[:, 0]
             theirs = judge.layers(log_floored(p, (0.5 / 255) ** 2.5))[:, 0]
-            loss -= (torch.log(1 - ours.sigmoid()) + torch.log(theirs.sigmoid())).sum().item() / 2
+            losses = -(torch.log(1 - ours.sigmoid()) + torch.log(theirs.sigmoid())) / 2
+            loss += losses.sum().item()
             on_student += int((ours < 0).sum())
             on_teachers += int((theirs > 0).sum())
+            # Gradients of the batch's mean losses.
+            (found,) = torch.autograd.grad(losses.mean(), logits)
+            length = ((logits.softmax(dim=1) - p) / len(p)).norm(dim=1)
+            of_ce += length.square().sum().item()
+            of_judge += found.norm(dim=1).minimum(0.1 * length).square().sum().item()
     assert metrics["discriminator_loss"] == pytest.approx(loss / 90, rel=1e-5)
+    assert metrics["discriminator_gradient"] == pytest.approx((of_judge / of_ce) ** 0.5, rel=1e-4)
+    assert 0.02 < metrics["discriminator_gradient"] < 0.0999  # some crops are at the bound
     parts = metrics["discriminator_accuracy_student"], metrics["discriminator_accuracy_teachers"]
     # A row on the edge may go either way.
     assert parts == pytest.approx((100 * on_student / 90, 100 * on_teachers / 90), abs=1.2)
     assert abs(parts[0] - parts[1]) > 5 and metrics["discriminator_accuracy"] == pytest.approx(
         sum(parts) / 2
     )
+
+
+def test_a_new_run_has_the_papers_variant_and_an_old_run_keeps_its_own(
+    photos, recipe, store_path, tmp_path
+):
+    """A run of a version before 0.11 has no variant in its config.yaml, and its
+    discriminator pulled without a bound."""
+    judged = {"epochs": 2, "milestones": [], "discriminator": {"lr": 0.1}}
+    plain = changed(recipe, train=judged)
+    train(plain, photos, tmp_path / "new", store=store_path, device=CPU)
+    saved = yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())
+    assert saved["train"]["discriminator"]["variant"] == "paper"
+
+    unbounded = changed(
+        recipe, train=judged | {"discriminator": {"lr": 0.1, "variant": "unbounded"}}
+    )
+    train(unbounded, photos, tmp_path / "whole", store=store_path, device=CPU)
+    assert (
+        weights(tmp_path / "whole")["head.weight"]
+        .ne(weights(tmp_path / "new")["head.weight"])
+        .any()
+    )
+    old = tmp_path / "old"
+    train(changed(unbounded, train={"epochs": 1}), photos, old, store=store_path, device=CPU)
+    saved = yaml.safe_load((old / "config.yaml").read_text())
+    del saved["train"]["discriminator"]["variant"], saved["train"]["discriminator"]["influence"]
+    (old / "config.yaml").write_text(yaml.safe_dump(saved))
+    before = tree(old)
+    paper = changed(recipe, train=judged | {"discriminator": {"lr": 0.1, "variant": "paper"}})
+    with pytest.raises(
+        RunError,
+        match=r"was started with train.discriminator.variant unbounded, this is paper; pass",
+    ):
+        train(paper, photos, old, store=store_path, device=CPU)
+    assert tree(old) == before
+    train(plain, photos, old, store=store_path, device=CPU)
+    assert (old / "last.safetensors").read_bytes() == (
+        tmp_path / "whole" / "last.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        ({"variant": "train_py"}, "variant train_py needs live teachers.*set it to fkd_train_py"),
+        ({"variant": "fkd_train_py", "input": "mean_logits"}, "fkd_train_py sees probabilities"),
+        ({"variant": "authors"}, "variant must be one of|'paper'"),
+        ({"influence": 1.0}, "influence"),
+    ],
+)
+def test_what_cant_be_is_refused_in_one_line(judge, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        config_file.validate({"train": {"discriminator": judge}}, "test")
+    assert "\n" not in str(error.value)
 
 
 def test_mean_logits_are_refused_without_live_teachers():
@@ -504,19 +574,27 @@ def test_mean_logits_are_refused_without_live_teachers():
     assert config_file.validate(document, "test").train.discriminator.input == "mean_logits"
 
 
-def test_online_the_discriminator_trains_on_either_input(photos, recipe, tmp_path):
-    for given in ("log_mean", "mean_logits"):
+def test_online_the_discriminator_trains_in_every_form(photos, recipe, tmp_path):
+    forms = {
+        "log_mean": {},
+        "mean_logits": {"input": "mean_logits"},
+        "unbounded": {"variant": "unbounded"},
+        "train_py": {"variant": "train_py"},
+        "fkd_train_py": {"variant": "fkd_train_py"},
+    }
+    for name, form in forms.items():
         live = changed(
-            recipe,
-            train={"epochs": 1, "online": True, "discriminator": {"lr": 0.01, "input": given}},
+            recipe, train={"epochs": 1, "online": True, "discriminator": {"lr": 0.01} | form}
         )
-        metrics = train(live, photos, tmp_path / given, device=CPU)
+        metrics = train(live, photos, tmp_path / name, device=CPU)
         assert (
             0 < metrics["discriminator_loss"] < np.inf
             and 0 <= metrics["discriminator_accuracy"] <= 100
+            # The authors' two outputs may be at zero from the start.
+            and metrics["discriminator_gradient"] >= (1e-9 if "py" not in name else 0)
         )
-    one, other = (weights(tmp_path / given) for given in ("log_mean", "mean_logits"))
-    assert not torch.equal(one["head.weight"], other["head.weight"])
+    heads = {weights(tmp_path / name)["head.weight"].numpy().tobytes() for name in forms}
+    assert len(heads) == len(forms)
 
 
 def test_the_teachers_mean_logits_are_those_by_hand(recipe, store_path):
