@@ -593,8 +593,12 @@ def test_online_the_discriminator_trains_in_every_form(photos, recipe, tmp_path)
             # The authors' two outputs may be at zero from the start.
             and metrics["discriminator_gradient"] >= (1e-9 if "py" not in name else 0)
         )
-    heads = {weights(tmp_path / name)["head.weight"].numpy().tobytes() for name in forms}
-    assert len(heads) == len(forms)
+    heads = {
+        weights(tmp_path / name)["head.weight"].numpy().tobytes()
+        for name in forms
+        if "py" not in name
+    }
+    assert len(heads) == len(forms) - 2
 
 
 def test_the_teachers_mean_logits_are_those_by_hand(recipe, store_path):
