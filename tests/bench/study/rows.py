@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,7 +92,8 @@ class Claim:
 class Experiment:
     """One student and two teachers on one data set. teachers: MODEL=CHECKPOINT. made:
     the values that each teacher's training sets; empty if the checkpoints are given.
-    small_training: words that make every training short."""
+    small_training: words that make every training short. base: the row whose spread and
+    mean are drawn."""
 
     name: str
     student: str
@@ -101,6 +102,7 @@ class Experiment:
     made: tuple[tuple[str, ...], ...] = ()
     class_map: tuple[str, ...] = ()
     small_training: tuple[str, ...] = ()
+    base: str = "soft"
 
     @property
     def folder(self) -> str:
@@ -381,4 +383,41 @@ EXPERIMENTS = (
         PHOTOGRAPHS,
         class_map=("--class-map", "imagenet-1k"),
     ),
+)
+
+# Forms of the discriminator, all against none. The other rows' configs have the form of
+# version 0.6, in which they were measured.
+FORMS = {
+    "paper": ("train.discriminator.variant=paper",),
+    "influence 0.05": (
+        "train.discriminator.variant=paper",
+        "train.discriminator.influence=0.05",
+    ),
+    "influence 0.1": ("train.discriminator.variant=paper", "train.discriminator.influence=0.1"),
+    "unbounded, as in 0.6": (),
+    "fkd_train_py": ("train.discriminator.variant=fkd_train_py",),
+}
+
+
+def _forms(experiment: Experiment, *more: Row) -> Experiment:
+    start = experiment.row("soft").start
+    none = Row("none", ("train.discriminator=null",), start=start, against=None)
+    rows = [Row(name, sets, start=start, against="none") for name, sets in FORMS.items()]
+    begun = [experiment.row(start)] if start else []
+    claim = Claim("Which form of the discriminator?", (*begun, none, *rows, *more))
+    return replace(experiment, claims=(claim,), base="none")
+
+
+DISCRIMINATORS = (
+    _forms(
+        EXPERIMENTS[0],
+        Row(
+            "train_py",
+            ("train.discriminator.variant=train_py",),
+            store=None,
+            online=True,
+            against="none",
+        ),
+    ),
+    _forms(EXPERIMENTS[1]),
 )

@@ -5,11 +5,13 @@ of the README's table, over three seeds.
     python tests/bench/study/study.py --cifar10 cifar10.tar --only online
     python tests/bench/study/study.py --photographs imagenet_sample --weights DIR
     python tests/bench/study/study.py --show "hard label 0.5"
+    python tests/bench/study/study.py --discriminators --cifar10 cifar10.tar
     python tests/bench/study/study.py
 
 The commands do, in this order: all of CIFAR-10's rows, which take one to two hours on
 two cores; one row, with the steps that it needs; the rows with 1,000 classes; print the
-command lines that make a row; print the tables, from results.json and again.json.
+command lines that make a row; the forms of the discriminator; print the tables, from
+results.json and again.json.
 
 Everything is made in study/ (2 GB), with a record of each step that is done. Kill the
 study as often as you like. A step counts as done if its commands, its config and all
@@ -47,13 +49,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rows import EXPERIMENTS, WORK, Experiment, Row, Step, with_needs
+from rows import DISCRIMINATORS, EXPERIMENTS, WORK, Experiment, Row, Step, with_needs
 from tell import beside, draw, table
 
 ROOT = Path(__file__).parents[3]
 RESULTS = Path(__file__).parent / "results.json"
 # All of CIFAR-10's rows on another machine, which therefore has other teachers.
 AGAIN = Path(__file__).parent / "again.json"
+# The forms of the discriminator, with teachers of their own.
+FORMS = Path(__file__).parent / "discriminators.json"
 TRAINING = 1_000  # training images of each class of CIFAR-10
 # Steps that a process does before another process takes its place. A process keeps the
 # memory that it has freed: evaluating photographs comes to 7 GB, and grows.
@@ -342,12 +346,12 @@ def lay(experiment: Experiment, given: argparse.Namespace) -> None:
         lay_photographs(given.photographs, given.weights, place, 20 if given.small else None)
 
 
-def chosen(words: list[str]) -> list[tuple[Experiment, Row]]:
+def chosen(words: list[str], experiments: tuple[Experiment, ...]) -> list[tuple[Experiment, Row]]:
     """Choose the rows that have one of these words as their name. A word that is no
     row's name chooses the rows that contain it."""
     rows = {
         f"{experiment.name}/{row.name}": (experiment, row)
-        for experiment in EXPERIMENTS
+        for experiment in experiments
         for row in experiment.rows
     }
     names = {
@@ -399,22 +403,27 @@ def main() -> None:
     parser.add_argument(
         "--records",
         type=Path,
-        default=RESULTS,
         metavar="FILE",
-        help="whose tables are printed if no data are given  [default: results.json]",
+        help="whose tables are printed if no data are given  [default: results.json, or "
+        "discriminators.json]",
     )
     parser.add_argument(
         "--small",
         action="store_true",
         help="few images, four epochs: whether it works; the figures mean nothing",
     )
+    parser.add_argument(
+        "--discriminators",
+        action="store_true",
+        help="the forms of the discriminator, in place of the study's rows",
+    )
     given = parser.parse_args()
+    every = DISCRIMINATORS if given.discriminators else EXPERIMENTS
+    given.records = given.records or (FORMS if given.discriminators else RESULTS)
     for words in [*given.only, *([given.show] if given.show else ())]:
-        if not chosen([words]):
+        if not chosen([words], every):
             names = ", ".join(
-                f"{experiment.name}/{row.name}"
-                for experiment in EXPERIMENTS
-                for row in experiment.rows
+                f"{experiment.name}/{row.name}" for experiment in every for row in experiment.rows
             )
             parser.error(f"{words}: no row has that in its name; there are {names}")
     if not given.records.is_file():
@@ -426,10 +435,10 @@ def main() -> None:
             "--small needs a --work of its own, so that its figures don't replace real ones"
         )
     given.work = (given.work or ROOT / WORK).absolute()
-    experiments = {e.name: small(e) if given.small else e for e in EXPERIMENTS}
+    experiments = {e.name: small(e) if given.small else e for e in every}
     if given.show:
         for step in with_needs(
-            experiments[e.name].trained(row, 0) for e, row in chosen([given.show])
+            experiments[e.name].trained(row, 0) for e, row in chosen([given.show], every)
         ):
             print(
                 f"# {step.name}",
@@ -448,7 +457,7 @@ def main() -> None:
     records = Records(given.work / "records.json")
     wanted: list[tuple[int, Step]] = []  # by seed: every row gets its first seed early
     for experiment in experiments.values():
-        rows = [row for e, row in chosen(given.only) if e.name == experiment.name]
+        rows = [row for e, row in chosen(given.only, every) if e.name == experiment.name]
         if rows and (given.cifar10 if experiment.name == "cifar10" else given.photographs):
             lay(experiment, given)
             wanted += [(-1, experiment.teachers_alone())]

@@ -90,7 +90,7 @@ class Outcome:
         """Return half the width of the 95 % interval of a mean difference of n seeds,
         or NaN with too few records. Rows with another start don't count, since they see
         other crops."""
-        start = self.experiment.row("soft").start
+        start = self.experiment.row(self.experiment.base).start
         found = [self.values(row, measure) for row in self.experiment.rows if row.start == start]
         most = max(map(len, found))
         table = np.array([list(values.values()) for values in found if len(values) == most])
@@ -318,7 +318,9 @@ def draw(experiments: tuple[Experiment, ...], records: dict, file: Path) -> None
                 axes.plot(
                     np.mean(found), place, "|", color=COLOURS[1], markersize=11, markeredgewidth=2
                 )
-            base = list(outcome.values(outcome.experiment.row("soft"), measure).values())
+            base = list(
+                outcome.values(outcome.experiment.row(outcome.experiment.base), measure).values()
+            )
             if base:
                 margin = outcome.margin(measure, len(base))
                 axes.axvspan(
