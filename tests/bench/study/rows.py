@@ -413,7 +413,7 @@ DISCRIMINATORS = (
         EXPERIMENTS[0],
         Row(
             "train_py",
-            ("train.discriminator.variant=train_py",),
+            ("train.online=true", "train.discriminator.variant=train_py"),
             store=None,
             online=True,
             against="none",
