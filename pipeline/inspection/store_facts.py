@@ -179,11 +179,12 @@ def _import_lines(facts: StoreFacts) -> list[tuple[str, str]]:
     ]
     told = (
         f"{facts.imported['format']} label files, {', '.join(dict.fromkeys(kinds))}; the "
-        "teachers are named as the user told"
+        "teachers are named as the user or the files told"
     )
+    scaled = all(teacher.get("mean") for teacher in facts.teachers)
     unknown = (
-        "UNKNOWN: weights, normalisation and precision of the teachers, how crops were "
-        "drawn; pixels were rendered by other code"
+        f"UNKNOWN: weights{'' if scaled else ', normalisation'} and precision of the teachers, "
+        "how crops were drawn; pixels were rendered by other code"
     )
     return [("imported", told), ("", unknown)]
 

@@ -15,6 +15,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 
 from pipeline.models.model import METADATA, Model, ModelError
+from pipeline.sampling.centre import CROP_PCT
 
 
 def save_for_timm(
@@ -48,7 +49,7 @@ def save_for_timm(
         "input_size": (3, model.image_size, model.image_size),
         "pool_size": None,
         "interpolation": model.interpolation,
-        "crop_pct": 224 / 256,
+        "crop_pct": CROP_PCT,
         "crop_mode": "center",
         "mean": model.mean,
         "std": model.std,

@@ -13,16 +13,18 @@ from safetensors.torch import save_file
 from cache.system.durable import write
 from pipeline.models.model import METADATA, Model
 from pipeline.runtime.failures import refusal_of
+from pipeline.sampling.centre import CROP_PCT
 
 
 def save_model(path: Path, model: Model, facts: dict) -> None:
     """Save a student as safetensors under timm's own tensor names.
 
-    The header says how to use the student, and by ``facts`` how the student was
-    trained. ``timm.create_model(MODEL, num_classes=…, checkpoint_path=PATH)`` loads the
-    file; so does MODEL=PATH everywhere in this tool. The header has one key, since
-    safetensors writes several keys in a random order, and equal weights should make
-    equal files.
+    The header says how to use the student, in timm's words, and by ``facts`` how the
+    student was trained. ``timm.create_model(MODEL, num_classes=…,
+    checkpoint_path=PATH)`` loads the file; so does MODEL=PATH everywhere in this tool.
+    What timm's own config says of the model's input may differ from the header. The
+    header has one key, since safetensors writes several keys in a random order, and
+    equal weights should make equal files.
     """
     described = {
         "model": model.name,
@@ -31,6 +33,7 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
         "mean": list(model.mean),
         "std": list(model.std),
         "interpolation": model.interpolation,
+        "crop_pct": CROP_PCT,
         **facts,
     }
     tensors = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+CROP_PCT = 224 / 256  # the square's share of the shorter side, as timm's configs name it
+
 
 def centre(shapes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Place the central square of each image: the shorter side is resized to size ·

@@ -310,7 +310,7 @@ def test_the_card_tells_of_the_store_and_its_teachers(folder, soft, store_path):
     )
     assert (
         "offline, from the stored soft labels of 2 teachers" in text
-        and "A discriminator" in text
+        and "its pull on the student at most 0.02 of the cross-entropy's gradient." in text
         and "Online" not in text
     )
     assert {"knowledge-distillation", "onnx"} < set(head["tags"]) and "license" not in head

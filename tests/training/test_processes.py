@@ -128,6 +128,7 @@ FIGURES = {
     "view",
     "discriminator_loss",
     "discriminator_accuracy",
+    "discriminator_gradient",
 }
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from support.paths import ROOT
 from support.small import CPU, changed, edit_store, write_photos, write_teacher
-from support.stages import generate, make_replay, stored_labels, train
+from support.stages import generate, make_replay, scan, stored_labels, train
 
 from cache import LabelStore, StoreError
 from pipeline.config import ConfigError, ModelSpec
@@ -247,6 +249,33 @@ def test_timm_loads_the_checkpoints(photos, recipe, store_path, tmp_path):
     x = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(theirs((x.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5), ours(x))
+
+
+def test_the_header_tells_timm_how_images_are_prepared(photos, recipe, store_path, tmp_path):
+    """The README's lines. timm's own config has bicubic for this model, and another
+    part of the image."""
+    run = tmp_path / "run"
+    train(changed(recipe, train={"epochs": 1}), photos, run, store=store_path, device=CPU)
+    readme = (ROOT / "pipeline" / "training" / "README.md").read_text()
+    code = readme[readme.index("    import json\n") :].partition("\n\nThe")[0]
+    told: dict = {}
+    lines = textwrap.dedent(code).replace("run/best.safetensors", str(run / "best.safetensors"))
+    exec(lines.replace("num_classes=", "img_size=32, num_classes="), told)
+    ours = load(ModelSpec(model="test_vit", checkpoint=str(run / "best.safetensors")))
+    found = scan(photos / "val", ["ant", "bee", "cat"], exif="ignore")
+    loss, seen = 0.0, 0
+    for path, label in zip(found.path, found.class_index, strict=True):
+        with Image.open(photos / "val" / path) as photo:
+            x = told["transform"](photo.convert("RGB"))[None]
+        with torch.no_grad():
+            logits = told["model"](x)
+        loss += torch.nn.functional.cross_entropy(logits, torch.tensor([int(label)])).item()
+        seen += 1
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert loss / seen == pytest.approx(last["val_loss"], abs=1e-3)
+    assert told["said"]["interpolation"] == ours.interpolation == "bilinear"
+    theirs = timm.data.resolve_model_data_config(told["model"])
+    assert theirs["interpolation"] == "bicubic" and theirs["crop_pct"] != told["said"]["crop_pct"]
 
 
 def test_a_head_of_another_size_is_replaced_and_that_is_said(
