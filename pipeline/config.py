@@ -222,17 +222,17 @@ class Discriminator(Section):
     """MEAL V2's discriminator, trained together with the student: its loss is added to
     the soft cross-entropy."""
 
+    lr: float = Field(
+        1e-4,
+        gt=0,
+        description="its own learning rate at the start, which decays as the student's does",
+    )
     variant: Literal["paper", "unbounded", "train_py", "fkd_train_py"] | None = Field(
         None,
         description="paper: its pull on the student is at most influence; unbounded: it pulls "
         "without a bound, as before version 0.11; train_py (online only), fkd_train_py: as the "
         "authors' programs of these names run, with two outputs under a ReLU and the student's "
         "learning rate in place of lr; null: paper, or what the run began with",
-    )
-    lr: float = Field(
-        1e-4,
-        gt=0,
-        description="its own learning rate at the start, which decays as the student's does",
     )
     influence: float = Field(
         0.02,

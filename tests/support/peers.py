@@ -66,21 +66,26 @@ CROPFLIP = {  # image_augmentation of configs/imagenet/reinforce/cropflip.yaml, 
 
 
 def reinforce(
-    root: Path, images: Path, *, compress: bool = True, augmentation: dict | None = None
+    root: Path,
+    images: Path,
+    *,
+    classes: int = 3,
+    compress: bool = True,
+    augmentation: dict | None = None,
 ) -> dict[str, list[tuple[tuple, bool, torch.Tensor, np.ndarray]]]:
     """Write a label set as ml-dr's reinforce.py does: 3 crops an image, labels of the 2
-    likeliest of 3 classes.
+    likeliest classes.
 
     Returns for each image (CLASS/NAME) its crops: box, flip, the teachers' pixels uint8
-    [3, 32, 32] before they are normalised, and probabilities [3].
+    [3, 32, 32] before they are normalised, and probabilities [classes].
     """
     root.mkdir(parents=True)
-    dataset, told = ImageFolder(str(images)), {}
+    dataset, told = ImageFolder(str(images), allow_empty=True), {}
     torch.manual_seed(0)
     for index, (path, _) in enumerate(dataset.samples):
         photo, _ = dataset[index]
         samples, seen = [], []
-        for p in np.random.default_rng(index).dirichlet(np.ones(3), 3):
+        for p in np.random.default_rng(index).dirichlet(np.ones(classes), 3):
             box = RandomResizedCrop.get_params(photo, (0.08, 1.0), (3 / 4, 4 / 3))
             x = functional.to_tensor(functional.resized_crop(photo, *box, [32, 32]))
             x = (x * 255).to(torch.uint8)
@@ -102,7 +107,7 @@ def reinforce(
         told["/".join(path.split("/")[-2:])] = seen
     config = {
         "dataset": "imagenet",
-        "num_classes": 3,
+        "num_classes": classes,
         "seed": None,
         "teacher": {"timm_ensemble": True, "name": "ig_resnext101_32x8d,ig_resnext101_32x16d"},
         "reinforce": {

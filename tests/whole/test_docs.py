@@ -23,6 +23,7 @@ import torch
 import yaml
 from support.command import run
 from support.paths import ROOT
+from support.peers import reinforce
 from support.small import write_photos
 
 from cli import main
@@ -93,12 +94,17 @@ def test_every_option_in_the_readme_exists():
                 option for parameter in main.commands[words[0]].params for option in parameter.opts
             }
             assert {word.partition("=")[0] for word in words if word.startswith("--")} <= own, line
-    named = set(re.findall(r"`(--[a-z][a-z_-]+)", EVERYTHING))
-    # options of FKD, of torchrun, of every command
+    named = set(re.findall(r"`(--[a-z][a-z0-9_-]+)", EVERYTHING))
+    # options of FKD and MEAL V2, of torchrun, of every command
     assert named - known <= {
         "--ff",
         "--lf",
         "--softlabel_path",
+        "--soft_label_type",
+        "--num_classes",
+        "--imagenet",
+        "--use_fp16",
+        "--d_lr",
         "--reference_path",
         "--nproc-per-node",
         "--help",
@@ -259,6 +265,9 @@ PREPARED: dict[str, Callable[[World, Path], None]] = {
     "MEALV2_ResNet50_380.pth": weights("resnet50", 1000, "module."),
     "MEALV2_ResNet50_224.pth": weights("resnet50", 1000, "module."),
     "FKD_soft_label_500_crops_marginal_smoothing_k_5": label_files,
+    "imagenet_plus_rrc_mini": lambda world, place: reinforce(
+        place, world.folder / "imagenet" / "train", classes=1000
+    ),
 }
 
 
