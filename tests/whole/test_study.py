@@ -48,10 +48,17 @@ def again() -> dict:
     return json.loads((STUDY / "again.json").read_text())
 
 
-def test_the_readme_tells_what_is_recorded(study, recorded, again):
+@pytest.fixture(scope="module")
+def forms() -> dict:
+    return json.loads((STUDY / "discriminators.json").read_text())
+
+
+def test_the_readme_tells_what_is_recorded(study, recorded, again, forms):
     readme = (ROOT / "tests" / "bench" / "study" / "README.md").read_text()
-    for experiment in study.EXPERIMENTS:
-        told = study.tell.table(experiment, recorded)
+    told_of = [(experiment, recorded) for experiment in study.EXPERIMENTS]
+    told_of += [(experiment, forms) for experiment in study.DISCRIMINATORS]
+    for experiment, records in told_of:
+        told = study.tell.table(experiment, records)
         assert told and told in readme, (
             f"the README has another table of {experiment.name}; python "
             f"{STUDY.relative_to(ROOT)}/study.py prints it"
@@ -60,8 +67,12 @@ def test_the_readme_tells_what_is_recorded(study, recorded, again):
     assert beside and beside in readme
 
 
-def test_every_record_is_of_a_row_as_it_is_now(study, recorded, again):
-    for records, experiments in ((recorded, study.EXPERIMENTS), (again, study.EXPERIMENTS[:1])):
+def test_every_record_is_of_a_row_as_it_is_now(study, recorded, again, forms):
+    for records, experiments in (
+        (recorded, study.EXPERIMENTS),
+        (again, study.EXPERIMENTS[:1]),
+        (forms, study.DISCRIMINATORS),
+    ):
         wanted = [experiment.teachers_alone() for experiment in experiments]
         wanted += [
             experiment.trained(row, seed)
@@ -73,7 +84,7 @@ def test_every_record_is_of_a_row_as_it_is_now(study, recorded, again):
         assert {name: record["identity"] for name, record in records.items()} == {
             name: step.identity for name, step in steps.items()
         }
-    for record in (*recorded.values(), *again.values()):
+    for record in (*recorded.values(), *again.values(), *forms.values()):
         assert record.get("seconds", 0) > 0 or record["training"]["images"] > 0
         assert record["commands"] and record["machine"]["processor"] and record["machine"]["torch"]
         assert str(ROOT) not in json.dumps(record)
@@ -82,7 +93,7 @@ def test_every_record_is_of_a_row_as_it_is_now(study, recorded, again):
 def test_every_command_line_is_the_programs(study):
     from cli import main
 
-    for experiment in study.EXPERIMENTS:
+    for experiment in (*study.EXPERIMENTS, *study.DISCRIMINATORS):
         for row in experiment.rows:
             for step in study.with_needs([experiment.trained(row, 0)]):
                 for command, *words in step.commands:
@@ -352,3 +363,18 @@ def test_what_is_not_there_is_refused_in_a_line(study, words, line, tmp_path, mo
         study.main()
     told = refused.value.code if isinstance(refused.value.code, str) else capsys.readouterr().err
     assert refused.value.code and line in told.splitlines()[-1]
+
+
+def test_the_papers_form_of_the_discriminator_hurts_nothing(study, forms):
+    """The figures that chose the default, and its faults' figures beside them."""
+    for experiment in study.DISCRIMINATORS:
+        outcome = study.tell.Outcome(experiment, forms)
+        paper = outcome.differences(experiment.row("paper"), study.tell.KL)
+        assert len(paper) == 3 and abs(paper.mean()) < outcome.margin(study.tell.KL, 3)
+        top1 = outcome.differences(experiment.row("paper"), study.tell.TOP1)
+        assert abs(top1.mean()) < outcome.margin(study.tell.TOP1, 3)
+        for record in outcome.of["paper"].values():
+            assert record["training"]["last"]["discriminator_gradient"] <= 0.0201
+    outcome = study.tell.Outcome(study.DISCRIMINATORS[0], forms)
+    old = outcome.differences(study.DISCRIMINATORS[0].row("unbounded, as in 0.6"), study.tell.KL)
+    assert old.mean() > 3 * outcome.margin(study.tell.KL, 3)
