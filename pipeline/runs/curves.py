@@ -172,7 +172,7 @@ def picture(metrics: Sequence[dict], config: Config) -> Figure:
                 axes,
                 *points(metrics, part.key),
                 color=colour,
-                label="both" if part is curve else part.name,
+                label=part.among or part.name,
             )
         note = f"last {points(metrics, curve.key)[1][-1]:.4g}"
         if curve.key == "val_top1":

@@ -14,7 +14,7 @@ class Curve(NamedTuple):
 
     key: its key in the metrics. tag: its tag in TensorBoard, which groups tags by the
     part before the slash. name, unit: its title and axis label. beside: the key of the
-    curve whose panel it shares.
+    curve whose panel it shares. among: its label in a panel that others share.
     """
 
     key: str
@@ -22,6 +22,7 @@ class Curve(NamedTuple):
     name: str
     unit: str
     beside: str = ""
+    among: str = ""
 
 
 CURVES = (
@@ -37,6 +38,7 @@ CURVES = (
         "discriminator/accuracy",
         "discriminator accuracy",
         "% of answers right",
+        among="both",
     ),
     Curve(
         "discriminator_accuracy_student",
@@ -57,6 +59,14 @@ CURVES = (
         "discriminator/gradient",
         "discriminator's gradient",
         "of the cross-entropy's",
+        among="on the student",
+    ),
+    Curve(
+        "discriminator_gradient_unbounded",
+        "discriminator/gradient_unbounded",
+        "unbounded",
+        "",
+        "discriminator_gradient",
     ),
     Curve("lr", "training/lr", "learning rate", "of the last step"),
     Curve("images_per_second", "training/images_per_second", "speed", "images/s"),

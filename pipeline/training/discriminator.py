@@ -65,13 +65,14 @@ class Influence:
     alone, not on the batch. reversal: ∇L_D changes its sign, and the student learns to
     deceive the discriminator (Ganin and Lempitsky, arXiv 1409.7495).
 
-    The discriminator's own gradient isn't changed. sums: float64 [2] on the device, the
-    sums of |∇CE|² and |∇L_D|² over the crops so far, as they reached the student.
+    The discriminator's own gradient isn't changed. sums: float64 [3] on the device, the
+    sums of |∇CE|², of |∇L_D|², and of |∇L_D|² as it reached the student, over the crops
+    so far.
     """
 
     def __init__(self, bound: float | None, reversal: bool, device: torch.device) -> None:
         self.bound, self.reversal = bound, reversal
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def fork(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits twice: for the cross-entropy, and for the discriminator.
@@ -82,12 +83,12 @@ class Influence:
         """Return the gradient of the logits, float [n, classes], of both losses'
         gradients."""
         theirs = torch.linalg.vector_norm(of_ce, dim=1, keepdim=True)
-        ours = torch.linalg.vector_norm(of_judge, dim=1, keepdim=True)
+        ours = bounded = torch.linalg.vector_norm(of_judge, dim=1, keepdim=True)
         if self.bound is not None:
             least = torch.finfo(ours.dtype).tiny
             shortened = (self.bound * theirs / ours.clamp_min(least)).clamp_max(1)
-            of_judge, ours = of_judge * shortened, ours * shortened
-        self.sums += torch.stack([theirs, ours]).double().square().sum(dim=(1, 2))
+            of_judge, bounded = of_judge * shortened, ours * shortened
+        self.sums += torch.stack([theirs, ours, bounded]).double().square().sum(dim=(1, 2))
         return of_ce - of_judge if self.reversal else of_ce + of_judge
 
 

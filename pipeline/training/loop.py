@@ -231,10 +231,12 @@ class Run:
             "images_per_second": round(seen / progress.seconds, 1),
         }
         if self.discriminator:
-            of_ce, of_judge = fetched(self.processes.sum(self.influence.sums)).tolist()
+            of_ce, *pulls = fetched(self.processes.sum(self.influence.sums)).tolist()
+            unbounded, pull = (math.sqrt(one / of_ce) if of_ce else None for one in pulls)
             metrics |= {
                 "discriminator_loss": against,
-                "discriminator_gradient": math.sqrt(of_judge / of_ce) if of_ce else None,
+                "discriminator_gradient": pull,
+                "discriminator_gradient_unbounded": unbounded,
                 "discriminator_accuracy": 50 * (told_student + told_teachers),
                 "discriminator_accuracy_student": 100 * told_student,
                 "discriminator_accuracy_teachers": 100 * told_teachers,

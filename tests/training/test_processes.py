@@ -129,6 +129,7 @@ FIGURES = {
     "discriminator_loss",
     "discriminator_accuracy",
     "discriminator_gradient",
+    "discriminator_gradient_unbounded",
 }
 
 
