@@ -107,24 +107,29 @@ def samples_of(
         raise ValueError(f"it holds the labels of image {number!r:.20}")
     if not isinstance(samples, (list, tuple)) or not samples:
         raise ValueError("it has no samples")
-    boxes, flips, labels = [], [], []
-    for sample in samples:
-        try:
-            params, (p, classes) = sample["params"], sample["prob"]
-            if isinstance(params, dict):
-                box = params["random_resized_crop"][0]
-                flip = params["random_horizontal_flip"][0] if mirrored else False
-            else:
-                box, *flip = params
-                (flip,) = flip if mirrored else (False,)
-            boxes.append([float(value) for value in box])
-            labels.append([[float(one) for one in classes], [float(one) for one in p]])
-            flips.append(bool(flip))
-        except Exception:
-            raise ValueError("a sample isn't a crop, a flip and the likeliest classes") from None
-    if len({len(label[0]) for label in labels} | {len(label[1]) for label in labels}) != 1:
-        raise ValueError("its labels name different numbers of classes")
-    found = np.array(boxes)
-    if found.shape != (len(samples), 4) or not (found == np.rint(found)).all():
+    try:
+        crops = [_crop(one["params"], mirrored) for one in samples]
+        found = [one["prob"] for one in samples]
+        boxes = np.array([box for box, _ in crops], np.float64)
+        flips = np.array([flip for _, flip in crops], np.float64)
+        labels = np.array([(classes, p) for p, classes in found], np.float64)
+    except Exception:
+        raise ValueError(
+            "a sample isn't a crop, a flip and as many classes as probabilities"
+        ) from None
+    if boxes.shape != (len(samples), 4) or not (boxes == np.rint(boxes)).all():
         raise ValueError("a crop isn't four whole pixels")
-    return found.astype(np.int64), np.array(flips), np.array(labels)
+    if flips.shape != (len(samples),) or not np.isin(flips, (0, 1)).all():
+        raise ValueError("its flips are neither true nor false")
+    if labels.ndim != 3 or labels.shape[2] == 0:
+        raise ValueError("its labels name no classes")
+    return boxes.astype(np.int64), flips.astype(bool), labels
+
+
+def _crop(params: Any, mirrored: bool) -> tuple[Any, Any]:
+    """Return box and flip of a sample's parameters."""
+    if isinstance(params, dict):
+        flip = params["random_horizontal_flip"][0] if mirrored else False
+        return params["random_resized_crop"][0], flip
+    box, flip = params if mirrored else (*params, False)
+    return box, flip
