@@ -255,20 +255,20 @@ class Discriminator(Section):
 
     @property
     def authors(self) -> bool:
-        """Whether the discriminator is one of the authors' programs."""
+        """Return whether the discriminator is one of the authors' programs'."""
         return self.variant in ("train_py", "fkd_train_py")
 
     @property
     def seen(self) -> str:
-        """What the discriminator sees: "log_mean", "mean_logits" or "softmax"."""
+        """Return what the discriminator sees: "log_mean", "mean_logits" or "softmax"."""
         return {"train_py": "mean_logits", "fkd_train_py": "softmax"}.get(
             self.variant or "", self.input
         )
 
     @property
     def bound(self) -> float | None:
-        """The largest ratio of the discriminator's gradient to the cross-entropy's;
-        None: no bound."""
+        """Return the largest ratio of the discriminator's gradient to the
+        cross-entropy's; None: no bound."""
         return self.influence if self.variant in (None, "paper") else None
 
     @model_validator(mode="after")
