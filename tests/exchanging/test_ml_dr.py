@@ -126,6 +126,16 @@ def test_a_set_that_was_not_compressed_is_the_same(imported, photos, tmp_path):
         )
 
 
+def test_a_set_without_flips_has_none(photos, tmp_path):
+    told = reinforce(tmp_path / "set", photos / "train", mirrored=False)
+    store = import_labels(tmp_path / "set", photos, tmp_path / "s.zarr", form="ml-dr")
+    boxes, flips = store.crops(1, store.usable)
+    assert not flips.any()
+    assert [tuple(box) for box in boxes] == [
+        told[path][1][0] for path in store.images.path[store.usable]
+    ]
+
+
 def test_the_order_is_that_of_torchvisions_image_folder(photos, tmp_path):
     """Folders in class folders, and names that sort otherwise with their folder."""
     data = Path(shutil.copytree(photos / "train", tmp_path / "data"))

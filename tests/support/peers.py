@@ -71,7 +71,7 @@ def reinforce(
     *,
     classes: int = 3,
     compress: bool = True,
-    augmentation: dict | None = None,
+    mirrored: bool = True,
 ) -> dict[str, list[tuple[tuple, bool, torch.Tensor, np.ndarray]]]:
     """Write a label set as ml-dr's reinforce.py does: 3 crops an image, labels of the 2
     likeliest classes.
@@ -89,10 +89,10 @@ def reinforce(
             box = RandomResizedCrop.get_params(photo, (0.08, 1.0), (3 / 4, 4 / 3))
             x = functional.to_tensor(functional.resized_crop(photo, *box, [32, 32]))
             x = (x * 255).to(torch.uint8)
-            flip = torch.rand(1).item() < 0.5
+            flip = mirrored and torch.rand(1).item() < 0.5
             x = functional.hflip(x) if flip else x
             ids = np.argpartition(p, -2)[-2:]
-            params = [tuple(box), flip]
+            params = [tuple(box), flip] if mirrored else [tuple(box)]
             if not compress:
                 params = {
                     "uint8": ((), ()),
@@ -115,7 +115,11 @@ def reinforce(
             "topk": 2,
             "compress": compress,
             "joblib": False,
-            "image_augmentation": augmentation or CROPFLIP,
+            "image_augmentation": {
+                name: settings
+                for name, settings in CROPFLIP.items()
+                if mirrored or name != "random_horizontal_flip"
+            },
         },
     }
     torch.save(config, root / "config.pth.tar")

@@ -589,9 +589,15 @@ def test_online_the_discriminator_trains_in_every_form(photos, recipe, tmp_path)
     }
     for name, form in forms.items():
         live = changed(
-            recipe, train={"epochs": 1, "online": True, "discriminator": {"lr": 0.01} | form}
+            recipe, train={"epochs": 1, "online": True, "discriminator": {"lr": 0.02} | form}
         )
         metrics = train(live, photos, tmp_path / name, device=CPU)
+        state = torch.load(tmp_path / name / "state.pt", weights_only=True)
+        # The authors' programs give it the student's rate.
+        assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [
+            0.01,
+            0.01 if "py" in name else 0.02,
+        ]
         assert (
             0 < metrics["discriminator_loss"] < np.inf
             and 0 <= metrics["discriminator_accuracy"] <= 100

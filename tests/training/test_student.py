@@ -138,6 +138,10 @@ def test_the_discriminator_keeps_its_own_rate_and_survives_a_resumption(
     assert (tmp_path / "whole" / "last.safetensors").read_bytes() == (
         tmp_path / "parts" / "last.safetensors"
     ).read_bytes()
+    whole = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    for key, value in json.loads(whole[-1]).items():
+        if key.startswith("discriminator"):
+            assert metrics[key] == value, key
     assert 0 < metrics["discriminator_loss"] < 2 and 0 <= metrics["discriminator_accuracy"] <= 100
     train(
         changed(recipe, train=judged | {"discriminator": None}),
