@@ -260,10 +260,17 @@ class Discriminator(Section):
 
     @property
     def seen(self) -> str:
-        """Return what the discriminator sees: "log_mean", "mean_logits" or "softmax"."""
+        """Return the discriminator's input: "log_mean", "mean_logits" or "softmax"."""
         return {"train_py": "mean_logits", "fkd_train_py": "softmax"}.get(
             self.variant or "", self.input
         )
+
+    @property
+    def unused(self) -> set[str]:
+        """Return the keys that count for nothing in this variant."""
+        if self.authors:
+            return {"lr", "influence", "input"}
+        return {"influence"} if self.bound is None else set()
 
     @property
     def bound(self) -> float | None:

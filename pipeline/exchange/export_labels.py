@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -92,10 +93,12 @@ def export_labels(
             progress.advance(len(part))
     how = f"--soft_label_type {TYPES[labels]} --num_classes {store.classes}"
     say(f"{out} has {total:,} label files of {views} crops ({labels})")
-    say(f"FKD's train_FKD.py takes --softlabel_path {out} {how}")
+    say(f"FKD's train_FKD.py takes --softlabel_path {shlex.quote(str(out))} {how}")
+    place = out.absolute()
     say(
-        f"MEAL V2's FKD_train.py looks one folder deeper: if --imagenet is .../{out.name}, it "
-        f"takes --softlabel_path {out.parent} {how}; otherwise rename {out} first"
+        f"MEAL V2's FKD_train.py looks one folder deeper: it takes --softlabel_path "
+        f"{shlex.quote(str(place.parent))} {how}, if {place.name} is the name of its --imagenet "
+        f"folder too, without a dot; otherwise rename both alike"
     )
     return total
 

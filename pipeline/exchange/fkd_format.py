@@ -202,9 +202,11 @@ def kind_of(labels: np.ndarray, classes: int) -> str | None:
         return f"marginal_smoothing_k{shape[1]}"
     if labels.dtype.kind == "f" and shape == (2,):
         return "smoothing"
-    if shape == () and (labels.dtype.kind in "iu" or (labels == np.rint(labels)).all()):
-        return "hard"  # the generator's half precision makes floats of class numbers, too
-    return None
+    whole = labels.dtype.kind in "iu" or (
+        # the generator's half precision makes floats of class numbers, too
+        labels.dtype.kind == "f" and (labels == np.rint(labels)).all()
+    )
+    return "hard" if shape == () and whole else None
 
 
 def renamed(kind: str, rest: str) -> str:
@@ -287,7 +289,8 @@ def boxes_of(coords: np.ndarray, height: int, width: int) -> np.ndarray:
     )
     if coords.dtype == np.float16:
         # Half precision moves a fraction by 2^-12 at most: from a side of 2,048 pixels
-        # on by a pixel, from 6,144 on by two. The far edge has the errors of both.
+        # on by a pixel, from 6,144 on by two, and so on. The far edge has the errors of
+        # both numbers.
         within = boxes.copy()
         within[:, 2:] = np.clip(boxes[:, 2:], 1, scale[:2])
         within[:, :2] = np.clip(boxes[:, :2], 0, scale[:2] - within[:, 2:])

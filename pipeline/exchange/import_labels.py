@@ -145,9 +145,12 @@ def _told(source: LabelSet) -> str:
         return f"{line}: the named classes alone have a probability"
     if source.kind in ("full", "hard"):
         return line
+    line += ": the other classes share the rest evenly"
+    if source.format != "fkd":
+        return line
     return (
-        f"{line}: the other classes share the rest evenly. No file tells; if these are labels of "
-        f"FKD's type marginal_renorm, pass --rest none"
+        f"{line} (no file tells; if these are labels of FKD's type marginal_renorm, pass "
+        f"--rest none)"
     )
 
 
@@ -247,7 +250,7 @@ def _create(
         f"created {path}: {len(found.usable):,} images × {source.views} views × {source.classes:,} "
         f"classes, labels {source.kind}"
         + (
-            ", in half precision, whose boxes may be a pixel off in images of more than 1,024"
+            ", in half precision, whose boxes may be a pixel off in images of 2,048 or more"
             if source.half
             else ""
         )

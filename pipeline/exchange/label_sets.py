@@ -215,7 +215,7 @@ class MlDrLabels(LabelSet):
     flips, or if there aren't as many files as images.
     """
 
-    format, interpolation = "ml-dr", "bilinear"  # torchvision's default, which ml-dr keeps
+    format = "ml-dr"
 
     def __init__(self, directory: Path, data: DataFolder, views: int | None, rest: str) -> None:
         root = next(
@@ -238,17 +238,28 @@ class MlDrLabels(LabelSet):
                 f"crops and flips can't replay that; take a set of crops and flips alone, like "
                 f"ImageNet+-RRC, or make labels with generate-labels"
             )
-        told = config.get("num_classes")
-        if told is not None and told != self.classes:
+        classes = config.get("num_classes")
+        if classes is not None and classes != self.classes:
             raise LabelFileError(
-                f"{root} has labels of {told} classes, and {data.path} has {self.classes}; pass "
-                f"all classes, in the order of their folders' names, as a --class-map"
+                f"{root} has labels of {classes!r:.20} classes, and {data.path} has "
+                f"{self.classes}; pass all classes, in the order of their folders' names, as a "
+                f"--class-map"
             )
-        self._describe(config, seen)
+        self.mirrored = "random_horizontal_flip" in seen
+        try:
+            told = ml_dr.teachers_of(config, seen)
+        except ValueError as error:
+            raise LabelFileError(
+                f"{root / ml_dr.CONFIG} can't be taken ({error}); get the set anew from where it "
+                f"came from, or make labels with generate-labels"
+            ) from None
+        self.teachers, self.image_size = told["names"], told["size"]
+        self.mean, self.std = told["mean"], told["std"]
+        self.interpolation = told["interpolation"]
         paths, _, _, _ = list_files(data)
         images = fkd_format.in_order(paths)
         files = _numbers(root)
-        if len(images) != len(files):
+        if len(images) != len(files) or not images:
             raise LabelFileError(
                 f"{root} has labels of {len(files):,} images, and {data.path} holds "
                 f"{len(images):,}; its files know their images by number, in the order of "
@@ -262,22 +273,6 @@ class MlDrLabels(LabelSet):
         self.crops = len(boxes)
         self.show(views or self.crops)
         self._identify()
-
-    def _describe(self, config: dict, seen: dict[str, dict]) -> None:
-        """Take the facts that the config tells about the teachers."""
-        self.mirrored = "random_horizontal_flip" in seen
-        sizes = np.atleast_1d(seen["random_resized_crop"].get("size", ()))
-        if len(set(sizes.tolist())) > 1:
-            raise LabelFileError(
-                f"{self.root} has crops of {sizes.tolist()} pixels, and a store's are square; make "
-                f"labels with generate-labels"
-            )
-        self.image_size = int(sizes[0]) if len(sizes) else None
-        scale = seen.get("normalize", {})
-        if "mean" in scale and "std" in scale:
-            self.mean, self.std = list(scale["mean"]), list(scale["std"])
-        names = (config.get("teacher") or {}).get("name") or ()
-        self.teachers = [str(n) for n in (names.split(",") if isinstance(names, str) else names)]
 
     def read(
         self, image: str, height: int, width: int
@@ -302,7 +297,8 @@ class MlDrLabels(LabelSet):
     def _samples(self, image: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         path = self.file(image)
         try:
-            return ml_dr.samples_of(self._load(path), self.index[image], self.mirrored)
+            content = self._load(path)
+            return ml_dr.samples_of(content, self.index[image], self.mirrored, self.sizes[image])
         except ValueError as error:
             raise self._foreign(path, error) from None
 

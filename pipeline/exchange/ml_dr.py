@@ -28,6 +28,9 @@ import numpy as np
 CONFIG = "config.pth.tar"
 # Augmentations that replaying a crop and a flip brings back, in ml-dr's names.
 REPLAYED = {"uint8", "random_resized_crop", "random_horizontal_flip", "to_tensor", "normalize"}
+MOST_PIXELS = 4096  # of an input's side
+# torchvision's names and Pillow's numbers of interpolations that a store knows.
+INTERPOLATIONS = {"bilinear": "bilinear", "2": "bilinear", "bicubic": "bicubic", "3": "bicubic"}
 SPOKEN = {
     "rand_augment": "RandAugment",
     "random_erase": "random erasing",
@@ -44,8 +47,12 @@ def file_of(index: int) -> str:
     return f"{index}.pth.tar"
 
 
-class _Plain(pickle.Unpickler):
-    """Reads numbers, strings and containers, and refuses everything else."""
+class _Plain(pickle._Unpickler):
+    """Reads numbers, strings and containers, and refuses everything else.
+
+    It is Python's unpickler in Python: a few bytes can make the one in C reserve
+    gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it asks for {module}.{name}, which may be a program")
@@ -83,6 +90,43 @@ def augmentations(config: Any) -> dict[str, dict]:
         raise ValueError(f"it doesn't say how crops were augmented ({error!r:.60})") from None
 
 
+def teachers_of(config: dict, seen: dict[str, dict]) -> dict[str, Any]:
+    """Return what a set's config tells about its teachers: names, image_size in pixels
+    (None: unknown), mean and std of RGB (None: unknown), and the interpolation of the
+    crops.
+
+    seen: ``augmentations`` of the config. Raises ValueError, with the reason, for
+    values that no teacher has.
+    """
+    crop, scale = seen["random_resized_crop"], seen.get("normalize", {})
+    teacher = config.get("teacher") or {}
+    names = teacher.get("name") or [] if isinstance(teacher, dict) else teacher
+    names = names.split(",") if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"its teachers are named {names!r:.60}")
+    size = crop.get("size")
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    if size is not None and not (type(size) is int and 8 <= size <= MOST_PIXELS):
+        raise ValueError(f"its crops are resized to {size!r:.60} pixels, and a store's are square")
+    interpolation = INTERPOLATIONS.get(str(crop.get("interpolation", "bilinear")).lower())
+    if interpolation is None:
+        raise ValueError(
+            f"its crops are resized with {crop['interpolation']!r:.60}, and a store's with "
+            f"bilinear or bicubic interpolation"
+        )
+    found: dict[str, Any] = {"mean": scale.get("mean"), "std": scale.get("std")}
+    for name, value in found.items():
+        if value is not None and not (
+            isinstance(value, (list, tuple))
+            and len(value) == 3
+            and all(type(one) in (int, float) for one in value)
+            and all(0 <= one <= 1 if name == "mean" else 1e-6 <= one <= 1e3 for one in value)
+        ):
+            raise ValueError(f"its {name} is {value!r:.60}")
+    return found | {"names": list(names), "size": size, "interpolation": interpolation}
+
+
 def unreplayable(names: dict[str, dict]) -> str:
     """Say which augmentations crop and flip can't replay; empty if there are none."""
     foreign = [SPOKEN.get(name, name) for name in names if name not in REPLAYED]
@@ -92,38 +136,51 @@ def unreplayable(names: dict[str, dict]) -> str:
 
 
 def samples_of(
-    content: Any, index: int, mirrored: bool
+    content: Any, index: int, mirrored: bool, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return boxes int64 [n, 4], flips bool [n], and labels float64 [n, 2, k], the
     classes and their probabilities, of the content of an image's file.
 
-    mirrored: whether the set has flips. Raises ValueError, with the reason, for other
-    content.
+    mirrored: whether the set has flips. size: of the file in bytes. Raises ValueError,
+    with the reason, for other content.
     """
     if not (isinstance(content, (list, tuple)) and len(content) == 2):
         raise ValueError("it doesn't hold an image's number and its samples")
     number, samples = content
-    if number != index:
-        raise ValueError(f"it holds the labels of image {number!r:.20}")
+    if type(number) is not int or number != index:
+        raise ValueError(f"it doesn't hold the labels of image {index}")
     if not isinstance(samples, (list, tuple)) or not samples:
         raise ValueError("it has no samples")
     try:
         crops = [_crop(one["params"], mirrored) for one in samples]
         found = [one["prob"] for one in samples]
-        boxes = np.array([box for box, _ in crops], np.float64)
-        flips = np.array([flip for _, flip in crops], np.float64)
-        labels = np.array([(classes, p) for p, classes in found], np.float64)
+        boxes = _table([box for box, _ in crops], 4, size)
+        flips = _table([[flip] for _, flip in crops], 1, size)[:, 0]
+        k = len(found[0][0])
+        p, classes = (_table([one[part] for one in found], k, size) for part in (0, 1))
     except Exception:
         raise ValueError(
             "a sample isn't a crop, a flip and as many classes as probabilities"
         ) from None
-    if boxes.shape != (len(samples), 4) or not (boxes == np.rint(boxes)).all():
+    if not (boxes == np.rint(boxes)).all():
         raise ValueError("a crop isn't four whole pixels")
-    if flips.shape != (len(samples),) or not np.isin(flips, (0, 1)).all():
+    if not np.isin(flips, (0, 1)).all():
         raise ValueError("its flips are neither true nor false")
-    if labels.ndim != 3 or labels.shape[2] == 0:
+    if k == 0:
         raise ValueError("its labels name no classes")
-    return boxes.astype(np.int64), flips.astype(bool), labels
+    return boxes.astype(np.int64), flips.astype(bool), np.stack([classes, p], axis=1)
+
+
+def _table(rows: list, columns: int, size: int) -> np.ndarray:
+    """Return rows of so many numbers as float64 [rows, columns]. Raises ValueError for
+    other rows, and for more numbers than a file of ``size`` bytes can hold: a list of a
+    few bytes may be in it many times."""
+    plain = all(
+        len(row) == columns and {int, float, bool}.issuperset(map(type, row)) for row in rows
+    )
+    if not plain or len(rows) * columns > size:
+        raise ValueError
+    return np.array(rows, np.float64).reshape(len(rows), columns)
 
 
 def _crop(params: Any, mirrored: bool) -> tuple[Any, Any]:

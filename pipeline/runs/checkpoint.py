@@ -21,10 +21,10 @@ def save_model(path: Path, model: Model, facts: dict) -> None:
 
     The header says how to use the student, in timm's words, and by ``facts`` how the
     student was trained. ``timm.create_model(MODEL, num_classes=…,
-    checkpoint_path=PATH)`` loads the file; so does MODEL=PATH everywhere in this tool.
-    What timm's own config says of the model's input may differ from the header. The
-    header has one key, since safetensors writes several keys in a random order, and
-    equal weights should make equal files.
+    checkpoint_path=PATH)`` (and ``img_size=`` for a ViT of another size) loads the
+    file; so does MODEL=PATH everywhere in this tool. What timm's own config says of the
+    model's input may differ from the header. The header has one key, since safetensors
+    writes several keys in a random order, and equal weights should make equal files.
     """
     described = {
         "model": model.name,

@@ -25,6 +25,10 @@ SCANS = ("training-images.npz", "validation-images.npz")  # scans of the image f
 SAID = ("model", "classes", "image_size", "labels", "source", "epoch")
 
 
+# The discriminator's variant in runs of versions before 0.11, which record none.
+OLD_VARIANT = "unbounded"
+
+
 class RunError(MealError):
     """A run that can't be read, trained or resumed."""
 
@@ -43,7 +47,7 @@ class RunFolder:
 
     def config(self) -> Config:
         """Return the config that the run was started with. A key that an older version
-        didn't write has its default."""
+        didn't write has its default, or what that version did."""
         file = self.path / CONFIG
         if not file.is_file():
             raise RunError(
@@ -51,7 +55,8 @@ class RunFolder:
                 f"{self.repair}"
             )
         try:
-            return validate(yaml.safe_load(file.read_text("utf-8")), "not a recipe")
+            found = validate(yaml.safe_load(file.read_text("utf-8")), "not a recipe")
+            return found.with_variant(OLD_VARIANT)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
             raise RunError(
                 f"{file} is damaged ({' '.join(str(error).split())}); {self.repair}"

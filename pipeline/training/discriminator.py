@@ -59,11 +59,13 @@ class Influence:
     the discriminator's.
 
     bound: the largest ratio |∇L_D| / |∇CE| on the logits of a crop; None: no bound. A
-    larger ∇L_D is shortened. So with a bound below 1 every crop's joined gradient still
-    lowers its cross-entropy: mimicry is slowed by the share ``bound`` at most, and ends
-    where it would end without a discriminator. A crop's gradient depends on that crop
-    alone, not on the batch. reversal: ∇L_D changes its sign, and the student learns to
-    deceive the discriminator (Ganin and Lempitsky, arXiv 1409.7495).
+    larger ∇L_D is shortened. So with a bound below 1 every crop's joined gradient on
+    its logits still lowers its cross-entropy, at 1 − ``bound`` of its rate or more, and
+    ceases with it. Crops share the student's weights, so a student that can't fit its
+    labels may still end elsewhere, the farther the larger the bound. A crop's gradient
+    depends on that crop alone, not on the batch. reversal: ∇L_D changes its sign, and
+    the student learns to deceive the discriminator (Ganin and Lempitsky, arXiv
+    1409.7495).
 
     The discriminator's own gradient isn't changed. sums: float64 [3] on the device, the
     sums of |∇CE|², of |∇L_D|², and of |∇L_D|² as it reached the student, over the crops

@@ -372,9 +372,11 @@ class Run:
         if "discriminator_loss" in m:
             parts.append(
                 f"discriminator loss {m['discriminator_loss']:.4f}, accuracy "
-                f"{m['discriminator_accuracy']:.1f} %, gradient "
-                f"{m['discriminator_gradient'] or 0:.2g} of the cross-entropy's"
+                f"{m['discriminator_accuracy']:.1f} %"
             )
+        # None of a run that an older version began, and without a cross-entropy.
+        if (pull := m.get("discriminator_gradient")) is not None:
+            parts.append(f"its gradient {pull:.2g} of the cross-entropy's")
         if "val_top1" in m:
             parts.append(f"top-1 {m['val_top1']:.2f}, top-5 {m['val_top5']:.2f}")
         return ", ".join(

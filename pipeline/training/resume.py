@@ -23,8 +23,7 @@ FREE_KEYS = (
 
 
 OLD_RESIZE = "dali"  # of runs of versions before 0.10, which record none
-VARIANT = "train.discriminator.variant"
-OLD_VARIANT = "unbounded"  # of runs of versions before 0.11, which record none
+JUDGE = "train.discriminator."
 
 
 def views_of_run(out: Path) -> int | None:
@@ -59,7 +58,7 @@ def variant_of_run(out: Path) -> str:
         judge = RunFolder(out).config().train.discriminator
     except RunError:  # state_of_run raises it again
         return "paper"
-    return (judge.variant or OLD_VARIANT) if judge else "paper"
+    return judge.variant if judge and judge.variant else "paper"
 
 
 def classes_of_run(out: Path) -> list[str] | None:
@@ -95,8 +94,6 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
             flat(config.model_dump(mode="json")),
         )
         before["render.resize"] = before.get("render.resize") or OLD_RESIZE
-        if VARIANT in before:
-            before[VARIANT] = before[VARIANT] or OLD_VARIANT
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(
@@ -131,6 +128,9 @@ def _require_same_teachers(out: Path, before: dict, now: dict) -> None:
 
 def _free(key: str, config: Config) -> bool:
     """Return whether the value of a config key may change when a run is resumed."""
+    judge = config.train.discriminator
+    if judge and key.startswith(JUDGE) and key.removeprefix(JUDGE) in judge.unused:
+        return True
     if key == "train.epochs":
         return config.train.schedule != "cosine"  # every step of a cosine depends on its end
     return key.startswith(FREE_KEYS)

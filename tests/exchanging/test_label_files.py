@@ -676,7 +676,7 @@ def test_an_exported_set_is_what_their_loaders_read(twelve, photos, tmp_path, pr
     (line,) = [
         line for line in said.splitlines() if {"fkd": "FKD's", "meal_v2": "MEAL"}[program] in line
     ]
-    told = line.replace(";", "").split()
+    told = line.replace(",", "").split()
     path, label_type, classes = (
         told[told.index(option) + 1]
         for option in ("--softlabel_path", "--soft_label_type", "--num_classes")
@@ -718,6 +718,7 @@ def test_every_type_of_label_is_what_their_programs_make_of_it():
     assert fkd_format.kind_of(half, 12) == "hard"
     assert np.array_equal(fkd_format.dense(half, "hard", 12), np.eye(12, dtype="f4")[best])
     assert fkd_format.kind_of(half + np.float16(0.5), 12) is None
+    assert fkd_format.kind_of(best > 5, 12) is None
 
 
 def test_labels_whose_rest_is_nothing_are_imported_and_recorded_so(published, photos, tmp_path):
@@ -740,7 +741,9 @@ def test_labels_whose_rest_is_nothing_are_imported_and_recorded_so(published, ph
     )
 
 
-@pytest.mark.parametrize(("side", "most"), [(2047, 0), (4000, 1), (6143, 1), (9000, 2)])
+@pytest.mark.parametrize(
+    ("side", "most"), [(2047, 0), (4000, 1), (6143, 1), (9000, 2), (12_000, 3)]
+)
 def test_half_precision_moves_a_crop_by_so_many_pixels(side, most):
     random = np.random.default_rng(side)
     extent = random.integers(1, side + 1, (20_000, 2))

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.command import run
+from support.label_files import write_set
 from support.peers import CROPFLIP, reinforce
 from support.small import CPU, changed, tree
 from support.stages import import_labels, make_replay, stored_labels, train
@@ -20,6 +23,7 @@ from support.stages import import_labels, make_replay, stored_labels, train
 from cache import LabelStore
 from cache.errors import MealError, StoreError
 from pipeline.config import Render
+from pipeline.exchange import ml_dr
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,21 @@ def with_augmentation(**more: dict) -> Callable[[Path], None]:
     return edit
 
 
+def with_config(**more: object) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        torch.save(torch.load(root / "config.pth.tar") | more, root / "config.pth.tar")
+
+    return edit
+
+
+def crop_with(**more: object) -> Callable[[Path], None]:
+    return with_augmentation(random_resized_crop={"size": 32} | more)
+
+
+def normalised(**more: object) -> Callable[[Path], None]:
+    return with_augmentation(normalize=CROPFLIP["normalize"] | more)
+
+
 def rewritten(index: int, content: object) -> Callable[[Path], None]:
     return lambda root: torch.save(content, root / f"{index}.pth.tar", pickle_protocol=4)
 
@@ -191,12 +210,24 @@ class Program:
         ),
         (with_augmentation(mixup={"enable": True}, cutmix={}), "saw mixup, CutMix,"),
         (with_augmentation(random_resized_crop={"enable": False}), "saw no random crop"),
-        (with_augmentation(random_resized_crop={"size": [32, 48]}), r"crops of \[32, 48\] pixels"),
+        (crop_with(size=[32, 48]), r"resized to \[32, 48\] pixels, and a store's are square"),
+        (crop_with(size="x"), "crops are resized to 'x' pixels"),
+        (crop_with(size=0), "crops are resized to 0 pixels"),
+        (crop_with(size=100_000), "crops are resized to 100000 pixels"),
+        (crop_with(interpolation="lanczos"), "resized with 'lanczos', and a store's with bilinear"),
+        (normalised(mean=0.5), "its mean is 0.5"),
+        (normalised(mean=[0.5]), r"its mean is \[0.5\]"),
+        (normalised(mean=[0.5, 0.5, float("nan")]), "its mean is"),
+        (normalised(std="abc"), "its std is 'abc'"),
+        (normalised(std=[0.5, 0.5, 0.0]), "its std is"),
+        (with_config(teacher={"name": 7}), "its teachers are named 7"),
+        (with_config(teacher=["a", None]), r"its teachers are named \['a', None\]"),
+        (with_config(num_classes="many"), "labels of 'many' classes, and .* has 3"),
         (lambda root: (root / "config.pth.tar").unlink(), "has no config.pth.tar"),
         (lambda root: torch.save({"a": 1}, root / "config.pth.tar"), "doesn't say how crops were"),
         (lambda root: (root / "89.pth.tar").unlink(), "labels of 89 images, and .* holds 90"),
         (lambda root: (root / "7.pth.tar").unlink(), "7.pth.tar is missing; unpack the set anew"),
-        (rewritten(5, (6, [sample()] * 3)), "it holds the labels of image 6"),
+        (rewritten(5, (6, [sample()] * 3)), "it doesn't hold the labels of image 5"),
         (rewritten(5, (5, [sample()] * 2)), "has 2 crops with labels of kind top-2, others have 3"),
         (
             rewritten(5, (5, [sample((0, 0, 9999, 9))] * 3)),
@@ -212,8 +243,10 @@ class Program:
             "its flips are neither true nor false",
         ),
         (rewritten(5, (5, [sample(p=(), ids=())] * 3)), "its labels name no classes"),
-        (rewritten(5, (5, [sample((0, 0, 9))] * 3)), "a crop isn't four whole pixels"),
+        (rewritten(5, (5, [sample((0, 0, 9))] * 3)), "isn't a crop, a flip and as many"),
         (rewritten(5, (5, [sample(), *[sample(p=(0.5,), ids=(1,))] * 2])), "as many classes as"),
+        (rewritten(5, ([[]] * 9, [sample()] * 3)), "it doesn't hold the labels of image 5"),
+        (rewritten(5, (5, [sample(p=[0.0] * 9_000, ids=[1] * 9_000)] * 9_000)), "as many classes"),
         (rewritten(5, torch.zeros(3)), "which may be a program|it holds tensors"),
         (rewritten(5, (5, Program())), "asks for posix.mkdir, which may be a program"),
         (lambda root: (root / "5.pth.tar").write_bytes(b"\x78\x9c"), "joblib's files can't be"),
@@ -247,8 +280,38 @@ def test_labels_of_other_classes_are_refused(reinforced, photos, tmp_path):
         )
 
 
-def test_another_format_into_the_same_store_is_refused(imported, reinforced, photos):
-    with pytest.raises(
-        StoreError, match=r"was imported with imported.labels marginal_smoothing_k2"
-    ):
+def test_a_file_of_few_bytes_takes_no_memory(tmp_path):
+    """Its pickle asks for place 2^31 of a table of what it has read."""
+    with zipfile.ZipFile(tmp_path / "5.pth.tar", "w") as packed:
+        packed.writestr("5/data.pkl", b"\x80\x02K\x05r\x00\x00\x00\x80K\x06\x86.")
+    resource = tracemalloc.start() or ml_dr.load(tmp_path / "5.pth.tar")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert resource == (5, 6) and most < 10**6
+
+
+def test_no_images_and_no_labels_are_refused(reinforced, photos, tmp_path):
+    (tmp_path / "set").mkdir()
+    shutil.copy(reinforced[0] / "config.pth.tar", tmp_path / "set")
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "read.txt").touch()
+    with pytest.raises(MealError, match="labels of 0 images, and .* holds 0"):
+        import_labels(tmp_path / "set", tmp_path / "data", tmp_path / "s.zarr", form="ml-dr")
+
+
+def test_the_sets_own_interpolation_counts(reinforced, photos, tmp_path):
+    root = Path(shutil.copytree(reinforced[0], tmp_path / "set"))
+    crop_with(interpolation=3)(root)
+    store = import_labels(root, photos, tmp_path / "s.zarr", form="ml-dr")
+    assert store.provenance["crops"]["interpolation"] == "bicubic"
+
+
+def test_another_format_or_another_rest_into_the_same_store_is_refused(
+    imported, reinforced, photos, tmp_path
+):
+    with pytest.raises(StoreError, match=r"imported with imported.labels marginal_smoothing_k2"):
         import_labels(reinforced[0], photos, imported, codec="float32", form="ml-dr", rest="none")
+    fkd = write_set(tmp_path / "set" / "imagenet", photos / "train")
+    with pytest.raises(StoreError, match=r"imported with imported.format ml-dr, this is fkd"):
+        import_labels(fkd, photos, imported, codec="float32")

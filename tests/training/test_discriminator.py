@@ -3,6 +3,7 @@ tells truly different outputs apart, and trains as its options say."""
 
 from __future__ import annotations
 
+import shutil
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,11 @@ from cache.writer import StoreWriter
 from pipeline import config_file
 from pipeline.config import Config, ConfigError, ModelSpec
 from pipeline.models.weights import load, load_teachers
+from pipeline.runs.compare import compare
 from pipeline.runs.folder import RunError
 from pipeline.training.batches import Batch
 from pipeline.training.discriminator import Discriminator, Influence, log_floored
+from pipeline.training.loop import UNVALIDATED
 from pipeline.training.losses import soft_cross_entropy
 from pipeline.training.targets import Goal, Targets
 
@@ -411,25 +414,17 @@ def test_answers_at_zero_count_as_guessing():
     assert right.tolist() == [0.5, 0.5] and loss.item() == pytest.approx(np.log(2))
 
 
-def test_each_variant_sees_and_learns_as_it_says(recipe, store_path):
-    expected = {  # what it sees, its bound and its rate, where the student's is 0.01
-        "paper": ("log_mean", 0.02, 0.3),
-        "unbounded": ("log_mean", None, 0.3),
-        "fkd_train_py": ("softmax", None, 0.01),
-        "train_py": ("mean_logits", None, 0.01),
+def test_each_variant_sees_what_it_says(recipe, store_path):
+    expected = {  # what it sees, its bound, and the keys that count for nothing
+        "paper": ("log_mean", 0.02, set()),
+        "unbounded": ("log_mean", None, {"influence"}),
+        "fkd_train_py": ("softmax", None, {"lr", "influence", "input"}),
+        "train_py": ("mean_logits", None, {"lr", "influence", "input"}),
     }
-    for variant, (seen, bound, rate) in expected.items():
-        judge = config_file.validate(
-            {
-                "train": {
-                    "online": variant == "train_py",
-                    "discriminator": {"variant": variant, "lr": 0.3},
-                }
-            },
-            "test",
-        ).train.discriminator
-        assert (judge.seen, judge.bound) == (seen, bound)
-        assert (0.01 if judge.authors else judge.lr) == rate
+    for variant, found in expected.items():
+        train = {"online": variant == "train_py", "discriminator": {"variant": variant}}
+        judge = config_file.validate({"train": train}, "test").train.discriminator
+        assert (judge.seen, judge.bound, judge.unused) == found
     targets = make_targets(
         Config(train={"discriminator": {"variant": "fkd_train_py"}}),
         stored_labels(LabelStore.open(store_path), 1),
@@ -538,6 +533,15 @@ def test_a_new_run_has_the_papers_variant_and_an_old_run_keeps_its_own(
     saved = yaml.safe_load((old / "config.yaml").read_text())
     del saved["train"]["discriminator"]["variant"], saved["train"]["discriminator"]["influence"]
     (old / "config.yaml").write_text(yaml.safe_dump(saved))
+    state = torch.load(old / "state.pt", weights_only=True)
+    for key in ("discriminator_gradient", "discriminator_gradient_unbounded"):
+        del state["metrics"][0][key]
+    stopped = Path(shutil.copytree(old, tmp_path / "stopped"))
+    torch.save(state, old / "state.pt")
+    # Another was stopped in its validation.
+    for key in ("val_top1", "val_top5", "val_loss"):
+        del state["metrics"][0][key]
+    torch.save(state | {UNVALIDATED: True}, stopped / "state.pt")
     before = tree(old)
     paper = changed(recipe, train=judged | {"discriminator": {"lr": 0.1, "variant": "paper"}})
     with pytest.raises(
@@ -546,10 +550,15 @@ def test_a_new_run_has_the_papers_variant_and_an_old_run_keeps_its_own(
     ):
         train(paper, photos, old, store=store_path, device=CPU)
     assert tree(old) == before
-    train(plain, photos, old, store=store_path, device=CPU)
-    assert (old / "last.safetensors").read_bytes() == (
-        tmp_path / "whole" / "last.safetensors"
-    ).read_bytes()
+    # The bound of the other variant counts for nothing.
+    other = changed(recipe, train=judged | {"discriminator": {"lr": 0.1, "influence": 0.5}})
+    for run, config in ((old, plain), (stopped, other)):
+        train(config, photos, run, store=store_path, device=CPU)
+        assert (run / "last.safetensors").read_bytes() == (
+            tmp_path / "whole" / "last.safetensors"
+        ).read_bytes()
+    old_and_new = compare([old, tmp_path / "new"]).differences
+    assert list(old_and_new["train.discriminator.variant"].values()) == ["unbounded", "paper"]
 
 
 @pytest.mark.parametrize(
@@ -593,11 +602,12 @@ def test_online_the_discriminator_trains_in_every_form(photos, recipe, tmp_path)
         )
         metrics = train(live, photos, tmp_path / name, device=CPU)
         state = torch.load(tmp_path / name / "state.pt", weights_only=True)
-        # The authors' programs give it the student's rate.
+        # The authors' programs have two outputs, and give it the student's rate.
         assert [group["lr"] for group in state["optimizer"]["param_groups"]] == [
             0.01,
             0.01 if "py" in name else 0.02,
         ]
+        assert len(state["discriminator"]["layers.4.bias"]) == (2 if "py" in name else 1)
         assert (
             0 < metrics["discriminator_loss"] < np.inf
             and 0 <= metrics["discriminator_accuracy"] <= 100

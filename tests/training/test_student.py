@@ -261,7 +261,7 @@ def test_the_header_tells_timm_how_images_are_prepared(photos, recipe, store_pat
     run = tmp_path / "run"
     train(changed(recipe, train={"epochs": 1}), photos, run, store=store_path, device=CPU)
     readme = (ROOT / "pipeline" / "training" / "README.md").read_text()
-    code = readme[readme.index("    import json\n") :].partition("\n\nThe")[0]
+    code = readme[readme.index("    import json\n") :].partition("\n\nA model")[0]
     told: dict = {}
     lines = textwrap.dedent(code).replace("run/best.safetensors", str(run / "best.safetensors"))
     exec(lines.replace("num_classes=", "img_size=32, num_classes="), told)
