@@ -918,8 +918,8 @@ def import_labels(
       python cli.py import-labels imagenet_plus_rrc_mini --format ml-dr \\
           --data imagenet --store rrc.zarr
     """
-    from pipeline.exchange.fkd_format import LabelFileError
     from pipeline.exchange.import_labels import FORMATS, REFUSED, Known, import_labels
+    from pipeline.exchange.label_files import LabelFileError
 
     if form in REFUSED:
         raise LabelFileError(
@@ -937,7 +937,7 @@ def import_labels(
         _data(data, split, class_map),
         store,
         split=split,
-        known=Known(teachers, image_size, interpolation, rest, form),
+        known=Known(teachers, image_size, interpolation, rest=rest, form=form),
         views=views,
         codec=_codec(codec).name,
     )

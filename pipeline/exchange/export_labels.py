@@ -20,8 +20,9 @@ from cache.system import durable
 from cache.system.local import require_local
 from cache.system.signals import check
 from pipeline.exchange import fkd_format
-from pipeline.exchange.fkd_format import KINDS, named, require_a_name
+from pipeline.exchange.fkd_format import named, require_a_name
 from pipeline.exchange.import_labels import AT_ONCE
+from pipeline.exchange.label_kinds import KINDS, sparse
 from pipeline.images.layout import require_elsewhere
 from pipeline.runtime.progress import Progress, say
 
@@ -80,10 +81,7 @@ def export_labels(
                 crops = [store.crops(view, left) for view in range(views)]
                 boxes, flips = (np.stack(column, axis=1) for column in zip(*crops, strict=True))
                 rows = np.stack(
-                    [
-                        fkd_format.sparse(store.probabilities(view, left), kept)
-                        for view in range(views)
-                    ],
+                    [sparse(store.probabilities(view, left), kept) for view in range(views)],
                     axis=1,
                 )
                 results: Any = pool.map(save, left, boxes, flips, rows)

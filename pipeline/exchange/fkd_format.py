@@ -4,17 +4,7 @@ github.com/szq0214/FKD).
 There is a file for each photograph, with crops, flips and labels of all its views. The
 file is torch.save of [coords, flips, labels]. coords are float [n, 4]: top, left,
 height and width of each crop, as fractions of the image's height and width. flips are
-bool [n]. The form of the labels depends on their kind. With p the mean softmax of each
-crop:
-
-    full                     float [n, classes]   p
-    marginal_smoothing_kK    float [n, 2, K]      the K likeliest classes and their
-                                                  probabilities; the rest is even
-                                                  over the others (K is 5 or 10)
-    marginal_renorm_kK       float [n, 2, K]      the same file; the rest is nothing,
-                                                  and the K are scaled to sum to one
-    smoothing                float [n, 2]         as marginal_smoothing, with one class
-    hard                     int [n]              the likeliest class alone
+bool [n]. The form of the labels depends on their kind (label_kinds.py).
 
 In other people's files the tensors may be numpy arrays, since FKD's own generator saves
 numpy arrays.
@@ -22,6 +12,7 @@ numpy arrays.
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -33,17 +24,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from cache.errors import MealError
-from pipeline.images.patience import DataError, patiently
+from pipeline.exchange.label_files import LISTED, LabelFileError, loaded, require_uncompressed
+from pipeline.exchange.label_kinds import kind_of
 from pipeline.models.stand_ins import StandIn
-
-SUM = 5e-3  # excess of a label's sum above 1 that the rounding of half precision explains
-KINDS = {"full": 0, "top5": 5, "top10": 10}  # classes kept in a written label; 0: all
-
-
-class LabelFileError(MealError):
-    """A foreign label file, or set of label files, that is damaged or not as it should
-    be."""
 
 
 @dataclass
@@ -108,30 +91,23 @@ def reading() -> Iterator[None]:
 
 def _load(path: Path) -> tuple[int, Any]:
     size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            require_uncompressed(packed, size)
     try:
-        _require_uncompressed(path, size)
         return size, torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError as error:  # of what the file says
         raise ValueError(f"it needs more memory than there is {error}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            "it is damaged, or holds more than tensors, which may be a program"
+        ) from None
 
 
 def read(path: Path, classes: int) -> LabelFile:
     """Read a label file. Only tensors are read, and nothing in the file is executed.
     Raises LabelFileError."""
-    try:
-        size, content = patiently(lambda: _load(path), path)
-    except DataError:  # the disk doesn't answer now, which says nothing about the file
-        raise
-    except Exception as error:  # zip, unpickling and I/O errors mean the same to a user
-        said = " ".join(str(error).split())
-        why = (
-            "it is damaged, or holds more than tensors, which may be a program"
-            if "Weights only load failed" in said
-            else said[:120]
-        )
-        raise LabelFileError(
-            f"{path} can't be read ({why}); get it anew from where it came from"
-        ) from None
+    size, content = loaded(path, _load)
     if not isinstance(content, (list, tuple)) or len(content) != 3:
         raise _foreign(path, "it doesn't hold coords, flips and labels")
     try:
@@ -168,103 +144,10 @@ def read(path: Path, classes: int) -> LabelFile:
     return LabelFile(coords, flips.astype(bool), labels, kind)
 
 
-def _require_uncompressed(path: Path, size: int) -> None:
-    """Raise ValueError for a zip file that holds more than its own size, which torch
-    never writes: a zip bomb."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as packed:
-            if (
-                any(one.compress_type != zipfile.ZIP_STORED for one in packed.infolist())
-                or sum(one.file_size for one in packed.infolist()) > size
-            ):
-                raise ValueError("it is compressed, as torch never writes it")
-
-
 def _foreign(path: Path, why: str) -> LabelFileError:
     return LabelFileError(
         f"{path} is no label file of FKD ({why}); name the folder of one label set of these classes"
     )
-
-
-def kind_of(labels: np.ndarray, classes: int) -> str | None:
-    """Return the kind of label that an array holds; None if it holds no kind."""
-    shape = labels.shape[1:]
-    if (
-        labels.dtype.kind == "f"
-        and shape == (2,)
-        and classes == 2
-        and (labels[:, 0] == np.rint(labels[:, 0])).all()
-    ):
-        return None  # either the likeliest class and its probability, or two probabilities
-    if labels.dtype.kind == "f" and shape == (classes,):
-        return "full"
-    if labels.dtype.kind == "f" and len(shape) == 2 and shape[0] == 2 and 1 <= shape[1] <= classes:
-        return f"marginal_smoothing_k{shape[1]}"
-    if labels.dtype.kind == "f" and shape == (2,):
-        return "smoothing"
-    whole = labels.dtype.kind in "iu" or (
-        # the generator's half precision makes floats of class numbers, too
-        labels.dtype.kind == "f" and (labels == np.rint(labels)).all()
-    )
-    return "hard" if shape == () and whole else None
-
-
-def renamed(kind: str, rest: str) -> str:
-    """Return the kind of labels whose rest is "even", or "none": FKD writes the same
-    files for both, and the reader has to know."""
-    if rest == "even":
-        return kind
-    k = {"smoothing": "1"}.get(kind, kind.removeprefix("marginal_smoothing_k"))
-    return f"marginal_renorm_k{k}" if k != kind else kind
-
-
-def dense(labels: np.ndarray, kind: str, classes: int) -> np.ndarray:
-    """Expand labels of a kind to float32 [n, classes], rows summing to one.
-
-    Raises ValueError, with the reason, for labels that are no probabilities of these
-    classes.
-    """
-    if kind == "full":
-        return _scaled(labels.astype(np.float32))
-    n = len(labels)
-    ids, p = (
-        (labels[:, None], np.ones((n, 1)))
-        if kind == "hard"
-        else (labels.reshape(n, 2, -1)[:, 0], labels.reshape(n, 2, -1)[:, 1])
-    )
-    if labels.dtype == np.float16 and classes > 2048:
-        raise ValueError("half precision rounds class numbers above 2,048")
-    index = ids.astype(np.int64)
-    if not (
-        np.isfinite(ids).all()
-        and (index == ids).all()
-        and (index >= 0).all()
-        and (index < classes).all()
-    ):
-        raise ValueError(f"class numbers that are not from 0 to {classes - 1}")
-    if any(len(set(row)) < len(row) for row in index.tolist()):
-        raise ValueError("a class that is named twice")
-    p = p.astype(np.float32)
-    rest = 1 - p.sum(axis=1, keepdims=True)
-    if not (np.isfinite(p).all() and (p >= 0).all() and (rest >= -SUM).all()):
-        raise ValueError("probabilities below zero, or whose sum is above one")
-    if kind.startswith("marginal_renorm"):
-        rest, total = np.zeros_like(rest), p.sum(axis=1, keepdims=True)
-        if not (total > 0).all():
-            raise ValueError("a label without any probability")
-        p = p / total
-    out = np.repeat(np.maximum(rest, 0) / max(1, classes - index.shape[1]), classes, axis=1).astype(
-        np.float32
-    )
-    np.put_along_axis(out, index, p, axis=1)
-    return _scaled(out)
-
-
-def _scaled(p: np.ndarray) -> np.ndarray:
-    total = p.sum(axis=1, keepdims=True)
-    if not (np.isfinite(p).all() and (p >= 0).all() and (np.abs(total - 1) < 2 * SUM).all()):
-        raise ValueError("probabilities below zero, or whose sum is not one")
-    return p / total
 
 
 def boxes_of(coords: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -312,30 +195,12 @@ def coords_of(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     return (boxes / np.array([height, width, height, width], np.float64)).astype(np.float32)
 
 
-def sparse(p: np.ndarray, kept: int) -> np.ndarray:
-    """Return probabilities float32 [n, classes] in the form that a label file holds.
-
-    kept: the number of classes to keep. Returns float32 [n, 2, kept], the likeliest
-    classes and their probabilities, the likeliest first. With 0, returns the
-    probabilities as they are.
-    """
-    if kept == 0:
-        return p
-    # Partitioning takes a tenth of the time of sorting all classes.
-    index = np.argpartition(-p, kept - 1, axis=1)[:, :kept]
-    order = np.argsort(-np.take_along_axis(p, index, axis=1), axis=1, kind="stable")
-    index = np.take_along_axis(index, order, axis=1)
-    return np.stack([index.astype(np.float32), np.take_along_axis(p, index, axis=1)], axis=1)
-
-
 def write(file: IO[bytes], coords: np.ndarray, flips: np.ndarray, labels: np.ndarray) -> None:
     """Save one image's crops as FKD's code reads them. Tensors are saved, since today's
     torch.load reads tensors without being told to trust a pickle."""
     torch.save([torch.from_numpy(coords), torch.from_numpy(flips), torch.from_numpy(labels)], file)
 
 
-# Endings of files that torchvision's ImageFolder, and so FKD's code, takes for images.
-LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train", "val", "test", "validation"}
 
 
@@ -358,13 +223,6 @@ def named(paths: np.ndarray, split: str, place: Callable[[str, str], str]) -> di
             )
         taken[file] = image
     return taken
-
-
-def in_order(paths: np.ndarray) -> list[str]:
-    """Return those paths CLASS/…/NAME that torchvision's ImageFolder takes for images,
-    in its order: by class, then by folder, then by name."""
-    images = [path for path in paths.tolist() if path.lower().endswith(LISTED)]
-    return sorted(images, key=lambda path: (path.split("/")[0], *path.rpartition("/")[::2]))
 
 
 def require_a_name(split: str) -> None:

@@ -21,8 +21,11 @@ from cache.system.local import require_local
 from cache.system.signals import check, finishing
 from cache.writer import StoreWriter
 from pipeline.exchange import fkd_format
-from pipeline.exchange.fkd_format import LabelFileError, require_a_name
-from pipeline.exchange.label_sets import FkdLabels, LabelSet, MlDrLabels
+from pipeline.exchange.fkd_format import require_a_name
+from pipeline.exchange.fkd_labels import FkdLabels
+from pipeline.exchange.label_files import LabelFileError
+from pipeline.exchange.label_set import LabelSet
+from pipeline.exchange.ml_dr_labels import MlDrLabels
 from pipeline.images.folders import DataFolder
 from pipeline.images.layout import require_class_folders, require_no_split, require_outside
 from pipeline.images.listing import has_system_files, require_same_files
@@ -50,7 +53,7 @@ REFUSED = {
 class Known:
     """The facts about published labels that a user knows and no label file holds.
 
-    form: format of the files, one of FORMATS (label_sets.py). teachers: names of the
+    form: format of the files, one of FORMATS. teachers: names of the
     models that made the labels. image_size: the teachers' input size, in pixels.
     interpolation: interpolation of the labelled crops; None: that of the format's own
     generator. rest: what a top-k label says of the other classes, "even" (they share
@@ -100,9 +103,9 @@ def import_labels(
             else FkdLabels(directory, split, data, views, known.rest)
         )
         if not path.exists():
-            say(_told(source))
             if not data.mapped:
                 source.require_classes(data)
+            say(_told(source))
         about = _about(source, known, CODECS[codec].describe())
         before = Scanned.beside(path)
         writer = _opened(path, data, source, about, before)

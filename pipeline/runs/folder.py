@@ -25,8 +25,9 @@ SCANS = ("training-images.npz", "validation-images.npz")  # scans of the image f
 SAID = ("model", "classes", "image_size", "labels", "source", "epoch")
 
 
-# The discriminator's variant in runs of versions before 0.11, which record none.
-OLD_VARIANT = "unbounded"
+# Of runs of versions that record none: who resizes their crops (before 0.10), and the
+# discriminator's variant (before 0.11).
+OLD_RESIZE, OLD_VARIANT = "dali", "unbounded"
 
 
 class RunError(MealError):
@@ -56,7 +57,7 @@ class RunFolder:
             )
         try:
             found = validate(yaml.safe_load(file.read_text("utf-8")), "not a recipe")
-            return found.with_variant(OLD_VARIANT)
+            return found.with_resize(found.render.resize or OLD_RESIZE).with_variant(OLD_VARIANT)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
             raise RunError(
                 f"{file} is damaged ({' '.join(str(error).split())}); {self.repair}"

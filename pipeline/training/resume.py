@@ -20,45 +20,18 @@ FREE_KEYS = (
     "store",
     "crops.views",
 )
-
-
-OLD_RESIZE = "dali"  # of runs of versions before 0.10, which record none
 JUDGE = "train.discriminator."
 
 
-def views_of_run(out: Path) -> int | None:
-    """Return how many views the run in ``out`` replays; None if there is no run. A
-    store that has grown since must not change the number."""
-    run = RunFolder(out)
+def config_of_run(out: Path) -> Config | None:
+    """Return the config that the run in ``out`` began with; None if there is no run.
+    Whatever the user leaves open goes on as it began."""
     if not (out / STATE).exists():
         return None
     try:
-        return run.config().train.views
+        return RunFolder(out).config()
     except RunError:  # state_of_run raises it again
         return None
-
-
-def resize_of_run(out: Path) -> str | None:
-    """Return who resizes the crops of the run in ``out``, "pillow" or "dali"; None if
-    there is no run. A run's pixels never change."""
-    if not (out / STATE).exists():
-        return None
-    try:
-        return RunFolder(out).config().render.resize or OLD_RESIZE
-    except RunError:  # state_of_run raises it again
-        return None
-
-
-def variant_of_run(out: Path) -> str:
-    """Return the variant of the discriminator of the run in ``out``, and "paper" if
-    there is no run with a discriminator."""
-    if not (out / STATE).exists():
-        return "paper"
-    try:
-        judge = RunFolder(out).config().train.discriminator
-    except RunError:  # state_of_run raises it again
-        return "paper"
-    return judge.variant if judge and judge.variant else "paper"
 
 
 def classes_of_run(out: Path) -> list[str] | None:
@@ -93,7 +66,6 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
             flat(run.config().model_dump(mode="json")),
             flat(config.model_dump(mode="json")),
         )
-        before["render.resize"] = before.get("render.resize") or OLD_RESIZE
         for key in [*now, *(before.keys() - now.keys())]:
             if not _free(key, config) and before.get(key) != now.get(key):
                 raise RunError(

@@ -31,10 +31,8 @@ from pipeline.runtime.waiting import giving_way
 from pipeline.training.loop import Run
 from pipeline.training.resume import (
     classes_of_run,
-    resize_of_run,
+    config_of_run,
     state_of_run,
-    variant_of_run,
-    views_of_run,
 )
 from pipeline.training.source import Source, choose_source
 
@@ -84,16 +82,17 @@ def train(
         if begun and store is None and not data.mapped:
             # Versions up to 0.8 took more folders for class folders.
             data = replace(data, class_names=begun, mapped=True)
-        if store is None and not config.render.resize:
-            resize = processes.first(lambda: resize_of_run(out))
-            config = config.with_resize(resize) if resize else config
-        config = config.with_variant(processes.first(lambda: variant_of_run(out)))
+        before = processes.first(lambda: config_of_run(out))
+        if before and store is None and not config.render.resize:
+            config = config.with_resize(before.render.resize)
+        judge = before.train.discriminator if before else None
+        config = config.with_variant(judge.variant if judge else "paper")
         config, source, teachers = choose_source(
             config,
             data,
             store,
             execution,
-            started_views=processes.first(lambda: views_of_run(out)),
+            started_views=before.train.views if before else None,
             allow_renderer_difference=allow_renderer_difference,
             before=scans[0],
         )

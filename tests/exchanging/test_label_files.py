@@ -27,7 +27,7 @@ from cache.errors import MealError, StoreError
 from cache.format.manifest import USABLE
 from cache.merge import merge
 from pipeline.exchange import export_labels as export_labels_module
-from pipeline.exchange import fkd_format
+from pipeline.exchange import fkd_format, label_kinds
 from pipeline.exchange import import_labels as import_labels_module
 from pipeline.exchange.export_labels import export_labels
 from pipeline.images import patience
@@ -489,8 +489,8 @@ def test_a_hostile_label_file_neither_hangs_nor_fills_the_memory(
 
 def test_labels_of_two_classes_are_not_guessed():
     """[0, 0.999] may mean the first class or the second, almost surely."""
-    assert fkd_format.kind_of(np.array([[0.0, 0.999], [1.0, 0.8]], np.float32), 2) is None
-    assert fkd_format.kind_of(np.array([[0.3, 0.7], [0.5, 0.5]], np.float32), 2) == "full"
+    assert label_kinds.kind_of(np.array([[0.0, 0.999], [1.0, 0.8]], np.float32), 2) is None
+    assert label_kinds.kind_of(np.array([[0.3, 0.7], [0.5, 0.5]], np.float32), 2) == "full"
 
 
 def test_labels_of_another_split_are_not_taken(published, photos, tmp_path):
@@ -622,12 +622,12 @@ def test_images_that_share_a_label_file_are_refused(photos, tmp_path):
 @pytest.mark.parametrize("kept", [5, 10])
 def test_what_is_left_is_even_over_the_other_classes(kept):
     p = np.random.default_rng(0).dirichlet(np.full(1000, 0.05), 16).astype(np.float32)
-    labels = fkd_format.sparse(p, kept)
+    labels = label_kinds.sparse(p, kept)
     assert (
         labels.shape == (16, 2, kept)
-        and fkd_format.kind_of(labels, 1000) == f"marginal_smoothing_k{kept}"
+        and label_kinds.kind_of(labels, 1000) == f"marginal_smoothing_k{kept}"
     )
-    dense = fkd_format.dense(labels, fkd_format.kind_of(labels, 1000), 1000)
+    dense = label_kinds.dense(labels, label_kinds.kind_of(labels, 1000), 1000)
     for row, wanted in zip(dense, p, strict=True):
         top = np.argsort(-wanted)[:kept]
         assert (
@@ -635,8 +635,8 @@ def test_what_is_left_is_even_over_the_other_classes(kept):
             and (np.delete(row, top) == np.delete(row, top)[0]).all()
         )
     assert dense.sum(axis=1) == pytest.approx(np.ones(16))
-    assert fkd_format.dense(p.argmax(axis=1), "hard", 1000)[3, p[3].argmax()] == 1
-    one = fkd_format.dense(np.stack([p.argmax(axis=1), p.max(axis=1)], axis=1), "smoothing", 1000)
+    assert label_kinds.dense(p.argmax(axis=1), "hard", 1000)[3, p[3].argmax()] == 1
+    one = label_kinds.dense(np.stack([p.argmax(axis=1), p.max(axis=1)], axis=1), "smoothing", 1000)
     assert one.max(axis=1) == pytest.approx(p.max(axis=1)) and one.sum(axis=1) == pytest.approx(
         np.ones(16)
     )
@@ -701,24 +701,24 @@ def test_an_exported_set_is_what_their_loaders_read(twelve, photos, tmp_path, pr
 def test_every_type_of_label_is_what_their_programs_make_of_it():
     """Recover_soft_label on stored labels, as the generator quantises them."""
     p = np.random.default_rng(0).dirichlet(np.full(12, 0.3), 20).astype(np.float32)
-    best, top = p.argmax(axis=1), fkd_format.sparse(p, 5)
+    best, top = p.argmax(axis=1), label_kinds.sparse(p, 5)
     one = np.stack([best, p.max(axis=1)], axis=1).astype(np.float32)
     for labels, rest, label_type in (
         (p, "even", "ori"),
         (best, "even", "hard"),
         (one, "even", "smoothing"),
         (top, "even", "marginal_smoothing_k5"),
-        (fkd_format.sparse(p, 10), "even", "marginal_smoothing_k10"),
+        (label_kinds.sparse(p, 10), "even", "marginal_smoothing_k10"),
         (top, "none", "marginal_renorm"),
     ):
-        kind = fkd_format.renamed(fkd_format.kind_of(labels, 12), rest)
+        kind = label_kinds.renamed(label_kinds.kind_of(labels, 12), rest)
         theirs = recovered(torch.from_numpy(labels), label_type, 12)
-        assert fkd_format.dense(labels, kind, 12) == pytest.approx(theirs.numpy(), abs=1e-6)
+        assert label_kinds.dense(labels, kind, 12) == pytest.approx(theirs.numpy(), abs=1e-6)
     half = best.astype(np.float16)  # as --use_fp16 saves class numbers
-    assert fkd_format.kind_of(half, 12) == "hard"
-    assert np.array_equal(fkd_format.dense(half, "hard", 12), np.eye(12, dtype="f4")[best])
-    assert fkd_format.kind_of(half + np.float16(0.5), 12) is None
-    assert fkd_format.kind_of(best > 5, 12) is None
+    assert label_kinds.kind_of(half, 12) == "hard"
+    assert np.array_equal(label_kinds.dense(half, "hard", 12), np.eye(12, dtype="f4")[best])
+    assert label_kinds.kind_of(half + np.float16(0.5), 12) is None
+    assert label_kinds.kind_of(best > 5, 12) is None
 
 
 def test_labels_whose_rest_is_nothing_are_imported_and_recorded_so(published, photos, tmp_path):

@@ -23,7 +23,7 @@ from support.stages import import_labels, make_replay, stored_labels, train
 from cache import LabelStore
 from cache.errors import MealError, StoreError
 from pipeline.config import Render
-from pipeline.exchange import ml_dr
+from pipeline.exchange import ml_dr_format
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_a_file_of_few_bytes_takes_no_memory(tmp_path):
     """Its pickle asks for place 2^31 of a table of what it has read."""
     with zipfile.ZipFile(tmp_path / "5.pth.tar", "w") as packed:
         packed.writestr("5/data.pkl", b"\x80\x02K\x05r\x00\x00\x00\x80K\x06\x86.")
-    resource = tracemalloc.start() or ml_dr.load(tmp_path / "5.pth.tar")
+    resource = tracemalloc.start() or ml_dr_format.load(tmp_path / "5.pth.tar")
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert resource == (5, 6) and most < 10**6

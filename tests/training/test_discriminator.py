@@ -566,8 +566,12 @@ def test_a_new_run_has_the_papers_variant_and_an_old_run_keeps_its_own(
     [
         ({"variant": "train_py"}, "variant train_py needs live teachers.*set it to fkd_train_py"),
         ({"variant": "fkd_train_py", "input": "mean_logits"}, "fkd_train_py sees probabilities"),
-        ({"variant": "authors"}, "variant must be one of|'paper'"),
-        ({"influence": 1.0}, "influence"),
+        (
+            {"variant": "authors"},
+            "variant must be 'paper', 'unbounded', 'train_py' or 'fkd_",
+        ),
+        ({"influence": 1.0}, "train.discriminator.influence must be below 1, got 1"),
+        ({"influence": 0.0}, "train.discriminator.influence must be above 0, got 0"),
     ],
 )
 def test_what_cant_be_is_refused_in_one_line(judge, says):

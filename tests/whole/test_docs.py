@@ -27,7 +27,7 @@ from support.peers import reinforce
 from support.small import write_photos
 
 from cli import main
-from pipeline.exchange import fkd_format
+from pipeline.exchange import fkd_format, label_kinds
 from pipeline.labelling import plan
 from pipeline.models import names
 from pipeline.models import weights as weights_module
@@ -239,7 +239,7 @@ def label_files(world: World, place: Path) -> None:
         )
         with open(file, "wb") as f:
             fkd_format.write(
-                f, crops, torch.zeros(2, dtype=torch.bool).numpy(), fkd_format.sparse(p, 5)
+                f, crops, torch.zeros(2, dtype=torch.bool).numpy(), label_kinds.sparse(p, 5)
             )
 
 

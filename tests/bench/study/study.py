@@ -364,7 +364,9 @@ def chosen(words: list[str], experiments: tuple[Experiment, ...]) -> list[tuple[
     return [rows[name] for name in rows if name in names]
 
 
-def main() -> None:
+def arguments() -> tuple[argparse.Namespace, tuple[Experiment, ...]]:
+    """Return what was asked for, and the experiments whose rows may be asked for. Ends
+    the program where that can't be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     processors = len(os.sched_getaffinity(0))
     parser.add_argument("--cifar10", type=Path, help="folder, or tar of it: run its rows")
@@ -435,6 +437,11 @@ def main() -> None:
             "--small needs a --work of its own, so that its figures don't replace real ones"
         )
     given.work = (given.work or ROOT / WORK).absolute()
+    return given, every
+
+
+def main() -> None:
+    given, every = arguments()
     experiments = {e.name: small(e) if given.small else e for e in every}
     if given.show:
         for step in with_needs(

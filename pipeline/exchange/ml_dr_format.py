@@ -25,12 +25,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.exchange.label_files import require_uncompressed
+
 CONFIG = "config.pth.tar"
 # Augmentations that replaying a crop and a flip brings back, in ml-dr's names.
 REPLAYED = {"uint8", "random_resized_crop", "random_horizontal_flip", "to_tensor", "normalize"}
 MOST_PIXELS = 4096  # of an input's side
 # torchvision's names and Pillow's numbers of interpolations that a store knows.
 INTERPOLATIONS = {"bilinear": "bilinear", "2": "bilinear", "bicubic": "bicubic", "3": "bicubic"}
+# The others, in words.
 SPOKEN = {
     "rand_augment": "RandAugment",
     "random_erase": "random erasing",
@@ -65,15 +68,12 @@ def load(path: Path) -> Any:
     """Return the content of a file that torch.save wrote, if it holds numbers, strings
     and containers only. Nothing in the file is executed. Raises ValueError for other
     content, and errors of many types for a damaged file."""
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise ValueError("it is no file of torch.save; joblib's files can't be read safely")
-        with zipfile.ZipFile(file) as packed:
-            (name,) = [n for n in packed.namelist() if n.endswith("/data.pkl")]
-            entry = packed.getinfo(name)
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("it is compressed, as torch never writes it")
-            return _Plain(io.BytesIO(packed.read(entry))).load()
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no file of torch.save; joblib's files can't be read safely")
+    with zipfile.ZipFile(path) as packed:
+        require_uncompressed(packed, path.stat().st_size)
+        (name,) = [n for n in packed.namelist() if n.endswith("/data.pkl")]
+        return _Plain(io.BytesIO(packed.read(name))).load()
 
 
 def augmentations(config: Any) -> dict[str, dict]:
