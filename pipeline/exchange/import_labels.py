@@ -105,7 +105,7 @@ def import_labels(
         if not path.exists():
             if not data.mapped:
                 source.require_classes(data)
-            say(_told(source))
+            say(_introduction(source))
         about = _about(source, known, CODECS[codec].describe())
         before = Scanned.beside(path)
         writer = _opened(path, data, source, about, before)
@@ -141,7 +141,7 @@ def _resizes_of(path: Path) -> list[str]:
     return ["pillow", "dali"] if path.exists() else ["pillow"]
 
 
-def _told(source: LabelSet) -> str:
+def _introduction(source: LabelSet) -> str:
     """Say which labels were found, and what is assumed of them."""
     line = f"{source.crops} crops an image, labels of kind {source.kind}"
     if source.kind.startswith("marginal_renorm"):

@@ -45,12 +45,13 @@ def kind_of(labels: np.ndarray, classes: int) -> str | None:
 
 
 def renamed(kind: str, rest: str) -> str:
-    """Return the kind of labels whose rest is "even", or "none": FKD writes the same
-    files for both, and the reader has to know."""
+    """Return the kind of labels whose rest is "even", as ``kind_of`` assumes, or
+    "none": FKD writes the same files for both."""
     if rest == "even":
         return kind
-    k = {"smoothing": "1"}.get(kind, kind.removeprefix("marginal_smoothing_k"))
-    return f"marginal_renorm_k{k}" if k != kind else kind
+    if kind == "smoothing":
+        return "marginal_renorm_k1"
+    return kind.replace("marginal_smoothing", "marginal_renorm")
 
 
 def dense(labels: np.ndarray, kind: str, classes: int) -> np.ndarray:
