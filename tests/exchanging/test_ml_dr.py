@@ -191,6 +191,11 @@ def rewritten(index: int, content: object) -> Callable[[Path], None]:
     return lambda root: torch.save(content, root / f"{index}.pth.tar", pickle_protocol=4)
 
 
+def compressed(root: Path) -> None:
+    with zipfile.ZipFile(root / "5.pth.tar", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("5/data.pkl", b"\x80\x02" + b"N0" * 10_000 + b"N.")
+
+
 def sample(box: tuple = (0, 0, 9, 9), p: tuple = (0.5, 0.25), ids: tuple = (0, 1)) -> dict:
     return {"params": [box, True], "prob": (list(p), list(ids))}
 
@@ -249,6 +254,7 @@ class Program:
         (rewritten(5, (5, [sample(p=[0.0] * 9_000, ids=[1] * 9_000)] * 9_000)), "as many classes"),
         (rewritten(5, torch.zeros(3)), "which may be a program|it holds tensors"),
         (rewritten(5, (5, Program())), "asks for posix.mkdir, which may be a program"),
+        (compressed, "it is compressed, as torch never writes it"),
         (lambda root: (root / "5.pth.tar").write_bytes(b"\x78\x9c"), "joblib's files can't be"),
         (
             lambda root: (root / "5.pth.tar").write_bytes((root / "6.pth.tar").read_bytes()[:99]),
