@@ -152,7 +152,8 @@ data_option = click.option(
     "--data",
     required=True,
     type=folder,
-    help="Folder with a folder per class, or with train/ and val/ that hold such folders.",
+    help="Images: a folder with a folder per class, or with train/ and val/ of such folders; tar "
+    "or parquet files (their folder, or a pattern in quotes); or a list of paths and classes.",
 )
 device_option = click.option(
     "--device",
@@ -213,7 +214,9 @@ ENTRIES = (
     click.option(
         "--data",
         type=folder,
-        help="Folder with a folder per class, or with train/ and val/ that hold such folders.",
+        help="Images: a folder with a folder per class, or with train/ and val/ of such folders; "
+        "tar or parquet files (their folder, or a pattern in quotes); or a list of paths and "
+        "classes.",
     ),
     click.option("--store", type=folder, help="Label store to create, finish or extend."),
     click.option(
@@ -362,7 +365,7 @@ def generate_labels(
     click.option(
         "--val-data",
         type=folder,
-        help="Folder to validate on; otherwise DATA/val, if there is one.",
+        help="Images to validate on, as --data takes them; otherwise the split val of --data.",
     ),
     click.option(
         "--allow-renderer-difference",
@@ -606,14 +609,14 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         facts = image_facts(store, typed(image))
         page = image_page
     elif report:
-        from pipeline.images.folders import split_folder
+        from pipeline.images.data_set import DataSet
         from pipeline.inspection.html_report import write_report
         from pipeline.runtime.progress import say
 
         facts = write_report(
             store,
             report,
-            data=data and split_folder(data, split),
+            data=data and DataSet.find(data, split),
             labels=labels,
             check=not no_check,
         )
@@ -683,7 +686,7 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
       python cli.py verify labels.zarr
       python cli.py verify labels.zarr --data imagenet --sample 1000
     """
-    from pipeline.images.folders import split_folder
+    from pipeline.images.data_set import DataSet
     from pipeline.inspection.relabel import recheck
     from pipeline.inspection.terminal import verdict_page
 
@@ -693,7 +696,7 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
         )
     result = recheck(
         store,
-        data and split_folder(data, split),
+        data and DataSet.find(data, split),
         _specs(teachers),
         sample,
         device=_device(device) if sample else None,
@@ -815,7 +818,7 @@ def merge_stores(stores, out, codec):
     """
     from cache import LabelStore
     from cache.merge import merge
-    from pipeline.images.layout import require_elsewhere
+    from pipeline.images.result_places import require_elsewhere
     from pipeline.runtime.progress import Progress, say
 
     chosen = codec and _codec(codec)
@@ -1056,14 +1059,14 @@ def _codec(name: str) -> Any:
 
 
 def _data(folder: Path, split: str, class_map: str | None) -> Any:
-    from pipeline.images.folders import DataFolder
+    from pipeline.images.data_set import DataSet
 
-    return DataFolder.find(folder, split, _class_map(class_map))
+    return DataSet.find(folder, split, _class_map(class_map))
 
 
 def _require_outside_data(option: str, path: Path, run: Path) -> None:
     """Refuse a place among the images that a run was trained or validated on."""
-    from pipeline.images.layout import require_elsewhere
+    from pipeline.images.result_places import require_elsewhere
     from pipeline.images.scan_cache import kept_paths
     from pipeline.runs.folder import SCANS
 
@@ -1078,7 +1081,7 @@ def _class_map(name: str | None) -> list[str] | None:
         from pipeline.models.names import imagenet_classes
 
         return imagenet_classes()
-    from pipeline.images.folders import read_class_map
+    from pipeline.images.class_names import read_class_map
 
     return read_class_map(name)
 

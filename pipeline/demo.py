@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from cache.format.manifest import Images
 from pipeline.config import Config, ModelSpec
 from pipeline.evaluation import EvaluationSettings, evaluate
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
 from pipeline.images.scan import scan
 from pipeline.inspection.store_facts import store_facts
 from pipeline.labelling.generate import generate
@@ -72,9 +72,7 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
             }
         )
         run = out / name.replace(" ", "-")
-        train(
-            recipe, DataFolder.find(data, "train"), run, store=stored, execution=Execution(device)
-        )
+        train(recipe, DataSet.find(data, "train"), run, store=stored, execution=Execution(device))
         seconds[name] = time.monotonic() - begun
         return ModelSpec(model=student.model, checkpoint=str(run / "last.safetensors"))
 
@@ -89,7 +87,7 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     begun = time.monotonic()
     generate(
         config.model_copy(update={"teachers": tuple(teachers)}),
-        DataFolder.find(data, "train"),
+        DataSet.find(data, "train"),
         store,
         Execution(device),
     )
@@ -97,7 +95,7 @@ def demo(config: Config, out: Path, device: torch.device, *, quiet: bool = False
     soft = trained("student from soft labels", "soft", config.student, store)
     hard = trained("student from hard labels", "hard", config.student, store)
 
-    val = DataFolder.find(data, "val")
+    val = DataSet.find(data, "val")
     found = scan(val, RenderSettings())
     ensemble = [load(spec).to(device) for spec in teachers]
     pupils = [load(spec).to(device) for spec in (soft, hard)]

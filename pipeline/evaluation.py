@@ -12,8 +12,9 @@ import torch
 from cache.errors import MealError
 from cache.format.manifest import Images
 from pipeline.config import ModelSpec
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import map_classes
+from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.data_set import DataSet
+from pipeline.images.patience import DataError
 from pipeline.images.reader import LOOK_AGAIN, Reader, naming
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.models.classes import known_classes
@@ -35,6 +36,7 @@ class Figures:
 
     name: str
     images: int = 0
+    classed: int = 0  # images whose class is told
     top1_hits: int = 0
     top5_hits: int = 0
     loss: float = 0.0  # sum of the cross-entropy against the class folders, nats
@@ -46,16 +48,19 @@ class Figures:
     ) -> None:
         """Add a batch to the sums.
 
-        probabilities: float [n, classes]. target: int64 [n], class indices. teachers:
-        float [n, classes], the mean of the teachers' softmax; None if there are none.
+        probabilities: float [n, classes]. target: int64 [n], class indices, or -1.
+        teachers: float [n, classes], the mean of the teachers' softmax; None if there
+        are none.
         """
         best = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
+        told = target >= 0
         hit = best == target[:, None]
         self.images += len(target)
+        self.classed += int(told.sum())
         self.top1_hits += int(hit[:, 0].sum())
         self.top5_hits += int(hit.sum())
         log = probabilities.log().clamp_min(-100)  # float32 may round a probability to zero
-        self.loss -= float(log.gather(1, target[:, None]).sum())
+        self.loss -= float(log.gather(1, target.clamp_min(0)[:, None])[told].sum())
         if teachers is not None:
             self.teacher_kl += float((torch.xlogy(teachers, teachers) - teachers * log).sum())
             self.teacher_hits += int((best[:, 0] == teachers.argmax(dim=1)).sum())
@@ -74,9 +79,9 @@ class Figures:
         n = max(1, self.images)
         return Score(
             self.name,
-            top1=100 * self.top1_hits / n,
-            top5=100 * self.top5_hits / n,
-            loss=self.loss / n,
+            top1=100 * self.top1_hits / self.classed if self.classed else None,
+            top5=100 * self.top5_hits / self.classed if self.classed else None,
+            loss=self.loss / self.classed if self.classed else None,
             teacher_kl=self.teacher_kl / n if compared else None,
             teacher_agreement=100 * self.teacher_hits / n if compared else None,
         )
@@ -86,16 +91,17 @@ class Figures:
 class Score:
     """What a model, or an ensemble, reached.
 
-    top1, top5: % of the images. loss: mean cross-entropy against the class folders,
-    nats. teacher_kl: mean KL(teachers‖model), nats. teacher_agreement: % of the images
-    for which model and teachers have the same top-1 class. Both are None without
-    teachers. checkpoint: the file that the user named, if there was one.
+    top1, top5: % of the images whose class is told; None if there are none. loss: mean
+    cross-entropy against the class folders, nats. teacher_kl: mean KL(teachers‖model),
+    nats. teacher_agreement: % of the images for which model and teachers have the same
+    top-1 class. Both are None without teachers. checkpoint: the file that the user
+    named, if there was one.
     """
 
     name: str
-    top1: float
-    top5: float
-    loss: float
+    top1: float | None
+    top5: float | None
+    loss: float | None
     teacher_kl: float | None = None
     teacher_agreement: float | None = None
     checkpoint: str | None = None
@@ -144,7 +150,7 @@ class EvaluationSettings:
 
 def evaluate(
     models: Sequence[Model],
-    data: DataFolder,
+    data: DataSet,
     images: Images,
     *,
     teachers: Sequence[Model] = (),
@@ -182,7 +188,7 @@ def evaluate(
     renderer = CentreRenderer(
         list(look.values()), batch_size, settings.rendering, pinned=execution.on_gpu
     )
-    reader = Reader(data.path, images, settings.rendering.threads, LOOK_AGAIN)
+    reader = Reader(data, images, settings.rendering.threads, LOOK_AGAIN)
     with (
         Progress(settings.what, sum(map(len, cuts)), "images") as progress,
         reader as read,
@@ -229,7 +235,7 @@ def evaluate(
 
 
 def evaluate_checkpoints(
-    data: DataFolder,
+    data: DataSet,
     models: Sequence[ModelSpec],
     *,
     teachers: Sequence[ModelSpec] = (),
@@ -252,6 +258,14 @@ def evaluate_checkpoints(
             say(line)
     owner = pupils[0].name if len(pupils) == 1 else "the models"
     data = map_classes(data, known_classes([*pupils, *references]), owner)
+    data = name_by_number(data, pupils[0].classes)
+    if not data.told().names:
+        if not references:
+            raise DataError(
+                f"nothing tells the classes of {data.path}, so there is no top-1 to count; name "
+                f"teachers to compare with (--teacher), or pass images whose classes are told"
+            )
+        say(f"nothing tells the classes of {data.path}: no top-1, but the distance from teachers")
     found = scan(data, settings.rendering)
     for line in unusable_summary(found):
         say(line)
@@ -269,5 +283,5 @@ def evaluate_checkpoints(
 class Validation:
     """The images that a student is validated on. images: the manifest of ``data``."""
 
-    data: DataFolder
+    data: DataSet
     images: Images

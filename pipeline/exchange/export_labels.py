@@ -23,7 +23,7 @@ from pipeline.exchange import fkd_format
 from pipeline.exchange.fkd_format import named, require_a_name
 from pipeline.exchange.import_labels import AT_ONCE
 from pipeline.exchange.label_kinds import KINDS, sparse
-from pipeline.images.layout import require_elsewhere
+from pipeline.images.result_places import require_elsewhere
 from pipeline.runtime.progress import Progress, say
 
 # What FKD's and MEAL V2's training programs call each kind (--soft_label_type).

@@ -12,8 +12,7 @@ from pipeline.exchange.fkd_format import SPLITS, named
 from pipeline.exchange.label_files import LabelFileError
 from pipeline.exchange.label_kinds import renamed
 from pipeline.exchange.label_set import LabelSet, folders_in, size_of
-from pipeline.images.folders import DataFolder
-from pipeline.images.listing import list_files
+from pipeline.images.data_set import DataSet
 from pipeline.images.names import as_text, is_hidden, is_system_folder
 from pipeline.images.patience import is_file, is_folder, is_there, listed
 from pipeline.runtime.progress import say
@@ -30,9 +29,9 @@ class FkdLabels(LabelSet):
     format, interpolation = "fkd", "bicubic"
 
     def __init__(
-        self, directory: Path, split: str, data: DataFolder, views: int | None, rest: str
+        self, directory: Path, split: str, data: DataSet, views: int | None, rest: str
     ) -> None:
-        paths, _, _, _ = list_files(data)
+        paths = data.list().name
         places = named(paths, split, fkd_format.generated)
         root, self.below = _root_of(directory, split, list(places))
         super().__init__(root, len(data.class_names))

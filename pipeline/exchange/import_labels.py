@@ -26,9 +26,9 @@ from pipeline.exchange.fkd_labels import FkdLabels
 from pipeline.exchange.label_files import LabelFileError
 from pipeline.exchange.label_set import LabelSet
 from pipeline.exchange.ml_dr_labels import MlDrLabels
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_class_folders, require_no_split, require_outside
-from pipeline.images.listing import has_system_files, require_same_files
+from pipeline.images.data_set import DataSet
+from pipeline.images.matching import has_system_files, require_same_files
+from pipeline.images.result_places import require_no_split, require_outside
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
 from pipeline.provenance.description import describe_store
@@ -70,7 +70,7 @@ class Known:
 
 def import_labels(
     directory: Path,
-    data: DataFolder,
+    data: DataSet,
     path: Path,
     *,
     split: str = "train",
@@ -90,12 +90,12 @@ def import_labels(
     these images, labels of another kind or number than the first file's.
     """
     require_a_name(split)
-    require_local(directory, data.path, path)
-    require_outside("--store", path, [data.path])
+    require_local(directory, path)
+    require_outside("--store", path, data)
     require_no_split("--store", path, data)
     path = path.absolute()
     if not path.exists():
-        require_class_folders(data)
+        data.require_sound()
     with fkd_format.reading():
         source: LabelSet = (
             MlDrLabels(directory, data, views, known.rest)
@@ -124,7 +124,7 @@ def import_labels(
                     f"choose another --store"
                 )
         require_same_classes(store, data, "pass that one again, or choose another --store")
-        require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))
+        require_same_files(data.named(store.class_names), store.images, str(path))
         source.show(max(source.views, store.views))
         if writer.uneven or source.views > store.views:
             writer.grow(source.views)
@@ -190,7 +190,7 @@ def _about(source: LabelSet, known: Known, codec: dict) -> dict:
 
 
 def _opened(
-    path: Path, data: DataFolder, source: LabelSet, about: dict, before: Scanned
+    path: Path, data: DataSet, source: LabelSet, about: dict, before: Scanned
 ) -> StoreWriter:
     """Open the store, create it, or rebuild its description."""
     tries = [(every, resize) for every in (False, True) for resize in _resizes_of(path)]
@@ -220,7 +220,7 @@ def _opened(
 
 
 def _create(
-    path: Path, data: DataFolder, source: LabelSet, about: dict, found: Images, views: int
+    path: Path, data: DataSet, source: LabelSet, about: dict, found: Images, views: int
 ) -> None:
     """Create an empty store of the images that a scan found, in which images without a
     label file are unusable."""

@@ -14,7 +14,7 @@ import numpy as np
 from cache.format.validate import MOST_VIEWS
 from pipeline.exchange.label_files import LabelFileError
 from pipeline.exchange.label_kinds import dense
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
 from pipeline.images.patience import read_file, status
 from pipeline.runtime.wording import counted, some
 
@@ -53,7 +53,7 @@ class LabelSet(ABC):
         boxes int32 [views, 4] in pixels, flips bool [views], and labels [views, …] as
         the file stores them. Raises LabelFileError."""
 
-    def require_classes(self, data: DataFolder) -> None:
+    def require_classes(self, data: DataSet) -> None:
         """Raise LabelFileError if the labels have classes that the images lack."""
         if foreign := self.foreign_classes(data.class_names):
             raise LabelFileError(

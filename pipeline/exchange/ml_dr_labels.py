@@ -18,8 +18,7 @@ from pipeline.exchange.ml_dr_format import (
     teachers_of,
     unreplayable,
 )
-from pipeline.images.folders import DataFolder
-from pipeline.images.listing import list_files
+from pipeline.images.data_set import DataSet
 from pipeline.images.patience import is_file, listed
 
 
@@ -34,7 +33,7 @@ class MlDrLabels(LabelSet):
 
     format = "ml-dr"
 
-    def __init__(self, directory: Path, data: DataFolder, views: int | None, rest: str) -> None:
+    def __init__(self, directory: Path, data: DataSet, views: int | None, rest: str) -> None:
         root = next(
             (r for r in (directory, *folders_in(directory)) if is_file(r / CONFIG)),
             None,
@@ -74,7 +73,7 @@ class MlDrLabels(LabelSet):
         self.teachers, self.image_size = told["names"], told["size"]
         self.mean, self.std = told["mean"], told["std"]
         self.interpolation = told["interpolation"]
-        paths, _, _, _ = list_files(data)
+        paths = data.list().name
         images = _in_order(paths)
         files = _numbers(root)
         if len(images) != len(files) or not images:

@@ -6,17 +6,15 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from cache.format.manifest import Images
-from pipeline.images.names import as_text, on_disk
-from pipeline.images.patience import DataError, listed, read_file
+from pipeline.images.data_set import DataSet
+from pipeline.images.patience import DataError
 from pipeline.render.dali import NoMemory, RenderError, lacks_memory
 from pipeline.runtime.threads import threads_for
-from pipeline.runtime.wording import same
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"
 # For images whose manifest is made at each start.
@@ -26,15 +24,15 @@ LOOK_AGAIN = "run the same command again, which looks at the images anew"
 class Reader:
     """Reads images of a manifest, several at a time. Raises DataError for a file whose
     bytes aren't the bytes that the manifest recorded, and for a file that can't be read
-    now. repair: the advice to the user in such an error."""
+    now. data: where the images lie. repair: the advice to the user in such an error."""
 
     def __init__(
-        self, folder: Path, images: Images, threads: int | None = None, repair: str = _REPAIR
+        self, data: DataSet, images: Images, threads: int | None = None, repair: str = _REPAIR
     ) -> None:
-        self.folder, self.images, self.repair = folder, images, repair
+        self.source, self.images, self.repair = data.source, images, repair
+        self.addresses = data.addresses(images)
         self.threads = threads_for(threads)
         self.pool = ThreadPoolExecutor(self.threads)
-        self._listed: dict[Path, dict[str, str]] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -51,40 +49,20 @@ class Reader:
         return [self._one(row) for row in rows.tolist()]
 
     def _one(self, row: int) -> bytes:
-        name = self.images.path[row]
-        path = self.folder / on_disk(name)
+        address = self.addresses[row]
         try:
-            try:
-                blob = read_file(path)
-            except FileNotFoundError:
-                # macOS, and archives made there, write é as two characters.
-                if name.isascii():
-                    raise
-                blob = read_file(self._of_same_name(name))
+            blob = self.source.read(address)
         except OSError as error:
             raise DataError(
-                f"{path} can't be read any more ({error.strerror}); {self.repair}"
+                f"{self.source.where(address)} can't be read any more ({error.strerror}); "
+                f"{self.repair}"
             ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
-                f"{path} has changed since the manifest was made (other contents: {len(blob)} "
-                f"bytes now, {self.images.bytes[row]} then); {self.repair}"
+                f"{self.source.where(address)} has changed since the manifest was made (other "
+                f"contents: {len(blob)} bytes now, {self.images.bytes[row]} then); {self.repair}"
             )
         return blob
-
-    def _of_same_name(self, name: str) -> Path:
-        """Return the file whose path differs from a manifest's path in Unicode
-        normalisation only. Raises FileNotFoundError if there is none."""
-        place = self.folder
-        for part in name.split("/"):
-            place /= self._names(place).get(same(part), on_disk(part))
-        return place
-
-    def _names(self, folder: Path) -> dict[str, str]:
-        """Return the names in a folder by their normalised form, listed once."""
-        if folder not in self._listed:
-            self._listed[folder] = {same(as_text(e.name)): e.name for e in listed(folder)}
-        return self._listed[folder]
 
 
 @contextmanager

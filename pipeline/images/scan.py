@@ -1,28 +1,24 @@
-"""Scan class folders into a manifest: list the files, decode them, and record their
+"""Scan a data set into a manifest: list the files, decode them, and record their
 contents, or the reason why they are unusable."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from cache.errors import printable
 from cache.format.manifest import UNUSABLE, USABLE, Images, printable_paths
 from cache.system.signals import finishing
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_class_folders, say_depth
-from pipeline.images.listing import list_files
-from pipeline.images.names import is_utf8, on_disk
-from pipeline.images.patience import DataError, patiently, read_file
+from pipeline.images.data_set import DataSet
+from pipeline.images.names import is_utf8
+from pipeline.images.patience import DataError
 from pipeline.images.reasons import shown, too_large, why_misread, why_undecodable
 from pipeline.images.scan_cache import Scanned
+from pipeline.images.sources.source import ImageSource, Listing
 from pipeline.render.dali import Header, WholeDecode, lacks_memory, quiet_decoders
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.progress import Progress, say
@@ -33,7 +29,7 @@ SCAN_WINDOW = 4096  # files handed to the threads at a time
 
 
 def scan(
-    data: DataFolder,
+    data: DataSet,
     settings: RenderSettings,
     *,
     order_seed: int | None = None,
@@ -53,11 +49,11 @@ def scan(
     versions up to 0.8 did. Raises DataError for a file that can't be read now:
     such a file is not unusable.
     """
-    require_class_folders(data)
+    data.require_sound()
     every = every or (before is not None and before.lists_all)
-    files = list_files(data, every=every)
+    files = data.list(every=every)
     if not data.mapped:
-        say_depth(data, files[0])
+        data.source.say_depth(files.name)
     table = _Table(files, order_seed)
     if before:
         table.fill(*before.recall(settings.exif, table.paths, table.sizes, table.changed))
@@ -66,8 +62,8 @@ def scan(
 
     def examine(row: int) -> None:
         if not hasattr(decoders, "look"):
-            decoders.look = Look(data.path, settings)
-        table.put(row, *decoders.look(table.paths[row], int(table.sizes[row])))
+            decoders.look = Look(data.source, settings)
+        table.put(row, *decoders.look(table.files, row))
 
     def note() -> None:
         before.note(settings.exif, table.images(), table.changed)
@@ -102,14 +98,14 @@ def scan(
 class _Table:
     """The rows of a manifest while they are filled in, by several threads.
 
-    files: as ``list_files`` returns them. order_seed: as in ``scan``.
+    files: of the data set. order_seed: as in ``scan``.
     """
 
-    def __init__(self, files: tuple[np.ndarray, ...], order_seed: int | None) -> None:
+    def __init__(self, files: Listing, order_seed: int | None) -> None:
         if order_seed is not None:
-            order = row_order(order_seed, files[0])
-            files = tuple(column[order] for column in files)
-        self.paths, self.class_index, self.sizes, self.changed = files
+            files = files.take(row_order(order_seed, files.name))
+        self.files, self.paths, self.class_index = files, files.name, files.class_index
+        self.sizes, self.changed = files.size.copy(), files.changed
         n = len(self.paths)
         self.digest = np.zeros((n, 32), np.uint8)
         self.height, self.width = np.zeros(n, np.int32), np.zeros(n, np.int32)
@@ -159,18 +155,18 @@ class Look:
     (None if they can't be read), its height and width in pixels (None if the file is
     unusable), and the reason, empty if the file is usable."""
 
-    def __init__(self, folder: Path, settings: RenderSettings) -> None:
-        self.folder, self.max_megapixels = folder, settings.max_megapixels
+    def __init__(self, source: ImageSource, settings: RenderSettings) -> None:
+        self.source, self.max_megapixels = source, settings.max_megapixels
         # Always on the CPU, which decides what is usable: a GPU may refuse more images.
         settings = replace(settings, backend="cpu")
         self.header, self.whole = Header(settings), WholeDecode(settings)
 
     def __call__(
-        self, path: str, size: int = 0
+        self, files: Listing, row: int
     ) -> tuple[bytes | None, tuple[int, int] | None, str]:
-        """Examine one file. size: of the list of files, in bytes; -1 for a link to
-        nothing. Raises DataError if the file can't be read now."""
-        blob = _read_any(self.folder, path, size)
+        """Examine one file of a listing. Raises DataError if the file can't be read
+        now."""
+        blob = _read_any(self.source, files, row)
         if isinstance(blob, str):
             return None, None, blob
         shape = self.header(blob)
@@ -182,34 +178,35 @@ class Look:
             return blob, None if reason else shape, reason
         if stated and lacks_memory(*stated):
             raise DataError(
-                f"{self.folder / path} can't be decoded for want of memory ({stated[0]:,} × "
-                f"{stated[1]:,} pixels); free memory, or lower render.threads or "
+                f"{self.source.where(files.address[row])} can't be decoded for want of memory "
+                f"({stated[0]:,} × {stated[1]:,} pixels); free memory, or lower render.threads or "
                 f"render.max_megapixels"
             )
         return blob, None, why_undecodable(blob, self.max_megapixels)
 
 
-def _read_any(folder: Path, path: str, size: int) -> bytes | str:
+def _read_any(source: ImageSource, files: Listing, row: int) -> bytes | str:
     """Return the file's bytes, or the reason why they can't be used."""
-    if not is_utf8(path):
+    if reason := str(files.reason[row]):
+        return reason
+    if not is_utf8(files.name[row]):
         return "the file's name is not UTF-8"
-    file = folder / on_disk(path)
+    address = files.address[row]
     try:
-        found = patiently(lambda: os.stat(file), file)
-        if not stat.S_ISREG(found.st_mode):
-            return "not a regular file"  # reading a pipe would wait for ever
-        blob = read_file(file)
+        if reason := source.readable(address):
+            return reason
+        blob = source.read(address)
     except OSError as error:
-        if size < 0:  # a link to nothing, now as when the folder was listed
+        if files.size[row] < 0:  # a link to nothing, now as when the folder was listed
             return f"unreadable: {error.strerror}"
         raise DataError(
-            f"{file} can't be read any more ({error.strerror}): it is gone since the folder was "
-            f"listed; run the same command again when nobody changes the folder"
+            f"{source.where(address)} can't be read any more ({error.strerror}): it is gone since "
+            f"the folder was listed; run the same command again when nobody changes the folder"
         ) from None
     return blob or "empty file"
 
 
-def empty_classes(images: Images, data: DataFolder) -> list[str]:
+def empty_classes(images: Images, data: DataSet) -> list[str]:
     """Return one line if classes have no usable image, otherwise none. The data may be
     a subset on purpose, or a folder may be missing."""
     seen = set(images.class_index[images.usable].tolist())
@@ -241,7 +238,7 @@ def unusable_summary(images: Images) -> list[str]:
 
 
 def scan_and_say(
-    data: DataFolder,
+    data: DataSet,
     settings: RenderSettings,
     *,
     order_seed: int | None = None,

@@ -7,7 +7,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 
 from cache import LabelStore
 from pipeline.images import reader
+from pipeline.images.data_set import DataSet
 from pipeline.images.reader import Reader
 from pipeline.inspection.statistics import Survey
 from pipeline.inspection.stored_crops import pixels_of
@@ -59,11 +59,11 @@ class Sheet:
     cards: list[Card]
 
 
-def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]) -> list[Sheet]:
+def sheets(store: LabelStore, found: Survey, data: DataSet, titles: Sequence[str]) -> list[Sheet]:
     """Make sheets of surveyed crops: the most certain, the most uncertain, and crops
     whose labels most favour another class than the folder's.
 
-    A sheet shows at most one crop of an image, and an empty sheet is left out. folder:
+    A sheet shows at most one crop of an image, and an empty sheet is left out. data:
     holds the store's images. titles: of the classes. Pixels are rendered on the CPU.
     Raises DataError if an image has changed.
     """
@@ -93,7 +93,7 @@ def sheets(store: LabelStore, found: Survey, folder: Path, titles: Sequence[str]
     for title, about, key, among in ways:
         chosen = _first_of_each_image(found, key, among)
         if len(chosen):
-            sheets.append(Sheet(title, about, _cards(store, found, chosen, folder, titles)))
+            sheets.append(Sheet(title, about, _cards(store, found, chosen, data, titles)))
     return sheets
 
 
@@ -107,11 +107,11 @@ def _first_of_each_image(found: Survey, key: np.ndarray, among: np.ndarray | Non
 
 
 def _cards(
-    store: LabelStore, found: Survey, chosen: np.ndarray, folder: Path, titles: Sequence[str]
+    store: LabelStore, found: Survey, chosen: np.ndarray, data: DataSet, titles: Sequence[str]
 ) -> list[Card]:
     rows, views, manifest = found.row[chosen], found.view[chosen], store.images
     size = max(t["image_size"] or CROP for t in store.provenance["teachers"])
-    with Reader(folder, manifest) as read:
+    with Reader(data, manifest) as read:
         crops = pixels_of(store, np.stack([views, rows], axis=1), read, {size}, backend="cpu")[size]
         wholes = _whole(store, rows, read)
     cards = []

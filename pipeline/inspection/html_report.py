@@ -16,9 +16,9 @@ from cache import LabelStore
 from cache.errors import StoreError, printable
 from cache.system.durable import make_folder, replace_file
 from cache.system.local import require_local
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_elsewhere
-from pipeline.images.listing import require_same_files
+from pipeline.images.data_set import DataSet
+from pipeline.images.matching import require_same_files
+from pipeline.images.result_places import require_elsewhere
 from pipeline.inspection import statistics
 from pipeline.inspection.contact_sheets import sheets
 from pipeline.inspection.statistics import DAMAGED, DONE, LABELS, MISSING, Survey
@@ -43,16 +43,16 @@ class Histogram:
 
 
 def write_report(
-    path: Path, file: Path, *, data: Path | None = None, labels: int = LABELS, check: bool = True
+    path: Path, file: Path, *, data: DataSet | None = None, labels: int = LABELS, check: bool = True
 ) -> StoreFacts:
     """Write the report on the store at ``path`` to ``file``, whole or not at all, and
     return the facts that ``inspect`` prints (``store_facts``).
 
-    data: the labelled folder of class folders, for photographs; None: a report without
+    data: the labelled images, for photographs; None: a report without
     photographs. labels, check: see ``survey``. Raises StoreError, or DataError for
     other images than the store's.
     """
-    require_local(path, file, data)
+    require_local(path, file)
     if file.is_dir():
         raise StoreError(
             f"{file} is a folder; name a file for --report, like {file / 'report.html'}"
@@ -65,7 +65,7 @@ def write_report(
     facts, store = store_facts(path), LabelStore.open(path)
     require_elsewhere("--report", file, store.images)
     if data is not None:  # first, since reading the store may take an hour
-        require_same_files(DataFolder(data, store.class_names), store.images, str(path))
+        data = require_same_files(data.named(store.class_names), store.images, str(path))
     make_folder(file.absolute().parent)
     found = statistics.survey(store, labels=labels, check=check)
     titles = class_titles(store.class_names)
@@ -88,7 +88,7 @@ def write_report(
         views=_views(found),
         classes=_classes(store, found, titles) if facts.agreement is not None else None,
         sheets=sheets(store, found, data, titles) if data else [],
-        data=data,
+        data=data and data.path,
         worst=WORST,
     )
     replace_file(file, page.encode())

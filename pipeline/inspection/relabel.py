@@ -15,8 +15,8 @@ from cache.format.codec import divergence
 from cache.format.codec_bounds import distance, max_error
 from cache.verify import verify
 from pipeline.config import ModelSpec
-from pipeline.images.folders import DataFolder
-from pipeline.images.listing import require_same_files
+from pipeline.images.data_set import DataSet
+from pipeline.images.matching import require_same_files
 from pipeline.images.reader import Reader
 from pipeline.inspection.stored_crops import pixels_of
 from pipeline.models.model import Model, ensemble
@@ -33,7 +33,7 @@ THREADS = 8  # each holds a shard in memory, and a decoded chunk of the shard
 
 def recheck(
     path: Path,
-    folder: Path | None,
+    data: DataSet | None,
     specs: Sequence[ModelSpec],
     sample: int | None,
     *,
@@ -41,7 +41,7 @@ def recheck(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict:
-    """Verify a store's files (``cache.verify``) and, with ``folder``, its images.
+    """Verify a store's files (``cache.verify``) and, with ``data``, its images.
 
     Without ``sample``, every image is read (``require_same_images``). With ``sample``,
     the images of that many crops are read, and their labels are computed again
@@ -68,15 +68,15 @@ def recheck(
         "images": None,
         "sample": None,
     }
-    if folder is not None and not verdict.damaged:
+    if data is not None and not verdict.damaged:
         store = LabelStore.open(path)
         try:
             if sample:
-                result["sample"] = relabel(store, folder, specs, sample, device=device, seed=seed)
+                result["sample"] = relabel(store, data, specs, sample, device=device, seed=seed)
                 if not result["sample"]["agrees"]:
                     result["problems"].append(_disagreement(result["sample"]))
             else:
-                require_same_images(store, folder, threads)
+                require_same_images(store, data, threads)
                 result["images"] = len(store.usable)
         except MealError as error:
             result["problems"].append(str(error))
@@ -94,12 +94,12 @@ def _disagreement(sample: dict) -> str:
     )
 
 
-def require_same_images(store: LabelStore, folder: Path, threads: int | None = None) -> None:
-    """Require the manifest's files in the folder, byte for byte: every usable image is
+def require_same_images(store: LabelStore, data: DataSet, threads: int | None = None) -> None:
+    """Require the manifest's files in a data set, byte for byte: every usable image is
     read. Raises DataError otherwise."""
-    require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
+    data = require_same_files(data.named(store.class_names), store.images, str(store.path))
     with (
-        Reader(folder, store.images, threads) as read,
+        Reader(data, store.images, threads) as read,
         Progress("reading images", len(store.usable), "images") as progress,
     ):
         for rows in np.array_split(store.usable, max(1, len(store.usable) // 256)):
@@ -109,7 +109,7 @@ def require_same_images(store: LabelStore, folder: Path, threads: int | None = N
 
 def relabel(
     store: LabelStore,
-    folder: Path,
+    data: DataSet,
     specs: Sequence[ModelSpec],
     sample: int,
     *,
@@ -136,14 +136,14 @@ def relabel(
             f"{store.path} holds labels of teachers whose weights aren't known, so they can't be "
             f"made again; leave --sample out"
         )
-    require_same_files(DataFolder(folder, store.class_names), store.images, str(store.path))
+    data = require_same_files(data.named(store.class_names), store.images, str(store.path))
     teachers = _teachers(store, specs, device)
-    require_same_pixels(store, folder)
+    require_same_pixels(store, data)
     compute = store.provenance["compute"]
     places = _choose(store, sample, seed)
     kl, tv, equal, unexplained = np.zeros((4, len(places)))
     with (
-        Reader(folder, store.images) as read,
+        Reader(data, store.images) as read,
         Progress("labelling again", len(places), "crops") as progress,
         giving_way(device),
     ):

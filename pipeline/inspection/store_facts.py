@@ -150,8 +150,11 @@ def store_lines(facts: StoreFacts) -> list[tuple[str, str]]:
         state = f"NOT COMPLETE: run the same {facts.made_by} command again"
     shards = f"{facts.finished_shards} of {facts.shards} shards"
     views = f"{facts.complete_views} of {facts.views} views"
+    versions = dict(facts.made_with)
+    source = versions.pop("images", "")
     images = f"{facts.usable:,} usable of {facts.images:,} files, {facts.classes:,} classes"
-    made_with = ", ".join(f"{name} {version}" for name, version in facts.made_with.items())
+    images += f", from {source}" if source else ""
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
         ("store", facts.store),
         ("state", f"{state} ({shards}, {views})"),

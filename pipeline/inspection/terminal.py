@@ -108,7 +108,10 @@ def evaluation_table(result: Evaluation) -> None:
     for score in (*result.models, result.ensemble, result.teachers):
         if score is None:
             continue
-        cells = [f"{score.top1:.2f}", f"{score.top5:.2f}", f"{score.loss:.4f}"]
+        if score.top1 is None:
+            cells = ["–"] * 3
+        else:
+            cells = [f"{score.top1:.2f}", f"{score.top5:.2f}", f"{score.loss:.4f}"]
         if score.teacher_kl is not None:
             cells += [f"{score.teacher_kl:.4f}", f"{score.teacher_agreement:.2f}"]
         name = f"{score.name}={score.checkpoint}" if score.checkpoint else score.name

@@ -12,8 +12,8 @@ from cache.format.codec import CODECS
 from cache.format.manifest import USABLE, Images
 from cache.system.signals import finishing
 from pipeline.config import ConfigError
-from pipeline.images.folders import DataFolder
-from pipeline.images.listing import has_system_files
+from pipeline.images.data_set import DataSet
+from pipeline.images.matching import has_system_files
 from pipeline.images.patience import DataError
 from pipeline.images.scan import scan, unusable_summary
 from pipeline.images.scan_cache import Scanned
@@ -94,7 +94,7 @@ def create_store(
         settings = RenderSettings(
             exif=crops["exif"], threads=settings.threads, max_megapixels=settings.max_megapixels
         )
-        data, seed = DataFolder(data.path, kept["class_names"], mapped=True), crops["seed"]
+        data, seed = data.named(kept["class_names"]), crops["seed"]
     require_class_count(data, work.teachers)
     before = before or Scanned.beside(path)
     found = scan(data, settings, order_seed=seed, before=before, every=every)
@@ -124,7 +124,7 @@ def create_store(
         )
 
 
-def _require_usable(data: DataFolder, found: Images, strict: bool) -> None:
+def _require_usable(data: DataSet, found: Images, strict: bool) -> None:
     """Print which files are unusable. Raises DataError if no file is usable, and with
     ``strict`` if any file is unusable."""
     bad = unusable_summary(found)

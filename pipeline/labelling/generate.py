@@ -18,10 +18,11 @@ from cache.system.local import require_local
 from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
 from pipeline.config import Config, ConfigError
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import map_classes, require_no_split, require_outside
-from pipeline.images.listing import require_same_files
+from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.data_set import DataSet
+from pipeline.images.matching import require_same_files
 from pipeline.images.reader import Reader
+from pipeline.images.result_places import require_no_split, require_outside
 from pipeline.labelling.coordination import grown, naming, once, opened
 from pipeline.labelling.create_store import create_store, repair_store
 from pipeline.labelling.inputs import Labelling
@@ -43,7 +44,7 @@ CHECK_THREADS = 4  # each holds the codes of one shard, some 32 MiB
 
 def generate(
     config: Config,
-    data: DataFolder,
+    data: DataSet,
     path: Path,
     execution: Execution,
     *,
@@ -66,13 +67,14 @@ def generate(
             f"first is 0); raise --views"
         )
     require_precision(config.store.precision, execution.device, "store.precision")
-    require_outside("--store", path, [data.path])
+    require_outside("--store", path, data)
     require_no_split("--store", path, data)
     teachers = load_teachers(config.teachers, execution.device)
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
     data = map_classes(data, known_classes(teachers), "the teachers")
+    data = name_by_number(data, teachers[0].classes)
     work = Labelling(config, data, teachers, execution)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):
@@ -110,18 +112,18 @@ def generate(
             writer = StoreWriter(path)
         begun = as_begun(config, writer.store.provenance)
         work = replace(work, config=begun)
-        _require_same(work, writer.store)
+        work = replace(work, data=_require_same(work, writer.store))
         writer = grown(writer, config.crops.views, share.leads)
         doubtful = _discard_damaged(writer, share, config.render.threads) if check else []
         _fill(work, writer, share, doubtful)
         return LabelStore.open(path)
 
 
-def _require_same(work: Labelling, store: LabelStore) -> None:
+def _require_same(work: Labelling, store: LabelStore) -> DataSet:
     """Require that the store was made by the same recipe from the same images.
 
-    Prints a change of GPU, and options of the command that have no effect on the store.
-    Raises StoreError or DataError.
+    Returns the images as the store has them. Prints a change of GPU, and options of the
+    command that have no effect on the store. Raises StoreError or DataError.
     """
     config, path = work.config, store.path
     if "imported" in store.provenance:
@@ -131,8 +133,9 @@ def _require_same(work: Labelling, store: LabelStore) -> None:
         )
     refusals.require_same_recipe(store, config, work.teachers, work.device)
     refusals.require_same_classes(store, work.data, "pass that one again, or generate a new store")
-    require_same_files(DataFolder(work.data.path, store.class_names), store.images, str(path))
-    refusals.require_same_pixels(store, work.data.path, config.render.threads)
+    data = work.data.named(store.class_names)
+    data = require_same_files(data, store.images, str(path))
+    refusals.require_same_pixels(store, data, config.render.threads)
     if changed := refusals.changed_gpu(store, work.device):
         say(changed)
     if config.crops.views < store.views:
@@ -142,6 +145,7 @@ def _require_same(work: Labelling, store: LabelStore) -> None:
             f"{path} keeps its shards of {store.shard_rows} rows; store.shard_rows "
             f"{config.store.shard_rows} is for a new store"
         )
+    return data
 
 
 def _discard_damaged(
@@ -200,7 +204,7 @@ def _fill(
     threads = work.config.render.threads
     with (
         Progress("labelling", total, "crops") as progress,
-        Reader(work.data.path, store.images, threads) as read,
+        Reader(work.data, store.images, threads) as read,
         giving_way(work.device),
     ):
         clock.begin()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import Config
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
 from pipeline.models.model import Model
 from pipeline.runtime.execution import Execution
 
@@ -18,7 +18,7 @@ class Labelling:
     execution (device, processes, clock)."""
 
     config: Config
-    data: DataFolder
+    data: DataSet
     teachers: list[Model]
     execution: Execution
 

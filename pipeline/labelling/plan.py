@@ -17,12 +17,12 @@ from cache import LabelStore
 from cache.errors import MealError, StoreError
 from cache.format.codec import CODECS
 from pipeline.config import Config, ConfigError
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import map_classes, require_class_folders, require_outside
-from pipeline.images.listing import list_files
-from pipeline.images.names import on_disk
-from pipeline.images.patience import DataError, read_file
+from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.data_set import DataSet
+from pipeline.images.patience import DataError
+from pipeline.images.result_places import require_outside
 from pipeline.images.scan import Look
+from pipeline.images.sources.source import Listing
 from pipeline.labelling import cost
 from pipeline.labelling.cost import BYTES_PER_CROP, BYTES_PER_MIXED_CROP, GPU_FLOPS, IMAGENET_IMAGES
 from pipeline.labelling.shares import Share
@@ -101,7 +101,7 @@ class Plan:
 
 def make_plan(
     config: Config,
-    data: DataFolder | None,
+    data: DataSet | None,
     path: Path | None,
     *,
     device: torch.device,
@@ -120,7 +120,7 @@ def make_plan(
     """
     share, config = share or Share(), _as_begun(config, path)
     if data is not None:
-        require_outside("--store", path, [data.path])
+        require_outside("--store", path, data)
     require_precision(config.store.precision, device, "store.precision")
     teachers, real = _teachers(config, device)
     classes = teachers[0].classes
@@ -128,14 +128,14 @@ def make_plan(
     loader: dict[str, float] | None = None
     if data is not None:
         data = map_classes(data, known_classes(teachers), "the teachers")
-        require_class_folders(data)
+        data = name_by_number(data, classes)
+        data.require_sound()
         require_class_count(data, teachers)
-        paths, _, lengths, _ = list_files(data)
-        count = len(paths)
+        files = data.list()
+        count = len(files)
         some = np.unique(np.linspace(0, count - 1, min(count, IMAGES)).astype(int))
-        files = dict(zip(paths[some], lengths[some].tolist(), strict=True))
         pixels, boxes, rendering, loader = _rendered(
-            config, data.path, files, {t.image_size for t in teachers}
+            config, data, files.take(some), {t.image_size for t in teachers}
         )
     if pixels is None:
         n = config.store.batch_size
@@ -222,26 +222,26 @@ def _teachers(config: Config, device: torch.device) -> tuple[list[Model], bool]:
 
 
 def _rendered(
-    config: Config, folder: Path, files: dict[str, int], sizes: set[int]
+    config: Config, data: DataSet, files: Listing, sizes: set[int]
 ) -> tuple[dict[int, torch.Tensor], np.ndarray, float, dict[str, float]]:
     """Render crops of some images.
 
-    files: path in the folder → size in bytes, -1 for a link to nothing. Returns the
-    crops by output size, their boxes [n, 4], the seconds that reading and rendering
-    took per crop, and the milliseconds of each part of it.
+    files: the images of ``data`` to look at. Returns the crops by output size, their
+    boxes [n, 4], the seconds that reading and rendering took per crop, and the
+    milliseconds of each part of it.
     """
-    look = Look(folder, RenderSettings.of_config(config))
+    look = Look(data.source, RenderSettings.of_config(config))
     with dali.quiet_decoders():
-        shapes = {path: shape for path, size in files.items() if (shape := look(path, size)[1])}
+        shapes = {row: shape for row in range(len(files)) if (shape := look(files, row)[1])}
     good = list(shapes)
     if not good:
         raise DataError(
-            f"none of {len(files)} images of {folder} that were looked at can be decoded; look at "
-            f"them, or pass another --data"
+            f"none of {len(files)} images of {data.path} that were looked at can be decoded; look "
+            f"at them, or pass another --data"
         )
     views = min(config.crops.views, config.store.views_per_decode)
-    identity = philox.identities(np.array(good, object))
-    height, width = np.array([shapes[path] for path in good]).T
+    identity = philox.identities(files.name[good])
+    height, width = np.array([shapes[row] for row in good]).T
     drawn = [random_crop.draw(config.crops, identity, height, width, view) for view in range(views)]
     boxes, flips = (np.stack(column) for column in zip(*drawn, strict=True))
     settings, clock = RenderSettings.of_config(config), Clock()
@@ -249,7 +249,7 @@ def _rendered(
 
     def work() -> Rendered:
         with clock.part("read"):
-            blobs = [read_file(folder / on_disk(path)) for path in good]
+            blobs = [data.source.read(files.address[row]) for row in good]
         made = renderer(blobs, boxes, flips)
         if renderer.gpu:
             torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from cache.format.crops import Crops
 from cache.format.manifest import Images
 from cache.format.schema import canonical_digest, shard_rows_for
 from pipeline.config import Config, CropPolicy
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
 from pipeline.images.reader import Reader
 from pipeline.models.model import Model
 from pipeline.provenance.fingerprint import fingerprint, fingerprint_rows
@@ -63,7 +63,7 @@ def layout_of(config: Config, images: int, classes: int) -> tuple[int, int]:
 
 
 def describe_store(
-    data: DataFolder,
+    data: DataSet,
     found: Images,
     origin: dict,
     layout: tuple[int, int],
@@ -89,7 +89,7 @@ def describe_store(
         "layout": {"chunk_rows": chunk_rows, "shard_rows": shard_rows},
     }
     settings = RenderSettings.of_provenance(provenance, threads)
-    with Reader(data.path, found, threads) as read:
+    with Reader(data, found, threads) as read:
         rows = fingerprint_rows(found)
         kept = {"rows": rows.tolist(), "boxes": first.boxes.tolist(), "flips": first.flips.tolist()}
         kept["digests"] = fingerprint(read(rows), first, sizes, settings)
@@ -100,7 +100,8 @@ def describe_store(
         "fingerprint": kept,
         "made_with": made_with(
             gpu=provenance["compute"]["device"] == "cuda" or settings.backend in GPU_BACKENDS
-        ),
+        )
+        | {"images": data.source.describe()},
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -13,8 +11,7 @@ from cache.format.codec import CODECS
 from cache.format.crops import Crops, misplaced
 from cache.format.schema import architecture, first_difference
 from pipeline.config import Config
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import require_images
+from pipeline.images.data_set import DataSet
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.models.model import Model
@@ -37,11 +34,11 @@ _REPAIRS = {
 }
 
 
-def require_class_count(data: DataFolder, teachers: list[Model]) -> None:
+def require_class_count(data: DataSet, teachers: list[Model]) -> None:
     """Raise DataError unless the teachers have one output for each class."""
     if len(data.class_names) != teachers[0].classes:
         if not data.mapped:
-            require_images(data)
+            data.source.require_images(split=data.split)
         raise DataError(
             f"{data.path} has {len(data.class_names)} classes, the teachers have "
             f"{teachers[0].classes}; pass --class-map imagenet-1k or a file that names "
@@ -104,7 +101,7 @@ def require_same_recipe(
             )
 
 
-def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> None:
+def require_same_classes(store: LabelStore, data: DataSet, repair: str) -> None:
     """Raise StoreError if a class map, or a model's classes, aren't the store's. Names
     that differ in Unicode normalisation only are the same. repair: the end of the
     message, which says what to do."""
@@ -127,7 +124,7 @@ def require_same_classes(store: LabelStore, data: DataFolder, repair: str) -> No
     raise StoreError(f"{store.path} was made with another list of classes, {what}; {repair}")
 
 
-def require_same_pixels(store: LabelStore, folder: Path, threads: int | None = None) -> None:
+def require_same_pixels(store: LabelStore, data: DataSet, threads: int | None = None) -> None:
     """Render the fingerprint's crops again. Raise StoreError if any pixel differs from
     the pixels that the teachers saw."""
     kept = store.attributes.get("fingerprint")
@@ -148,7 +145,7 @@ def require_same_pixels(store: LabelStore, folder: Path, threads: int | None = N
             f"this store, or generate a new one"
         )
     settings = RenderSettings.of_store(store, threads)
-    with Reader(folder, manifest, threads) as read:
+    with Reader(data, manifest, threads) as read:
         now = fingerprint(
             read(rows), Crops(boxes, flips), {int(size) for size in kept["digests"]}, settings
         )

@@ -149,7 +149,7 @@ class Replay:
         # Sizes of the global batches, in images.
         self.sizes = batch_sizes(len(source.images.usable), batching.batch_size // self.views)
         self.class_index = source.images.class_index.astype(np.int64)
-        self.read = Reader(source.data.path, source.images, source.settings.threads)
+        self.read = Reader(source.data, source.images, source.settings.threads)
         mixed = bool(batching.mix or source.policy.cutmix)
         # At worst, each image has a partner outside the batch in each view.
         most = max(len(self._mine(size)) for size in self.sizes) * (1 + self.views * mixed)

@@ -4,6 +4,7 @@ an image folder."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +17,10 @@ from cache.format.crops import BoxesAndFlips, Mixes
 from cache.format.manifest import Images
 from cache.format.schema import canonical_digest
 from pipeline.config import Config, ConfigError, CropPolicy, CutMix
-from pipeline.images.folders import DataFolder, class_folders
-from pipeline.images.layout import map_classes
-from pipeline.images.listing import require_same_files
+from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.data_set import DataSet, plural
+from pipeline.images.matching import require_same_files
+from pipeline.images.patience import DataError
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
 from pipeline.models.classes import known_classes
@@ -33,14 +35,14 @@ from pipeline.provenance.refusals import (
 from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import say
-from pipeline.runtime.wording import same, some
+from pipeline.runtime.wording import counted, same, some
 from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.sampling.epoch_order import blocks_of
 
 
 def choose_source(
     config: Config,
-    data: DataFolder,
+    data: DataSet,
     path: Path | None,
     execution: Execution,
     *,
@@ -63,9 +65,14 @@ def choose_source(
                 "train.online asks live teachers and takes no --store; leave one of them out"
             )
 
+        # One process is enough for the list of files, since every process compares the
+        # contents of each file that it reads.
+        places = processes.first(lambda: _same_images(config, data, path))
+
         def chosen() -> tuple[Config, Source]:
-            store = _open_for(config, data, path, look=processes.leads)
-            return _from_store(config, data, store, started_views, allow_renderer_difference)
+            store = LabelStore.open(path)
+            own = replace(data.named(store.class_names), places=places)
+            return _from_store(config, own, store, started_views, allow_renderer_difference)
 
         return *processes.together(chosen), []
     if config.train.labels == "soft" and not config.train.online:
@@ -83,7 +90,14 @@ def choose_source(
             say(line)
     if teachers:
         data = map_classes(data, known_classes(teachers), "the teachers")
+        data = name_by_number(data, teachers[0].classes)
         require_class_count(data, teachers)
+    elif not data.class_names:
+        raise DataError(
+            f"nothing tells the classes of {data.path}, and hard labels are classes; sort the "
+            f"images into a folder per class, pass a list of paths and classes, or train from a "
+            f"store of soft labels"
+        )
     settings, seed = RenderSettings.of_config(config), config.crops.seed
     config = config.with_resize(settings.resize)
     found = processes.first(lambda: scan_and_say(data, settings, order_seed=seed, before=before))
@@ -100,36 +114,36 @@ def choose_source(
             f"raise train.views, or lower train.crops_per_image"
         )
     _say_repeats(config, views)
+    _require_classes(config, data, found)
     source: Source = DrawnCrops(data, found, config.crops, settings, views, layout, how)
     return config, source, teachers
 
 
-def _open_for(config: Config, data: DataFolder, path: Path, *, look: bool) -> LabelStore:
-    """Open a store, and refuse a store of other images, classes or crops than the
-    command's.
-
-    look: compare the list of files in the folder too. One process is enough for the
-    list, since every process compares the contents of each file that it reads.
-    """
+def _same_images(config: Config, data: DataSet, path: Path) -> np.ndarray | None:
+    """Refuse a store of other images, classes or crops than the command's. Returns the
+    places of its files, where their names alone don't tell them."""
     store = LabelStore.open(path)
     require_same_classes(store, data, "leave it out, the store knows its classes")
-    folders, known = class_folders(data.path, store.class_names), set(map(same, store.class_names))
-    if foreign := [name for name in folders if same(name) not in known]:
+    _require_same_policy(config, store)
+    told, noun = data.source.classes(store.class_names), data.source.noun
+    known = set(map(same, store.class_names))
+    foreign = [name for name in told.names if same(name) not in known and not told.numbered]
+    try:
+        return require_same_files(data.named(store.class_names), store.images, str(path)).places
+    except DataError:
+        if not foreign:
+            raise
         raise StoreError(
             f"{path} has labels for {store.classes} classes ({some(store.class_names)}), "
-            f"{data.path} has {len(folders)} class folders of which {len(foreign)} are not among "
-            f"them ({some(foreign)}); pass the images that the store was made from, or generate a "
-            f"new store"
-        )
-    if look:
-        require_same_files(DataFolder(data.path, store.class_names), store.images, str(path))
-    _require_same_policy(config, store)
-    return store
+            f"{data.path} has {counted(len(told.names), noun, plural(noun))} of which "
+            f"{len(foreign)} are not among them ({some(foreign)}); pass the images that the store "
+            f"was made from, or generate a new store"
+        ) from None
 
 
 def _from_store(
     config: Config,
-    data: DataFolder,
+    data: DataSet,
     store: LabelStore,
     started_views: int | None,
     allow_renderer_difference: bool,
@@ -139,8 +153,9 @@ def _from_store(
     path = store.path
     views = config.train.views or started_views or store.views
     _require_views(config, store, views)
+    _require_classes(config, data, store.images)
     try:
-        require_same_pixels(store, data.path, config.render.threads)
+        require_same_pixels(store, data, config.render.threads)
     except StoreError as difference:
         if not allow_renderer_difference:
             raise
@@ -165,9 +180,8 @@ def _from_store(
             ),
         }
     )
-    own = DataFolder(data.path, store.class_names)
     return filled, StoredLabels(
-        store, own, RenderSettings.of_config(filled), views, hard=config.train.labels == "hard"
+        store, data, RenderSettings.of_config(filled), views, hard=config.train.labels == "hard"
     )
 
 
@@ -192,6 +206,18 @@ def _require_views(config: Config, store: LabelStore, views: int) -> None:
         )
     for view in range(min(views, config.train.epochs)):
         store.require_finished(view)
+
+
+def _require_classes(config: Config, data: DataSet, images: Images) -> None:
+    """Raise DataError if the recipe needs hard labels, and nothing tells the class of
+    an image."""
+    untold = int((images.class_index[images.usable] < 0).sum())
+    if untold and (config.train.labels == "hard" or config.train.hard_weight):
+        which = "train.labels=hard" if config.train.labels == "hard" else "train.hard_weight"
+        raise DataError(
+            f"nothing tells the class of {counted(untold, 'image')} of {data.path}, and {which} "
+            f"needs it; train with soft labels alone, or pass images whose classes are told"
+        )
 
 
 def _say_repeats(config: Config, views: int) -> None:
@@ -243,7 +269,7 @@ def _plain(value: object) -> object:
 class Source(Protocol):
     """The source of crops and labels: a label store, or an image folder alone."""
 
-    data: DataFolder
+    data: DataSet
     images: Images
     views: int  # epoch e replays view e mod views
     block_rows: int  # rows that are read together
@@ -278,7 +304,7 @@ class StoredLabels:
     def __init__(
         self,
         store: LabelStore,
-        data: DataFolder,
+        data: DataSet,
         settings: RenderSettings,
         views: int,
         *,
@@ -328,7 +354,7 @@ class DrawnCrops:
 
     def __init__(
         self,
-        data: DataFolder,
+        data: DataSet,
         images: Images,
         policy: CropPolicy,
         settings: RenderSettings,

@@ -13,12 +13,13 @@ from cache.system.claims import claim, claims_of
 from cache.system.local import require_local
 from pipeline.config import Config, ConfigError
 from pipeline.evaluation import Validation
-from pipeline.images.folders import DataFolder, flat, is_split, split_folder
-from pipeline.images.layout import require_no_split, require_outside
+from pipeline.images.data_set import DataSet
 from pipeline.images.names import is_hidden, split_of
 from pipeline.images.patience import DataError, is_folder, is_there, listed
+from pipeline.images.result_places import require_no_split, require_outside
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
+from pipeline.images.sources.opening import in_split
 from pipeline.models.model import Model
 from pipeline.models.weights import load
 from pipeline.runs.folder import CONFIG, SCANS, RunError
@@ -39,7 +40,7 @@ from pipeline.training.source import Source, choose_source
 
 def train(
     config: Config,
-    data: DataFolder,
+    data: DataSet,
     out: Path,
     *,
     store: Path | None = None,
@@ -58,7 +59,7 @@ def train(
     than the teachers saw. Returns the last epoch's metrics. Raises MealError for every
     error that the user can fix.
     """
-    require_local(data.path, out, store, validation)
+    require_local(out, store, validation)
     execution = execution or Execution()
     if config.student is None:
         raise ConfigError(
@@ -70,9 +71,9 @@ def train(
         raise RunError(
             f"{out} can't be a folder, since a part of it is a file; choose another --out"
         )
-    validating = processes.together(lambda: _validation_folder(data, validation))
+    validating = processes.together(lambda: _validation_set(data, validation))
     processes.together(
-        lambda: require_outside("--out", out, [f for f in (data.path, validating) if f])
+        lambda: require_outside("--out", out, *(one for one in (data, validating) if one))
     )
     processes.together(lambda: require_no_split("--out", out, data))
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
@@ -148,44 +149,46 @@ def _train_epochs(run: Run) -> dict:
 
 
 def find_validation(
-    data: DataFolder,
-    folder: Path | None,
+    data: DataSet,
+    other: DataSet | None,
     source: Source,
     processes: Processes = ALONE,
     before: Scanned | None = None,
 ) -> Validation | None:
     """Scan the images to validate on.
 
-    folder: the class folders of this machine; None: there are none, and that is said.
-    before: an earlier start's scan of the folder. Raises DataError.
+    other: these images on this machine; None: there are none, and that is said. before:
+    an earlier start's scan of the folder. Raises DataError.
     """
-    if not processes.first(lambda: folder is not None):
+    if not processes.first(lambda: other is not None):
         processes.first(
             lambda: say(f"no validation: {_why_unvalidated(data)}, and no --val-data was given")
         )
         return None
-    found = processes.together(lambda: _required(folder, data))
-    mine = DataFolder(found, source.data.class_names, mapped=True)
+    found = processes.together(lambda: _required(other, data))
+    if not processes.first(lambda: found.told().names):
+        say(f"no validation: nothing tells the classes of {found.path}")
+        return None
+    mine = found.named(source.data.class_names)
     return Validation(mine, processes.first(lambda: _to_validate_on(mine, source, before)))
 
 
-def _validation_folder(data: DataFolder, other: Path | None) -> Path | None:
+def _validation_set(data: DataSet, other: Path | None) -> DataSet | None:
+    """Find the images to validate on: those that the user named, or the split val of
+    the data set, if it is divided into splits."""
     if other is not None:
-        if not is_there(other):
-            raise DataError(
-                f"--val-data {other} is no folder; it must hold class folders, or val/ with them"
-            )
-        return split_folder(other, "val")
-    return split_folder(data.root, "val") if data.root and is_split(data.root, "val") else None
+        return DataSet.find(other, "val")
+    source = in_split(data.root, "val") if data.root else None
+    if source is None:
+        return None
+    return DataSet(source, source.classes().names, root=data.root, split="val")
 
 
-def _why_unvalidated(data: DataFolder) -> str:
+def _why_unvalidated(data: DataSet) -> str:
     """Say what there is in place of class folders to validate on."""
     root = data.root
     if root is None or root == data.path:
         return "the data has no val/"
-    if why := flat(root / "val"):
-        return f"{why} (they need a folder per class)"
     if is_there(root / "val"):
         return f"{root / 'val'} holds no class folders"
     near = [
@@ -198,16 +201,16 @@ def _why_unvalidated(data: DataFolder) -> str:
     )
 
 
-def _required(folder: Path | None, data: DataFolder) -> Path:
-    if folder is None:
+def _required(other: DataSet | None, data: DataSet) -> DataSet:
+    if other is None:
         raise DataError(
             f"{data.root} has no val/ here, and has one where the first process runs; put it on "
             f"every machine"
         )
-    return folder
+    return other
 
 
-def _to_validate_on(data: DataFolder, source: Source, before: Scanned | None) -> Images:
+def _to_validate_on(data: DataSet, source: Source, before: Scanned | None) -> Images:
     found = scan_and_say(data, source.settings, before=before)
     if not (found.status == USABLE).any():
         raise DataError(f"{data.path} holds no image to validate on")

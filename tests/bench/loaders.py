@@ -20,7 +20,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.config import Config
+from pipeline.images.data_set import DataSet
 from pipeline.images.reader import Reader
+from pipeline.images.sources.class_folders import ClassFolders
 from pipeline.render.dali import Decoder
 from pipeline.render.settings import RenderSettings
 from pipeline.training.batches import Replay
@@ -84,7 +86,7 @@ def of_a_core(place: Place) -> Iterator[Figure]:
     pixels in memory."""
     config, found = place.config(), place.manifest
     some = found.usable[: place.extent.photographs]
-    with Reader(place.many, found, 1) as read:
+    with Reader(DataSet(ClassFolders(place.many), CLASSES), found, 1) as read:
         blobs = read(some)
     for crops in CROPS:
         source = drawn(place, config, crops)

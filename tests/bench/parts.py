@@ -24,6 +24,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from pipeline.images.data_set import DataSet
+from pipeline.images.sources.class_folders import ClassFolders
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,7 +37,6 @@ from cache.format.manifest import Images
 from cache.writer import StoreWriter
 from pipeline.config import Config
 from pipeline.config_file import validate
-from pipeline.images.folders import DataFolder
 from pipeline.images.reader import Reader
 from pipeline.labelling import create_store, stream
 from pipeline.labelling.inputs import Labelling
@@ -271,14 +273,16 @@ class Place:
         return path
 
     def labelling(self, config: Config, data: Path, teachers: list[Model]) -> Labelling:
-        return Labelling(config, DataFolder(data, CLASSES), teachers, Execution(self.device))
+        return Labelling(
+            config, DataSet(ClassFolders(data), CLASSES), teachers, Execution(self.device)
+        )
 
     def labeller(
         self, config: Config, data: Path, path: Path, teachers: list[Model], stack: ExitStack
     ) -> tuple[Labeller, list[Unit]]:
         writer = StoreWriter(path)
         store = writer.store
-        read = stack.enter_context(Reader(data, store.images))
+        read = stack.enter_context(Reader(DataSet(ClassFolders(data), CLASSES), store.images))
         units = Share(views_per_decode=config.store.views_per_decode).units(store.finished())
         return Labeller(self.labelling(config, data, teachers), writer, read), units
 
@@ -316,7 +320,7 @@ class Place:
         model: Model,
         teachers: list[Model] | None = None,
     ) -> Run:
-        source.data = DataFolder(data, source.data.class_names)
+        source.data = DataSet(ClassFolders(data), source.data.class_names)
         run = Run(
             config, self.folder / "run", model, teachers or [], source, None, Execution(self.device)
         )

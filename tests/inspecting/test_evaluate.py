@@ -14,7 +14,7 @@ from support.stages import centre_renderer, evaluate, scan
 
 from cache.errors import MealError
 from pipeline.config import ModelSpec
-from pipeline.images import folders
+from pipeline.images.sources.folder_names import class_folders
 from pipeline.models.model import Model
 from pipeline.models.weights import load
 
@@ -44,7 +44,7 @@ def probabilities_one_by_one(models: list[Model], folder, manifest) -> np.ndarra
 @pytest.mark.parametrize("batch_size", [1, 8, 21, 64])  # of 21 images, 8 leaves a batch of 5
 def test_top_1_and_ensemble_are_exact_for_every_batch_size(photos, models, batch_size):
     folder = photos / "val"
-    manifest = scan(folder, folders.class_names(folder), exif="ignore")
+    manifest = scan(folder, class_folders(folder), exif="ignore")
     result = evaluate(
         models, folder, manifest, 3, device=CPU, teachers=models[:1], batch_size=batch_size
     )
@@ -80,13 +80,13 @@ def test_top_5_counts_the_five_first_of_more_classes():
 def test_an_unusable_image_is_left_out_and_counted(photos, models, tmp_path):
     shutil.copytree(photos / "val", tmp_path / "val")
     (tmp_path / "val" / "ant" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
-    manifest = scan(tmp_path / "val", folders.class_names(tmp_path / "val"), exif="ignore")
+    manifest = scan(tmp_path / "val", class_folders(tmp_path / "val"), exif="ignore")
     result = evaluate(models[:1], tmp_path / "val", manifest, 3, device=CPU)
     assert (result["images"], result["unusable"]) == (21, 1)
 
 
 def test_models_of_other_classes_than_the_folder_are_refused(photos, models):
     folder = photos / "val"
-    manifest = scan(folder, folders.class_names(folder), exif="ignore")
+    manifest = scan(folder, class_folders(folder), exif="ignore")
     with pytest.raises(MealError, match=r"has 3 classes, .* has 5; pass the --class-map"):
         evaluate(models, folder, manifest, 5, device=CPU)

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from support.small import CPU, changed, edit_store, write_teacher
-from support.stages import generate
+from support.stages import generate, recheck
 
 from cache import LabelStore, StoreError
 from cache.writer import StoreWriter
 from cli import main
 from pipeline.config import Config
 from pipeline.inspection import relabel
-from pipeline.inspection.relabel import recheck
 from pipeline.render import mixing
 
 

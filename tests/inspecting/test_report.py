@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from support.command import run
 from support.small import CLASSES, edit_store
+from support.stages import class_folders
 
 from cache import LabelStore
 from cache.format.codec import entropy
@@ -173,7 +174,9 @@ def test_a_histogram_has_all_values():
 
 def test_contact_sheets_show_what_they_say(store, photos):
     found = statistics.survey(store)
-    certain, uncertain, disagreeing = sheets(store, found, photos / "train", CLASSES)
+    certain, uncertain, disagreeing = sheets(
+        store, found, class_folders(photos / "train", CLASSES), CLASSES
+    )
     paths = store.images.path[found.row]
     assert (
         certain.cards[0].path == paths[found.entropy.argmin()]

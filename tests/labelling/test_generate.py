@@ -27,7 +27,7 @@ from cache.format.codec_bounds import max_error
 from cache.system.claims import claims_of
 from cache.verify import verify
 from pipeline.config import Config, ModelSpec
-from pipeline.images import folders
+from pipeline.images.class_names import read_class_map
 from pipeline.images.patience import DataError
 from pipeline.models.model import ModelError
 
@@ -301,7 +301,7 @@ def test_a_class_map_places_a_subset_of_the_classes(photos, recipe, tmp_path):
         photos,
         tmp_path / "s.zarr",
         device=CPU,
-        classes=folders.read_class_map(tmp_path / "map.txt"),
+        classes=read_class_map(tmp_path / "map.txt"),
     )
     assert store.classes == 5 and set(store.images.class_index) == {1, 2, 4}
     (tmp_path / "map.txt").write_text("zebra\nant\nbee\ncow\ndog\n")
@@ -311,7 +311,7 @@ def test_a_class_map_places_a_subset_of_the_classes(photos, recipe, tmp_path):
             photos,
             tmp_path / "t.zarr",
             device=CPU,
-            classes=folders.read_class_map(tmp_path / "map.txt"),
+            classes=read_class_map(tmp_path / "map.txt"),
         )
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import stages
 from support.small import CPU, changed, edit_store
-from support.stages import generate, train
+from support.stages import generate, recheck, train
 
 from cache import LabelStore, StoreError
 from cache.errors import DamagedStore
@@ -323,7 +323,7 @@ def test_a_gpus_store_is_labelled_again_on_a_cpu_and_judged_by_what_it_recorded(
 ):
     copy = Path(shutil.copytree(store_path, tmp_path / "s.zarr"))
     on_a_gpu(copy, precision, made)
-    result = relabel.recheck(copy, photos / "train", list(recipe.teachers), 30, device=CPU)
+    result = recheck(copy, photos / "train", list(recipe.teachers), 30, device=CPU)
     assert result["sample"]["allowed"] == pytest.approx(allowed) and result["trusted"], result[
         "problems"
     ]

@@ -29,8 +29,8 @@ from support.stages import (
 from cache import LabelStore, StoreError
 from pipeline import config_file
 from pipeline.config import Config, ConfigError, CropPolicy, CutMix, Render
-from pipeline.images import folders
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
+from pipeline.images.sources import folder_names
 from pipeline.provenance.description import policy_of
 from pipeline.render.mixing import paste
 from pipeline.runtime.execution import Execution
@@ -484,7 +484,7 @@ def test_what_is_shuffled_together_holds_whole_groups_of_partners():
 
 def drawn(photos: Path, policy: CropPolicy, shard_rows: int = 32) -> DrawnCrops:
     folder = photos / "train"
-    names = folders.class_names(folder)
+    names = folder_names.class_folders(folder)
     found = scan(folder, names, exif="ignore", threads=2, order_seed=policy.seed)
     return drawn_crops(found, names, policy, 2, (shard_rows, shard_rows))
 
@@ -751,9 +751,7 @@ def test_a_recipe_without_cutmix_replays_the_mix_of_a_store_and_says_so(
     assert "CutMix, its label as the teachers saw it" in capsys.readouterr().err
     theirs = train(mixing, data, tmp_path / "told", store=stores[1.0], device=CPU)
     assert ours["loss"] == theirs["loss"]
-    filled, source, _ = choose_source(
-        silent, DataFolder.find(data, "train"), stores[1.0], Execution()
-    )
+    filled, source, _ = choose_source(silent, DataSet.find(data, "train"), stores[1.0], Execution())
     assert filled.crops.cutmix == source.policy.cutmix == CutMix()
 
 

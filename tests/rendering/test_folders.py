@@ -3,6 +3,7 @@ leave, names in other spellings, results put among the images."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,23 +16,21 @@ from safetensors import safe_open
 from support.command import SMOKE, run
 from support.paths import ROOT
 from support.small import CLASSES, CPU, changed, tree, write_photos, write_teacher
-from support.stages import generate, train
+from support.stages import class_folders, generate, recheck, train
 
 from cache import LabelStore
-from pipeline.images import folders, layout
-from pipeline.images.folders import DataFolder
-from pipeline.images.layout import (
-    map_classes,
-    require_class_folders,
+from pipeline.images.class_names import map_classes, read_class_map
+from pipeline.images.data_set import DataSet
+from pipeline.images.matching import require_same_files
+from pipeline.images.patience import DataError
+from pipeline.images.result_places import (
     require_elsewhere,
     require_no_split,
     require_outside,
-    say_depth,
+    require_outside_folders,
 )
-from pipeline.images.listing import list_files, require_same_files
-from pipeline.images.patience import DataError
 from pipeline.images.scan_cache import Scanned
-from pipeline.inspection.relabel import recheck
+from pipeline.images.sources import folder_checks, folder_names
 from pipeline.runtime import wording
 
 
@@ -99,10 +98,10 @@ def test_one_folder_of_images_inside_each_class_is_no_obstacle(tmp_path):
         (tmp_path / name / "images").mkdir(parents=True)
         (tmp_path / name / "images" / "1.JPEG").write_bytes(b"x")
         (tmp_path / name / f"{name}_boxes.txt").write_text("1 2 3 4")
-    require_class_folders(DataFolder.find(tmp_path, "train"))
+    DataSet.find(tmp_path, "train").require_sound()
     (tmp_path / "ant" / "more").mkdir()
     with pytest.raises(DataError, match=r"has 1 folder that holds folders and no images \(ant\)"):
-        require_class_folders(DataFolder.find(tmp_path, "train"))
+        DataSet.find(tmp_path, "train").require_sound()
 
 
 def test_a_split_of_one_class_beside_a_class_is_no_class(tmp_path):
@@ -110,7 +109,7 @@ def test_a_split_of_one_class_beside_a_class_is_no_class(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "1.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"has 1 folder that holds folders .* \(training\)"):
-        require_class_folders(DataFolder.find(tmp_path, "train"))
+        DataSet.find(tmp_path, "train").require_sound()
 
 
 def test_folders_of_folders_that_a_class_map_names_are_classes(small, tmp_path):
@@ -130,9 +129,9 @@ def test_what_systems_leave_is_no_class_and_that_is_said(small, tmp_path, name):
         place.mkdir(parents=True)
         shutil.copy(small / "train" / "bee" / "000.jpg", place / "thumbnail.jpg")
     (small / "train" / "bee" / "Thumbs.db").write_bytes(b"x")
-    data = DataFolder.find(small, "train")
+    data = DataSet.find(small, "train")
     assert list(data.class_names) == list(CLASSES)
-    paths, *_ = list_files(data)
+    paths = data.list().name
     assert len(paths) == 12 and all(path.endswith(".jpg") for path in paths)
     status, err = hard(small, tmp_path / "run")
     assert status == 0 and f"left out {name}, which is hidden or made by a system" in err
@@ -191,7 +190,7 @@ def laid_out(folder: Path, *files: str) -> Path:
 def test_what_is_laid_out_otherwise_is_refused(tmp_path, files, says):
     data = laid_out(tmp_path / "d", *files)
     with pytest.raises(DataError) as error:
-        require_class_folders(DataFolder.find(data, "train"))
+        DataSet.find(data, "train").require_sound()
     assert says.format(d=data) in str(error.value)
 
 
@@ -208,34 +207,34 @@ def test_what_is_laid_out_otherwise_is_refused(tmp_path, files, says):
 )
 def test_classes_may_have_such_names(tmp_path, names, capsys):
     data = laid_out(tmp_path / "d", *(f"{name}/{i}.jpg" for name in names for i in range(2)))
-    require_class_folders(DataFolder.find(data, "train"))
+    DataSet.find(data, "train").require_sound()
     assert capsys.readouterr().err == ""
 
 
 def test_what_may_be_a_mistake_is_said(tmp_path, capsys):
     data = laid_out(tmp_path / "d", "Cat/1.jpg", "cat/1.jpg", "cat/masks/1.png", ".git/x", "dog /1")
-    find = DataFolder.find(data, "train")
-    require_class_folders(find)
-    say_depth(find, list_files(find)[0])
+    find = DataSet.find(data, "train")
+    find.require_sound()
+    find.source.say_depth(find.list().name)
     said = capsys.readouterr().err
     assert "left out .git, which is hidden" in said and "'Cat' and 'cat' are two classes" in said
     assert "1 class with images in several folders, which all count (cat, cat/masks)" in said
     (tmp_path / "map.txt").write_text("Cat\ncat\ndog\n")
     with pytest.raises(DataError, match="of no known class \\('dog '\\)"):
-        list_files(DataFolder.find(data, "train", folders.read_class_map(tmp_path / "map.txt")))
+        DataSet.find(data, "train", read_class_map(tmp_path / "map.txt")).list()
 
 
 def test_a_class_folder_on_a_disk_that_is_gone_is_missed(small):
     (small / "train" / "dog").symlink_to("/nowhere/dog")
     with pytest.raises(DataError, match=r"train/dog is a link that leads nowhere"):
-        require_class_folders(DataFolder.find(small, "train"))
+        DataSet.find(small, "train").require_sound()
 
 
 def test_class_folders_are_looked_into_no_further_than_needed(tmp_path, monkeypatch):
     data = laid_out(tmp_path / "d", *(f"{c}/{i}.jpg" for c in "ab" for i in range(300)))
     looked = []
-    monkeypatch.setattr(layout, "is_named_image", lambda name: looked.append(name) or True)
-    require_class_folders(DataFolder.find(data, "train"))
+    monkeypatch.setattr(folder_checks, "is_named_image", lambda name: looked.append(name) or True)
+    DataSet.find(data, "train").require_sound()
     assert len(looked) < 10
 
 
@@ -243,10 +242,10 @@ def test_names_that_a_model_knows_are_not_doubted(small):
     """A model of an older version may have been trained on folders of folders."""
     data = moved(small, train="animals/wild", val="animals/tame")
     (data / "plants").mkdir()
-    find = DataFolder.find(data, "train")
+    find = DataSet.find(data, "train")
     with pytest.raises(DataError):
-        require_class_folders(find)
-    require_class_folders(map_classes(find, ["animals", "plants"], "M"))
+        find.require_sound()
+    map_classes(find, ["animals", "plants"], "M").require_sound()
 
 
 def test_a_run_of_an_older_version_keeps_its_classes(small, tmp_path, recipe, monkeypatch):
@@ -257,8 +256,8 @@ def test_a_run_of_an_older_version_keeps_its_classes(small, tmp_path, recipe, mo
         for name in ("wild", "tame"):
             shutil.copytree(small / split / "ant", small / split / "deep" / name)
     with monkeypatch.context() as older:
-        older.setattr(folders, "is_system_folder", lambda name: False)
-        older.setattr("pipeline.images.scan.require_class_folders", lambda data: None)
+        older.setattr(folder_names, "is_system_folder", lambda name: False)
+        older.setattr(DataSet, "require_sound", lambda data: None)
         train(hard, small, tmp_path / "run", device=CPU)
     train(changed(hard, train={"epochs": 2}), small, tmp_path / "run", device=CPU)
     with safe_open(tmp_path / "run" / "last.safetensors", "pt") as file:
@@ -268,15 +267,15 @@ def test_a_run_of_an_older_version_keeps_its_classes(small, tmp_path, recipe, mo
 def test_a_system_folder_that_a_store_knows_as_a_class_stays_one(small):
     (small / "train" / "lost+found").mkdir()
     shutil.copy(small / "train" / "ant" / "000.jpg", small / "train" / "lost+found" / "1.jpg")
-    known = DataFolder(small / "train", [*CLASSES, "lost+found"])
-    assert "lost+found/1.jpg" in list_files(known)[0]
+    known = class_folders(small / "train", [*CLASSES, "lost+found"])
+    assert "lost+found/1.jpg" in known.list().name
 
 
 def test_files_that_systems_leave_later_are_not_missed_or_added(small, tmp_path, recipe):
     data = small / "train"
     (data / "ant" / "Thumbs.db").write_bytes(b"of an older version, which listed it")
     store = generate(recipe, data, tmp_path / "s.zarr", device=CPU)
-    folder = DataFolder(data, store.class_names)
+    folder = class_folders(data, store.class_names)
     zone = "bee/001.jpg:Zone.Identifier"
     for name in ("bee/Thumbs.db", "bee/desktop.ini", "bee/@eaDir", zone):
         (data / name).mkdir() if "@" in name else (data / name).write_bytes(b"x")
@@ -293,7 +292,7 @@ def test_a_run_that_listed_what_systems_left_goes_on(small, tmp_path, recipe, mo
     hard = changed(recipe, train={"labels": "hard", "epochs": 1})
     (small / "train" / "ant" / "Thumbs.db").write_bytes(b"x")
     with monkeypatch.context() as older:
-        older.setattr("pipeline.images.listing.is_system_path", lambda path: False)
+        older.setattr("pipeline.images.sources.class_folders.is_system_path", lambda path: False)
         older.setattr("pipeline.images.scan_cache.LISTING", None)
         before = Scanned.note
 
@@ -314,7 +313,7 @@ def test_a_store_that_holds_what_systems_left_is_mended(small, tmp_path, recipe,
     for name in ("@eaDir/000.jpg", "Thumbs.db"):
         shutil.copy(small / "train" / "ant" / "000.jpg", small / "train" / "ant" / name)
     with monkeypatch.context() as older:
-        older.setattr("pipeline.images.listing.is_system_path", lambda path: False)
+        older.setattr("pipeline.images.sources.class_folders.is_system_path", lambda path: False)
         store = generate(recipe, small, tmp_path / "s.zarr", device=CPU)
     assert len(store.images) == 14
     before = tree(store.path)
@@ -329,8 +328,8 @@ def test_the_order_of_numbered_folders_is_said(tmp_path, capsys):
     for name in ("1", "2", "10"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").write_bytes(b"x")
-    data = DataFolder.find(tmp_path, "train")
-    require_class_folders(data)
+    data = DataSet.find(tmp_path, "train")
+    data.require_sound()
     assert list(data.class_names) == ["1", "10", "2"]
     assert "so class 1 is 10 and not 2; for another order pass a --class-map" in (
         capsys.readouterr().err
@@ -338,7 +337,7 @@ def test_the_order_of_numbered_folders_is_said(tmp_path, capsys):
     (tmp_path / "10").rename(tmp_path / "3")
     for name in ("-1", "cat", "cat 7", "cat5"):
         laid_out(tmp_path, f"{name}/a.jpg")
-    require_class_folders(DataFolder.find(tmp_path, "train"))
+    DataSet.find(tmp_path, "train").require_sound()
     assert capsys.readouterr().err == ""
 
 
@@ -358,12 +357,16 @@ def test_a_flat_val_is_named_for_what_it_is(small, tmp_path):
         (small / "val" / name).rmdir()
     status, err = hard(small, tmp_path / "run")
     assert status == 0
-    assert f"no validation: {small}/val holds 6 files and no class folders" in err
-    status, _, err = run("eval", "--data", small, "--model", "test_resnet=gone.pth")
-    assert status == 1 and "val holds 6 files and no class folders" in err
-    status, err = hard(small, tmp_path / "run2", "--val-data", small / "val")
-    assert status == 1 and "holds 6 files and no class folders" in err
-    assert not (tmp_path / "run2").exists()
+    assert f"no validation: nothing tells the classes of {small}/val" in err
+    trained = f"test_resnet={tmp_path / 'run' / 'last.safetensors'}"
+    status, _, err = run("eval", "--data", small, "--model", trained)
+    assert status == 1 and f"nothing tells the classes of {small}/val, so there is no" in err
+    status, out, err = run(
+        "eval", "--data", small, "--model", trained, "--teacher", trained, "--json"
+    )
+    figures = json.loads(out)["models"][0]
+    assert status == 0 and "no top-1" in err and "top1" not in figures
+    assert figures["teacher_agreement"] == 100 and abs(figures["teacher_kl"]) < 1e-6
 
 
 def test_a_val_of_another_spelling_is_named(small, tmp_path):
@@ -383,7 +386,8 @@ def test_flat_splits_are_no_classes(small, tmp_path, splits):
         shutil.copy(small / "train" / "ant" / "000.jpg", data / split / "1.jpg")
         shutil.copy(small / "train" / "ant" / "001.jpg", data / split / "2.jpg")
     status, err = hard(data, tmp_path / "run")
-    assert status == 1 and "has no class folders" in err and splits[0] in err
+    says = "hard labels are classes" if splits[0] == "train" else "has no class folders"
+    assert status == 1 and says in err and splits[0] in err
     (data / "locomotives").mkdir()
     shutil.copy(small / "train" / "ant" / "000.jpg", data / "locomotives" / "1.jpg")
     assert hard(data, tmp_path / "run")[0] == 0
@@ -418,7 +422,7 @@ def test_a_run_among_the_validation_images_is_refused(small, place):
 
 
 def test_a_result_is_refused_where_training_would_look_for_images(small, tmp_path):
-    data, pool = DataFolder.find(small, "train"), tmp_path / "pool"
+    data, pool = DataSet.find(small, "train"), tmp_path / "pool"
     for place in ("val", "val/x", "train/../val/x"):
         shutil.rmtree(small / "val", ignore_errors=True)  # a store there would be val/
         with pytest.raises(DataError, match="among the class folders"):
@@ -429,12 +433,12 @@ def test_a_result_is_refused_where_training_would_look_for_images(small, tmp_pat
     shutil.move(small / "train" / "ant", pool)
     (small / "train" / "ant").symlink_to(pool)
     with pytest.raises(DataError, match="among the class folders"):
-        require_outside("--out", pool / "x", [data.path])
+        require_outside("--out", pool / "x", data)
 
 
 def test_results_beside_class_folders_and_hidden_ones_are_allowed(small):
     for place in ("x", "train/.x", ".train"):
-        require_outside("--out", small / place, [small / "train", small / "val"])
+        require_outside_folders("--out", small / place, [small / "train", small / "val"])
 
 
 def test_pages_and_pictures_among_images_are_refused(photos, store_path, tmp_path, recipe):
@@ -460,7 +464,7 @@ def test_pages_and_pictures_among_images_are_refused(photos, store_path, tmp_pat
 
 
 def mapped(folder: Path, names: list[str] | None, class_map: list[str] | None = None) -> list[str]:
-    return list(map_classes(DataFolder.find(folder, "train", class_map), names, "M").class_names)
+    return list(map_classes(DataSet.find(folder, "train", class_map), names, "M").class_names)
 
 
 def test_class_folders_are_mapped_by_name(small, capsys):
@@ -526,10 +530,10 @@ def test_names_that_look_the_same_are_shown_apart(tmp_path):
     (data / "ant").rename(data / NFC)
     shutil.copytree(data / NFC, data / NFD)
     with pytest.raises(DataError, match=r"'cafe\\u0301' and 'caf\\xe9'\); make them one"):
-        DataFolder.find(data, "train")
+        DataSet.find(data, "train")
     (tmp_path / "map.txt").write_text(f"{NFC}\nbee\n{NFD}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"it has 'caf\\xe9' and 'cafe\\u0301'"):
-        folders.read_class_map(tmp_path / "map.txt")
+        read_class_map(tmp_path / "map.txt")
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.paths import ROOT
 from support.small import CLASSES
-from support.stages import centre_renderer, scan
+from support.stages import centre_renderer, class_folders, scan
 
 from cache.format.manifest import UNUSABLE, USABLE, Images
-from pipeline.images import folders, listing
-from pipeline.images.folders import DataFolder
+from pipeline.images import matching
+from pipeline.images.class_names import read_class_map
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.images.reasons import shown
 from pipeline.images.scan import unusable_summary
+from pipeline.images.sources.folder_names import class_folders as class_folder_names
+from pipeline.images.sources.opening import open_source
 from pipeline.sampling import epoch_order
 
 
@@ -259,10 +261,13 @@ SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from pipeline.images.folders import DataError, DataFolder
+from pipeline.images.data_set import DataSet
+from pipeline.images.patience import DataError
+from pipeline.images.sources.class_folders import ClassFolders
 from pipeline.images.scan import scan
 from pipeline.render.settings import RenderSettings
-scan(DataFolder(Path({data!r}), ["a"], True), RenderSettings(threads=1))  # of small files
+small = DataSet(ClassFolders(Path({data!r})), ["a"], True)
+scan(small, RenderSettings(threads=1))  # of small files
 for name in ("large.jpg", "large.png", "large.webp"):
     Path({data!r}, "a", name).write_bytes(Path({data!r}, name).read_bytes())
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -272,7 +277,7 @@ for name in ("large.jpg", "large.png", "large.webp"):
         other.unlink()
     Path({data!r}, "a", name).write_bytes(Path({data!r}, name).read_bytes())
     try:
-        data = DataFolder(Path({data!r}), ["a"], True)
+        data = DataSet(ClassFolders(Path({data!r})), ["a"], True)
         print(name, *scan(data, RenderSettings(threads=1)).reason)
     except DataError as error:
         print(error)
@@ -316,10 +321,12 @@ MALFORMED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
+from pipeline.images.sources.class_folders import ClassFolders
 from pipeline.images.scan import scan
 from pipeline.render.settings import RenderSettings
-found = scan(DataFolder(Path({data!r}), ["a", "b"], True), RenderSettings(threads=2), order_seed=0)
+data = DataSet(ClassFolders(Path({data!r})), ["a", "b"], True)
+found = scan(data, RenderSettings(threads=2), order_seed=0)
 rows = list(zip(found.path, found.status, found.reason))
 good = sorted(path for path, status, _ in rows if status == 0 and "good" in path)
 unnamed = [path for path, status, reason in rows if status != 0 and not reason]
@@ -405,12 +412,12 @@ def test_the_manifest_digest_ignores_the_row_order_and_nothing_else(photos, data
 def test_a_split_is_a_folder_of_class_folders(tmp_path):
     write(tmp_path / "both" / "train" / "ant", {"1.jpg": b"x"})
     write(tmp_path / "both" / "val" / "ant", {"1.jpg": b"x"})
-    assert folders.split_folder(tmp_path / "both", "val") == tmp_path / "both" / "val"
+    assert open_source(tmp_path / "both", "val").path == tmp_path / "both" / "val"
     write(tmp_path / "plain" / "ant", {"1.jpg": b"x"})
     write(tmp_path / "plain" / "train", {"locomotive.jpg": b"x"})  # a class, not a split
     for split in ("train", "val"):
-        assert folders.split_folder(tmp_path / "plain", split) == tmp_path / "plain"
-    assert folders.class_names(tmp_path / "plain") == ["ant", "train"]
+        assert open_source(tmp_path / "plain", split).path == tmp_path / "plain"
+    assert class_folder_names(tmp_path / "plain") == ["ant", "train"]
 
 
 def test_a_split_that_isnt_there_is_refused_in_one_line(tmp_path):
@@ -418,16 +425,16 @@ def test_a_split_that_isnt_there_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for act, says in (
         (
-            lambda: folders.split_folder(tmp_path, "val"),
+            lambda: open_source(tmp_path, "val"),
             "has train but no val; name another --split",
         ),
         (
-            lambda: folders.split_folder(tmp_path / "nowhere", "train"),
+            lambda: open_source(tmp_path / "nowhere", "train"),
             "there is no folder .*nowhere; --data must name",
         ),
-        (lambda: folders.class_names(tmp_path / "empty"), "has no class folders"),
+        (lambda: class_folder_names(tmp_path / "empty"), "has no class folders"),
         (
-            lambda: listing.list_files(DataFolder(tmp_path / "train", ["bee"])),
+            lambda: class_folders(tmp_path / "train", ["bee"]).list(),
             r"train has 1 class folder of no known class \(ant\), where 1 class \(bee\)",
         ),
     ):
@@ -443,7 +450,8 @@ def test_nested_folders_are_found_and_loops_of_links_end(tmp_path):
     write(tmp_path / "bee", {"4.jpg": b"x"})
     (tmp_path / "ant" / "deep" / "loop").symlink_to(tmp_path / "ant")
     (tmp_path / "ant" / "link").symlink_to(tmp_path / ".elsewhere")
-    paths, class_index, sizes, _ = listing.list_files(DataFolder(tmp_path, ["ant", "bee"]))
+    files = class_folders(tmp_path, ["ant", "bee"]).list()
+    paths, class_index, sizes = files.name, files.class_index, files.size
     assert list(paths) == ["ant/deep/deeper/1.jpg", "ant/link/linked/3.jpg", "bee/4.jpg"]
     assert list(class_index) == [0, 0, 1] and list(sizes) == [1, 1, 1]
 
@@ -464,8 +472,8 @@ def test_a_pipe_is_an_unusable_file(tmp_path):
 
 def test_a_class_folder_without_images_keeps_its_index(data):
     (data / "aardvark").mkdir()
-    assert folders.class_names(data) == ["aardvark", "ant", "bee", "cat"]
-    found = scan(data, folders.class_names(data), exif="ignore", threads=2)
+    assert class_folder_names(data) == ["aardvark", "ant", "bee", "cat"]
+    found = scan(data, class_folder_names(data), exif="ignore", threads=2)
     assert {
         path.split("/")[0]: index for path, index in zip(found.path, found.class_index, strict=True)
     } == {"ant": 1, "bee": 2, "cat": 3}
@@ -476,27 +484,28 @@ def test_a_class_map_gives_the_class_indices(tmp_path):
     write(tmp_path / "data" / "ant", {"1.jpg": b"x"})
     listed = tmp_path / "map.txt"
     listed.write_text("zebra\npolar bear\n\nant\n")
-    classes = folders.read_class_map(listed)
+    classes = read_class_map(listed)
     assert classes == ["zebra", "polar bear", "ant"]
-    paths, class_index, _, _ = listing.list_files(DataFolder(tmp_path / "data", classes))
+    files = class_folders(tmp_path / "data", classes).list()
+    paths, class_index = files.name, files.class_index
     assert dict(zip(paths, class_index, strict=True)) == {"polar bear/1.jpg": 1, "ant/1.jpg": 2}
     write(tmp_path / "data" / "brown bear", {"1.jpg": b"x"})
     with pytest.raises(DataError, match=r"1 class folder of no known class \(brown bear\)"):
-        listing.list_files(DataFolder(tmp_path / "data", classes))
+        class_folders(tmp_path / "data", classes).list()
 
 
 @pytest.mark.parametrize("content", [b"ant\nbee\nant\n", b"", b"\n \n", b"\xff\xfe\x00"])
 def test_a_class_map_that_isnt_one_is_refused(tmp_path, content):
     (tmp_path / "map.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"--class-map .*map\.txt"):
-        folders.read_class_map(tmp_path / "map.txt")
+        read_class_map(tmp_path / "map.txt")
     with pytest.raises(DataError, match="can't be read"):
-        folders.read_class_map(tmp_path / "nowhere.txt")
+        read_class_map(tmp_path / "nowhere.txt")
 
 
 def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
     rows = np.array([5, 3, 50])
-    with Reader(data, manifest, 2) as read:
+    with Reader(class_folders(data, CLASSES), manifest, 2) as read:
         assert read(rows) == [(data / manifest.path[row]).read_bytes() for row in rows]
         victim = data / manifest.path[3]
         content = bytearray(victim.read_bytes())
@@ -532,23 +541,24 @@ def test_reading_names_a_file_that_changed_or_vanished(data, manifest):
     ],
 )
 def test_another_data_set_is_refused_with_count_and_first_path(data, manifest, change, says):
-    listing.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
+    matching.require_same_files(class_folders(data, CLASSES), manifest, "labels.zarr")
     change(data)
     with pytest.raises(
         DataError, match=f"is not the data set that labels.zarr was made from: {says}"
     ):
-        listing.require_same_files(DataFolder(data, CLASSES), manifest, "labels.zarr")
+        matching.require_same_files(class_folders(data, CLASSES), manifest, "labels.zarr")
 
 
 def test_another_class_index_is_refused(data, manifest):
     with pytest.raises(
         DataError, match=r"60 of 90 images of another size or class, the first is ant/000\.jpg"
     ):
-        listing.require_same_files(DataFolder(data, ("cat", "bee", "ant")), manifest, "labels.zarr")
+        turned = class_folders(data, ("cat", "bee", "ant"))
+        matching.require_same_files(turned, manifest, "labels.zarr")
 
 
 def test_the_same_files_are_the_same_files_with_a_name_that_isnt_utf8_among_them(zoo, tmp_path):
     data = Path(shutil.copytree(zoo / "bad", tmp_path / "data" / "bad", symlinks=True)).parent
     (data / "bad" / "latin-z.jpg").write_bytes(good_files()["colour.jpg"])
     found = scan(data, ["bad"], exif="ignore", threads=1, order_seed=0)
-    listing.require_same_files(DataFolder(data, ["bad"]), found, "labels.zarr")
+    matching.require_same_files(class_folders(data, ["bad"]), found, "labels.zarr")

@@ -14,8 +14,8 @@ import torch
 from nvidia.dali import fn, types
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
-from support.small import edit_store
-from support.stages import centre_renderer, crop_renderer, make_replay, stored_labels
+from support.small import CLASSES, edit_store
+from support.stages import centre_renderer, class_folders, crop_renderer, make_replay, stored_labels
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from cache import LabelStore, StoreError
@@ -349,7 +349,7 @@ def test_a_batch_that_no_memory_holds_names_its_largest_image(store, monkeypatch
 def test_a_store_knows_whether_its_pixels_are_rendered_again(store, store_path, photos, tmp_path):
     assert set(store.attributes["fingerprint"]["digests"]) == {"48", "64"}
     for threads in (1, 3):
-        require_same_pixels(store, photos / "train", threads)
+        require_same_pixels(store, class_folders(photos / "train", CLASSES), threads)
     changed = tmp_path / "changed.zarr"
     shutil.copytree(store_path, changed)
 
@@ -363,7 +363,7 @@ def test_a_store_knows_whether_its_pixels_are_rendered_again(store, store_path, 
         StoreError,
         match=r"at 48 px; numpy 1.0 then, .* now.*; install .*--allow-renderer-difference",
     ) as refused:
-        require_same_pixels(LabelStore.open(changed), photos / "train", 2)
+        require_same_pixels(LabelStore.open(changed), class_folders(photos / "train", CLASSES), 2)
     assert "\n" not in str(refused.value)
 
 
@@ -382,7 +382,7 @@ def test_a_fingerprint_notices_one_pixel_of_one_crop(store, store_path, photos, 
 
     edit_store(changed, edit)
     with pytest.raises(StoreError, match="at 48, 64 px; same versions"):
-        require_same_pixels(LabelStore.open(changed), photos / "train", 2)
+        require_same_pixels(LabelStore.open(changed), class_folders(photos / "train", CLASSES), 2)
 
 
 def test_a_blank_is_black_and_changes_no_neighbour(store, photos):
@@ -671,13 +671,13 @@ def test_pixels_that_depend_on_other_images_make_no_fingerprint(
 
     monkeypatch.setattr(CropRenderer, "__call__", shifty)
     if depends_on == "nothing":
-        return require_same_pixels(store, photos / "train", 2)
+        return require_same_pixels(store, class_folders(photos / "train", CLASSES), 2)
     with pytest.raises(
         RenderError,
         match=r"other pixels of an image when others are rendered with it "
         r"\([12] of \d+ crops differ at 48 px\)",
     ):
-        require_same_pixels(store, photos / "train", 2)
+        require_same_pixels(store, class_folders(photos / "train", CLASSES), 2)
     return None
 
 

@@ -28,6 +28,7 @@ from pipeline.images import scan as scan_module
 from pipeline.images.patience import DataError
 from pipeline.images.scan import _read_any
 from pipeline.images.scan_cache import Scanned
+from pipeline.images.sources.source import ImageSource, Listing
 
 
 @pytest.fixture
@@ -45,9 +46,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen = []
     whole = _read_any
 
-    def noted(folder: Path, path: str, size: int) -> bytes | str:
-        seen.append(path)
-        return whole(folder, path, size)
+    def noted(source: ImageSource, files: Listing, row: int) -> bytes | str:
+        seen.append(files.name[row])
+        return whole(source, files, row)
 
     monkeypatch.setattr(scan_module, "_read_any", noted)
     return seen
@@ -214,7 +215,8 @@ from pipeline.images import scan, scan_cache
 scan_cache.EVERY, scan_cache.SHARE = {every!r}, 0
 read, seen = scan._read_any, []
 
-def noted(folder, path, size):
+def noted(source, files, row):
+    path = files.name[row]
     seen.append(path)
     with open({log!r}, "a") as log:
         log.write(path + chr(10))
@@ -222,7 +224,7 @@ def noted(folder, path, size):
         time.sleep(1)  # until the main thread has written what was read before
         os.kill(os.getpid(), signal.{signal})
         time.sleep(1)  # while the main thread stops
-    return read(folder, path, size)
+    return read(source, files, row)
 
 scan._read_any = noted
 sys.argv[1:] = {arguments!r}
@@ -411,10 +413,10 @@ def test_a_file_that_comes_short_is_never_unusable(data, disk, monkeypatch):
 def test_a_file_that_is_gone_since_the_list_stops_the_scan(data, monkeypatch):
     whole = _read_any
 
-    def gone(folder: Path, path: str, size: int) -> bytes | str:
-        if path == "cat/005.jpg":
-            (folder / path).unlink()
-        return whole(folder, path, size)
+    def gone(source: ImageSource, files: Listing, row: int) -> bytes | str:
+        if files.name[row] == "cat/005.jpg":
+            (source.path / files.name[row]).unlink()
+        return whole(source, files, row)
 
     monkeypatch.setattr(scan_module, "_read_any", gone)
     with pytest.raises(

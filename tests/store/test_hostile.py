@@ -38,7 +38,7 @@ from sklearn.datasets import load_sample_images
 from support import stages
 from support.paths import ROOT
 from support.small import CPU, changed, tree, write_photos, write_teacher
-from support.stages import crop_renderer, generate, train
+from support.stages import crop_renderer, generate, recheck, train
 from support.stores import write
 
 from cache import LabelStore, StoreError
@@ -51,10 +51,8 @@ from cache.verify import verify
 from cache.writer import StoreWriter
 from cli import main
 from pipeline.config import Config, ModelSpec
-from pipeline.images import folders, listing
 from pipeline.images.patience import DataError
 from pipeline.images.scan import unusable_summary
-from pipeline.inspection.relabel import recheck
 from pipeline.models.model import ModelError
 from pipeline.models.weights import load
 
@@ -717,7 +715,7 @@ def test_folders_in_folders_without_end_are_looked_through_or_refused_in_one_lin
     sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
         with suppress(DataError):
-            paths, *_ = listing.list_files(folders.DataFolder(data, ["ant", "bee", "cat"]))
+            paths = stages.class_folders(data, ["ant", "bee", "cat"]).list().name
             assert len(paths) == 7
     finally:
         sys.setrecursionlimit(limit)

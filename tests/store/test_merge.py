@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.small import CPU, changed, tree, write_teacher
-from support.stages import generate, store_facts
+from support.stages import generate, recheck, store_facts
 
 from cache import LabelStore, StoreError
 from cache.format.codec import CODECS, divergence
@@ -17,7 +17,6 @@ from cache.format.codec_bounds import max_error
 from cache.merge import merge
 from cache.verify import verify
 from pipeline.config import Config, ConfigError
-from pipeline.inspection.relabel import recheck
 from pipeline.runtime.precision import ROUNDING
 
 

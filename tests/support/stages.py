@@ -15,7 +15,9 @@ from pipeline import evaluation
 from pipeline.config import Config, CropPolicy, Render
 from pipeline.exchange import import_labels as imports
 from pipeline.images import scan as scans
-from pipeline.images.folders import DataFolder
+from pipeline.images.data_set import DataSet
+from pipeline.images.sources.class_folders import ClassFolders
+from pipeline.inspection import relabel
 from pipeline.inspection import store_facts as facts
 from pipeline.labelling import generate as stage_one
 from pipeline.labelling import plan
@@ -50,7 +52,7 @@ def generate(
 ) -> LabelStore:
     """Run stage one. how: split, classes (a class map), device, profile; strict and
     check, as ``pipeline.labelling.generate`` takes them."""
-    images = DataFolder.find(data, how.pop("split", "train"), how.pop("classes", None))
+    images = DataSet.find(data, how.pop("split", "train"), how.pop("classes", None))
     execution = Execution.on(how.pop("device", CPU), profile=how.pop("profile", False))
     share = Share(*worker, first_view, recipe.store.views_per_decode)
     return stage_one.generate(recipe, images, path, execution, share=share, **how)
@@ -59,7 +61,7 @@ def generate(
 def make_plan(recipe: Config, data: Path | None, path: Path | None, **how: object) -> dict:
     """Plan stage one. how: split, classes, device; workers and first_view."""
     images = (
-        DataFolder.find(data, how.pop("split", "train"), how.pop("classes", None)) if data else None
+        DataSet.find(data, how.pop("split", "train"), how.pop("classes", None)) if data else None
     )
     share = Share(0, how.pop("workers", 1), how.pop("first_view", 0), recipe.store.views_per_decode)
     return asdict(
@@ -70,7 +72,7 @@ def make_plan(recipe: Config, data: Path | None, path: Path | None, **how: objec
 def train(recipe: Config, data: Path, out: Path, **how: object) -> dict:
     """Run stage two. how: classes, device, processes, profile; the rest as
     ``pipeline.training.train`` takes it."""
-    images = DataFolder.find(data, "train", how.pop("classes", None))
+    images = DataSet.find(data, "train", how.pop("classes", None))
     execution = Execution.on(
         how.pop("device", CPU),
         *_split(how, "processes").values(),
@@ -86,24 +88,35 @@ def evaluate(models: Sequence, folder: Path, images: Images, classes: int, **how
     settings = evaluation.EvaluationSettings(
         RenderSettings(**_split(how, *SETTINGS)), **_split(how, "batch_size", "precision", "what")
     )
-    data = DataFolder(folder, [str(i) for i in range(classes)])
+    data = class_folders(folder, [str(i) for i in range(classes)])
     result = evaluation.evaluate(
         models, data, images, settings=settings, execution=execution, **how
     )
     return result.document()
 
 
+def class_folders(folder: Path, names: Sequence[str]) -> DataSet:
+    """Take a folder of class folders, whose classes have these indices."""
+    return DataSet(ClassFolders(folder), names)
+
+
 def scan(folder: Path, classes: Sequence[str], **how: object) -> Images:
     """Scan a folder. how: the settings of the renderer; order_seed and before, as
     ``pipeline.images.scan`` takes them."""
     settings = RenderSettings(**_split(how, *SETTINGS))
-    return scans.scan(DataFolder(folder, classes, mapped=True), settings, **how)
+    return scans.scan(class_folders(folder, classes).named(classes), settings, **how)
+
+
+def recheck(path: Path, folder: Path, *how: object, **more: object) -> dict:
+    """Check a store against the images of a folder."""
+    data = folder and DataSet.find(folder, "train")
+    return relabel.recheck(path, data, *how, **more)
 
 
 def import_labels(directory: Path, data: Path, path: Path, **how: object) -> LabelStore:
     """Import label files. how: split, classes; teachers, image_size, interpolation,
     rest, form; views and codec."""
-    images = DataFolder.find(data, how.get("split", "train"), how.pop("classes", None))
+    images = DataSet.find(data, how.get("split", "train"), how.pop("classes", None))
     known = imports.Known(**_split(how, "teachers", "image_size", "interpolation", "rest", "form"))
     return imports.import_labels(directory, images, path, known=known, **how)
 
@@ -124,7 +137,7 @@ def stored_labels(store: LabelStore, views: int, *, hard: bool = False) -> Store
     """Take crops and labels from a store. ``make_replay`` sets the folder of images."""
     return StoredLabels(
         store,
-        DataFolder(Path(), store.class_names),
+        class_folders(Path(), store.class_names),
         RenderSettings.of_store(store),
         views,
         hard=hard,
@@ -136,7 +149,7 @@ def drawn_crops(
 ) -> DrawnCrops:
     """Draw crops on the CPU. ``make_replay`` sets the folder of images."""
     return DrawnCrops(
-        DataFolder(Path(), names),
+        class_folders(Path(), names),
         images,
         policy,
         RenderSettings.of(policy, Render()),
@@ -151,7 +164,7 @@ def make_replay(
 ) -> Replay:
     """Replay a source on the images of a folder. how: crops_per_image, mix; rendering,
     a config's section; device, clock; rank and world."""
-    source.data = DataFolder(folder, source.data.class_names)
+    source.data = class_folders(folder, source.data.class_names)
     source.settings = replace(source.settings, threads=how.pop("rendering", Render()).threads)
     batching = Batching(batch_size, seed, **_split(how, "crops_per_image", "mix"))
     processes = Processes(**_split(how, "rank", "world"))

@@ -12,12 +12,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.paths import ROOT
-from support.small import CPU, changed
-from support.stages import make_targets, train
+from support.small import CLASSES, CPU, changed
+from support.stages import class_folders, make_targets, train
 
 from pipeline import config_file
 from pipeline.config import Config, ConfigError
-from pipeline.images.folders import DataFolder
 from pipeline.training import losses
 from pipeline.training.batches import Batch, Mixed
 from pipeline.training.targets import Targets
@@ -79,7 +78,7 @@ def targets(recipe: Config, **section: object) -> Targets:
     fake = type(
         "NoStore",
         (),
-        {"policy": recipe.crops, "codec": None, "data": DataFolder(Path(), ("ant", "bee", "cat"))},
+        {"policy": recipe.crops, "codec": None, "data": class_folders(Path(), CLASSES)},
     )()
     return make_targets(changed(recipe, train=section), fake)
 

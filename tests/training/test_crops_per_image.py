@@ -19,7 +19,7 @@ from cache.errors import MealError
 from pipeline import config as configs
 from pipeline import config_file
 from pipeline.config import Config, ConfigError, CropPolicy, CutMix, Render
-from pipeline.images.folders import class_names
+from pipeline.images.sources.folder_names import class_folders as class_names
 from pipeline.training import schedule
 from pipeline.training.batches import Batch, Replay
 from pipeline.training.loop import Run

@@ -22,7 +22,7 @@ from cache.system.signals import Stopped
 from pipeline import evaluation
 from pipeline.config import Config
 from pipeline.exchange.trained import read_run
-from pipeline.images.folders import DataError
+from pipeline.images.patience import DataError
 from pipeline.runs.compare import compare
 from pipeline.runs.folder import RunFolder
 from pipeline.training.loop import Run

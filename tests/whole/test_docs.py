@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 import yaml
+from support import containers
 from support.command import run
 from support.paths import ROOT
 from support.peers import reinforce
@@ -243,6 +244,22 @@ def label_files(world: World, place: Path) -> None:
             )
 
 
+def in_form(write: Callable[[Path, Path], Path]) -> Callable[[World, Path], None]:
+    """Return a function that writes ImageNet's images in another form."""
+
+    def make(world: World, place: Path) -> None:
+        write(world.folder / "imagenet" / "train", place)
+
+    return make
+
+
+def pictures(world: World, place: Path) -> None:
+    """Make a folder of images without classes."""
+    place.mkdir()
+    for image in (world.folder / "imagenet" / "train").glob("*/*"):
+        shutil.copy(image, place)
+
+
 PREPARED: dict[str, Callable[[World, Path], None]] = {
     "labels.zarr": store,
     "run": student,
@@ -265,6 +282,11 @@ PREPARED: dict[str, Callable[[World, Path], None]] = {
     "MEALV2_ResNet50_380.pth": weights("resnet50", 1000, "module."),
     "MEALV2_ResNet50_224.pth": weights("resnet50", 1000, "module."),
     "FKD_soft_label_500_crops_marginal_smoothing_k_5": label_files,
+    "shards": in_form(containers.as_shards),
+    "shards/photos-train-{000000..000002}.tar": lambda world, place: world.make("shards"),
+    "parquet": in_form(containers.parquet()),
+    "imagenet/train.csv": in_form(containers.as_list),
+    "pictures": pictures,
     "imagenet_plus_rrc_mini": lambda world, place: reinforce(
         place, world.folder / "imagenet" / "train", classes=1000
     ),

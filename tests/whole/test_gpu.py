@@ -13,10 +13,9 @@ import pytest
 import torch
 from support.paths import ROOT
 from support.small import CPU, changed
-from support.stages import crop_renderer, evaluate, generate, scan, train
+from support.stages import crop_renderer, evaluate, generate, recheck, scan, train
 
 from cache import LabelStore
-from pipeline.inspection.relabel import recheck
 from pipeline.models.weights import load
 from pipeline.render.hardware_jpeg import hardware_engines
 from pipeline.runtime.device_transfer import Returning, Sender

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.small import CPU, changed, edit_store, tree, write_teacher
-from support.stages import generate, store_facts, train
+from support.stages import generate, recheck, store_facts, train
 
 from cache import LabelStore
 from cache.errors import MealError
@@ -27,7 +27,6 @@ from cache.format.schema import VERSIONS
 from cache.verify import verify
 from cli import main
 from pipeline.config import Config, ModelSpec
-from pipeline.inspection.relabel import recheck
 from pipeline.models.weights import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")

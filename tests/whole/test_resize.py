@@ -14,14 +14,13 @@ import torch
 import yaml
 from support.label_files import CROPS, write_set
 from support.small import CPU
-from support.stages import crop_renderer, generate, import_labels, make_plan, train
+from support.stages import crop_renderer, generate, import_labels, make_plan, recheck, train
 
 from cache import LabelStore, StoreError
 from cache.merge import merge
 from pipeline.config import Config, ConfigError
 from pipeline.config_file import validate
 from pipeline.exchange import import_labels as imports
-from pipeline.inspection.relabel import recheck
 from pipeline.render.renderer import STEPS
 from pipeline.runs.folder import RunError
 

@@ -1,0 +1,1 @@
+"""Where images lie: class folders, lists, tar shards, parquet; one source each."""

@@ -1,0 +1,437 @@
+"""Read images that lie in larger files, such as tar files: find each image's place once
+(the index, kept in the user's cache folder), then read it there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from abc import abstractmethod
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.format.manifest import Images, printable_paths
+from pipeline.images.names import is_hidden, is_system_path, split_of
+from pipeline.images.patience import DataError, patiently, status
+from pipeline.images.sources import kept
+from pipeline.images.sources.source import Classes, ImageSource, Listing
+from pipeline.runtime.progress import Progress, say
+from pipeline.runtime.wording import counted, same, some
+
+READERS = 16  # threads that read headers, which is mostly waiting for the disk
+OPEN = 256  # files that are held open at once, of 1,024 that a system commonly allows
+
+
+@dataclass
+class Rows:
+    """The images that one container holds, in its order.
+
+    name: as the container has it. number: the class's number, -1 if it tells none.
+    label: the class's name, empty if it tells none. reason: why the image can't be
+    used, or empty. data: the file in which the images lie, if it is another.
+    """
+
+    data: str = ""
+
+    name: list[str] = field(default_factory=list)
+    number: list[int] = field(default_factory=list)
+    label: list[str] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    reason: list[str] = field(default_factory=list)
+
+    def add(
+        self, name: str, offset: int, size: int, *, number: int = -1, label: str = "", why: str = ""
+    ) -> None:
+        """Add an image."""
+        self.name.append(name)
+        self.number.append(number)
+        self.label.append(label)
+        self.offset.append(offset)
+        self.size.append(size)
+        self.reason.append(why)
+
+
+class _Open:
+    """An open file, which is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class OpenFiles:
+    """Holds the most recently used files open. Threads may share it."""
+
+    def __init__(self, most: int = OPEN) -> None:
+        self.most, self.lock = most, threading.Lock()
+        self.held: OrderedDict[Path, _Open] = OrderedDict()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Read bytes at an offset, patiently. Raises DataError if the disk fails now,
+        or if the file is shorter."""
+        return patiently(lambda: self._read(path, offset, size), path)
+
+    def _read(self, path: Path, offset: int, size: int) -> bytes:
+        file, found = self._open(path), b""
+        try:
+            while len(found) < size:
+                part = os.pread(file.descriptor, size - len(found), offset + len(found))
+                if not part:
+                    break
+                found = found + part if found else part
+        except OSError:
+            self.forget(path)  # a file handle of NFS may have gone stale
+            raise
+        if len(found) < size:
+            self.forget(path)
+            raise OSError(errno.EIO, f"only {len(found):,} of {size:,} bytes came")
+        return found
+
+    def _open(self, path: Path) -> _Open:
+        with self.lock:
+            if path in self.held:
+                self.held.move_to_end(path)
+                return self.held[path]
+        file = _Open(path)
+        with self.lock:
+            self.held[path] = file
+            while len(self.held) > self.most:
+                self.held.popitem(last=False)
+        return file
+
+    def forget(self, path: Path) -> None:
+        """Open a file anew when it is read next."""
+        with self.lock:
+            self.held.pop(path, None)
+
+
+_files = OpenFiles()
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of all containers, sorted by name. The first axis is [n].
+
+    name: str, packed. label: int32, a place in ``classes.names``, or -1. place: int64
+    [n, 3], container, offset and length. reason: str, packed. data: the file in which
+    each container's images lie, empty for the container itself. notes: lines for the
+    user.
+    """
+
+    n: int
+    name: np.ndarray
+    label: np.ndarray
+    place: np.ndarray
+    reason: np.ndarray
+    classes: Classes
+    data: list[str]
+    notes: list[str]
+
+    def save(self) -> dict[str, np.ndarray]:
+        """Return the index as arrays."""
+        return {
+            "n": np.array(self.n),
+            "name": self.name,
+            "label": self.label,
+            "place": self.place,
+            "reason": self.reason,
+            "classes": kept.packed(self.classes.names),
+            "count": np.array(len(self.classes.names)),
+            "numbered": np.array(self.classes.numbered),
+            "data": kept.packed(self.data),
+            "notes": kept.packed(self.notes),
+            "lines": np.array(len(self.notes)),
+        }
+
+    @classmethod
+    def load(cls, columns: dict[str, np.ndarray]) -> Index:
+        """Make the index of saved arrays."""
+        names = kept.unpacked(columns["classes"], int(columns["count"])).tolist()
+        return cls(
+            int(columns["n"]),
+            columns["name"],
+            columns["label"],
+            columns["place"],
+            columns["reason"],
+            Classes(names, bool(columns["numbered"])),
+            kept.unpacked(columns["data"], len(columns["found"])).tolist(),
+            kept.unpacked(columns["notes"], int(columns["lines"])).tolist(),
+        )
+
+
+class Containers(ImageSource):
+    """Images in containers.
+
+    files: the containers, in the order of their numbers. split: that the user asked
+    for, which counts if the containers hold several splits. kind: of a container, for
+    messages: "tar file".
+    """
+
+    kind = "container"
+
+    def __init__(self, path: Path, files: Sequence[Path], split: str = "train") -> None:
+        super().__init__(path)
+        self.files, self.split = [*files], split
+        self._index: Index | None = None
+
+    @abstractmethod
+    def rows_of(self, file: Path) -> Rows:
+        """Read the headers of a container. Raises DataError."""
+
+    def describe(self) -> str:
+        return counted(len(self.files), self.kind)
+
+    def data_file(self, number: int) -> Path:
+        """Return the file in which a container's images lie."""
+        return Path(self.index().data[number] or self.files[number])
+
+    def prepare(self) -> None:
+        """Say what reading the headers takes, before they are read. Raises DataError if
+        it can't be done."""
+        return None
+
+    def classes(self, known: Collection[str] = ()) -> Classes:
+        return self.index().classes
+
+    def list(self, classes: Classes, known: Container[str] = (), *, every: bool = False) -> Listing:
+        index = self.index()
+        changed = np.array([found[1] for found in self._found], np.int64)
+        return Listing(
+            kept.unpacked(index.name, index.n),
+            index.label,
+            index.place[:, 2].copy(),
+            changed[index.place[:, 0]],
+            index.place,
+            kept.unpacked(index.reason, index.n),
+        )
+
+    def read(self, address: Any) -> bytes:
+        number, offset, size = (int(part) for part in address)
+        return _files.read(self.data_file(number), offset, size) if size else b""
+
+    def where(self, address: Any) -> str:
+        number, offset, size = (int(part) for part in address)
+        return f"{self.files[number]} (bytes {offset:,} to {offset + size:,})"
+
+    def addresses(self, images: Images) -> np.ndarray:
+        index = self.index()
+        names = kept.unpacked(index.name, index.n)
+        row = {same(printable_paths(name)): i for i, name in enumerate(names.tolist())}
+        there = np.array([row.get(same(path), -1) for path in images.path.tolist()], np.int64)
+        if (missing := images.usable[there[images.usable] < 0]).size:
+            raise DataError(
+                f"{self.path} has no image {images.path[missing[0]]}; pass the images that the "
+                f"manifest was made from"
+            )
+        return np.where((there < 0)[:, None], 0, index.place[there])
+
+    def require_sound(self, split: str) -> None:
+        index = self.index()
+        told = len(index.classes.names)
+        classes = f"{told:,} class{'es' * (told != 1)}" if told else "no classes"
+        numbered = ", told by number" if index.classes.numbered else ""
+        say(f"{self.path}: {self.describe()} with {index.n:,} images of {classes}{numbered}")
+        for line in index.notes:
+            say(f"{self.path}: {line}")
+
+    def index(self) -> Index:
+        """Return the index: as kept from an earlier start, if no container has changed
+        since; otherwise it is read now, and kept."""
+        if self._index is None:
+            self._found = [self._status(file) for file in self.files]
+            places = [os.path.realpath(file) for file in self.files]
+            split = split_of(self.split) or self.split
+            file = kept.file_for(type(self).__name__, split, *places)
+            kept.once(file, lambda: self._recalled(file), lambda: self._made(file))
+        return self._index
+
+    def _recalled(self, file: Path) -> bool:
+        """Take the index that an earlier start has kept, if it is of these files."""
+        columns = kept.kept(file)
+        if columns is not None and np.array_equal(columns["found"], np.array(self._found)):
+            index = Index.load(columns)
+            if all(os.path.exists(data) for data in index.data if data):
+                self._index = index
+        return self._index is not None
+
+    def _made(self, file: Path) -> None:
+        """Read the headers, and keep the index."""
+        self.prepare()
+        self._index = self._read_headers()
+        kept.keep(file, self._index.save() | {"found": np.array(self._found, np.int64)})
+
+    def _status(self, file: Path) -> tuple[int, int]:
+        found = status(file)
+        if found is None:
+            raise DataError(f"{file} is gone since it was listed; run the same command again")
+        return found.st_size, found.st_mtime_ns
+
+    def _read_headers(self) -> Index:
+        with (
+            Progress("reading headers", len(self.files), f"{self.kind}s") as progress,
+            ThreadPoolExecutor(READERS) as pool,
+        ):
+            several = []
+            try:
+                for rows in pool.map(self.rows_of, self.files):
+                    several.append(rows)
+                    progress.advance(1)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return make_index(self.files, several, self.path, self.split)
+
+
+def make_index(files: Sequence[Path], several: Sequence[Rows], path: Path, split: str) -> Index:
+    """Join the rows of containers: name each image, and match names and numbers of
+    classes. split: which counts, if the images lie in folders of several splits. Raises
+    DataError."""
+    names = _without_common_folder([name for rows in several for name in rows.name])
+    inside = _in_split(names, path, split)
+    owner = np.repeat(np.arange(len(files)), [len(rows.name) for rows in several])[inside]
+    numbers, offsets, sizes = (
+        np.array([value for rows in several for value in getattr(rows, column)], np.int64)[inside]
+        for column in ("number", "offset", "size")
+    )
+    place = np.stack([owner, offsets, sizes], axis=1)
+    labels, reasons = (
+        [column[i] for i in inside.tolist()]
+        for column in (
+            [label for rows in several for label in rows.label],
+            [reason for rows in several for reason in rows.reason],
+        )
+    )
+    if len(inside) < len(names):
+        names = [names[i].partition("/")[2] for i in inside.tolist()]
+    notes: list[str] = []
+    classes, index = _classes(names, numbers, labels)
+    if classes.names and not classes.numbered:
+        names = [
+            name if "/" in name or at < 0 else f"{classes.names[at]}/{name}"
+            for name, at in zip(names, index.tolist(), strict=True)
+        ]
+    wanted = [
+        i
+        for i, name in enumerate(names)
+        if not is_system_path(name) and not any(map(is_hidden, name.split("/")))
+    ]
+    if not wanted:
+        raise DataError(
+            f"{path} holds no images; pass tar files, parquet files or a folder that hold some"
+        )
+    names = _told_apart(names, owner, files)
+    first: dict[str, int] = {}
+    for i in wanted:
+        first.setdefault(names[i], i)
+    if twice := len(wanted) - len(first):
+        example = next(names[i] for i in wanted if first[names[i]] != i)
+        notes.append(
+            f"left out {counted(twice, 'image')} whose name another image of the same file has "
+            f"(the first is {printable_paths(example)})"
+        )
+    if untold := int((index < 0).sum()) if classes.names else 0:
+        notes.append(f"nothing tells the class of {counted(untold, 'image')}")
+    order = [first[name] for name in sorted(first)]
+    return Index(
+        len(order),
+        kept.packed([names[i] for i in order]),
+        index[order].astype(np.int32),
+        place[order],
+        kept.packed([reasons[i] for i in order]),
+        classes,
+        [rows.data for rows in several],
+        notes,
+    )
+
+
+def safe_name(name: str) -> tuple[str, str]:
+    """Return a name as the manifest has it, and why the image can't be used, or an
+    empty reason. Nothing is ever written at a place that a container names; still, a
+    name that leads elsewhere is no name in a data set."""
+    parts = [part for part in name.replace("\0", "").split("/") if part not in ("", ".")]
+    plain = "/".join(parts)
+    if name.startswith("/") or ".." in parts:
+        return plain.replace("..", "_"), f"its name leads out of the data set: {name}"
+    return plain, ""
+
+
+def _without_common_folder(names: Sequence[str]) -> list[str]:
+    """Take away the folders that all names begin with, as in the tar file of a folder
+    of class folders."""
+    parents = {name.rpartition("/")[0] for name in names}
+    shared = os.path.commonpath(parents) if parents and "" not in parents else ""
+    return [name[len(shared) + 1 :] if shared else name for name in names]
+
+
+def _in_split(names: Sequence[str], path: Path, split: str) -> np.ndarray:
+    """Return the places of the names that lie in the folder of a split, int64 [m]; of
+    all names, if the folders are no splits. Raises DataError."""
+    folders = {name.partition("/")[0] if "/" in name else "" for name in names}
+    if len(folders) < 2 or not all(map(split_of, folders)):
+        return np.arange(len(names))
+    if split not in folders:
+        split = next((one for one in sorted(folders) if split_of(one) == split_of(split)), "")
+    if not split:
+        raise DataError(
+            f"{path} holds the folders {some(sorted(folders))}; name one of them as --split"
+        )
+    begin = f"{split}/"
+    return np.array([i for i, name in enumerate(names) if name.startswith(begin)], np.int64)
+
+
+def _classes(
+    names: Sequence[str], numbers: np.ndarray, labels: Sequence[str]
+) -> tuple[Classes, np.ndarray]:
+    """Match what is told of classes. Returns the classes, and each image's place among
+    them, int64 [n], or -1.
+
+    A class's name is what the container says, otherwise the image's folder. Numbers
+    decide the order of the names, if each number has one name and each name one number.
+    """
+    told = [
+        label or (name.partition("/")[0] if "/" in name else "")
+        for name, label in zip(names, labels, strict=True)
+    ]
+    numbered = numbers >= 0
+    if not numbered.any():
+        known = sorted({name for name in told if name})
+        place = {name: i for i, name in enumerate(known)}
+        return Classes(known), np.array([place.get(name, -1) for name in told], np.int64)
+    pairs = {
+        (number, name) for number, name in zip(numbers.tolist(), told, strict=True) if number >= 0
+    }
+    most = int(numbers.max()) + 1
+    one_name = all(name for _, name in pairs) and len(pairs) == len({p[0] for p in pairs})
+    if one_name and len(pairs) == len({p[1] for p in pairs}):
+        if len(pairs) == most:
+            return Classes([name for _, name in sorted(pairs)]), numbers
+        known = sorted(name for _, name in pairs)
+        place = {number: known.index(name) for number, name in pairs}
+        return Classes(known), np.array([place.get(n, -1) for n in numbers.tolist()], np.int64)
+    return Classes([str(i) for i in range(most)], numbered=True), numbers
+
+
+def _told_apart(names: Sequence[str], owner: np.ndarray, files: Sequence[Path]) -> list[str]:
+    """Put the container's name in front of names that several containers use."""
+    several = {name for name, count in Counter(names).items() if count > 1}
+    if not several:
+        return list(names)
+    containers: dict[str, set[int]] = {}
+    for name, number in zip(names, owner.tolist(), strict=True):
+        if name in several:
+            containers.setdefault(name, set()).add(number)
+    return [
+        f"{name.rpartition('/')[0]}/{files[number].stem}/{name.rpartition('/')[2]}".lstrip("/")
+        if len(containers.get(name, ())) > 1
+        else name
+        for name, number in zip(names, owner.tolist(), strict=True)
+    ]

@@ -1,0 +1,203 @@
+"""Read images that a list names: a CSV, TSV or text file of paths and classes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Collection, Container
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.images.names import is_named_image, on_disk
+from pipeline.images.patience import DataError, read_file, status
+from pipeline.images.sources.files import FileSource
+from pipeline.images.sources.source import Classes, Listing
+from pipeline.runtime.progress import Progress, say
+from pipeline.runtime.wording import counted, same
+
+LISTS = (".csv", ".tsv", ".txt", ".lst")
+# Names of columns, in small letters without separators, in the order of preference.
+PATHS = ("path", "filepath", "imagepath", "file", "filename", "image", "imagename", "name")
+CLASSES = (
+    "class",
+    "classname",
+    "label",
+    "labelname",
+    "category",
+    "target",
+    "classid",
+    "classindex",
+)
+LOOKERS = 16  # threads that ask for the files' sizes
+
+
+class ImageList(FileSource):
+    """The images of a list. A name is the path in the list, relative to the list's own
+    folder, or to the folder beside the list that has the list's name.
+
+    A line has a path, and a class if the list tells one: a name or a number from 0. A
+    first line of column names may be there. .csv has commas, .tsv tabs; in other files
+    a tab, a comma or the last blank of a line is the separator.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.rows = _read(path)
+        super().__init__(path, _folder(path, self.rows[0][0]))
+        self._classes: Classes | None = None
+
+    def describe(self) -> str:
+        return "a list"
+
+    def classes(self, known: Collection[str] = ()) -> Classes:
+        if self._classes is None:
+            told = {label for _, label, _ in self.rows if label}
+            if told and all(label.isdecimal() and len(label) < 7 for label in told):
+                most = max(map(int, told))
+                self._classes = Classes([str(i) for i in range(most + 1)], numbered=True)
+            else:
+                self._classes = Classes(sorted(told))
+        return self._classes
+
+    def list(self, classes: Classes, known: Container[str] = (), *, every: bool = False) -> Listing:
+        place = {name: i for i, name in enumerate(classes.names)}
+
+        def index(label: str) -> int:
+            return -1 if not label else int(label) if classes.numbered else place[label]
+
+        def look(row: tuple[str, str, int]) -> tuple[str, int, int, int] | None:
+            found = status(self.file(row[0]))
+            if found is None and os.path.lexists(self.file(row[0])):
+                return row[0], index(row[1]), -1, 0  # a link to nothing
+            return found and (row[0], index(row[1]), found.st_size, found.st_mtime_ns)
+
+        found, missing = [], []
+        with (
+            Progress("looking for files", len(self.rows), "images") as progress,
+            ThreadPoolExecutor(LOOKERS) as pool,
+        ):
+            for row, one in zip(self.rows, pool.map(look, self.rows), strict=True):
+                found.append(one) if one else missing.append(row)
+                progress.advance(1)
+        if missing:
+            name, _, line = missing[0]
+            raise DataError(
+                f"{self.path} names {counted(len(missing), 'file')} that "
+                f"{'is' if len(missing) == 1 else 'are'} not there, the first in line {line}: "
+                f"{self.file(name)}; put the list into the folder that its paths begin in, or "
+                f"take the lines out"
+            )
+        return Listing.of_files(found)
+
+    def require_sound(self, split: str) -> None:
+        told = self.classes()
+        untold = sum(not label for _, label, _ in self.rows)
+        what = f"{counted(len(self.rows), 'image')}, {counted(len(told.names), 'class', 'classes')}"
+        say(f"{self.path}: {what}{' told by number' if told.numbered else ''}")
+        if untold and told.names:
+            say(f"{self.path}: nothing tells the class of {counted(untold, 'image')}")
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file. Raises DataError."""
+    try:
+        return read_file(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{path} is no text in UTF-8; --data must be a folder, a list, tar or parquet files"
+        ) from None
+
+
+def _read(path: Path) -> list[tuple[str, str, int]]:
+    """Read a list. Returns (name, class as text or empty, line) of each image. Raises
+    DataError."""
+    lines = lines_of(path)
+    table = _table(path, lines)
+    if not table:
+        raise DataError(f"{path} is empty; it must hold a path and a class in each line")
+    columns = _columns(path, table[0][1])
+    if columns is None:
+        at, label = 0, 1
+    else:
+        at, label = columns
+        table = table[1:]
+    rows: list[tuple[str, str, int]] = []
+    first: dict[str, int] = {}
+    for line, cells in table:
+        if at >= len(cells) or not cells[at].strip():
+            raise DataError(f"line {line} of {path} names no image; mend it, or take it out")
+        name = _name(path, cells[at].strip(), line)
+        if other := first.get(same(name)):
+            raise DataError(
+                f"{path} names {name} twice, in lines {other} and {line}; take one of them out"
+            )
+        first[same(name)] = line
+        told = cells[label].strip() if label is not None and label < len(cells) else ""
+        rows.append((name, told, line))
+    if not rows:
+        raise DataError(f"{path} names no image; it must hold a path and a class in each line")
+    return rows
+
+
+def _table(path: Path, lines: list[str]) -> list[tuple[int, list[str]]]:
+    """Return the number and the cells of each line that isn't empty."""
+    some = next((line for line in lines if line.strip()), "")
+    suffix = path.suffix.lower()
+    delimiter = "," if suffix == ".csv" else "\t" if suffix == ".tsv" or "\t" in some else None
+    if delimiter is None and "," in some and not is_named_image(some.rpartition(",")[2]):
+        delimiter = ","
+    if delimiter:
+        reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter)
+        try:
+            return [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+        except csv.Error as error:
+            raise DataError(f"line {reader.line_num} of {path} can't be read ({error})") from None
+    cut = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if text:
+            before, _, last = text.rpartition(" ")
+            whole = not before or is_named_image(last)
+            cut.append((number, [text] if whole else [before.strip(), last]))
+    return cut
+
+
+def _columns(path: Path, first: list[str]) -> tuple[int, int | None] | None:
+    """Return the columns of path and class that a first line names; None if the line
+    names an image. Raises DataError."""
+    if is_named_image(first[0].strip().rpartition("/")[2]):
+        return None
+    names = ["".join(c for c in cell.casefold() if c.isalnum()) for cell in first]
+    at = next((names.index(name) for name in PATHS if name in names), None)
+    if at is None:
+        if any(is_named_image(cell.strip().rpartition("/")[2]) for cell in first):
+            raise DataError(f"the first column of {path} must hold the images' paths")
+        raise DataError(
+            f"{path} begins with {','.join(first)!r:.60}, which is no image's path and no line of "
+            f"column names; name the columns path and class"
+        )
+    return at, next((names.index(name) for name in CLASSES if name in names), None)
+
+
+def _name(path: Path, text: str, line: int) -> str:
+    """Return the name of a path in a list. Raises DataError for a path that leaves the
+    list's folder."""
+    name = text.replace("\\", "/")
+    if name.startswith("/") or name[1:3] == ":/":
+        inside = os.path.relpath(name, path.parent.absolute()) if name.startswith("/") else ".."
+        name = inside.replace(os.sep, "/")
+    name = os.path.normpath(name)
+    if name.startswith(("../", "/")) or name in ("..", "."):
+        raise DataError(
+            f"line {line} of {path} leads out of the list's folder ({text}); put the list into "
+            f"the folder that holds the images, with paths relative to it"
+        )
+    return name
+
+
+def _folder(path: Path, first: str) -> Path:
+    """Return the folder that the paths of a list begin in: the list's own, or the
+    folder beside it that has its name."""
+    beside = path.with_suffix("")
+    own, other = path.parent / on_disk(first), beside / on_disk(first)
+    return beside if not os.path.lexists(own) and os.path.lexists(other) else path.parent

@@ -1,0 +1,233 @@
+"""Find out what --data is: class folders, tar or parquet files, a list, or a folder
+without classes; and which part of it is the split."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.system.local import require_local
+from pipeline.images.names import (
+    as_text,
+    is_hidden,
+    is_named_image,
+    is_system_folder,
+    natural,
+    split_of,
+    split_within,
+)
+from pipeline.images.patience import DataError, glimpsed, is_file, is_folder, is_there, listed
+from pipeline.images.sources.class_folders import ClassFolders
+from pipeline.images.sources.flat_folder import FlatFolder
+from pipeline.images.sources.folder_checks import holds_images, tell_no_classes
+from pipeline.images.sources.image_list import LISTS, ImageList, lines_of
+from pipeline.images.sources.parquet import PARQUET, ParquetFiles
+from pipeline.images.sources.source import ImageSource
+from pipeline.images.sources.tars import TAR, Tars
+from pipeline.runtime.wording import some
+
+CONTAINERS = {TAR: Tars, PARQUET: ParquetFiles}
+KINDS = "a folder, tar files, parquet files or a list"
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+LOOKED = 20  # class folders that are looked into
+
+
+def open_source(data: str | Path, split: str) -> ImageSource:
+    """Open the images of a split.
+
+    data: a folder of class folders, of tar or parquet files, or of images; a folder
+    that holds one of these for each split (DATA/train, DATA/val; or files whose names
+    tell the split; or a list beside a folder of that name); a tar or parquet file; a
+    list of images, or of tar or parquet files; or a pattern of such files, with braces
+    ({000..127}) or wildcards. A source that isn't divided into splits is every split.
+    Raises DataError.
+    """
+    require_local(data)
+    data = Path(data)
+    if not split or "/" in split or split in (".", ".."):
+        raise DataError(
+            f"--split is {split!r}; it must be the name of a folder of --data, like train"
+        )
+    if is_file(data):
+        return _of_file(data, split)
+    if not is_there(data):
+        if files := _matching(data):
+            return _of_files(data, files, split)
+        raise DataError(
+            f"there is no folder {data}; --data must name a folder of class folders, or one with "
+            f"train/ and val/, or {KINDS}"
+        )
+    several = {
+        name: found
+        for name in dict.fromkeys((split, "train", "val"))
+        if (found := in_split(data, name))
+    }
+    if split in several:
+        return several[split]
+    if several:
+        raise _no_split(data, split, list(several))
+    return _of_folder(data, split)
+
+
+def in_split(data: Path, name: str) -> ImageSource | None:
+    """Open what a folder holds for a split: class folders, tar files, parquet files or
+    images in DATA/NAME, the list DATA/NAME.csv, or files in DATA (or DATA/data) whose
+    names tell the split. Returns None if it holds nothing for the split alone."""
+    if not is_there(data):
+        return None
+    folder = data / name
+    if is_class_folder_split(data, name) and not _shards(folder):
+        return ClassFolders(folder)
+    for suffix in LISTS:
+        if is_file(data / f"{name}{suffix}"):
+            return _of_file(data / f"{name}{suffix}", name)
+    if is_there(folder):
+        if shards := _shards(folder):
+            return _of_files(folder, shards, name)
+        if _is_flat(folder) and _only_splits(data):
+            return FlatFolder(folder)
+    for place in (data, data / "data"):
+        shards = _shards(place) if is_there(place) else []
+        if shards and all(split_within(file.stem) for file in shards):
+            mine = [file for file in shards if split_within(file.stem) == (split_of(name) or name)]
+            if mine:
+                return _of_files(place, mine, name)
+    return None
+
+
+def is_class_folder_split(data: str | Path, name: str) -> bool:
+    """Return whether DATA/NAME holds folders. A class that happens to be called train
+    holds images instead."""
+    folder = Path(data, name)
+    return is_there(folder) and any(_may_be_class(entry) for entry in listed(folder))
+
+
+def _may_be_class(entry: os.DirEntry) -> bool:
+    name = entry.name
+    return not (is_hidden(name) or is_system_folder(name)) and is_folder(entry)
+
+
+def _classes_in(folder: Path) -> list[str]:
+    return sorted(as_text(entry.name) for entry in listed(folder) if _may_be_class(entry))
+
+
+def _is_flat(folder: Path) -> bool:
+    """Return whether a folder holds images, as far as the first image tells, and no
+    folders before it."""
+    seen = glimpsed(folder, lambda e: is_named_image(e.name) and not is_folder(e))
+    return bool(seen) and is_named_image(seen[-1].name) and not is_folder(seen[-1])
+
+
+def _only_splits(data: Path) -> bool:
+    """Return whether all folders of a folder are named like splits, or one of them
+    holds class folders: a folder of images among them is then no class."""
+    names = _classes_in(data)
+    return tell_no_classes(names) or any(
+        is_class_folder_split(data, name) for name in names if split_of(name)
+    )
+
+
+def _of_folder(folder: Path, split: str) -> ImageSource:
+    """Open a folder that isn't divided into splits."""
+    classes = _classes_in(folder)
+    inner = folder / "data"
+    shards = _shards(folder) or (_shards(inner) if is_there(inner) else [])
+    if shards and not any(holds_images(folder / name) for name in classes[:LOOKED]):
+        told = {split_within(file.stem) for file in shards}
+        if None not in told and len(told) > 1:
+            raise _no_split(folder, split, sorted(map(str, told)))
+        return _of_files(shards[0].parent, shards, split)
+    if not classes and _is_flat(folder):
+        return FlatFolder(folder)
+    return ClassFolders(folder)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the tar files in a folder, or else the parquet files."""
+    files = [
+        Path(entry.path)
+        for entry in listed(folder)
+        if entry.name.endswith((TAR, PARQUET)) and not is_hidden(entry.name) and is_file(entry.path)
+    ]
+    tars = [file for file in files if file.suffix == TAR]
+    return sorted(tars or files, key=lambda file: natural(file.name))
+
+
+def _of_files(place: Path, files: Sequence[Path], split: str) -> ImageSource:
+    """Open tar files, or parquet files."""
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1 or not kinds <= set(CONTAINERS):
+        raise DataError(
+            f"{place} names {some([file.name for file in files])}; name tar files alone, or "
+            f"parquet files alone"
+        )
+    if missing := [file for file in files if not is_file(file)]:
+        raise DataError(
+            f"there is no file {missing[0]}, of {len(files):,} that {place} names; get it, or name "
+            f"those that are there"
+        )
+    return CONTAINERS[kinds.pop()](place, files, split)
+
+
+def _of_file(file: Path, split: str) -> ImageSource:
+    suffix = file.suffix.lower()
+    if suffix in CONTAINERS:
+        return CONTAINERS[suffix](file, [file], split)
+    if suffix in PACKED:
+        raise DataError(
+            f"{file} is compressed, so no image in it can be read by its place; unpack it into a "
+            f"folder, or into a tar file"
+        )
+    if suffix not in LISTS:
+        raise DataError(f"{file} is none of what --data can be: {KINDS} ({', '.join(LISTS)})")
+    lines = [line.strip() for line in lines_of(file) if line.strip()]
+    if lines and all(line.endswith(tuple(CONTAINERS)) for line in lines):
+        return _of_files(file, [file.parent / line for line in lines], split)
+    return ImageList(file)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return the files that a pattern names: braces first, whose files need not exist,
+    then wildcards."""
+    found = []
+    for text in braces(str(pattern)):
+        if glob.has_magic(text):
+            found += sorted(map(Path, glob.glob(text)), key=lambda file: natural(str(file)))
+        elif text != str(pattern):
+            found.append(Path(text))
+    return found
+
+
+def braces(text: str) -> list[str]:
+    """Expand {000..127} and {a,b} in a text, as a shell does."""
+    if not (found := re.search(r"\{([^{}]*)\}", text)):
+        return [text]
+    inside = found[1]
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = int(ends[1]), int(ends[2])
+        width = len(ends[1]) if ends[1].startswith("0") or len(ends[1]) == len(ends[2]) else 0
+        options = [f"{i:0{width}d}" for i in range(first, last + 1)]
+    elif "," in inside:
+        options = inside.split(",")
+    else:
+        return [text]
+    before, behind = text[: found.start()], text[found.end() :]
+    return list(itertools.chain(*(braces(f"{before}{one}{behind}") for one in options)))
+
+
+def _no_split(data: Path, split: str, splits: Sequence[str]) -> DataError:
+    """Return the refusal of a split that a folder doesn't hold, but holds others."""
+    if is_there(data / split):
+        return DataError(f"{data / split} holds no class folders; name another --split")
+    folders = [e.name for e in listed(data) if not is_hidden(e.name) and is_folder(e)]
+    near = [name for name in sorted(folders) if name not in splits and split_of(name)]
+    meant = [name for name in near if split_of(name) == split_of(split)] or near
+    return DataError(
+        f"{data} has {' and '.join(splits)} but no {split}; name another --split"
+        + (f", for example --split {meant[0]}" if meant else "")
+        + ", or add the folder"
+    )

@@ -1,0 +1,199 @@
+"""Read images from tar files: WebDataset's shards, a tar file per class, the tar file
+of class folders, and a tar file of such tar files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.images.names import is_named_image, split_within
+from pipeline.images.patience import DataError, patiently
+from pipeline.images.sources.containers import Containers, Rows, safe_name
+from pipeline.images.sources.tar_headers import Member, Part, TarError, members
+
+TAR = ".tar"
+BESIDE = 1 << 20  # bytes of the largest .cls or .json file that is read
+# Endings of files beside an image in a sample (WebDataset), in small letters.
+ABOUT = ("cls", "json")
+# Keys of a sample's .json file that hold the class, and the image's path.
+CLASS_KEYS, NAME_KEYS = ("label", "cls", "class"), ("filename", "file_name")
+
+
+class Tars(Containers):
+    """The images of tar files, which are never unpacked.
+
+    Files next to each other whose names are equal up to the first dot are a sample, as
+    WebDataset has it, if one of them ends in .cls or .json. The class is what .cls, or
+    ``label`` in .json, says; otherwise the folder of the image's name. A tar file among
+    several whose images lie in no folder, and whose name is no shard's number, is a
+    class.
+    """
+
+    kind = "tar file"
+
+    def rows_of(self, file: Path) -> Rows:
+        return patiently(lambda: self._rows(file), file)
+
+    def _rows(self, file: Path) -> Rows:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            rows = Rows()
+            part = Part(descriptor, 0, os.fstat(descriptor).st_size)
+            try:
+                _read(part, rows, file.stem if self._by_class() else "")
+            except TarError as error:
+                raise DataError(f"{file} {_repaired(part, error)}") from None
+            return rows
+        finally:
+            os.close(descriptor)
+
+    def _by_class(self) -> bool:
+        """Return whether the tar files' names may be those of classes."""
+        stems = [file.stem for file in self.files]
+        return len(stems) > 1 and not all(map(split_within, stems)) and not numbered(stems)
+
+
+def numbered(stems: Sequence[str]) -> bool:
+    """Return whether names are those of shards: they differ by a number only, and the
+    numbers follow each other. ImageNet's n01440764 and n01443537 don't."""
+    if len({re.sub(r"\d+", "#", stem) for stem in stems}) > 1:
+        return False
+    several = [[int(digits) for digits in re.findall(r"\d+", stem)] for stem in stems]
+    moving = [column for column in zip(*several, strict=True) if len(set(column)) > 1]
+    if len(moving) != 1:
+        return len(stems) < 2
+    return max(moving[0]) - min(moving[0]) + 1 == len(stems)
+
+
+def _repaired(part: Part, error: TarError) -> str:
+    """Complete what is wrong with a tar file by what to do."""
+    begin = part.bytes_at(0, 6)
+    packed = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"(\xb5": "unzstd"}
+    if tool := packed.get(begin[:2]):
+        return f"is compressed, so nothing in it can be read by its place; unpack it with {tool}"
+    if "blocks of zeros" in str(error):
+        return (
+            f"{error}; get it anew, or, if it is known to be whole, end it with: head -c 1024 "
+            f"/dev/zero >> FILE"
+        )
+    return f"{error}; get it anew, or take it out"
+
+
+def _read(part: Part, rows: Rows, label: str) -> None:
+    """Add the images of a tar file, and of the tar files in it, whose names are then
+    classes. label: name of the class of images that lie in no folder, or empty."""
+    for sample in _samples(part):
+        inner = [one for one, _ in sample if one.name.endswith(TAR) and not one.fault]
+        for one in inner:
+            inside = Rows()
+            stem = one.name.rpartition("/")[2].removesuffix(TAR)
+            start = part.start + one.offset
+            _read(Part(part.descriptor, start, start + one.size), inside, stem)
+            for row, offset in enumerate(inside.offset):
+                rows.add(
+                    inside.name[row],
+                    offset,
+                    inside.size[row],
+                    number=inside.number[row],
+                    label=inside.label[row],
+                    why=inside.reason[row],
+                )
+        _add(part, rows, sample, label)
+
+
+def _samples(part: Part) -> Iterator[list[tuple[Member, bytes]]]:
+    """Yield members that follow each other under one key, each with its bytes if they
+    tell something of the image, otherwise with none."""
+    sample: list[tuple[Member, bytes]] = []
+    last = None
+    for member, content in members(part):
+        folder, _, file = member.name.rpartition("/")
+        key = (folder, file.partition(".")[0])
+        if key != last and sample:
+            yield sample
+            sample = []
+        last = key
+        sample.append((member, _content(member, content)))
+    if sample:
+        yield sample
+
+
+def _content(member: Member, content: Callable[[], bytes]) -> bytes:
+    about = _ending(member.name) in ABOUT and not member.fault and member.size <= BESIDE
+    return content() if about else b""
+
+
+def _ending(name: str) -> str:
+    """Return all behind the first dot of a file's name, in small letters."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _add(part: Part, rows: Rows, sample: list[tuple[Member, bytes]], label: str) -> None:
+    images = [one for one, _ in sample if is_named_image(one.name.rpartition("/")[2])]
+    about = {_ending(one.name): content for one, content in sample if content}
+    if not images:
+        return
+    if not about:
+        for image in images:
+            name, why = safe_name(image.name)
+            rows.add(
+                name,
+                part.start + image.offset,
+                image.size,
+                label="" if "/" in name else label,
+                why=image.fault or why,
+            )
+        return
+    image = next((one for one in images if "." not in _ending(one.name)), images[0])
+    told = _told(about)
+    name, why = safe_name(image.name)
+    for given in (told.get(key) for key in NAME_KEYS):
+        if (
+            isinstance(given, str)
+            and not safe_name(given)[1]
+            and is_named_image(given.split("/")[-1])
+        ):
+            name, why = safe_name(given)
+    number, text = _class(next((told[key] for key in CLASS_KEYS if key in told), None))
+    rows.add(
+        name,
+        part.start + image.offset,
+        image.size,
+        number=number,
+        label=text,
+        why=image.fault or why,
+    )
+
+
+def _told(about: dict[str, bytes]) -> dict[str, Any]:
+    """Return what the files beside an image tell of it. A file that can't be read tells
+    nothing."""
+    told: Any = {}
+    try:
+        told = json.loads(about.get("json", b"{}"))
+    except ValueError:
+        pass
+    told = told if isinstance(told, dict) else {}
+    if "cls" in about:
+        told = {**told, "label": about["cls"].decode("utf-8", "replace").strip()}
+    return told
+
+
+def _class(value: object) -> tuple[int, str]:
+    """Return a class's number (-1 if there is none) and name (empty if there is
+    none)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(value, -1), ""
+    if isinstance(value, str):
+        text = value.strip()
+        return (int(text), "") if text.isdecimal() and len(text) < 10 else (-1, _plain(text))
+    return -1, ""
+
+
+def _plain(label: str) -> str:
+    """Return a class's name without what would make it a path."""
+    return "" if label.startswith("-") else label.replace("/", "_").replace("\0", "")
