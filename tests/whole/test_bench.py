@@ -67,6 +67,15 @@ def test_every_step_of_growth_is_measured_and_written(tmp_path):
     assert all(step["cpu_ns"] > 0 for step in steps.values())
 
 
+def test_reading_and_starting_are_measured_for_every_source(tmp_path):
+    done = run("sources.py", "--small", f"--out={tmp_path / 'sources.json'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads((tmp_path / "sources.json").read_text())
+    assert {"class folders", "tar files", "parquet, as it is"} <= set(document["reading"])
+    assert all(min(took.values()) > 0 for took in document["reading"].values())
+    assert len(document["starting"]) == 4
+
+
 # ---- make gpu
 
 
