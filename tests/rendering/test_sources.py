@@ -34,7 +34,8 @@ from pipeline.images.data_set import DataSet
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.images.scan import scan
-from pipeline.images.sources import containers, kept, opening, tar_headers
+from pipeline.images.sources import containers, kept, opening, tar_headers, tars
+from pipeline.images.sources.class_folders import ClassFolders
 from pipeline.images.sources.containers import OpenFiles
 from pipeline.render.settings import RenderSettings
 
@@ -185,6 +186,47 @@ def test_patterns_lists_and_splits_name_tar_files(folder, tmp_path):
             DataSet.find(data, "train")
     with pytest.raises(DataError, match="has train and val but no test"):
         DataSet.find(shards, "test")
+
+
+def test_class_folders_are_what_they_were_whatever_lies_beside_them(folder, tmp_path, small):
+    """People leave the archives that they unpacked, and lists of their own."""
+    whole = scanned(folder).manifest_digest()
+    as_one_tar(folder, tmp_path)
+    for place in (folder, folder.parent):
+        for name in ("ant.tar", "train.tar", "x-val-0.tar", "data.parquet"):
+            shutil.copy(tmp_path / "photos.tar", place / name)
+        for name in ("train.txt", "val.csv", "labels.txt"):
+            (place / name).write_text("no list of images\nat all")
+    for data in (folder, folder.parent):
+        assert isinstance(DataSet.find(data, "train").source, ClassFolders)
+        assert scanned(data).manifest_digest() == whole
+
+
+def test_results_beside_a_flat_split_are_no_classes(folder, tmp_path, small):
+    flat = tmp_path / "flat"
+    (flat / "train").mkdir(parents=True)
+    for i, file in enumerate(images_of(folder)):
+        shutil.copy(file, flat / "train" / f"{i}.jpg")
+    store = generate(small, flat, flat / "labels.zarr", device=CPU)
+    short = changed(small, train={"epochs": 1})
+    train(short, flat, flat / "run", store=store.path, device=CPU)
+    train(short, flat, flat / "run", store=store.path, device=CPU)  # and once more
+    assert scanned(flat).order == store.images.order
+
+
+@pytest.mark.parametrize(
+    ("names", "shards"),
+    [
+        (("00000", "00001"), True),
+        (("00000", "00007"), True),
+        (("x-train-3", "x-train-9"), True),
+        (("n01440764", "n01443537"), False),
+        (("ant", "bee"), False),
+        (("class1", "class2"), True),
+    ],
+)
+def test_tar_files_are_classes_unless_their_names_are_numbers(names, shards):
+    assert tars.numbered(names) is shards
 
 
 def test_braces_are_expanded_as_a_shell_does():

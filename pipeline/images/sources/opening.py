@@ -61,15 +61,10 @@ def open_source(data: str | Path, split: str) -> ImageSource:
             f"there is no folder {data}; --data must name a folder of class folders, or one with "
             f"train/ and val/, or {KINDS}"
         )
-    several = {
-        name: found
-        for name in dict.fromkeys((split, "train", "val"))
-        if (found := in_split(data, name))
-    }
-    if split in several:
-        return several[split]
-    if several:
-        raise _no_split(data, split, list(several))
+    if found := in_split(data, split):
+        return found
+    if others := [name for name in ("train", "val") if in_split(data, name)]:
+        raise _no_split(data, split, others)
     return _of_folder(data, split)
 
 
@@ -80,15 +75,17 @@ def in_split(data: Path, name: str) -> ImageSource | None:
     if not is_there(data):
         return None
     folder = data / name
-    if is_class_folder_split(data, name) and not _shards(folder):
-        return ClassFolders(folder)
+    if is_class_folder_split(data, name):
+        return _of_folder(folder, name)
+    if not _only_splits(data):
+        return None  # DATA holds the classes themselves, whatever lies beside them
     for suffix in LISTS:
         if is_file(data / f"{name}{suffix}"):
             return _of_file(data / f"{name}{suffix}", name)
     if is_there(folder):
         if shards := _shards(folder):
             return _of_files(folder, shards, name)
-        if _is_flat(folder) and _only_splits(data):
+        if _is_flat(folder):
             return FlatFolder(folder)
     for place in (data, data / "data"):
         shards = _shards(place) if is_there(place) else []
@@ -123,12 +120,18 @@ def _is_flat(folder: Path) -> bool:
 
 
 def _only_splits(data: Path) -> bool:
-    """Return whether all folders of a folder are named like splits, or one of them
-    holds class folders: a folder of images among them is then no class."""
+    """Return whether all folders of a folder that hold images are named like splits, or
+    one of them holds class folders: a folder of images among them is then no class. A
+    run's folder, which holds a picture of its curves, doesn't count."""
     names = _classes_in(data)
-    return tell_no_classes(names) or any(
-        is_class_folder_split(data, name) for name in names if split_of(name)
-    )
+    if any(is_class_folder_split(data, name) for name in names if split_of(name)):
+        return True
+    holding = [
+        name
+        for name in names[:LOOKED]
+        if holds_images(data / name) and not is_file(data / name / "config.yaml")
+    ]
+    return tell_no_classes(holding)
 
 
 def _of_folder(folder: Path, split: str) -> ImageSource:

@@ -58,15 +58,17 @@ class Tars(Containers):
 
 
 def numbered(stems: Sequence[str]) -> bool:
-    """Return whether names are those of shards: they differ by a number only, and the
-    numbers follow each other. ImageNet's n01440764 and n01443537 don't."""
+    """Return whether names are those of shards: they differ by a number only, which
+    stands alone (x-0007), or whose values follow each other. ImageNet's n01440764 and
+    n01443537 are none."""
     if len({re.sub(r"\d+", "#", stem) for stem in stems}) > 1:
         return False
     several = [[int(digits) for digits in re.findall(r"\d+", stem)] for stem in stems]
     moving = [column for column in zip(*several, strict=True) if len(set(column)) > 1]
     if len(moving) != 1:
         return len(stems) < 2
-    return max(moving[0]) - min(moving[0]) + 1 == len(stems)
+    alone = all(re.search(r"(^|[^A-Za-z0-9])\d+", stem) for stem in stems)
+    return alone or max(moving[0]) - min(moving[0]) + 1 == len(stems)
 
 
 def _repaired(part: Part, error: TarError) -> str:
