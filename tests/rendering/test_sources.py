@@ -181,9 +181,14 @@ def test_patterns_lists_and_splits_name_tar_files(folder, tmp_path):
         (f"{shards}/photos-train-{{000000..000003}}.tar", "no file .*000003.tar, of 4 that"),
         (f"{shards}/nothing-{{0..1}}.tgz", "name tar files alone"),
         (tmp_path / "nowhere", "there is no folder .*nowhere; --data must name"),
+        (tmp_path / "nowhere.tar", "there is no file .*nowhere.tar; --data must name"),
     ):
         with pytest.raises(DataError, match=says):
             DataSet.find(data, "train")
+    (shards / "photos-train-9.parquet").write_text("of another kind")
+    with pytest.raises(DataError, match="name tar files alone, or parquet files alone"):
+        DataSet.find(shards, "train")
+    (shards / "photos-train-9.parquet").unlink()
     with pytest.raises(DataError, match="has train and val but no test"):
         DataSet.find(shards, "test")
 
@@ -278,11 +283,12 @@ def test_broken_tar_files_are_refused_in_a_line(folder, tmp_path):
     good = as_one_tar(folder, tmp_path / "good").read_bytes()
     assert "is empty" in wrong(tmp_path, b"")
     assert "is no tar file" in wrong(tmp_path, b"no tar file at all" * 100)
+    assert "is no tar file" in wrong(tmp_path, b"hello")
     assert "unpack it with gunzip" in wrong(tmp_path, gzip.compress(good))
     assert "unpack it into a folder" in wrong(tmp_path, gzip.compress(good), "a.tar.gz")
     end = len(good.rstrip(b"\0"))
     assert "is cut off in" in wrong(tmp_path, good[: end - 2000])
-    assert "is cut off in the header" in wrong(tmp_path, good[:200])
+    assert "is cut off in the header" in wrong(tmp_path, good[:700])
     damaged = bytearray(good)
     second = good.index(b"train/", 512)
     damaged[second + 130] ^= 7

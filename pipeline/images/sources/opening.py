@@ -7,7 +7,8 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cache.system.local import require_local
@@ -58,8 +59,8 @@ def open_source(data: str | Path, split: str) -> ImageSource:
         if files := _matching(data):
             return _of_files(data, files, split)
         raise DataError(
-            f"there is no folder {data}; --data must name a folder of class folders, or one with "
-            f"train/ and val/, or {KINDS}"
+            f"there is no {'file' if data.suffix else 'folder'} {data}; --data must name a folder "
+            f"of class folders, or one with train/ and val/, tar or parquet files, or a list"
         )
     if found := in_split(data, split):
         return found
@@ -77,22 +78,29 @@ def in_split(data: Path, name: str) -> ImageSource | None:
     folder = data / name
     if is_class_folder_split(data, name):
         return _of_folder(folder, name)
-    if not _only_splits(data):
-        return None  # DATA holds the classes themselves, whatever lies beside them
+    found = _without_class_folders(data, name)
+    # Otherwise DATA holds the classes themselves, whatever lies beside them.
+    return found() if found and _only_splits(data) else None
+
+
+def _without_class_folders(data: Path, name: str) -> Callable[[], ImageSource] | None:
+    """Find a split that is no folder of class folders. Returns a function that opens
+    it, or None."""
+    folder = data / name
     for suffix in LISTS:
         if is_file(data / f"{name}{suffix}"):
-            return _of_file(data / f"{name}{suffix}", name)
+            return partial(_of_file, data / f"{name}{suffix}", name)
     if is_there(folder):
         if shards := _shards(folder):
-            return _of_files(folder, shards, name)
+            return partial(_of_files, folder, shards, name)
         if _is_flat(folder):
-            return FlatFolder(folder)
+            return partial(FlatFolder, folder)
     for place in (data, data / "data"):
         shards = _shards(place) if is_there(place) else []
         if shards and all(split_within(file.stem) for file in shards):
             mine = [file for file in shards if split_within(file.stem) == (split_of(name) or name)]
             if mine:
-                return _of_files(place, mine, name)
+                return partial(_of_files, place, mine, name)
     return None
 
 
@@ -150,14 +158,13 @@ def _of_folder(folder: Path, split: str) -> ImageSource:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Return the tar files in a folder, or else the parquet files."""
+    """Return the tar files and the parquet files in a folder."""
     files = [
         Path(entry.path)
         for entry in listed(folder)
         if entry.name.endswith((TAR, PARQUET)) and not is_hidden(entry.name) and is_file(entry.path)
     ]
-    tars = [file for file in files if file.suffix == TAR]
-    return sorted(tars or files, key=lambda file: natural(file.name))
+    return sorted(files, key=lambda file: natural(file.name))
 
 
 def _of_files(place: Path, files: Sequence[Path], split: str) -> ImageSource:

@@ -105,6 +105,8 @@ def members(part: Part) -> Iterator[tuple[Member, Callable[[], bytes]]]:
                 if not size
                 else "is cut off: the blocks of zeros that end a tar file are missing"
                 if at == size
+                else "is no tar file"
+                if not at
                 else f"is cut off in the header at byte {at:,}"
             )
         kind, length = block[156:157], _number(block[124:136])
