@@ -29,6 +29,7 @@ from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
 from pipeline.runtime.waiting import giving_way
+from pipeline.runtime.wording import same, some
 from pipeline.training.loop import Run
 from pipeline.training.resume import (
     classes_of_run,
@@ -166,11 +167,26 @@ def find_validation(
         )
         return None
     found = processes.together(lambda: _required(other, data))
-    if not processes.first(lambda: found.told().names):
-        say(f"no validation: nothing tells the classes of {found.path}")
+    if why := processes.first(lambda: _untold(found, data, source)):
+        say(f"no validation: {why}")
         return None
     mine = found.named(source.data.class_names)
     return Validation(mine, processes.first(lambda: _to_validate_on(mine, source, before)))
+
+
+def _untold(found: DataSet, data: DataSet, source: Source) -> str:
+    """Return why images can't be validated on, or an empty text. Images that the user
+    named for it are refused later instead, if their classes have other names."""
+    told, known = found.told(), set(map(same, source.data.class_names))
+    if not told.names:
+        return f"nothing tells the classes of {found.path}"
+    if told.numbered or found.root != data.root or known & set(map(same, told.names)):
+        return ""
+    return (
+        f"the classes of {found.path} ({some(told.names)}) have other names than those that the "
+        f"student learns ({some(source.data.class_names)}); pass --val-data whose classes have "
+        f"these names"
+    )
 
 
 def _validation_set(data: DataSet, other: Path | None) -> DataSet | None:

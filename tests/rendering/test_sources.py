@@ -129,6 +129,36 @@ def test_what_was_found_by_contents_is_not_read_again(folder, tmp_path, small, m
     assert recheck(store.path, shards, [], None)["trusted"]
 
 
+def test_classes_of_other_names_stop_no_distillation(folder, tmp_path, small, capsys):
+    """Hugging Face's ImageNet names its classes in words, class folders by WordNet."""
+    store = generate(small, folder, tmp_path / "s.zarr", device=CPU)
+    other = tmp_path / "other" / "train"
+    shutil.copytree(folder, other)
+    for name in CLASSES:
+        (other / name).rename(other / f"{name}, in words")
+    form = parquet(**PLAIN)(other, tmp_path / "p")
+    for file in sorted((form / "data").iterdir()):
+        shutil.copy(file, form / "data" / file.name.replace("train", "validation"))
+    short = changed(small, train={"epochs": 1})
+    train(short, folder, tmp_path / "run", store=store.path, device=CPU)
+    capsys.readouterr()
+    figures = train(short, form, tmp_path / "other-run", store=store.path, device=CPU)
+    said = capsys.readouterr().err
+    assert "val_top1" not in figures and "have other names than those that the student" in said
+    assert "they are known by their contents" in said
+    first, second = weights(tmp_path / "run"), weights(tmp_path / "other-run")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    with pytest.raises(DataError, match="of no known class"):
+        train(
+            short,
+            form,
+            tmp_path / "third",
+            store=store.path,
+            validation=other,
+            device=CPU,
+        )
+
+
 # ---- every command
 
 
