@@ -105,7 +105,8 @@ def test_the_installed_command_runs_and_finds_recipes_by_name(installed: Path, t
 def test_every_package_that_is_imported_is_declared():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
-    needed = config["options"]["install_requires"] + config["options.extras_require"]["export"]
+    extras = config["options.extras_require"]
+    needed = config["options"]["install_requires"] + extras["export"] + extras["parquet"]
     declared = {re.match(r"[\w.-]+", line)[0].lower() for line in needed.split()}
     of = importlib.metadata.packages_distributions()
     for path in sources():
