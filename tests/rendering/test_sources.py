@@ -537,6 +537,37 @@ def test_nulls_and_rows_without_a_path_have_names_and_reasons(folder, tmp_path):
         assert (found.class_index == -1).sum() == 3
 
 
+@pytest.mark.parametrize("how", [PLAIN, {}], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        ("binary", ["int8", "float32", "bool_"]),
+        ("large_binary", ["int64"]),
+        ("binary_view", ["int32"]),
+    ],
+)
+def test_columns_of_any_type_that_holds_bytes_and_labels_are_read(
+    folder, tmp_path, how, kind, labels
+):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as pq
+
+    images = [file.read_bytes() for file in images_of(folder)[:6]]
+    for label in labels:
+        told = [i % 2 for i in range(6)]
+        cells = [bool(i) for i in told] if label == "bool_" else told
+        columns = {
+            "img": pa.array(images, getattr(pa, kind)()),
+            "cls": pa.array(cells, getattr(pa, label)()),
+        }
+        pq.write_table(pa.table(columns), tmp_path / "p.parquet", row_group_size=4, **how)
+        found = scanned(tmp_path / "p.parquet")
+        assert len(found.usable) == 6
+        for path, index, size in zip(found.path, found.class_index, found.bytes, strict=True):
+            row = int(path[-6:])
+            assert (index, size) == (told[row], len(images[row]))
+
+
 def test_compressed_images_are_unpacked_once_and_that_is_said(folder, tmp_path, capsys):
     data = parquet(compression="zstd")(folder, tmp_path / "p")
     scanned(data)

@@ -213,7 +213,8 @@ def _image_column(file: Path, opened: Any) -> str:
     import pyarrow as pa
 
     def binary(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        several = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+        return any(is_one(kind) for is_one in several)
 
     found = {}
     for field in opened.schema_arrow:
@@ -286,6 +287,8 @@ def _told(
             root, suffix = os.path.splitext(path)
             name = f"{root}-{file.stem}-{row:06d}{suffix}"
         number, text = -1, ""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, int) and value >= 0:
             number = value
             text = label[1][value] if label and value < len(label[1]) else ""
