@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from abc import abstractmethod
 from collections import Counter, OrderedDict
@@ -25,6 +26,7 @@ from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.wording import counted, same, some
 
 READERS = 16  # threads that read headers, which is mostly waiting for the disk
+MOST_DIGITS = 6  # of a class's number
 OPEN = 256  # files that are held open at once, of 1,024 that a system commonly allows
 
 
@@ -353,11 +355,40 @@ def make_index(files: Sequence[Path], several: Sequence[Rows], path: Path, split
     )
 
 
+def class_of(value: object) -> tuple[int, str]:
+    """Return the number (-1 if there is none) and the name (empty if there is none) of
+    a class, as it is told: a number from 0, or a name. A longer number than
+    MOST_DIGITS is an identifier, and so a name. Anything else tells no class."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        value = str(int(value))
+    text = value.strip() if isinstance(value, str) else ""
+    if re.fullmatch(r"[0-9]+(\.0+)?", text) and len(text.partition(".")[0]) <= MOST_DIGITS:
+        return int(text.partition(".")[0]), ""
+    if text.startswith("-"):  # -1 stands for no class in many data sets
+        return -1, ""
+    return -1, _encodable(text).replace("/", "%2F").replace("\0", "")
+
+
+def _encodable(text: str) -> str:
+    """Return a text that can be UTF-8; half a pair of surrogates becomes a question
+    mark."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
 def safe_name(name: str) -> tuple[str, str]:
     """Return a name as the manifest has it, and why the image can't be used, or an
     empty reason. Nothing is ever written at a place that a container names; still, a
     name that leads elsewhere is no name in a data set."""
-    parts = [part for part in name.replace("\0", "").split("/") if part not in ("", ".")]
+    name = _encodable(name).replace("\0", "")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     plain = "/".join(parts)
     if name.startswith("/") or ".." in parts:
         return plain.replace("..", "_"), f"its name leads out of the data set: {name}"

@@ -51,24 +51,26 @@ def once(file: Path, there: Callable[[], bool], make: Callable[[], None]) -> Non
     """Let one process of this cache ``make`` a file, and return when it is ``there``.
     The others wait; if that process dies, another makes the file. Without a cache that
     can be written every process makes its own."""
+    begun = False
     try:
         durable.make_folder(file.parent)
         while not there():
             with claim(file.parent / "claims", file.name) as mine:
                 if mine and not there():
+                    begun = True
                     make()
                     return
             while not there() and held(file.parent / "claims", file.name):
                 time.sleep(0.2)
                 check()
     except OSError as error:
-        if not os.access(file.parent, os.W_OK):
-            say(
-                f"nothing can be kept in {file.parent} ({error.strerror or error}), so every start "
-                f"reads the data's headers; name another folder in the variable {VARIABLE}"
-            )
-            return make()
-        raise
+        if begun:  # an error of the work itself
+            raise
+        say(
+            f"nothing can be kept in {file.parent} ({error.strerror or error}), so every start "
+            f"reads the data's headers; name another folder in the variable {VARIABLE}"
+        )
+        make()
 
 
 def keep(file: Path, columns: dict[str, np.ndarray]) -> None:

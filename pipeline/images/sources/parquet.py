@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from cache.system import durable
 from cache.system.signals import check
 from pipeline.images.patience import DataError
 from pipeline.images.sources import kept
-from pipeline.images.sources.containers import Containers, Rows, safe_name
+from pipeline.images.sources.containers import Containers, Rows, class_of, safe_name
 from pipeline.images.sources.parquet_pages import BadPage, NotPlain, values
 from pipeline.runtime.progress import say
 from pipeline.runtime.wording import some
@@ -63,7 +62,7 @@ class ParquetFiles(Containers):
                 target = _unpacked_file(file)
                 self._unpack(file, column, target)
                 found, data = _lengths(file, column, target), str(target)
-        except (pa.ArrowException, BadPage, ValueError, OSError) as error:
+        except (pa.ArrowException, BadPage, ValueError, TypeError, KeyError, OSError) as error:
             why = " ".join(str(error).split())[:120]
             raise DataError(
                 f"{file} can't be read as a parquet file ({why}); get it anew, or take it out"
@@ -275,24 +274,19 @@ def _told(
     names = [f"{top}.path"] if has_path else []
     table = opened.read(columns=[*names, *([label[0]] if label else [])])
     n = opened.metadata.num_rows
-    paths = [None] * n
+    paths: list[Any] = [None] * n
     if has_path:
         paths = [(one or {}).get("path") for one in table.column(top).to_pylist()]
+    paths = [os.fsdecode(path) if isinstance(path, bytes) else path for path in paths]
+    paths = [path if isinstance(path, str) else None for path in paths]
     labels = table.column(label[0]).to_pylist() if label else [None] * n
-    several = Counter(zip(paths, labels, strict=True))  # a class is a folder
-    found = []
-    for row, (path, value) in enumerate(zip(paths, labels, strict=True)):
-        name = path or f"{file.stem}-{row:06d}"
-        if path and several[path, value] > 1:
-            root, suffix = os.path.splitext(path)
-            name = f"{root}-{file.stem}-{row:06d}{suffix}"
-        number, text = -1, ""
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and value >= 0:
-            number = value
-            text = label[1][value] if label and value < len(label[1]) else ""
-        elif isinstance(value, str):
-            text = value
-        found.append((name, number, text.replace("/", "_")))
-    return found
+    told = label[1] if label else []
+    classes = [class_of(value) for value in labels]
+    classes = [
+        (number, class_of(told[number])[1] or told[number] if 0 <= number < len(told) else text)
+        for number, text in classes
+    ]
+    return [
+        (path or f"{file.stem}-{row:06d}", number, text)
+        for row, (path, (number, text)) in enumerate(zip(paths, classes, strict=True))
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -139,6 +140,8 @@ def members(part: Part) -> Iterator[tuple[Member, Callable[[], bytes]]]:
             at = body + (_padded(length) if kind != b"5" else 0)
             if kind == b"5" or (kind == b"\0" and name.endswith("/")):
                 continue
+        if length < 0:
+            raise TarError(f"is damaged: a member of {length} bytes at byte {body:,}")
         if not fault and body + length > size:
             raise TarError(f"is cut off in {name}, at byte {size:,} of {body + length:,}")
         here, long = body, length
@@ -174,12 +177,9 @@ def _fault(info: tarfile.TarInfo) -> str:
 
 def _number(field: bytes) -> int | None:
     """Return an octal number; None for a number in another notation."""
-    if field[:1] in (b"\x80", b"\xff"):
-        return None
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return None
+    digits = field.strip(b" \0")
+    # int() alone would take a sign, too.
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
 
 
 def _sound(block: bytes) -> bool:

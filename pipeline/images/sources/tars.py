@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.images.names import is_named_image, split_within
 from pipeline.images.patience import DataError, patiently
-from pipeline.images.sources.containers import Containers, Rows, safe_name
+from pipeline.images.sources.containers import Containers, Rows, class_of, safe_name
 from pipeline.images.sources.tar_headers import Member, Part, TarError, members
 
 TAR = ".tar"
@@ -160,7 +160,7 @@ def _add(part: Part, rows: Rows, sample: list[tuple[Member, bytes]], label: str)
             and is_named_image(given.split("/")[-1])
         ):
             name, why = safe_name(given)
-    number, text = _class(next((told[key] for key in CLASS_KEYS if key in told), None))
+    number, text = class_of(next((told[key] for key in CLASS_KEYS if key in told), None))
     rows.add(
         name,
         part.start + image.offset,
@@ -177,25 +177,9 @@ def _told(about: dict[str, bytes]) -> dict[str, Any]:
     told: Any = {}
     try:
         told = json.loads(about.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     told = told if isinstance(told, dict) else {}
     if "cls" in about:
         told = {**told, "label": about["cls"].decode("utf-8", "replace").strip()}
     return told
-
-
-def _class(value: object) -> tuple[int, str]:
-    """Return a class's number (-1 if there is none) and name (empty if there is
-    none)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return max(value, -1), ""
-    if isinstance(value, str):
-        text = value.strip()
-        return (int(text), "") if text.isdecimal() and len(text) < 10 else (-1, _plain(text))
-    return -1, ""
-
-
-def _plain(label: str) -> str:
-    """Return a class's name without what would make it a path."""
-    return "" if label.startswith("-") else label.replace("/", "_").replace("\0", "")
