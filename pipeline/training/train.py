@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,9 +195,12 @@ def _validation_set(data: DataSet, other: Path | None) -> DataSet | None:
     if other is not None:
         return DataSet.find(other, "val")
     source = in_split(data.root, "val") if data.root else None
-    if source is None:
-        return None
-    return DataSet(source, source.classes().names, root=data.root, split="val")
+    if source is not None:
+        return DataSet(source, source.classes().names, root=data.root, split="val")
+    if data.root and data.source.divided:
+        with suppress(DataError):  # it has no split of this name
+            return DataSet.find(data.root, "val")
+    return None
 
 
 def _why_unvalidated(data: DataSet) -> str:

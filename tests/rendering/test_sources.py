@@ -3,6 +3,7 @@ lists; what --data is, is found out, and what is wrong with it is said in a line
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -223,7 +224,7 @@ def test_patterns_lists_and_splits_name_tar_files(folder, tmp_path):
         DataSet.find(shards, "test")
 
 
-def test_class_folders_are_what_they_were_whatever_lies_beside_them(folder, tmp_path, small):
+def test_class_folders_are_what_they_were_whatever_lies_beside_them(folder, tmp_path, capsys):
     """People leave the archives that they unpacked, and lists of their own."""
     whole = scanned(folder).manifest_digest()
     as_one_tar(folder, tmp_path)
@@ -232,6 +233,8 @@ def test_class_folders_are_what_they_were_whatever_lies_beside_them(folder, tmp_
             shutil.copy(tmp_path / "photos.tar", place / name)
         for name in ("train.txt", "val.csv", "labels.txt"):
             (place / name).write_text("no list of images\nat all")
+    DataSet.find(folder, "train")
+    assert f"{folder}/train.txt is not used" in capsys.readouterr().err
     for data in (folder, folder.parent):
         assert isinstance(DataSet.find(data, "train").source, ClassFolders)
         assert scanned(data).manifest_digest() == whole
@@ -258,6 +261,7 @@ def test_results_beside_a_flat_split_are_no_classes(folder, tmp_path, small):
         (("n01440764", "n01443537"), False),
         (("ant", "bee"), False),
         (("class1", "class2"), True),
+        (("d_0_000", "d_0_001", "d_1_000", "d_1_001"), True),
     ],
 )
 def test_tar_files_are_classes_unless_their_names_are_numbers(names, shards):
@@ -422,7 +426,136 @@ def test_a_tar_file_that_changed_since_the_manifest_is_refused(folder, tmp_path,
         read(found.usable)
 
 
+@pytest.mark.parametrize(
+    ("names", "asked", "taken", "says"),
+    [
+        (["train-000", "test-000", "extra-000"], "train", ["train-000"], "left out extra-000.tar"),
+        (["train-000", "test-000", "extra-000"], "test", ["test-000"], "left out extra-000.tar"),
+        (["train-000", "test-000", "extra-000"], "extra", ["extra-000"], ""),
+        (["train-000", "x-train-001"], "train", ["train-000", "x-train-001"], ""),
+    ],
+)
+def test_files_of_other_splits_are_never_taken(folder, tmp_path, capsys, names, asked, taken, says):
+    """Like SVHN's train, test and extra."""
+    files = images_of(folder)
+    for i, name in enumerate(names):
+        write_tar(tmp_path / "t" / f"{name}.tar", [(f"{name}.jpg", files[i].read_bytes())])
+    wanted = {f"{name}.jpg" for name in taken}
+    for data in (tmp_path / "t", f"{tmp_path}/t/*.tar"):
+        assert set(scanned(data, asked).path) == wanted
+        assert says in capsys.readouterr().err
+    if len(names) == 3:
+        for data in (tmp_path / "t", f"{tmp_path}/t/*.tar"):
+            with pytest.raises(DataError, match="has (test and )?train but no val"):
+                DataSet.find(data, "val")
+
+
+def test_a_class_named_like_a_split_is_no_split(folder, tmp_path):
+    files = images_of(folder)
+    for i, name in enumerate(("bullet_train", "steam", "car")):
+        write_tar(tmp_path / "t" / f"{name}.tar", [("a.jpg", files[i].read_bytes())])
+    assert DataSet.find(tmp_path / "t", "train").class_names == ["bullet_train", "car", "steam"]
+    members = [(f"{c}/1.jpg", files[i].read_bytes()) for i, c in enumerate(("train", "bus", "car"))]
+    tar = write_tar(tmp_path / "c.tar", members)
+    assert DataSet.find(tar, "train").class_names == ["bus", "car", "train"]
+
+
+def test_splits_in_a_tar_file_are_kept_apart_whatever_lies_beside_them(folder, tmp_path, capsys):
+    files = images_of(folder)
+    places = ("im/sample.jpg", "im/train/cat/a.jpg", "im/train/dog/b.jpg", "im/val/cat/c.jpg")
+    members = [(name, files[i].read_bytes()) for i, name in enumerate(places)]
+    tar = write_tar(tmp_path / "t.tar", members)
+    assert sorted(scanned(tar).path) == ["cat/a.jpg", "dog/b.jpg"]
+    assert "left out 2 images that lie in no folder, val" in capsys.readouterr().err
+    assert scanned(tar, "val").path.tolist() == ["cat/c.jpg"]
+    beside = [("a/images/x.jpg", b"x"), ("a/masks/x.png", b"y")]
+    with pytest.raises(DataError, match="named like splits or kinds of files, and tell no"):
+        scanned(write_tar(tmp_path / "m.tar", beside))
+    only = write_tar(tmp_path / "o.tar", [(f"train/{n[9:]}", b"x") for n in places[1:3]])
+    with pytest.raises(DataError, match="holds the folders train; name one"):
+        scanned(only, "val")
+
+
+def test_a_val_inside_of_a_tar_file_or_list_is_validated_on(folder, tmp_path, small):
+    write_photos(tmp_path / "data" / "val", 2, seed=1)
+    with tarfile.open(tmp_path / "all.tar", "w") as out:
+        out.add(tmp_path / "data", "photos")
+    hard = changed(small, train={"labels": "hard", "epochs": 1})
+    first = train(hard, tmp_path / "data", tmp_path / "run", device=CPU)
+    second = train(hard, tmp_path / "all.tar", tmp_path / "other", device=CPU)
+    assert first["val_top1"] == second["val_top1"] and first["val_loss"] == second["val_loss"]
+    lines = ["path,labels,split"]
+    for split in ("train", "val"):
+        for file in sorted((tmp_path / "data" / split).glob("*/*")):
+            name = f"{split}/{file.parent.name}/{file.name}"
+            lines.append(f"{name},{CLASSES.index(file.parent.name)}.0,{split}")
+    (tmp_path / "data" / "all.csv").write_text("\n".join(lines))
+    third = train(hard, tmp_path / "data" / "all.csv", tmp_path / "third", device=CPU)
+    assert "val_top1" in third
+    assert len(scanned(tmp_path / "data" / "all.csv", "val")) == 6
+    with pytest.raises(DataError, match="has no line of the split test .train, val."):
+        DataSet.find(tmp_path / "data" / "all.csv", "test")
+
+
+def test_images_of_one_name_are_never_lost(folder, tmp_path):
+    files = images_of(folder)
+    for i, place in enumerate(("cc3m", "cc12m")):
+        members = [(f"{j}.jpg", files[2 * i + j].read_bytes()) for j in range(2)]
+        write_tar(tmp_path / place / "00000.tar", members)
+    (tmp_path / "l.txt").write_text("cc3m/00000.tar\ncc12m/00000.tar\n")
+    assert set(scanned(tmp_path / "l.txt").path) == {
+        f"{place}/00000/{j}.jpg" for place in ("cc3m", "cc12m") for j in range(2)
+    }
+    members = []
+    for i in range(4):
+        about = json.dumps({"filename": f"{i % 2}.jpg", "label": i // 2}).encode()
+        members += [(f"{i:04}.jpg", files[i].read_bytes()), (f"{i:04}.json", about)]
+    found = scanned(write_tar(tmp_path / "f.tar", members))
+    assert len(found.usable) == 4
+    told = dict(zip(found.path, found.class_index, strict=True))
+    assert told == {"0000.jpg": 0, "0001.jpg": 0, "0002.jpg": 1, "0003.jpg": 1}
+
+
+@pytest.mark.parametrize(
+    ("about", "number", "name"),
+    [
+        ({"label": 10**20}, -1, str(10**20)),
+        ({"label": 3.0}, 3, ""),
+        ({"label": "2"}, 2, ""),
+        ({"label": -1}, -1, ""),
+        ({"label": [1, 2]}, -1, ""),
+        ({"label": None}, -1, ""),
+        ({"label": "AC/DC"}, -1, "AC%2FDC"),
+        ({"filename": "\ud83d.jpg", "label": 0}, 0, ""),
+    ],
+)
+def test_odd_labels_are_read_or_tell_no_class(folder, tmp_path, about, number, name):
+    image = images_of(folder)[0].read_bytes()
+    tar = write_tar(tmp_path / "t.tar", [("a.jpg", image), ("a.json", json.dumps(about).encode())])
+    data = DataSet.find(tar, "train")
+    names = [str(i) for i in range(number + 1)] if number >= 0 else [name] if name else []
+    assert data.class_names == names
+    assert len(scanned(tar).usable) == 1
+
+
+def test_metadata_that_cant_be_read_tells_nothing(folder, tmp_path):
+    image = images_of(folder)[0].read_bytes()
+    for content in (b"[" * 100_000, b"{", b"\xff\xfe", b"3"):
+        tar = write_tar(tmp_path / "t.tar", [("a.jpg", image), ("a.json", content)])
+        assert len(scanned(tar).usable) == 1
+
+
 # ---- headers
+
+
+def test_a_size_that_leads_back_is_refused(tmp_path):
+    """int(text, 8) would take the sign."""
+    info = tarfile.TarInfo("a.jpg")
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = b"-0000001000\0"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    assert "is damaged" in wrong(tmp_path, bytes(block) + bytes(2048))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -501,6 +634,33 @@ def test_a_cache_that_cant_be_written_stops_nothing(folder, tmp_path, monkeypatc
     monkeypatch.setenv(kept.VARIABLE, str(tmp_path / "file" / "cache"))
     assert len(DataSet.find(as_shards(folder, tmp_path / "s"), "train").list()) == 24
     assert "nothing can be kept" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_no_reading_of_headers(folder, tmp_path, monkeypatch, capsys):
+    """A quota of the home folder, on a cluster."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    shards = as_shards(folder, tmp_path / "s")
+    monkeypatch.setattr("pipeline.images.sources.kept.claim", full)
+    assert len(DataSet.find(shards, "train").list()) == 24
+    assert "nothing can be kept" in capsys.readouterr().err
+    packed = parquet(compression="zstd")(folder, tmp_path / "p")
+    monkeypatch.setattr("pipeline.images.sources.parquet._write_images", full)
+    with pytest.raises(DataError, match=r"can't be unpacked into .* OFFLINE_MEAL_CACHE"):
+        DataSet.find(packed, "train")
+
+
+def test_a_class_that_a_link_names_follows_the_link(folder, tmp_path):
+    files = images_of(folder)
+    (tmp_path / "l").mkdir()
+    for i, name in enumerate(("cat", "dog")):
+        write_tar(tmp_path / "s" / f"{i}.tar", [("x.jpg", files[i].read_bytes())])
+        (tmp_path / "l" / f"{name}.tar").symlink_to(tmp_path / "s" / f"{i}.tar")
+    assert DataSet.find(tmp_path / "l", "train").class_names == ["cat", "dog"]
+    (tmp_path / "l" / "cat.tar").rename(tmp_path / "l" / "bird.tar")
+    assert DataSet.find(tmp_path / "l", "train").class_names == ["bird", "dog"]
 
 
 def test_more_files_than_may_be_open_are_read(tmp_path):
@@ -614,6 +774,7 @@ def test_parquet_files_that_hold_no_images_are_refused_in_a_line(tmp_path):
         ("l.csv", "photo,kind\nant/000.jpg,ant\n", "name the columns path and class"),
         ("l.csv", "path,class\n,ant\n", "line 2 of .* names no image"),
         ("l.csv", "path,class\n", "names no image"),
+        ("l.txt", "ant/0\0.jpg ant\n", "line 1 of .* holds a NUL"),
         ("l.bin", "x", "is none of what --data can be"),
     ],
 )

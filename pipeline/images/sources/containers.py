@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from cache.format.manifest import Images, printable_paths
-from pipeline.images.names import is_hidden, is_system_path, split_of
+from pipeline.images.names import is_hidden, is_system_path, split_of, tells_no_class
 from pipeline.images.patience import DataError, patiently, status
 from pipeline.images.sources import kept
+from pipeline.images.sources.folder_checks import tell_no_classes
 from pipeline.images.sources.source import Classes, ImageSource, Listing
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.wording import counted, same, some
@@ -34,14 +35,17 @@ OPEN = 256  # files that are held open at once, of 1,024 that a system commonly 
 class Rows:
     """The images that one container holds, in its order.
 
-    name: as the container has it. number: the class's number, -1 if it tells none.
-    label: the class's name, empty if it tells none. reason: why the image can't be
-    used, or empty. data: the file in which the images lie, if it is another.
+    name: as it is told. own: another name, which is the image's own in its container;
+    empty if it is the same. number: the class's number, -1 if it tells none. label: the
+    class's name, empty if it tells none. reason: why the image can't be used, or empty.
+    data: the file in which the images lie, if it is another. dropped: images that are
+    no sample's own.
     """
 
     data: str = ""
-
+    dropped: int = 0
     name: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
     number: list[int] = field(default_factory=list)
     label: list[str] = field(default_factory=list)
     offset: list[int] = field(default_factory=list)
@@ -49,10 +53,19 @@ class Rows:
     reason: list[str] = field(default_factory=list)
 
     def add(
-        self, name: str, offset: int, size: int, *, number: int = -1, label: str = "", why: str = ""
+        self,
+        name: str,
+        offset: int,
+        size: int,
+        *,
+        number: int = -1,
+        label: str = "",
+        why: str = "",
+        own: str = "",
     ) -> None:
         """Add an image."""
         self.name.append(name)
+        self.own.append("" if own == name else own)
         self.number.append(number)
         self.label.append(label)
         self.offset.append(offset)
@@ -126,8 +139,9 @@ class Index:
 
     name: str, packed. label: int32, a place in ``classes.names``, or -1. place: int64
     [n, 3], container, offset and length. reason: str, packed. data: the file in which
-    each container's images lie, empty for the container itself. notes: lines for the
-    user.
+    each container's images lie, empty for the container itself. divided: the
+    containers hold several splits, and these are the images of one. notes: lines for
+    the user.
     """
 
     n: int
@@ -137,6 +151,7 @@ class Index:
     reason: np.ndarray
     classes: Classes
     data: list[str]
+    divided: bool
     notes: list[str]
 
     def save(self) -> dict[str, np.ndarray]:
@@ -151,6 +166,7 @@ class Index:
             "count": np.array(len(self.classes.names)),
             "numbered": np.array(self.classes.numbered),
             "data": kept.packed(self.data),
+            "divided": np.array(self.divided),
             "notes": kept.packed(self.notes),
             "lines": np.array(len(self.notes)),
         }
@@ -167,6 +183,7 @@ class Index:
             columns["reason"],
             Classes(names, bool(columns["numbered"])),
             kept.unpacked(columns["data"], len(columns["found"])).tolist(),
+            bool(columns["divided"]),
             kept.unpacked(columns["notes"], int(columns["lines"])).tolist(),
         )
 
@@ -237,6 +254,10 @@ class Containers(ImageSource):
             )
         return np.where((there < 0)[:, None], 0, index.place[there])
 
+    @property
+    def divided(self) -> bool:
+        return self.index().divided
+
     def require_sound(self, split: str) -> None:
         index = self.index()
         told = len(index.classes.names)
@@ -251,7 +272,8 @@ class Containers(ImageSource):
         since; otherwise it is read now, and kept."""
         if self._index is None:
             self._found = [self._status(file) for file in self.files]
-            places = [os.path.realpath(file) for file in self.files]
+            # A link's own name may be that of a class.
+            places = [f"{os.path.abspath(f)}\n{os.path.realpath(f)}" for f in self.files]
             split = split_of(self.split) or self.split
             file = kept.file_for(type(self).__name__, split, *places)
             kept.once(file, lambda: self._recalled(file), lambda: self._made(file))
@@ -297,30 +319,34 @@ def make_index(files: Sequence[Path], several: Sequence[Rows], path: Path, split
     """Join the rows of containers: name each image, and match names and numbers of
     classes. split: which counts, if the images lie in folders of several splits. Raises
     DataError."""
-    names = _without_common_folder([name for rows in several for name in rows.name])
-    inside = _in_split(names, path, split)
+    names, inside, left = split_names([n for rows in several for n in rows.name], path, split)
     owner = np.repeat(np.arange(len(files)), [len(rows.name) for rows in several])[inside]
     numbers, offsets, sizes = (
         np.array([value for rows in several for value in getattr(rows, column)], np.int64)[inside]
         for column in ("number", "offset", "size")
     )
     place = np.stack([owner, offsets, sizes], axis=1)
-    labels, reasons = (
+    labels, reasons, own = (
         [column[i] for i in inside.tolist()]
         for column in (
             [label for rows in several for label in rows.label],
             [reason for rows in several for reason in rows.reason],
+            [name for rows in several for name in rows.own],
         )
     )
-    if len(inside) < len(names):
-        names = [names[i].partition("/")[2] for i in inside.tolist()]
     notes: list[str] = []
+    if left:
+        notes.append(f"left out {left}")
+    if dropped := sum(rows.dropped for rows in several):
+        notes.append(f"left out {counted(dropped, 'image')} beside the image of a sample")
     classes, index = _classes(names, numbers, labels)
-    if classes.names and not classes.numbered:
-        names = [
-            name if "/" in name or at < 0 else f"{classes.names[at]}/{name}"
-            for name, at in zip(names, index.tolist(), strict=True)
-        ]
+    by_folder = not classes.numbered and not any(labels)
+    if len(classes.names) > 1 and by_folder and tell_no_classes(classes.names):
+        raise DataError(
+            f"the folders in {path} ({some(classes.names)}) are named like splits or kinds of "
+            f"files, and tell no classes; pass tar files of the images alone, or a list of paths "
+            f"and classes"
+        )
     wanted = [
         i
         for i, name in enumerate(names)
@@ -330,7 +356,12 @@ def make_index(files: Sequence[Path], several: Sequence[Rows], path: Path, split
         raise DataError(
             f"{path} holds no images; pass tar files, parquet files or a folder that hold some"
         )
-    names = _told_apart(names, owner, files)
+    if classes.names and not classes.numbered:
+        names = [
+            name if "/" in name or at < 0 else f"{classes.names[at]}/{name}"
+            for name, at in zip(names, index.tolist(), strict=True)
+        ]
+    names = _told_apart(names, own, owner, files)
     first: dict[str, int] = {}
     for i in wanted:
         first.setdefault(names[i], i)
@@ -351,6 +382,7 @@ def make_index(files: Sequence[Path], several: Sequence[Rows], path: Path, split
         kept.packed([reasons[i] for i in order]),
         classes,
         [rows.data for rows in several],
+        left is not None,
         notes,
     )
 
@@ -368,7 +400,7 @@ def class_of(value: object) -> tuple[int, str]:
     text = value.strip() if isinstance(value, str) else ""
     if re.fullmatch(r"[0-9]+(\.0+)?", text) and len(text.partition(".")[0]) <= MOST_DIGITS:
         return int(text.partition(".")[0]), ""
-    if text.startswith("-"):  # -1 stands for no class in many data sets
+    if re.fullmatch(r"-[0-9]+(\.0+)?", text):  # -1 stands for no class in many data sets
         return -1, ""
     return -1, _encodable(text).replace("/", "%2F").replace("\0", "")
 
@@ -395,28 +427,50 @@ def safe_name(name: str) -> tuple[str, str]:
     return plain, ""
 
 
-def _without_common_folder(names: Sequence[str]) -> list[str]:
-    """Take away the folders that all names begin with, as in the tar file of a folder
-    of class folders."""
-    parents = {name.rpartition("/")[0] for name in names}
-    shared = os.path.commonpath(parents) if parents and "" not in parents else ""
-    return [name[len(shared) + 1 :] if shared else name for name in names]
+def split_names(
+    names: Sequence[str], path: Path, split: str
+) -> tuple[list[str], np.ndarray, str | None]:
+    """Find the images of a split, and the names below what they have in common.
 
-
-def _in_split(names: Sequence[str], path: Path, split: str) -> np.ndarray:
-    """Return the places of the names that lie in the folder of a split, int64 [m]; of
-    all names, if the folders are no splits. Raises DataError."""
-    folders = {name.partition("/")[0] if "/" in name else "" for name in names}
-    if len(folders) < 2 or not all(map(split_of, folders)):
-        return np.arange(len(names))
-    if split not in folders:
-        split = next((one for one in sorted(folders) if split_of(one) == split_of(split)), "")
-    if not split:
-        raise DataError(
-            f"{path} holds the folders {some(sorted(folders))}; name one of them as --split"
-        )
-    begin = f"{split}/"
-    return np.array([i for i, name in enumerate(names) if name.startswith(begin)], np.int64)
+    Folders that all names begin with are taken away, as in the tar file of a folder of
+    class folders; the last such folder stays if it is a class. A folder that is named
+    like a split is one if it holds folders, or if all others are named so, too. Returns
+    the names, their places among the given ones, int64 [m], and what was left out in
+    words; None if the names lie in no splits. Raises DataError.
+    """
+    places, left = np.arange(len(names)), None
+    names = list(names)
+    while names:
+        folders = {name.partition("/")[0] if "/" in name else "" for name in names}
+        deep = {name.partition("/")[0] for name in names if name.count("/") > 1}
+        splits = {one for one in folders if split_of(one) and one in deep}
+        if all(map(split_of, folders)):
+            splits = folders
+        if splits and left is None:
+            mine = split if split in folders else ""
+            mine = mine or next((f for f in sorted(splits) if split_of(f) == split_of(split)), "")
+            if not mine:
+                raise DataError(
+                    f"{path} holds the folders {some(sorted(folders))}; name one of them as --split"
+                )
+            begin = f"{mine}/"
+            rows = [i for i, name in enumerate(names) if name.startswith(begin)]
+            others = sorted(folders - {mine})
+            beside = len(names) - len(rows)
+            left = f"{counted(beside, 'image')} that {'lies' if beside == 1 else 'lie'} in "
+            left += some([one or "no folder" for one in others]) if others else ""
+            left = left if others else ""
+            names, places = [names[i][len(begin) :] for i in rows], places[rows]
+            continue
+        if len(folders) > 1 or "" in folders:
+            break
+        (shared,) = folders
+        deeper = all(name.count("/") > 1 for name in names)
+        inner = {name.split("/")[1] for name in names if name.count("/") > 2}
+        if not tells_no_class(shared) and not deeper and not any(map(split_of, inner)):
+            break  # one class, and images in it
+        names = [name[len(shared) + 1 :] for name in names]
+    return names, places, left
 
 
 def _classes(
@@ -451,18 +505,35 @@ def _classes(
     return Classes([str(i) for i in range(most)], numbered=True), numbers
 
 
-def _told_apart(names: Sequence[str], owner: np.ndarray, files: Sequence[Path]) -> list[str]:
-    """Put the container's name in front of names that several containers use."""
-    several = {name for name, count in Counter(names).items() if count > 1}
-    if not several:
-        return list(names)
+def _told_apart(
+    names: Sequence[str], own: Sequence[str], owner: np.ndarray, files: Sequence[Path]
+) -> list[str]:
+    """Tell images apart that have one name: by their own names in one container, and by
+    the containers' names if several containers use a name."""
+    found, owners = list(names), owner.tolist()
+    count = Counter(zip(found, owners, strict=True))
+    for i, name in enumerate(found):
+        if count[name, owners[i]] > 1 and own[i]:
+            folder = name.rpartition("/")[0]
+            found[i] = f"{folder}/{own[i].rpartition('/')[2]}".lstrip("/")
     containers: dict[str, set[int]] = {}
-    for name, number in zip(names, owner.tolist(), strict=True):
-        if name in several:
-            containers.setdefault(name, set()).add(number)
+    for name, number in zip(found, owners, strict=True):
+        containers.setdefault(name, set()).add(number)
+    tails = _tails(files) if any(len(several) > 1 for several in containers.values()) else []
     return [
-        f"{name.rpartition('/')[0]}/{files[number].stem}/{name.rpartition('/')[2]}".lstrip("/")
-        if len(containers.get(name, ())) > 1
+        f"{name.rpartition('/')[0]}/{tails[number]}/{name.rpartition('/')[2]}".lstrip("/")
+        if len(containers[name]) > 1
         else name
-        for name, number in zip(names, owner.tolist(), strict=True)
+        for name, number in zip(found, owners, strict=True)
     ]
+
+
+def _tails(files: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the files' paths that tell all of them apart, without
+    suffixes."""
+    parts = [file.absolute().with_suffix("").parts for file in files]
+    for length in range(1, max(map(len, parts)) + 1):
+        tails = ["/".join(one[-length:]).lstrip("/") for one in parts]
+        if len(set(tails)) == len(tails):
+            break
+    return tails

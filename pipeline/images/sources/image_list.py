@@ -9,16 +9,18 @@ from collections.abc import Collection, Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.images.names import is_named_image, on_disk
+from pipeline.images.names import is_named_image, on_disk, split_of
 from pipeline.images.patience import DataError, read_file, status
+from pipeline.images.sources.containers import class_of
 from pipeline.images.sources.files import FileSource
 from pipeline.images.sources.source import Classes, Listing
 from pipeline.runtime.progress import Progress, say
-from pipeline.runtime.wording import counted, same
+from pipeline.runtime.wording import counted, same, some
 
 LISTS = (".csv", ".tsv", ".txt", ".lst")
 # Names of columns, in small letters without separators, in the order of preference.
 PATHS = ("path", "filepath", "imagepath", "file", "filename", "image", "imagename", "name")
+SPLITS = ("split", "subset", "set")
 CLASSES = (
     "class",
     "classname",
@@ -28,6 +30,9 @@ CLASSES = (
     "target",
     "classid",
     "classindex",
+    "classes",
+    "labels",
+    "categories",
 )
 LOOKERS = 16  # threads that ask for the files' sizes
 
@@ -38,13 +43,18 @@ class ImageList(FileSource):
 
     A line has a path, and a class if the list tells one: a name or a number from 0. A
     first line of column names may be there. .csv has commas, .tsv tabs; in other files
-    a tab, a comma or the last blank of a line is the separator.
+    a tab, a comma or the last blank of a line is the separator. Of a column ``split``
+    the lines of the split count that the user asked for.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.rows = _read(path)
+    def __init__(self, path: Path, split: str = "train") -> None:
+        self.rows, self.others = _read(path, split)
         super().__init__(path, _folder(path, self.rows[0][0]))
         self._classes: Classes | None = None
+
+    @property
+    def divided(self) -> bool:
+        return self.others > 0
 
     def describe(self) -> str:
         return "a list"
@@ -94,6 +104,8 @@ class ImageList(FileSource):
         untold = sum(not label for _, label, _ in self.rows)
         what = f"{counted(len(self.rows), 'image')}, {counted(len(told.names), 'class', 'classes')}"
         say(f"{self.path}: {what}{' told by number' if told.numbered else ''}")
+        if self.others:
+            say(f"{self.path}: left out {counted(self.others, 'image')} of other splits")
         if untold and told.names:
             say(f"{self.path}: nothing tells the class of {counted(untold, 'image')}")
 
@@ -108,24 +120,30 @@ def lines_of(path: Path) -> list[str]:
         ) from None
 
 
-def _read(path: Path) -> list[tuple[str, str, int]]:
-    """Read a list. Returns (name, class as text or empty, line) of each image. Raises
-    DataError."""
+def _read(path: Path, split: str) -> tuple[list[tuple[str, str, int]], int]:
+    """Read a list. Returns (name, class as text or empty, line) of each image of a
+    split, and the number of images of other splits. Raises DataError."""
     lines = lines_of(path)
     table = _table(path, lines)
     if not table:
         raise DataError(f"{path} is empty; it must hold a path and a class in each line")
     columns = _columns(path, table[0][1])
     if columns is None:
-        at, label = 0, 1
+        at, label, part = 0, 1, None
     else:
-        at, label = columns
+        at, label, part = columns
         table = table[1:]
     rows: list[tuple[str, str, int]] = []
     first: dict[str, int] = {}
+    others: list[str] = []
     for line, cells in table:
         if at >= len(cells) or not cells[at].strip():
             raise DataError(f"line {line} of {path} names no image; mend it, or take it out")
+        if part is not None:
+            told = cells[part].strip() if part < len(cells) else ""
+            if told != split and (not split_of(told) or split_of(told) != split_of(split)):
+                others.append(told)
+                continue
         name = _name(path, cells[at].strip(), line)
         if other := first.get(same(name)):
             raise DataError(
@@ -133,18 +151,24 @@ def _read(path: Path) -> list[tuple[str, str, int]]:
             )
         first[same(name)] = line
         told = cells[label].strip() if label is not None and label < len(cells) else ""
-        rows.append((name, told, line))
+        number, text = class_of(told)
+        rows.append((name, str(number) if number >= 0 else text, line))
+    if others and not rows:
+        raise DataError(
+            f"{path} has no line of the split {split} ({some(sorted(set(others)))}); name another "
+            f"--split"
+        )
     if not rows:
         raise DataError(f"{path} names no image; it must hold a path and a class in each line")
-    return rows
+    return rows, len(others)
 
 
 def _table(path: Path, lines: list[str]) -> list[tuple[int, list[str]]]:
     """Return the number and the cells of each line that isn't empty."""
-    some = next((line for line in lines if line.strip()), "")
+    begin = next((line for line in lines if line.strip()), "")
     suffix = path.suffix.lower()
-    delimiter = "," if suffix == ".csv" else "\t" if suffix == ".tsv" or "\t" in some else None
-    if delimiter is None and "," in some and not is_named_image(some.rpartition(",")[2]):
+    delimiter = "," if suffix == ".csv" else "\t" if suffix == ".tsv" or "\t" in begin else None
+    if delimiter is None and "," in begin and not is_named_image(begin.rpartition(",")[2]):
         delimiter = ","
     if delimiter:
         reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter)
@@ -162,9 +186,9 @@ def _table(path: Path, lines: list[str]) -> list[tuple[int, list[str]]]:
     return cut
 
 
-def _columns(path: Path, first: list[str]) -> tuple[int, int | None] | None:
-    """Return the columns of path and class that a first line names; None if the line
-    names an image. Raises DataError."""
+def _columns(path: Path, first: list[str]) -> tuple[int, int | None, int | None] | None:
+    """Return the columns of path, class and split that a first line names; None if the
+    line names an image. Raises DataError."""
     if is_named_image(first[0].strip().rpartition("/")[2]):
         return None
     names = ["".join(c for c in cell.casefold() if c.isalnum()) for cell in first]
@@ -176,12 +200,18 @@ def _columns(path: Path, first: list[str]) -> tuple[int, int | None] | None:
             f"{path} begins with {','.join(first)!r:.60}, which is no image's path and no line of "
             f"column names; name the columns path and class"
         )
-    return at, next((names.index(name) for name in CLASSES if name in names), None)
+    label, part = (
+        next((names.index(name) for name in wanted if name in names), None)
+        for wanted in (CLASSES, SPLITS)
+    )
+    return at, label, part
 
 
 def _name(path: Path, text: str, line: int) -> str:
     """Return the name of a path in a list. Raises DataError for a path that leaves the
     list's folder."""
+    if "\0" in text:
+        raise DataError(f"line {line} of {path} holds a NUL; mend it, or take it out")
     name = text.replace("\\", "/")
     if name.startswith("/") or name[1:3] == ":/":
         inside = os.path.relpath(name, path.parent.absolute()) if name.startswith("/") else ".."

@@ -29,6 +29,7 @@ from pipeline.images.sources.image_list import LISTS, ImageList, lines_of
 from pipeline.images.sources.parquet import PARQUET, ParquetFiles
 from pipeline.images.sources.source import ImageSource
 from pipeline.images.sources.tars import TAR, Tars
+from pipeline.runtime.progress import say
 from pipeline.runtime.wording import some
 
 CONTAINERS = {TAR: Tars, PARQUET: ParquetFiles}
@@ -66,7 +67,14 @@ def open_source(data: str | Path, split: str) -> ImageSource:
         return found
     if others := [name for name in ("train", "val") if in_split(data, name)]:
         raise _no_split(data, split, others)
-    return _of_folder(data, split)
+    source = _of_folder(data, split)
+    for suffix in LISTS:
+        if isinstance(source, ClassFolders) and is_file(data / f"{split}{suffix}"):
+            say(
+                f"{data / f'{split}{suffix}'} is not used, since {data} holds class folders; to "
+                f"use it, pass it as --data"
+            )
+    return source
 
 
 def in_split(data: Path, name: str) -> ImageSource | None:
@@ -97,11 +105,27 @@ def _without_class_folders(data: Path, name: str) -> Callable[[], ImageSource] |
             return partial(FlatFolder, folder)
     for place in (data, data / "data"):
         shards = _shards(place) if is_there(place) else []
-        if shards and all(split_within(file.stem) for file in shards):
-            mine = [file for file in shards if split_within(file.stem) == (split_of(name) or name)]
-            if mine:
-                return partial(_of_files, place, mine, name)
+        if shards and any(tells_split(file) for file in shards) and _of_split(shards, name):
+            return partial(_of_files, place, shards, name)
     return None
+
+
+def tells_split(file: Path) -> str | None:
+    """Return the split that a file's name tells: the whole name (train.tar), or one
+    word of a name with a number (x-train-0007.tar). bullet_train.tar is a class."""
+    numbered = any(c.isdigit() for c in file.stem)
+    return split_of(file.stem) or (split_within(file.stem) if numbered else None)
+
+
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Return the files whose names tell a split, in the words of its name or in
+    others."""
+    return [
+        file
+        for file in files
+        if split.casefold() in re.split(r"[^a-z]+", file.stem.casefold())
+        or tells_split(file) == (split_of(split) or split)
+    ]
 
 
 def is_class_folder_split(data: str | Path, name: str) -> bool:
@@ -148,9 +172,6 @@ def _of_folder(folder: Path, split: str) -> ImageSource:
     inner = folder / "data"
     shards = _shards(folder) or (_shards(inner) if is_there(inner) else [])
     if shards and not any(holds_images(folder / name) for name in classes[:LOOKED]):
-        told = {split_within(file.stem) for file in shards}
-        if None not in told and len(told) > 1:
-            raise _no_split(folder, split, sorted(map(str, told)))
         return _of_files(shards[0].parent, shards, split)
     if not classes and _is_flat(folder):
         return FlatFolder(folder)
@@ -180,6 +201,17 @@ def _of_files(place: Path, files: Sequence[Path], split: str) -> ImageSource:
             f"there is no file {missing[0]}, of {len(files):,} that {place} names; get it, or name "
             f"those that are there"
         )
+    told = {found for file in files if (found := tells_split(file))}
+    others = len(told) > 1 or (told and not all(map(tells_split, files)) and is_there(place))
+    if others:
+        mine = _of_split(files, split)
+        if not mine:
+            raise _no_split(place, split, sorted(told))
+        left = [file.name for file in files if file not in mine]
+        unclear = [name for name in left if not tells_split(Path(name))]
+        if unclear:
+            say(f"{place}: left out {some(unclear)}, whose names don't tell the split {split}")
+        files = mine
     return CONTAINERS[kinds.pop()](place, files, split)
 
 
@@ -197,7 +229,7 @@ def _of_file(file: Path, split: str) -> ImageSource:
     lines = [line.strip() for line in lines_of(file) if line.strip()]
     if lines and all(line.endswith(tuple(CONTAINERS)) for line in lines):
         return _of_files(file, [file.parent / line for line in lines], split)
-    return ImageList(file)
+    return ImageList(file, split)
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -233,6 +265,11 @@ def _no_split(data: Path, split: str, splits: Sequence[str]) -> DataError:
     """Return the refusal of a split that a folder doesn't hold, but holds others."""
     if is_there(data / split):
         return DataError(f"{data / split} holds no class folders; name another --split")
+    if not is_there(data):
+        return DataError(
+            f"{data} has {' and '.join(splits)} but no {split}; name another --split, or the files "
+            f"of one split"
+        )
     folders = [e.name for e in listed(data) if not is_hidden(e.name) and is_folder(e)]
     near = [name for name in sorted(folders) if name not in splits and split_of(name)]
     meant = [name for name in near if split_of(name) == split_of(split)] or near

@@ -68,10 +68,13 @@ class ParquetFiles(Containers):
                 f"{file} can't be read as a parquet file ({why}); get it anew, or take it out"
             ) from None
         rows = Rows(data=data)
-        for (name, number, text), (offset, size) in zip(told, found, strict=True):
+        for row, ((name, number, text), (offset, size)) in enumerate(zip(told, found, strict=True)):
+            own = f"{file.stem}-{row:06d}"
             plain, why = safe_name(name)
             missing = "the row holds no image" if offset < 0 else ""
-            rows.add(plain, max(offset, 0), size, number=number, label=text, why=missing or why)
+            rows.add(
+                plain, max(offset, 0), size, number=number, label=text, why=missing or why, own=own
+            )
         return rows
 
     def prepare(self) -> None:

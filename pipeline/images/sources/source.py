@@ -82,6 +82,11 @@ class ImageSource(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def divided(self) -> bool:
+        """True if ``path`` holds several splits, and these are the images of one."""
+        return False
+
     @abstractmethod
     def describe(self) -> str:
         """Return what this source is, in a few words: "1,024 tar files"."""

@@ -58,17 +58,21 @@ class Tars(Containers):
 
 
 def numbered(stems: Sequence[str]) -> bool:
-    """Return whether names are those of shards: they differ by a number only, which
-    stands alone (x-0007), or whose values follow each other. ImageNet's n01440764 and
-    n01443537 are none."""
+    """Return whether names are those of shards: they differ by numbers only, which
+    stand alone (x-0007, x_1_003), or by one number whose values follow each other.
+    ImageNet's n01440764 and n01443537 are none."""
     if len({re.sub(r"\d+", "#", stem) for stem in stems}) > 1:
         return False
     several = [[int(digits) for digits in re.findall(r"\d+", stem)] for stem in stems]
-    moving = [column for column in zip(*several, strict=True) if len(set(column)) > 1]
-    if len(moving) != 1:
-        return len(stems) < 2
-    alone = all(re.search(r"(^|[^A-Za-z0-9])\d+", stem) for stem in stems)
-    return alone or max(moving[0]) - min(moving[0]) + 1 == len(stems)
+    columns = list(zip(*several, strict=True))
+    moving = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if not moving:
+        return True
+    starts = [found.start() for found in re.finditer(r"\d+", stems[0])]
+    if all(starts[i] == 0 or not stems[0][starts[i] - 1].isalpha() for i in moving):
+        return True
+    values = columns[moving[0]]
+    return len(moving) == 1 and max(values) - min(values) + 1 == len(stems)
 
 
 def _repaired(part: Part, error: TarError) -> str:
@@ -103,7 +107,9 @@ def _read(part: Part, rows: Rows, label: str) -> None:
                     number=inside.number[row],
                     label=inside.label[row],
                     why=inside.reason[row],
+                    own=inside.own[row],
                 )
+            rows.dropped += inside.dropped
         _add(part, rows, sample, label)
 
 
@@ -151,6 +157,7 @@ def _add(part: Part, rows: Rows, sample: list[tuple[Member, bytes]], label: str)
             )
         return
     image = next((one for one in images if "." not in _ending(one.name)), images[0])
+    rows.dropped += len(images) - 1
     told = _told(about)
     name, why = safe_name(image.name)
     for given in (told.get(key) for key in NAME_KEYS):
@@ -168,6 +175,7 @@ def _add(part: Part, rows: Rows, sample: list[tuple[Member, bytes]], label: str)
         number=number,
         label=text,
         why=image.fault or why,
+        own=safe_name(image.name)[0],
     )
 
 
