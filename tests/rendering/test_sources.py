@@ -4,12 +4,14 @@ lists; what --data is, is found out, and what is wrong with it is said in a line
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
 import random
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -726,6 +728,38 @@ def test_columns_of_any_type_that_holds_bytes_and_labels_are_read(
         for path, index, size in zip(found.path, found.class_index, found.bytes, strict=True):
             row = int(path[-6:])
             assert (index, size) == (told[row], len(images[row]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "told", "indices"),
+    [
+        ([[1, 2], [], [3]], [], [-1, -1, -1]),
+        ([{"a": 1}] * 3, [], [-1, -1, -1]),
+        (["10", "2", "1"], [str(i) for i in range(11)], [10, 2, 1]),
+        ([b"ant", b"bee", b"ant"], ["ant", "bee"], [0, 1, 0]),
+        (["a/b", "a_b", None], ["a%2Fb", "a_b"], [0, 1, -1]),
+    ],
+)
+def test_labels_of_any_kind_are_read_or_tell_no_class(folder, tmp_path, labels, told, indices):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as pq
+
+    images = [file.read_bytes() for file in images_of(folder)[:3]]
+    paths = [b"../x\0.jpg", b"b.jpg", b"b.jpg"]  # bytes, as some writers have them
+    cells = [{"bytes": image, "path": path} for image, path in zip(images, paths, strict=True)]
+    pq.write_table(pa.table({"image": cells, "label": labels}), tmp_path / "p.parquet")
+    assert DataSet.find(tmp_path / "p.parquet", "train").class_names == told
+    found = scanned(tmp_path / "p.parquet")
+    row_of = {int(n): row for row, n in enumerate(map(images_index(images), found.digest))}
+    assert [found.class_index[row_of[i]] for i in (1, 2)] == indices[1:]
+    (refused,) = (row for row in range(3) if row not in row_of.values() or row_of.get(-1) == row)
+    assert "leads out of the data set" in found.reason[refused]
+
+
+def images_index(images: list[bytes]) -> Callable[[np.ndarray], int]:
+    """Return a function that finds an image by its digest; -1 for none."""
+    digests = [hashlib.sha256(image).digest() for image in images]
+    return lambda digest: digests.index(d) if (d := digest.tobytes()) in digests else -1
 
 
 def test_compressed_images_are_unpacked_once_and_that_is_said(folder, tmp_path, capsys):

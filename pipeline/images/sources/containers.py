@@ -423,7 +423,10 @@ def safe_name(name: str) -> tuple[str, str]:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     plain = "/".join(parts)
     if name.startswith("/") or ".." in parts:
-        return plain.replace("..", "_"), f"its name leads out of the data set: {name}"
+        # In no folder, since a folder would be a class.
+        return plain.replace("..", "_").replace(
+            "/", "_"
+        ), f"its name leads out of the data set: {name}"
     return plain, ""
 
 
