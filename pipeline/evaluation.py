@@ -12,7 +12,7 @@ import torch
 from cache.errors import MealError
 from cache.format.manifest import Images
 from pipeline.config import ModelSpec
-from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.class_names import map_classes
 from pipeline.images.data_set import DataSet
 from pipeline.images.patience import DataError
 from pipeline.images.reader import LOOK_AGAIN, Reader, naming
@@ -257,8 +257,8 @@ def evaluate_checkpoints(
         for line in model.notes:
             say(line)
     owner = pupils[0].name if len(pupils) == 1 else "the models"
-    data = map_classes(data, known_classes([*pupils, *references]), owner)
-    data = name_by_number(data, pupils[0].classes)
+    known = known_classes([*pupils, *references])
+    data = map_classes(data, known, owner, pupils[0].classes)
     if not data.told().names:
         if not references:
             raise DataError(

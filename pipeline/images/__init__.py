@@ -1,1 +1,1 @@
-"""Image files: class folders, scans and reading."""
+"""Images: where they lie, what is in them, and reading them."""

@@ -42,17 +42,18 @@ def read_class_map(path: str | Path) -> list[str]:
     return names
 
 
-def map_classes(data: DataSet, names: Sequence[str] | None, owner: str) -> DataSet:
+def map_classes(data: DataSet, names: Sequence[str] | None, owner: str, outputs: int) -> DataSet:
     """Map class folders by name to the classes that a model knows.
 
-    names: the model's classes in the order of its outputs; None if they aren't known.
-    owner: what knows them, for messages. The folders may be some of the classes, in any
-    order. A class map of the user's stays: it may give classes other names, but none of
-    the model's names another place. Raises DataError for class folders that have no
-    name there.
+    names: the model's classes in the order of its outputs; None if they aren't known. A
+    data set that tells classes by number, or none, then gets numbers for names.
+    outputs: number of the model's outputs. owner: what knows the names, for messages.
+    The folders may be some of the classes, in any order. A class map of the user's
+    stays: it may give classes other names, but none of the model's names another place.
+    Raises DataError for class folders that have no name there.
     """
     if names is None:
-        return data
+        return _named_by_number(data, outputs)
     if [same(n) for n in names] == [same(n) for n in data.class_names]:
         return replace(data, mapped=True)
     place = {same(name): i for i, name in enumerate(names)}
@@ -93,9 +94,8 @@ def _numbered(data: DataSet, names: Sequence[str], owner: str, told: int) -> Dat
     return data.named(names)
 
 
-def name_by_number(data: DataSet, outputs: int) -> DataSet:
-    """Name the classes of a model with ``outputs`` outputs by their numbers, if neither
-    the data set nor the model knows names."""
+def _named_by_number(data: DataSet, outputs: int) -> DataSet:
+    """Give a data set that tells classes by number, or none, numbers for names."""
     told = data.told()
     if data.mapped or not (told.numbered or not told.names) or len(told.names) > outputs:
         return data

@@ -23,8 +23,8 @@ class DataSet:
     that a name's place is its class index; empty if nothing names the classes. mapped:
     True if a class map, a store or a model gave the names; otherwise the source told
     them. root: what the user named, which may hold several splits. split: the split
-    that the user asked for. places: the addresses of a manifest's files, in the
-    manifest's order, where the names alone don't tell them.
+    that the user asked for. places: the addresses of the files of one manifest, in the
+    manifest's order, if its images have other names here (``require_same_files``).
     """
 
     source: ImageSource
@@ -59,13 +59,11 @@ class DataSet:
         ``class_names``. Raises DataError for a class of no known name."""
         told = self.told()
         listing = self.source.list(told, known, every=every)
-        places = self._places(told)
-        index = listing.class_index
-        if len(places):
-            index = np.where(index < 0, -1, places[np.maximum(index, 0)]).astype(np.int32)
+        # The last entry is for -1: nothing tells the class.
+        index = np.append(self._indices(told), -1)[listing.class_index].astype(np.int32)
         return replace(listing, class_index=index)
 
-    def _places(self, told: Classes) -> np.ndarray:
+    def _indices(self, told: Classes) -> np.ndarray:
         """Return the place of each told class in ``class_names``, int32 [told]."""
         known = {same(name): i for i, name in enumerate(self.class_names)}
         if told.numbered:

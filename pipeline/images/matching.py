@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -189,14 +188,13 @@ def _digest_of(listing: Listing) -> str:
 def _digests(data: DataSet, listing: Listing, rows: np.ndarray) -> dict[int, bytes]:
     """Read files and return the sha256 of each: row → 32 bytes. A file that can't be
     used is left out."""
-    read: Callable[[object], bytes] = data.source.read
 
     def digest(row: int) -> bytes | None:
         address = listing.address[row]
         if listing.reason[row] or listing.size[row] < 0 or data.source.readable(address):
             return None
         try:
-            return hashlib.sha256(read(address)).digest()
+            return hashlib.sha256(data.source.read(address)).digest()
         except FileNotFoundError:
             return None
 

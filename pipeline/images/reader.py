@@ -48,18 +48,20 @@ class Reader:
     def _several(self, rows: np.ndarray) -> list[bytes]:
         return [self._one(row) for row in rows.tolist()]
 
+    def _where(self, row: int) -> str:
+        return self.source.where(self.images.path[row], self.addresses[row])
+
     def _one(self, row: int) -> bytes:
         address = self.addresses[row]
         try:
             blob = self.source.read(address)
         except OSError as error:
             raise DataError(
-                f"{self.source.where(address)} can't be read any more ({error.strerror}); "
-                f"{self.repair}"
+                f"{self._where(row)} can't be read any more ({error.strerror}); {self.repair}"
             ) from None
         if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
             raise DataError(
-                f"{self.source.where(address)} has changed since the manifest was made (other "
+                f"{self._where(row)} has changed since the manifest was made (other "
                 f"contents: {len(blob)} bytes now, {self.images.bytes[row]} then); {self.repair}"
             )
         return blob

@@ -177,8 +177,9 @@ class Look:
             reason = why_misread(blob)
             return blob, None if reason else shape, reason
         if stated and lacks_memory(*stated):
+            place = files.name[row], files.address[row]
             raise DataError(
-                f"{self.source.where(files.address[row])} can't be decoded for want of memory "
+                f"{self.source.where(*place)} can't be decoded for want of memory "
                 f"({stated[0]:,} × {stated[1]:,} pixels); free memory, or lower render.threads or "
                 f"render.max_megapixels"
             )
@@ -200,8 +201,9 @@ def _read_any(source: ImageSource, files: Listing, row: int) -> bytes | str:
         if files.size[row] < 0:  # a link to nothing, now as when the folder was listed
             return f"unreadable: {error.strerror}"
         raise DataError(
-            f"{source.where(address)} can't be read any more ({error.strerror}): it is gone since "
-            f"the folder was listed; run the same command again when nobody changes the folder"
+            f"{source.where(files.name[row], address)} can't be read any more ({error.strerror}): "
+            f"it is gone since the folder was listed; run the same command again when nobody "
+            f"changes the folder"
         ) from None
     return blob or "empty file"
 

@@ -18,7 +18,7 @@ from cache.system.local import require_local
 from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
 from pipeline.config import Config, ConfigError
-from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.class_names import map_classes
 from pipeline.images.data_set import DataSet
 from pipeline.images.matching import require_same_files
 from pipeline.images.reader import Reader
@@ -73,8 +73,7 @@ def generate(
     for teacher in teachers:
         for line in teacher.introduction("teacher"):
             say(line)
-    data = map_classes(data, known_classes(teachers), "the teachers")
-    data = name_by_number(data, teachers[0].classes)
+    data = map_classes(data, known_classes(teachers), "the teachers", teachers[0].classes)
     work = Labelling(config, data, teachers, execution)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):

@@ -17,7 +17,7 @@ from cache import LabelStore
 from cache.errors import MealError, StoreError
 from cache.format.codec import CODECS
 from pipeline.config import Config, ConfigError
-from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.class_names import map_classes
 from pipeline.images.data_set import DataSet
 from pipeline.images.patience import DataError
 from pipeline.images.result_places import require_outside
@@ -127,8 +127,7 @@ def make_plan(
     count, pixels, rendering, boxes = IMAGENET_IMAGES, None, None, None
     loader: dict[str, float] | None = None
     if data is not None:
-        data = map_classes(data, known_classes(teachers), "the teachers")
-        data = name_by_number(data, classes)
+        data = map_classes(data, known_classes(teachers), "the teachers", classes)
         data.require_sound()
         require_class_count(data, teachers)
         files = data.list()

@@ -17,7 +17,7 @@ from cache.format.crops import BoxesAndFlips, Mixes
 from cache.format.manifest import Images
 from cache.format.schema import canonical_digest
 from pipeline.config import Config, ConfigError, CropPolicy, CutMix
-from pipeline.images.class_names import map_classes, name_by_number
+from pipeline.images.class_names import map_classes
 from pipeline.images.data_set import DataSet, plural
 from pipeline.images.matching import require_same_files
 from pipeline.images.patience import DataError
@@ -89,8 +89,8 @@ def choose_source(
         for line in teacher.introduction("teacher"):
             say(line)
     if teachers:
-        data = map_classes(data, known_classes(teachers), "the teachers")
-        data = name_by_number(data, teachers[0].classes)
+        known = known_classes(teachers)
+        data = map_classes(data, known, "the teachers", teachers[0].classes)
         require_class_count(data, teachers)
     elif not data.class_names:
         raise DataError(

@@ -245,7 +245,7 @@ def test_names_that_a_model_knows_are_not_doubted(small):
     find = DataSet.find(data, "train")
     with pytest.raises(DataError):
         find.require_sound()
-    map_classes(find, ["animals", "plants"], "M").require_sound()
+    map_classes(find, ["animals", "plants"], "M", 2).require_sound()
 
 
 def test_a_run_of_an_older_version_keeps_its_classes(small, tmp_path, recipe, monkeypatch):
@@ -464,7 +464,7 @@ def test_pages_and_pictures_among_images_are_refused(photos, store_path, tmp_pat
 
 
 def mapped(folder: Path, names: list[str] | None, class_map: list[str] | None = None) -> list[str]:
-    return list(map_classes(DataSet.find(folder, "train", class_map), names, "M").class_names)
+    return list(map_classes(DataSet.find(folder, "train", class_map), names, "M", 3).class_names)
 
 
 def test_class_folders_are_mapped_by_name(small, capsys):

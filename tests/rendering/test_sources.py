@@ -39,7 +39,7 @@ from pipeline.images.reader import Reader
 from pipeline.images.scan import scan
 from pipeline.images.sources import containers, kept, opening, tar_headers, tars
 from pipeline.images.sources.class_folders import ClassFolders
-from pipeline.images.sources.containers import OpenFiles
+from pipeline.images.sources.open_files import OpenFiles
 from pipeline.render.settings import RenderSettings
 
 

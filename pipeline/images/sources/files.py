@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pipeline.images.names import as_text, on_disk
-from pipeline.images.patience import listed, patiently, read_file
-from pipeline.images.sources.source import ImageSource
+from pipeline.images.patience import listed, patiently, read_file, status
+from pipeline.images.sources.source import ImageSource, Listing
+from pipeline.runtime.progress import Progress
 from pipeline.runtime.wording import same
+
+LOOKERS = 16  # threads that ask for the sizes of files, which is mostly waiting
 
 
 class FileSource(ImageSource):
@@ -25,8 +31,34 @@ class FileSource(ImageSource):
         """Return the path of a file."""
         return self.folder / on_disk(str(address))
 
-    def where(self, address: Any) -> str:
+    def where(self, name: str, address: Any) -> str:
         return str(self.file(address))
+
+    def listing(
+        self, rows: Sequence[tuple[str, int]]
+    ) -> tuple[Listing | None, list[tuple[str, int]]]:
+        """Ask for the sizes of files, several at a time.
+
+        rows: (name, class index) of each. Returns their listing, None if none is there,
+        and the rows of the files that aren't. A link to nothing is there.
+        """
+
+        def look(row: tuple[str, int]) -> tuple[str, int, int, int] | None:
+            file = self.file(row[0])
+            if (found := status(file)) is not None:
+                return *row, found.st_size, found.st_mtime_ns
+            return (*row, -1, 0) if os.path.lexists(file) else None
+
+        there: list[tuple[str, int, int, int]] = []
+        missing = []
+        with (
+            Progress("looking for files", len(rows), "images") as progress,
+            ThreadPoolExecutor(LOOKERS) as pool,
+        ):
+            for row, found in zip(rows, pool.map(look, rows), strict=True):
+                there.append(found) if found else missing.append(row)
+                progress.advance(1)
+        return Listing.of_files(there) if there else None, missing
 
     def read(self, address: Any) -> bytes:
         try:

@@ -3,16 +3,14 @@ classes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Container
 
 from cache.format.manifest import printable_paths
-from pipeline.images.names import as_text, is_hidden, is_system_path, may_be_image
-from pipeline.images.patience import DataError, is_folder, listed, status
+from pipeline.images.names import as_text, is_system_path, may_be_image
+from pipeline.images.patience import DataError, is_folder, listed
 from pipeline.images.sources.files import FileSource
 from pipeline.images.sources.source import Classes, Listing
 from pipeline.runtime.progress import say
-from pipeline.runtime.wording import counted
 
 
 class FlatFolder(FileSource):
@@ -28,26 +26,17 @@ class FlatFolder(FileSource):
         return Classes([])
 
     def list(self, classes: Classes, known: Container[str] = (), *, every: bool = False) -> Listing:
-        found = []
-        for entry in listed(self.path):
-            name = as_text(entry.name)
-            if is_hidden(name) or is_folder(entry):
-                continue
-            if not may_be_image(name) and printable_paths(name) not in known:
-                continue
-            if every or not is_system_path(name) or printable_paths(name) in known:
-                found.append((name, -1, *_status(entry)))
-        if not found:
+        names = [as_text(entry.name) for entry in listed(self.path) if not is_folder(entry)]
+        wanted = [
+            name
+            for name in names
+            if printable_paths(name) in known
+            or (may_be_image(name) and (every or not is_system_path(name)))
+        ]
+        found, _ = self.listing([(name, -1) for name in wanted])
+        if found is None:
             raise DataError(f"{self.path} holds no images")
-        return Listing.of_files(found)
+        return found
 
     def require_sound(self, split: str) -> None:
-        images = sum(may_be_image(e.name) and not is_folder(e) for e in listed(self.path))
-        say(f"{self.path}: {counted(images, 'image')} in no class folder, so nothing tells classes")
-
-
-def _status(entry: os.DirEntry) -> tuple[int, int]:
-    """Return size in bytes and time of the last change in ns; (-1, 0) for a link to
-    nothing."""
-    found = status(entry.path)
-    return (-1, 0) if found is None else (found.st_size, found.st_mtime_ns)
+        say(f"{self.path}: images in no class folder, so nothing tells classes")

@@ -6,15 +6,17 @@ import csv
 import io
 import os
 from collections.abc import Collection, Container
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from pipeline.images.names import is_named_image, on_disk, split_of
-from pipeline.images.patience import DataError, read_file, status
-from pipeline.images.sources.containers import class_of
+from pipeline.images.patience import DataError, read_file
 from pipeline.images.sources.files import FileSource
 from pipeline.images.sources.source import Classes, Listing
-from pipeline.runtime.progress import Progress, say
+from pipeline.images.sources.told_names import class_of, match_classes
+from pipeline.runtime.progress import say
 from pipeline.runtime.wording import counted, same, some
 
 LISTS = (".csv", ".tsv", ".txt", ".lst")
@@ -34,7 +36,6 @@ CLASSES = (
     "labels",
     "categories",
 )
-LOOKERS = 16  # threads that ask for the files' sizes
 
 
 class ImageList(FileSource):
@@ -48,9 +49,10 @@ class ImageList(FileSource):
     """
 
     def __init__(self, path: Path, split: str = "train") -> None:
-        self.rows, self.others = _read(path, split)
-        super().__init__(path, _folder(path, self.rows[0][0]))
-        self._classes: Classes | None = None
+        self.lines, self.others = _read(path, split)
+        super().__init__(path, _folder(path, self.lines[0].name))
+        numbers = np.array([line.number for line in self.lines], np.int64)
+        self.told, self.index = match_classes(numbers, [line.label for line in self.lines])
 
     @property
     def divided(self) -> bool:
@@ -60,54 +62,40 @@ class ImageList(FileSource):
         return "a list"
 
     def classes(self, known: Collection[str] = ()) -> Classes:
-        if self._classes is None:
-            told = {label for _, label, _ in self.rows if label}
-            if told and all(label.isdecimal() and len(label) < 7 for label in told):
-                most = max(map(int, told))
-                self._classes = Classes([str(i) for i in range(most + 1)], numbered=True)
-            else:
-                self._classes = Classes(sorted(told))
-        return self._classes
+        return self.told
 
     def list(self, classes: Classes, known: Container[str] = (), *, every: bool = False) -> Listing:
-        place = {name: i for i, name in enumerate(classes.names)}
-
-        def index(label: str) -> int:
-            return -1 if not label else int(label) if classes.numbered else place[label]
-
-        def look(row: tuple[str, str, int]) -> tuple[str, int, int, int] | None:
-            found = status(self.file(row[0]))
-            if found is None and os.path.lexists(self.file(row[0])):
-                return row[0], index(row[1]), -1, 0  # a link to nothing
-            return found and (row[0], index(row[1]), found.st_size, found.st_mtime_ns)
-
-        found, missing = [], []
-        with (
-            Progress("looking for files", len(self.rows), "images") as progress,
-            ThreadPoolExecutor(LOOKERS) as pool,
-        ):
-            for row, one in zip(self.rows, pool.map(look, self.rows), strict=True):
-                found.append(one) if one else missing.append(row)
-                progress.advance(1)
+        names = [line.name for line in self.lines]
+        found, missing = self.listing([*zip(names, self.index.tolist(), strict=True)])
         if missing:
-            name, _, line = missing[0]
+            first = names.index(missing[0][0])
             raise DataError(
                 f"{self.path} names {counted(len(missing), 'file')} that "
-                f"{'is' if len(missing) == 1 else 'are'} not there, the first in line {line}: "
-                f"{self.file(name)}; put the list into the folder that its paths begin in, or "
-                f"take the lines out"
+                f"{'is' if len(missing) == 1 else 'are'} not there, the first in line "
+                f"{self.lines[first].place}: {self.file(names[first])}; put the list into the "
+                f"folder that its paths begin in, or take the lines out"
             )
-        return Listing.of_files(found)
+        return found
 
     def require_sound(self, split: str) -> None:
-        told = self.classes()
-        untold = sum(not label for _, label, _ in self.rows)
-        what = f"{counted(len(self.rows), 'image')}, {counted(len(told.names), 'class', 'classes')}"
-        say(f"{self.path}: {what}{' told by number' if told.numbered else ''}")
+        untold = int((self.index < 0).sum())
+        images = counted(len(self.lines), "image")
+        classes = counted(len(self.told.names), "class", "classes")
+        say(f"{self.path}: {images}, {classes}{' told by number' if self.told.numbered else ''}")
         if self.others:
             say(f"{self.path}: left out {counted(self.others, 'image')} of other splits")
-        if untold and told.names:
+        if untold and self.told.names:
             say(f"{self.path}: nothing tells the class of {counted(untold, 'image')}")
+
+
+class Line(NamedTuple):
+    """A line of a list: the image's name, the class's number or -1, the class's name or
+    empty, and the line's number, from 1."""
+
+    name: str
+    number: int
+    label: str
+    place: int
 
 
 def lines_of(path: Path) -> list[str]:
@@ -120,9 +108,9 @@ def lines_of(path: Path) -> list[str]:
         ) from None
 
 
-def _read(path: Path, split: str) -> tuple[list[tuple[str, str, int]], int]:
-    """Read a list. Returns (name, class as text or empty, line) of each image of a
-    split, and the number of images of other splits. Raises DataError."""
+def _read(path: Path, split: str) -> tuple[list[Line], int]:
+    """Read a list. Returns the lines of a split, and the number of lines of other
+    splits. Raises DataError."""
     lines = lines_of(path)
     table = _table(path, lines)
     if not table:
@@ -133,7 +121,7 @@ def _read(path: Path, split: str) -> tuple[list[tuple[str, str, int]], int]:
     else:
         at, label, part = columns
         table = table[1:]
-    rows: list[tuple[str, str, int]] = []
+    rows: list[Line] = []
     first: dict[str, int] = {}
     others: list[str] = []
     for line, cells in table:
@@ -151,8 +139,7 @@ def _read(path: Path, split: str) -> tuple[list[tuple[str, str, int]], int]:
             )
         first[same(name)] = line
         told = cells[label].strip() if label is not None and label < len(cells) else ""
-        number, text = class_of(told)
-        rows.append((name, str(number) if number >= 0 else text, line))
+        rows.append(Line(name, *class_of(told), line))
     if others and not rows:
         raise DataError(
             f"{path} has no line of the split {split} ({some(sorted(set(others)))}); name another "

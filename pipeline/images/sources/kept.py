@@ -19,7 +19,7 @@ from cache.system.signals import check
 from pipeline.runtime.progress import say
 
 VARIABLE = "OFFLINE_MEAL_CACHE"  # names another cache folder
-VERSION = "1"  # of the kept files
+VERSION = "2"  # of the kept files
 
 
 def cache_folder() -> Path:
@@ -75,21 +75,27 @@ def once(file: Path, there: Callable[[], bool], make: Callable[[], None]) -> Non
 
 def keep(file: Path, columns: dict[str, np.ndarray]) -> None:
     """Keep arrays. A disk that doesn't take them doesn't stop the work."""
+    with suppress(OSError):
+        write(file, columns)
+
+
+def write(file: Path, columns: dict[str, np.ndarray]) -> None:
+    """Write arrays. Raises OSError."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **columns)
-    with suppress(OSError):
-        durable.make_folder(file.parent)
-        durable.replace_file(file, content.getvalue())
+    durable.make_folder(file.parent)
+    durable.replace_file(file, content.getvalue())
 
 
 def packed(texts: Sequence[str]) -> np.ndarray:
     """Pack texts into one array, uint8 [bytes]. No text holds a NUL."""
-    return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), np.uint8)
+    joined = "".join(f"{text}\0" for text in texts)
+    return np.frombuffer(joined.encode("utf-8", "surrogateescape"), np.uint8)
 
 
-def unpacked(column: np.ndarray, n: int) -> np.ndarray:
-    """Return ``n`` packed texts: str [n], object."""
-    texts = column.tobytes().decode("utf-8", "surrogateescape").split("\0") if n else []
-    found = np.empty(n, object)
+def unpacked(column: np.ndarray) -> np.ndarray:
+    """Return packed texts: str [n], object."""
+    texts = column.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    found = np.empty(len(texts), object)
     found[:] = texts
     return found

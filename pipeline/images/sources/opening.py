@@ -65,7 +65,7 @@ def open_source(data: str | Path, split: str) -> ImageSource:
         )
     if found := in_split(data, split):
         return found
-    if others := [name for name in ("train", "val") if in_split(data, name)]:
+    if others := [name for name in ("train", "val") if name != split and in_split(data, name)]:
         raise _no_split(data, split, others)
     source = _of_folder(data, split)
     for suffix in LISTS:
@@ -201,18 +201,22 @@ def _of_files(place: Path, files: Sequence[Path], split: str) -> ImageSource:
             f"there is no file {missing[0]}, of {len(files):,} that {place} names; get it, or name "
             f"those that are there"
         )
+    return CONTAINERS[kinds.pop()](place, _without_other_splits(place, files, split), split)
+
+
+def _without_other_splits(place: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
+    """Take away the files of other splits. Files that were named one by one are taken
+    as they are, unless their names tell several splits."""
     told = {found for file in files if (found := tells_split(file))}
-    others = len(told) > 1 or (told and not all(map(tells_split, files)) and is_there(place))
-    if others:
-        mine = _of_split(files, split)
-        if not mine:
-            raise _no_split(place, split, sorted(told))
-        left = [file.name for file in files if file not in mine]
-        unclear = [name for name in left if not tells_split(Path(name))]
-        if unclear:
-            say(f"{place}: left out {some(unclear)}, whose names don't tell the split {split}")
-        files = mine
-    return CONTAINERS[kinds.pop()](place, files, split)
+    unclear = [file for file in files if not tells_split(file)]
+    if len(told) < 2 and not (told and unclear and is_there(place)):
+        return files
+    mine = _of_split(files, split)
+    if not mine:
+        raise _no_split(place, split, sorted(told))
+    if left := [file.name for file in unclear if file not in mine]:
+        say(f"{place}: left out {some(left)}, whose names don't tell the split {split}")
+    return mine
 
 
 def _of_file(file: Path, split: str) -> ImageSource:

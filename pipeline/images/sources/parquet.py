@@ -6,16 +6,21 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+import numpy as np
 
 from cache.system import durable
 from cache.system.signals import check
 from pipeline.images.patience import DataError
 from pipeline.images.sources import kept
-from pipeline.images.sources.containers import Containers, Rows, class_of, safe_name
+from pipeline.images.sources.containers import Containers
+from pipeline.images.sources.index import Contents, Row
 from pipeline.images.sources.parquet_pages import BadPage, NotPlain, values
+from pipeline.images.sources.told_names import class_of, safe_name
 from pipeline.runtime.progress import say
 from pipeline.runtime.wording import some
 
@@ -45,37 +50,32 @@ class ParquetFiles(Containers):
                 f"{path} is of parquet files, which need pyarrow; install it: pip install pyarrow"
             ) from None
         super().__init__(path, files, split)
+        self.unpacking = Lock()  # a row group in memory may take a gigabyte
 
-    def rows_of(self, file: Path) -> Rows:
+    def contents_of(self, file: Path) -> Contents:
         import pyarrow as pa
         from pyarrow import parquet
 
         try:
             with parquet.ParquetFile(file) as opened:
-                column, label = _image_column(file, opened), _label_column(opened)
-                told = _told(file, opened, column, label)
+                column = _image_column(file, opened)
+                told = _told(opened, column, _label_column(opened))
                 try:
-                    found, data = _in_place(file, opened, column), ""
+                    places, data = _in_place(file, opened, column), ""
                 except NotPlain:
-                    found, data = None, ""
-            if found is None:
-                target = _unpacked_file(file)
-                self._unpack(file, column, target)
-                found, data = _lengths(file, column, target), str(target)
+                    places, data = self._unpacked(file, opened, column)
         except (pa.ArrowException, BadPage, ValueError, TypeError, KeyError, OSError) as error:
             why = " ".join(str(error).split())[:120]
             raise DataError(
                 f"{file} can't be read as a parquet file ({why}); get it anew, or take it out"
             ) from None
-        rows = Rows(data=data)
-        for row, ((name, number, text), (offset, size)) in enumerate(zip(told, found, strict=True)):
-            own = f"{file.stem}-{row:06d}"
-            plain, why = safe_name(name)
-            missing = "the row holds no image" if offset < 0 else ""
-            rows.add(
-                plain, max(offset, 0), size, number=number, label=text, why=missing or why, own=own
-            )
-        return rows
+        contents = Contents(data=data)
+        for i, ((name, number, label), (offset, size)) in enumerate(zip(told, places, strict=True)):
+            own = f"{file.stem}-{i:06d}"
+            plain, why = safe_name(name or own)
+            why = "the row holds no image" if offset < 0 else why
+            contents.rows.append(Row(plain, max(offset, 0), size, number, label, why, own))
+        return contents
 
     def prepare(self) -> None:
         packed = [
@@ -98,17 +98,30 @@ class ParquetFiles(Containers):
                 )
             say(line)
 
-    def _unpack(self, file: Path, column: str, target: Path) -> None:
+    def _unpacked(self, file: Path, opened: Any, column: str) -> tuple[list[tuple[int, int]], str]:
         """Unpack a file's images into a file of their bytes, one after the other, once
-        for all processes."""
+        for all processes. Returns (offset, length) of each row's image, and the path of
+        that file."""
+        target = _unpacked_file(file)
+        lengths = target.with_suffix(".npz")
         try:
-            kept.once(target, target.exists, lambda: _write_images(file, column, target))
+            with self.unpacking:
+                kept.once(
+                    target,
+                    lambda: target.exists() and kept.kept(lengths) is not None,
+                    lambda: _write_images(opened, column, target, lengths),
+                )
         except OSError as error:
             raise DataError(
                 f"the images of {file} are compressed, and can't be unpacked into "
                 f"{target.parent} ({error.strerror or error}); make room, or name another folder "
                 f"in the variable {kept.VARIABLE}"
             ) from None
+        found, at = [], 0
+        for size in kept.kept(lengths)["length"].tolist():
+            found.append((at, size) if size >= 0 else (-1, 0))
+            at += max(size, 0)
+        return found, str(target)
 
 
 def _unpacked_file(file: Path) -> Path:
@@ -118,44 +131,28 @@ def _unpacked_file(file: Path) -> Path:
     return kept.file_for("unpacked", *about).with_suffix(UNPACKED)
 
 
-def _write_images(file: Path, column: str, target: Path) -> None:
-    from pyarrow import parquet
-
-    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+def _write_images(opened: Any, column: str, target: Path, lengths: Path) -> None:
+    """Write the bytes of a file's images, and first each row's length, -1 for none."""
+    scratch, sizes = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial"), []
     try:
-        with parquet.ParquetFile(file) as opened, open(scratch, "wb") as out:
+        with open(scratch, "wb") as out:
             for content in _contents(opened, column):
-                out.write(content or b"")
+                sizes.append(-1 if content is None else out.write(content))
                 check()
         durable.sync_file(scratch)
+        kept.write(lengths, {"length": np.array(sizes, np.int64)})
         os.replace(scratch, target)
         durable.sync_folder(target.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def _contents(opened: Any, column: str) -> Any:
+def _contents(opened: Any, column: str) -> Iterator[bytes | None]:
     """Yield the bytes of each row's image, or None."""
     for batch in opened.iter_batches(batch_size=BATCH, columns=[column]):
         array = batch.column(0)
-        if "." in column:
-            array = array.field(0) if array.null_count == 0 else array.flatten()[0]
-        for value in array:
+        for value in array.flatten()[0] if "." in column else array:
             yield value.as_py()
-
-
-def _lengths(file: Path, column: str, target: Path) -> list[tuple[int, int]]:
-    """Return (offset, length) of each row's image in the unpacked file."""
-    from pyarrow import parquet
-
-    found, at = [], 0
-    with parquet.ParquetFile(file) as opened:
-        for content in _contents(opened, column):
-            found.append((-1, 0) if content is None else (at, len(content)))
-            at += len(content or b"")
-    if target.stat().st_size != at:
-        raise ValueError("its unpacked images have another length")
-    return found
 
 
 def _is_packed(file: Path) -> bool:
@@ -267,9 +264,10 @@ def _label_column(opened: Any) -> tuple[str, list[str]] | None:
 
 
 def _told(
-    file: Path, opened: Any, column: str, label: tuple[str, list[str]] | None
+    opened: Any, column: str, label: tuple[str, list[str]] | None
 ) -> list[tuple[str, int, str]]:
-    """Return (name, class number or -1, class name or empty) of each row's image."""
+    """Return (name or empty, class number or -1, class name or empty) of each row's
+    image."""
     top = column.partition(".")[0]
     has_path = "." in column and "path" in {
         field.name for field in opened.schema_arrow.field(top).type
@@ -289,7 +287,4 @@ def _told(
         (number, class_of(told[number])[1] or told[number] if 0 <= number < len(told) else text)
         for number, text in classes
     ]
-    return [
-        (path or f"{file.stem}-{row:06d}", number, text)
-        for row, (path, (number, text)) in enumerate(zip(paths, classes, strict=True))
-    ]
+    return [(path or "", number, text) for path, (number, text) in zip(paths, classes, strict=True)]

@@ -110,8 +110,8 @@ class ImageSource(ABC):
         fails now, and OSError if there is no such file."""
 
     @abstractmethod
-    def where(self, address: Any) -> str:
-        """Return where a file lies, for messages."""
+    def where(self, name: str, address: Any) -> str:
+        """Return where a file lies, for messages. name, address: of the listing."""
 
     def addresses(self, images: Images) -> np.ndarray:
         """Return the addresses of a manifest's files, in its order. Raises DataError if

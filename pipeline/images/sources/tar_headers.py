@@ -116,19 +116,14 @@ def members(part: Part) -> Iterator[tuple[Member, Callable[[], bytes]]]:
                 f"is damaged: there is no header at byte {at:,}" if at else "is no tar file"
             )
         body = at + BLOCK
-        if kind == b"x" and length is not None and (odd is None or not odd.pax_headers):
+        if kind == b"x" and length is not None and not (odd and odd.pax_headers):
             keys = _pax(seen(body, length))
             if keys is not None and all(
                 key in HARMLESS or key.startswith(HARMLESS_BEGINNINGS) for key in keys
             ):
                 renamed, at = keys.get("path", ""), body + _padded(length)
                 continue
-        if (
-            kind not in b"05\0"
-            or not kind
-            or length is None
-            or (odd is not None and odd.pax_headers)
-        ):
+        if kind not in (b"0", b"5", b"\0") or length is None or (odd and odd.pax_headers):
             odd, info, at = _odd(part, odd, at)
             name, renamed = renamed, ""
             if info.isdir():
@@ -144,8 +139,7 @@ def members(part: Part) -> Iterator[tuple[Member, Callable[[], bytes]]]:
             raise TarError(f"is damaged: a member of {length} bytes at byte {body:,}")
         if not fault and body + length > size:
             raise TarError(f"is cut off in {name}, at byte {size:,} of {body + length:,}")
-        here, long = body, length
-        yield Member(name, body, length, fault), partial(seen, here, long)
+        yield Member(name, body, length, fault), partial(seen, body, length)
 
 
 def _odd(
@@ -159,7 +153,7 @@ def _odd(
             odd = tarfile.TarFile(
                 fileobj=part, mode="r", encoding="utf-8", errors="surrogateescape"
             )
-            odd.pax_headers = {}
+            odd.pax_headers = {}  # of the first header, which it has read
         part.seek(at)
         info = tarfile.TarInfo.fromtarfile(odd)
         return odd, info, odd.offset

@@ -7,13 +7,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.images.names import is_named_image, split_within
 from pipeline.images.patience import DataError, patiently
-from pipeline.images.sources.containers import Containers, Rows, class_of, safe_name
+from pipeline.images.sources.containers import Containers
+from pipeline.images.sources.index import Contents, Row
 from pipeline.images.sources.tar_headers import Member, Part, TarError, members
+from pipeline.images.sources.told_names import class_of, safe_name
 
 TAR = ".tar"
 BESIDE = 1 << 20  # bytes of the largest .cls or .json file that is read
@@ -35,23 +39,24 @@ class Tars(Containers):
 
     kind = "tar file"
 
-    def rows_of(self, file: Path) -> Rows:
-        return patiently(lambda: self._rows(file), file)
+    def contents_of(self, file: Path) -> Contents:
+        return patiently(lambda: self._contents(file), file)
 
-    def _rows(self, file: Path) -> Rows:
+    def _contents(self, file: Path) -> Contents:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            rows = Rows()
+            contents = Contents()
             part = Part(descriptor, 0, os.fstat(descriptor).st_size)
             try:
-                _read(part, rows, file.stem if self._by_class() else "")
+                _read(part, contents, file.stem if self.by_class else "")
             except TarError as error:
                 raise DataError(f"{file} {_repaired(part, error)}") from None
-            return rows
+            return contents
         finally:
             os.close(descriptor)
 
-    def _by_class(self) -> bool:
+    @cached_property
+    def by_class(self) -> bool:
         """Return whether the tar files' names may be those of classes."""
         stems = [file.stem for file in self.files]
         return len(stems) > 1 and not all(map(split_within, stems)) and not numbered(stems)
@@ -89,28 +94,16 @@ def _repaired(part: Part, error: TarError) -> str:
     return f"{error}; get it anew, or take it out"
 
 
-def _read(part: Part, rows: Rows, label: str) -> None:
+def _read(part: Part, contents: Contents, label: str) -> None:
     """Add the images of a tar file, and of the tar files in it, whose names are then
     classes. label: name of the class of images that lie in no folder, or empty."""
     for sample in _samples(part):
-        inner = [one for one, _ in sample if one.name.endswith(TAR) and not one.fault]
-        for one in inner:
-            inside = Rows()
-            stem = one.name.rpartition("/")[2].removesuffix(TAR)
-            start = part.start + one.offset
-            _read(Part(part.descriptor, start, start + one.size), inside, stem)
-            for row, offset in enumerate(inside.offset):
-                rows.add(
-                    inside.name[row],
-                    offset,
-                    inside.size[row],
-                    number=inside.number[row],
-                    label=inside.label[row],
-                    why=inside.reason[row],
-                    own=inside.own[row],
-                )
-            rows.dropped += inside.dropped
-        _add(part, rows, sample, label)
+        for one, _ in sample:
+            if one.name.endswith(TAR) and not one.fault:
+                start = part.start + one.offset
+                inner = Part(part.descriptor, start, start + one.size)
+                _read(inner, contents, one.name.rpartition("/")[2].removesuffix(TAR))
+        _add(part, contents, sample, label)
 
 
 def _samples(part: Part) -> Iterator[list[tuple[Member, bytes]]]:
@@ -140,54 +133,41 @@ def _ending(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _add(part: Part, rows: Rows, sample: list[tuple[Member, bytes]], label: str) -> None:
+def _add(part: Part, contents: Contents, sample: list[tuple[Member, bytes]], label: str) -> None:
+    """Add the image of a sample; all images, if nothing beside them makes a sample."""
     images = [one for one, _ in sample if is_named_image(one.name.rpartition("/")[2])]
     about = {_ending(one.name): content for one, content in sample if content}
-    if not images:
-        return
-    if not about:
-        for image in images:
-            name, why = safe_name(image.name)
-            rows.add(
+    told = _told(about)
+    if about and images:
+        image = next((one for one in images if "." not in _ending(one.name)), images[0])
+        contents.beside += len(images) - 1
+        images = [image]
+    number, text = class_of(next((told[key] for key in CLASS_KEYS if key in told), None))
+    for image in images:
+        own, why = safe_name(image.name)
+        name = own
+        for given in (told.get(key) for key in NAME_KEYS):
+            if isinstance(given, str) and is_named_image(given.rpartition("/")[2]):
+                meant, wrong = safe_name(given)
+                name, why = (name, why) if wrong else (meant, "")
+        contents.rows.append(
+            Row(
                 name,
                 part.start + image.offset,
                 image.size,
-                label="" if "/" in name else label,
-                why=image.fault or why,
+                number,
+                text or ("" if about or "/" in name else label),
+                image.fault or why,
+                own,
             )
-        return
-    image = next((one for one in images if "." not in _ending(one.name)), images[0])
-    rows.dropped += len(images) - 1
-    told = _told(about)
-    name, why = safe_name(image.name)
-    for given in (told.get(key) for key in NAME_KEYS):
-        if (
-            isinstance(given, str)
-            and not safe_name(given)[1]
-            and is_named_image(given.split("/")[-1])
-        ):
-            name, why = safe_name(given)
-    number, text = class_of(next((told[key] for key in CLASS_KEYS if key in told), None))
-    rows.add(
-        name,
-        part.start + image.offset,
-        image.size,
-        number=number,
-        label=text,
-        why=image.fault or why,
-        own=safe_name(image.name)[0],
-    )
+        )
 
 
 def _told(about: dict[str, bytes]) -> dict[str, Any]:
     """Return what the files beside an image tell of it. A file that can't be read tells
     nothing."""
-    told: Any = {}
-    try:
+    told: Any = None
+    with suppress(ValueError, RecursionError):
         told = json.loads(about.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        pass
     told = told if isinstance(told, dict) else {}
-    if "cls" in about:
-        told = {**told, "label": about["cls"].decode("utf-8", "replace").strip()}
-    return told
+    return told | ({"label": about["cls"]} if "cls" in about else {})
