@@ -148,12 +148,15 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Override a value of the config, for example train.lr=0.005.",
 )
+DATA = (
+    "Images: a folder with a folder per class, or with train/ and val/ of such folders; tar or "
+    "parquet files (their folder, or a pattern in quotes); or a list of paths and classes."
+)
 data_option = click.option(
     "--data",
     required=True,
     type=folder,
-    help="Images: a folder with a folder per class, or with train/ and val/ of such folders; tar "
-    "or parquet files (their folder, or a pattern in quotes); or a list of paths and classes.",
+    help=DATA,
 )
 device_option = click.option(
     "--device",
@@ -214,9 +217,7 @@ ENTRIES = (
     click.option(
         "--data",
         type=folder,
-        help="Images: a folder with a folder per class, or with train/ and val/ of such folders; "
-        "tar or parquet files (their folder, or a pattern in quotes); or a list of paths and "
-        "classes.",
+        help=DATA,
     ),
     click.option("--store", type=folder, help="Label store to create, finish or extend."),
     click.option(
@@ -237,7 +238,7 @@ ENTRIES = (
         type=int,
         help="Crops per image; a larger number than the store's extends the store.",
     ),
-    click.option("--split", default="train", show_default=True, help="Folder of --data to label."),
+    click.option("--split", default="train", show_default=True, help="Split of --data to label."),
     class_map_option,
     device_option,
     click.option(
@@ -464,7 +465,7 @@ def train_student(
         "softmax counts.",
     ),
     click.option(
-        "--split", default="val", show_default=True, help="Folder of --data to evaluate on."
+        "--split", default="val", show_default=True, help="Split of --data to evaluate on."
     ),
     class_map_option,
     click.option(
@@ -557,10 +558,10 @@ def evaluate_models(
     click.option(
         "--data",
         type=folder,
-        help="With --report: folder of the labelled images, for photographs on the page.",
+        help="With --report: the labelled images, for photographs on the page.",
     ),
     click.option(
-        "--split", default="train", show_default=True, help="Folder of --data that was labelled."
+        "--split", default="train", show_default=True, help="Split of --data that was labelled."
     ),
     click.option(
         "--labels",
@@ -638,8 +639,8 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
     click.option(
         "--data",
         type=folder,
-        help="Folder of the labelled images. Every image, or with --sample every sampled image, is "
-        "compared with the store's manifest, byte for byte.",
+        help="The labelled images, in any form. Every image, or with --sample every sampled image, "
+        "is compared with the store's manifest, byte for byte.",
     ),
     click.option(
         "--sample",
@@ -654,7 +655,7 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         help="Teachers of the store, in the store's order, if their weights are files of yours.",
     ),
     click.option(
-        "--split", default="train", show_default=True, help="Folder of --data that was labelled."
+        "--split", default="train", show_default=True, help="Split of --data that was labelled."
     ),
     click.option(
         "--seed",
@@ -885,7 +886,7 @@ def merge_stores(stores, out, codec):
     ),
     click.option("--codec", default="pow8", show_default=True, help="Codec of the stored labels."),
     click.option(
-        "--split", default="train", show_default=True, help="Folder of --data that was labelled."
+        "--split", default="train", show_default=True, help="Split of --data that was labelled."
     ),
     class_map_option,
 )

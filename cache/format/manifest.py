@@ -12,15 +12,15 @@ USABLE, UNUSABLE = 0, 1  # values of images/status
 
 @dataclass(frozen=True)
 class Images:
-    """The manifest: every file of the data set's class folders, in the store's row
-    order. The first axis of every array is [images]."""
+    """The manifest: every file of the data set, in the store's row order. The first
+    axis of every array is [images]."""
 
     path: np.ndarray  # str, relative to the data root, with forward slashes
     bytes: np.ndarray  # int64, size of the file
     digest: np.ndarray  # uint8 [images, 32], sha256 of the file
     height: np.ndarray  # int32, pixels of the decoded image; 0 where unusable
     width: np.ndarray  # int32
-    class_index: np.ndarray  # int32; -1 where no folder tells the class
+    class_index: np.ndarray  # int32; -1 where nothing tells the class
     status: np.ndarray  # uint8, USABLE or UNUSABLE
     reason: np.ndarray  # str, why the image is unusable; empty where usable
 

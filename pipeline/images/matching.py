@@ -44,16 +44,17 @@ def require_same_files(data: DataSet, images: Images, made: str) -> DataSet:
     rows = np.flatnonzero(~_gone(images, listing, files=data.source.in_folders))
     wanted = images.take(rows)
     fault = _difference(listing, wanted, data, made)
-    if fault is None and foreign is None:
-        return data
-    if fault is None and data.source.noun != "class":
-        raise foreign
     if fault is None:
-        say(
-            f"the classes of {data.path} have other names than those of {made}, whose names count: "
-            f"the images are the same"
-        )
-        return data
+        if foreign and data.source.noun != "class":
+            raise foreign
+        if foreign:
+            say(
+                f"the classes of {data.path} have other names than those of {made}, whose names "
+                f"count: the images are the same"
+            )
+        # Places in containers are found once, for all processes and all readers.
+        by_name = listing.address is listing.name
+        return data if by_name else replace(data, places=data.source.addresses(images))
     found = _by_content(data, listing, images) if _renamed(listing, wanted) else None
     if found is None:
         raise foreign or fault
