@@ -248,8 +248,10 @@ ENTRIES = (
     ),
     click.option(
         "--worker",
-        metavar="I/N",
-        help="Label the I-th of N shares of the store, I from 0. Combines with torchrun.",
+        metavar="auto|I/N",
+        help="auto: one of several workers that may come and go; each takes the shards that no "
+        "other holds. Kubernetes, SLURM or torchrun tells its number. I/N: label the I-th of N "
+        "fixed shares, I from 0; combines with torchrun.",
     ),
     click.option(
         "--first-view",
@@ -1105,16 +1107,33 @@ def _device(name: str | None) -> Any:
 
 def _share(recipe: Any, text: str | None, first_view: int) -> Any:
     """Return this process's share: I/N of the command line, combined with torchrun's
-    rank and world size."""
+    rank and world size; or an open share, with this worker's number from the engine
+    that started it."""
     from pipeline.labelling.shares import Share
+    from pipeline.runtime.engine import Worker
     from pipeline.runtime.launch import Launch
+    from pipeline.runtime.progress import say
 
     me = Launch.here()
+    if text == "auto":
+        worker = Worker.here()
+        if not worker.engine:
+            say(
+                "nothing here tells a worker's number (JOB_COMPLETION_INDEX, SLURM_JOB_ID, RANK): "
+                "this worker takes what no other holds"
+            )
+        return Share(
+            worker.number,
+            worker.workers or 1,
+            first_view,
+            recipe.store.views_per_decode,
+            open=True,
+        )
     found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", "0/1" if text is None else text)
     index, count = map(int, found.groups()) if found else (0, 0)
     if index >= count:
         raise click.BadParameter(
-            f"{text!r} must be I/N with I from 0 to N-1, like 0/4", param_hint="--worker"
+            f"{text!r} must be auto, or I/N with I from 0 to N-1, like 0/4", param_hint="--worker"
         )
     return Share(
         index * me.world + me.rank,

@@ -17,6 +17,10 @@ Process numbers mean something only where they were given: in one boot of one ke
 one namespace of process numbers. Containers on a cluster may share a host name and all
 be process 7. So a claim names host, boot and namespace, and a claim that differs in any
 of the three is of another machine.
+
+An engine such as Kubernetes or SLURM starts a lost worker again, and only then. A claim
+names the engine's worker, too (``known_as``), so that the worker that takes its place
+releases the lost worker's claims at once (``release``).
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ NO_LINKS = (
     *(errno.EINVAL, errno.EMLINK),
 )
 _living: set[str] = set()  # ids of the claims that this process holds
+_worker: str | None = None  # the engine's name of this process (``known_as``)
 UNKNOWN = "unknown"  # start time of a process that exists and can't be looked at
 
 
@@ -106,10 +111,49 @@ def claim(folder: Path, *names: str) -> Iterator[Claims]:
                 folder.rmdir()
 
 
+def known_as(worker: str | None) -> None:
+    """Name this process in the claims that it takes from now on. worker: a name that no
+    other living process of the engine has, and that a process has again if the engine
+    starts it anew; None: no engine started this process."""
+    global _worker
+    _worker = worker
+
+
+def release(folder: Path, worker: str) -> int:
+    """Release the claims that an earlier process took under the name ``worker``, which
+    the engine gives to one living process only. Claims of living processes of this
+    machine stay. Returns the number of released claims."""
+    released = 0
+    for path in _claims_in(folder):
+        if _gone(path, worker):
+            with claim(folder, f"{path.name}.heir") as mine:
+                if mine and _gone(path, worker):
+                    path.unlink(missing_ok=True)
+                    released += 1
+    return released
+
+
+def _gone(path: Path, worker: str) -> bool:
+    """Return whether a claim is of an earlier process of a worker."""
+    owner = _owner(path)
+    return owner is not None and owner.get("worker") == worker and (_is_far(owner) or _dead(path))
+
+
+def held_names(folder: Path) -> set[str]:
+    """Return the names of all claims, also those of dead processes: one look at the
+    folder."""
+    return {path.name for path in _claims_in(folder)}
+
+
+def _claims_in(folder: Path) -> list[Path]:
+    """Return the claims in a folder, without momentary files and rights to remove."""
+    return [path for path in _files(folder) if "." not in path.name]
+
+
 def holders(folder: Path) -> list[str]:
     """Return the holders of claims now: "host:process", one per claim of a living
     process."""
-    owners = [_owner(path) for path in _files(folder) if "." not in path.name and not _dead(path)]
+    owners = [_owner(path) for path in _claims_in(folder) if not _dead(path)]
     return [f"{owner['host']}:{owner['process']}" for owner in owners if owner]
 
 
@@ -217,7 +261,7 @@ def _place_key() -> str:
 
 def _dead(path: Path) -> bool:
     owner = _owner(path)
-    if owner and {key: owner.get(key) for key in _place()} == _place():
+    if owner and not _is_far(owner):
         if (
             owner["process"] == os.getpid()
             and owner["started"] == _started(os.getpid())
@@ -239,8 +283,14 @@ def _dead(path: Path) -> bool:
     return age > STALE
 
 
+def _is_far(owner: dict[str, Any]) -> bool:
+    """Return whether a claim's owner is a process of another machine."""
+    return {key: owner.get(key) for key in _place()} != _place()
+
+
 def _me() -> dict[str, Any]:
-    return {**_place(), "process": os.getpid(), "started": _started(os.getpid())}
+    me = {**_place(), "process": os.getpid(), "started": _started(os.getpid())}
+    return me | ({"worker": _worker} if _worker else {})
 
 
 @cache

@@ -13,7 +13,7 @@ from pathlib import Path
 from cache import LabelStore, repair
 from cache.errors import StoreError
 from cache.format.manifest import USABLE
-from cache.system.claims import claim, claims_of, held, holders, sweep
+from cache.system.claims import claim, claims_of, held, held_names, holders, sweep
 from cache.system.local import require_local
 from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
@@ -25,6 +25,7 @@ from pipeline.images.reader import Reader
 from pipeline.images.result_places import require_no_split, require_outside
 from pipeline.labelling.coordination import grown, naming, once, opened
 from pipeline.labelling.create_store import create_store, repair_store
+from pipeline.labelling.free_units import FreeUnits
 from pipeline.labelling.inputs import Labelling
 from pipeline.labelling.shares import Share
 from pipeline.labelling.stream import Labeller, place_of
@@ -32,6 +33,7 @@ from pipeline.models.classes import known_classes
 from pipeline.models.weights import load_teachers
 from pipeline.provenance import refusals
 from pipeline.provenance.description import as_begun
+from pipeline.runtime.engine import Worker, take_over
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import require_precision
 from pipeline.runtime.profiling import LABELLING, advice_on_labelling, report
@@ -40,6 +42,7 @@ from pipeline.runtime.threads import threads_for
 from pipeline.runtime.waiting import giving_way
 
 CHECK_THREADS = 4  # each holds the codes of one shard, some 32 MiB
+LOOKS = 5  # seconds between two looks for dead holders of shards that are waited for
 
 
 def generate(
@@ -83,6 +86,7 @@ def generate(
             raise StoreError(
                 f"{path} can't be made, since a part of it is a file; choose another --store"
             )
+        take_over(path, Worker.here().name)
         once(
             path,
             "create",
@@ -209,7 +213,7 @@ def _fill(
         clock.begin()
         label, waited = Labeller(work, writer, read), False
         while units or doubtful:
-            labelled = label(units, progress)
+            labelled = label(FreeUnits(writer, share, units, progress), progress)
             units = share.units(store.finished())
             left = doubtful + [(view, unit.shard) for unit in units for view in unit.views]
             if left and not waited:
@@ -220,9 +224,7 @@ def _fill(
                     f"{store.path} ({busy})"
                 )
                 waited = True
-            while left and all(held(writer.claims, f"{view}-{shard}") for view, shard in left):
-                time.sleep(1.0)
-                check_signals()
+            _wait(writer, left)
             if left and not labelled:
                 time.sleep(1.0)
                 check_signals()
@@ -243,6 +245,19 @@ def _fill(
     _say_what_is_left(writer, share)
 
 
+def _wait(writer: StoreWriter, places: list[tuple[int, int]]) -> None:
+    """Wait until one of the shards at these places, (view, shard), is held by no living
+    process."""
+    names, looks = {f"{view}-{shard}" for view, shard in places}, 0
+    while names and names <= held_names(writer.claims):
+        # To ask for each holder's life is dear on a cluster's disk, and many may wait.
+        if looks % LOOKS == 0 and not all(held(writer.claims, name) for name in names):
+            return
+        looks += 1
+        time.sleep(1.0)
+        check_signals()
+
+
 def _say_what_is_left(writer: StoreWriter, share: Share) -> None:
     """Print how complete the store is, and tidy up a complete store."""
     store = writer.store
@@ -252,7 +267,7 @@ def _say_what_is_left(writer: StoreWriter, share: Share) -> None:
             writer.tidy()
         sweep(writer.claims)
         say(f"{store.path} is complete: {of} of {of} shards")
-    elif share.workers > 1:
+    elif share.workers > 1 and not share.open:
         say(
             f"this worker's share is done; {of - done} of {of} shards of {store.path} are left to "
             f"the other workers"

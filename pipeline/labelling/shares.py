@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,24 +20,26 @@ class Unit:
 @dataclass(frozen=True)
 class Share:
     """A worker's share of a store: every n-th unit of work, from the worker's own
-    number on.
+    number on; or, of an open share, every unit that no other worker holds.
 
-    worker: the worker's number, from 0. workers: the number of workers, n. first_view:
-    earlier views are left as they are. views_per_decode: the number of views in a unit.
-    The share that a unit belongs to depends on the unit's place alone, not on which
-    shards are finished.
+    worker: the worker's number, from 0. workers: the number of workers, n; of an open
+    share 1 if the number isn't known. first_view: earlier views are left as they are.
+    views_per_decode: the number of views in a unit. open: workers may come and go, and
+    each takes whatever is left. The part of the store that a unit belongs to depends on
+    the unit's place alone, not on which shards are finished.
     """
 
     worker: int = 0
     workers: int = 1
     first_view: int = 0
     views_per_decode: int = 1
+    open: bool = False
 
     @property
     def leads(self) -> bool:
-        """Return whether this worker creates, extends and repairs the store, which only
-        one worker may do."""
-        return self.worker == 0
+        """Return whether this worker may create, extend and repair the store. Of all
+        that may, one does (``coordination.once``)."""
+        return self.open or self.worker == 0
 
     def units(self, finished: np.ndarray) -> list[Unit]:
         """Return this share's units, each with its unfinished views only.
@@ -45,16 +47,18 @@ class Share:
         finished: bool [views, shards]. Units of early views come first, so that
         students can train on early views first.
         """
+        whole = replace(self, worker=0, workers=1) if self.open else self
         units: dict[tuple[int, int], Unit] = {}
-        for view, shard in self.places(~finished):
+        for view, shard in whole.places(~finished):
             units.setdefault((view // self.views_per_decode, shard), Unit([], shard)).views.append(
                 view
             )
         return list(units.values())
 
     def places(self, wanted: np.ndarray) -> list[tuple[int, int]]:
-        """Return (view, shard) of the places in this share where ``wanted``, bool
-        [views, shards], is true. The order is the order of the work."""
+        """Return (view, shard) of the places in this worker's part of the store where
+        ``wanted``, bool [views, shards], is true. The order is the order of the work.
+        If the number of workers isn't known, worker 0's part is everything."""
         views, shards = wanted.shape
         blocks = itertools.product(range(0, views, self.views_per_decode), range(shards))
         return [

@@ -202,11 +202,12 @@ class Labeller:
     ) -> Iterator[tuple[Job, slice, list[dict[int, torch.Tensor]]]]:
         """Render the crops of the units that can be claimed. Yields all views of some
         rows together, since the views share one decode."""
+        waiting = iter(units)
         with self.send.beside():
-            for unit in units:
+            while True:
                 while not self.room.acquire(timeout=0.1) and not self.leaving.is_set():
                     pass
-                if self.leaving.is_set():
+                if self.leaving.is_set() or (unit := next(waiting, None)) is None:
                     return
                 job = self._claimed(unit)
                 if job is None:

@@ -40,7 +40,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self.done, self.note = 0, ""
+        self.done, self.elsewhere, self.note = 0, 0, ""
         self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -61,6 +61,12 @@ class Progress:
             self.task = self.bar.add_task(self.what, total=self.total, rate="", note="")
         return self
 
+    def advance_elsewhere(self, n: int) -> None:
+        """Count ``n`` more units as done by other processes since the start."""
+        self.elsewhere += n
+        if self.bar:
+            self.bar.update(self.task, advance=n)
+
     def advance(self, n: int, note: str = "") -> None:
         """Count ``n`` more units as done, and show a note. Raises Stopped if a signal
         asked for it."""
@@ -78,10 +84,12 @@ class Progress:
             )
         elif _speaks and now - self.logged >= LOG_SECONDS:
             self.logged = now
-            left = duration((self.total - self.done) / rate) if rate else "?"
+            both = self.done + self.elsewhere
+            left = duration((self.total - both) * (now - self.started) / both) if both else "?"
+            others = f" here, {self.elsewhere:,} elsewhere," if self.elsewhere else ""
             _print(
-                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f}/s, {left} "
-                f"left {note}".rstrip()
+                f"{self.what}: {self.done:,}{others} of {self.total:,} {self.unit}, {rate:,.1f}/s, "
+                f"{left} left {note}".rstrip()
             )
 
     def __exit__(

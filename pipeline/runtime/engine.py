@@ -1,0 +1,96 @@
+"""Read from the environment which engine started this process (Kubernetes, SLURM,
+torchrun), and as which worker."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.system import claims
+from pipeline.runtime.launch import Launch, number
+from pipeline.runtime.progress import say
+
+MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+JOB = "OFFLINE_MEAL_JOB"  # names the job that an engine runs, for ``Worker.name``
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among the workers that an engine starts.
+
+    number: of the worker, from 0. workers: the number of workers; None if the engine
+    doesn't tell. name: a name that no other living worker has, and that a worker has
+    again if the engine starts it anew; None if the engine gives no such name. engine:
+    its name, for messages; empty if no engine started this process.
+    """
+
+    number: int = 0
+    workers: int | None = 1
+    name: str | None = None
+    engine: str = ""
+
+    @classmethod
+    def here(cls) -> Worker:
+        """Read the environment variables of SLURM, of a Kubernetes Indexed Job, and of
+        torchrun within either. Raises LaunchError for a value that is no number."""
+        me = _of_slurm() or _of_kubernetes() or cls()
+        launch = Launch.here()
+        if launch.world == 1:
+            return me
+        return cls(
+            me.number * launch.world + launch.rank,
+            me.workers and me.workers * launch.world,
+            # By itself torchrun doesn't start one process again, but all of them.
+            me.name and f"{me.name} rank {launch.rank}",
+            me.engine or "torchrun",
+        )
+
+
+def _of_slurm() -> Worker | None:
+    """Read SLURM's variables of a job array's task, and of a step that srun started."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    task, tasks, name = 0, 1, f"slurm {os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        own = number("SLURM_ARRAY_TASK_ID", 0, "the number of this task of the array")
+        first = number("SLURM_ARRAY_TASK_MIN", 0, "the first number of the array")
+        last = number("SLURM_ARRAY_TASK_MAX", own, "the last number of the array")
+        step = number("SLURM_ARRAY_TASK_STEP", 1, "the step between the array's numbers", least=1)
+        count = number("SLURM_ARRAY_TASK_COUNT", 1, "the number of tasks of the array", least=1)
+        name += f" {own}"
+        if count == (last - first) // step + 1:
+            task, tasks = (own - first) // step, count
+        else:  # a list like 1,3,7, which SLURM doesn't tell
+            task, tasks = own - first, 0
+    if "SLURM_STEP_ID" in os.environ:  # otherwise the batch script runs this process itself
+        several = number("SLURM_STEP_NUM_TASKS", 1, "the number of tasks of the step", least=1)
+        rank = number("SLURM_PROCID", 0, "the number of this task of the step")
+        # Steps of one job may run at the same time.
+        name += f" step {os.environ['SLURM_STEP_ID']} {rank}"
+        task, tasks = task * several + rank, tasks * several
+    # mpirun starts its processes by itself, without steps of SLURM.
+    name += "".join(f" {key} {os.environ[key]}" for key in MPI if key in os.environ)
+    return Worker(task, tasks or None, name, "SLURM")
+
+
+def _of_kubernetes() -> Worker | None:
+    """Read the variable of an Indexed Job, which doesn't tell the number of its
+    workers, and the job's name that its manifest gives."""
+    if "JOB_COMPLETION_INDEX" not in os.environ:
+        return None
+    own = number("JOB_COMPLETION_INDEX", 0, "this worker's index in the Job, from 0")
+    job = os.environ.get(JOB, "").strip()
+    return Worker(own, None, f"kubernetes {job} {own}" if job else None, "Kubernetes")
+
+
+def take_over(path: Path, name: str | None) -> None:
+    """Name this process in its claims on the store or run at ``path``, and release the
+    claims of its lost predecessor. name: ``Worker.name``."""
+    claims.known_as(name)
+    if name and (released := claims.release(claims.claims_of(path), name)):
+        say(
+            f"this worker was started anew: released {released} claims that its predecessor left "
+            f"on {path}"
+        )
