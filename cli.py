@@ -254,6 +254,18 @@ ENTRIES = (
         "fixed shares, I from 0; combines with torchrun.",
     ),
     click.option(
+        "--ray",
+        metavar="local|auto|HOST:PORT",
+        help="Label with workers of a Ray cluster; auto: of the one that this machine belongs to; "
+        "local: of one that is started on this machine.",
+    ),
+    click.option(
+        "--ray-workers",
+        type=click.IntRange(1),
+        help="Number of workers, which start as the cluster has room; otherwise as many as it has "
+        "room for, now and later.",
+    ),
+    click.option(
         "--first-view",
         type=click.IntRange(0),
         default=0,
@@ -282,6 +294,8 @@ def generate_labels(
     device,
     batch_size,
     worker,
+    ray,
+    ray_workers,
     first_view,
     strict,
     no_check,
@@ -321,6 +335,31 @@ def generate_labels(
     for option, value in (("--data", data), ("--store", store)):
         if value is None:
             raise click.UsageError(f"Missing option '{option}'; only --plan does without it")
+    if ray_workers and not ray:
+        raise click.UsageError("--ray-workers goes with --ray, which names the cluster")
+    if ray:
+        if worker or profile:
+            raise click.UsageError(
+                "--ray divides the work by itself; leave out --worker and --profile"
+            )
+        from pipeline.labelling.ray_workers import RayTask, label_on_ray
+
+        label_on_ray(
+            RayTask(
+                recipe,
+                os.path.abspath(data),
+                split,
+                _class_map(class_map),
+                store.absolute(),
+                device,
+                first_view,
+                strict,
+                not no_check,
+            ),
+            ray,
+            ray_workers,
+        )
+        return
     from pipeline.labelling.generate import generate
     from pipeline.runtime.execution import Execution
 

@@ -33,7 +33,7 @@ from pipeline.models.classes import known_classes
 from pipeline.models.weights import load_teachers
 from pipeline.provenance import refusals
 from pipeline.provenance.description import as_begun
-from pipeline.runtime.engine import Worker, take_over
+from pipeline.runtime.engine import take_over
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import require_precision
 from pipeline.runtime.profiling import LABELLING, advice_on_labelling, report
@@ -86,7 +86,7 @@ def generate(
             raise StoreError(
                 f"{path} can't be made, since a part of it is a file; choose another --store"
             )
-        take_over(path, Worker.here().name)
+        take_over(path, execution.worker.name)
         once(
             path,
             "create",

@@ -80,7 +80,7 @@ def _of_kubernetes() -> Worker | None:
     workers, and the job's name that its manifest gives."""
     if "JOB_COMPLETION_INDEX" not in os.environ:
         return None
-    own = number("JOB_COMPLETION_INDEX", 0, "this worker's index in the Job, from 0")
+    own = number("JOB_COMPLETION_INDEX", 0, "the index of this worker in the Job, from 0")
     job = os.environ.get(JOB, "").strip()
     return Worker(own, None, f"kubernetes {job} {own}" if job else None, "Kubernetes")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.runtime.distributed import ALONE, Processes
+from pipeline.runtime.engine import Worker
 from pipeline.runtime.profiling import Clock
 
 CPU = torch.device("cpu")
@@ -18,12 +19,14 @@ class Execution:
 
     device: of the models. processes: the processes that work together, each on its part
     of every batch; process 0 writes. clock: adds up where the time goes; with an exact
-    clock the stage reports the times at its end (--profile).
+    clock the stage reports the times at its end (--profile). worker: who this process
+    is for the engine that started it.
     """
 
     device: torch.device = CPU
     processes: Processes = ALONE
     clock: Clock = field(default_factory=Clock)
+    worker: Worker = field(default_factory=Worker.here)
 
     @classmethod
     def on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -16,6 +17,15 @@ from cache.system.signals import check
 
 LOG_SECONDS = 30.0  # between two lines in a log
 _speaks = True
+_line: Callable[[str], object] | None = None  # takes lines, instead of stderr
+_count: Callable[[Progress], object] | None = None
+
+
+def divert(line: Callable[[str], object], count: Callable[[Progress], object]) -> None:
+    """Hand this process's lines and progress to functions, which tell them to another
+    process, instead of printing them."""
+    global _line, _count
+    _line, _count = line, count
 
 
 def silence() -> None:
@@ -45,7 +55,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.started = self.logged = time.monotonic()
-        if _speaks and sys.stderr is not None and sys.stderr.isatty():
+        if _count:
+            _count(self)
+        elif _speaks and sys.stderr is not None and sys.stderr.isatty():
             self.bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -82,6 +94,8 @@ class Progress:
                 rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s",
                 note=note,
             )
+        elif _count:
+            _count(self)
         elif _speaks and now - self.logged >= LOG_SECONDS:
             self.logged = now
             both = self.done + self.elsewhere
@@ -113,6 +127,9 @@ def say(message: str, *, anyway: bool = False) -> None:
 def _print(line: str) -> None:
     """Print a line on stderr. A log that can't be written, since its disk is full,
     doesn't stop the work; a closed pipe does, as everywhere."""
+    if _line:
+        _line(line)
+        return
     if sys.stderr is None:  # closed by the caller of a library; print would take stdout
         return
     try:

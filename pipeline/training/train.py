@@ -24,7 +24,7 @@ from pipeline.models.model import Model
 from pipeline.models.weights import load
 from pipeline.runs.folder import CONFIG, SCANS, RunError
 from pipeline.runtime.distributed import ALONE, Processes
-from pipeline.runtime.engine import Worker, take_over
+from pipeline.runtime.engine import take_over
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.precision import fixed_shapes, require_precision
 from pipeline.runtime.profiling import TRAINING, advice_on_training, report
@@ -78,7 +78,7 @@ def train(
         lambda: require_outside("--out", out, *(one for one in (data, validating) if one))
     )
     processes.together(lambda: require_no_split("--out", out, data))
-    processes.first(lambda: take_over(out, Worker.here().name))
+    processes.first(lambda: take_over(out, execution.worker.name))
     with claim(claims_of(out), "train") if processes.leads else nullcontext() as mine:
         processes.first(lambda: _require_alone(out, mine))
         scans = [Scanned(out / name) for name in SCANS]

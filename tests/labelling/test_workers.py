@@ -19,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,51 +49,6 @@ from cache import LabelStore
 from cache.system.claims import STALE, claims_of
 from cache.verify import verify
 
-
-@pytest.fixture(scope="module")
-def house(recipe, teachers) -> Iterator[House]:
-    """18 photographs and a file that is no image, five shards a view, one teacher."""
-    from support.small import changed, write_photos
-
-    folder = Path(tempfile.mkdtemp(prefix="workers."))
-    folder.chmod(0o755)
-    write_photos(folder / "data" / "train", 6)
-    (folder / "data" / "train" / "bee" / "notes.txt").write_text("no image")
-    write_photos(folder / "data" / "val", 2, seed=1)
-    teacher = teachers[0] | {"checkpoint": shutil.copy(teachers[0]["checkpoint"], folder)}
-    os.chmod(teacher["checkpoint"], 0o644)
-    small = changed(
-        recipe,
-        crops={"views": VIEWS},
-        store={"shard_rows": ROWS, "batch_size": ROWS, "views_per_decode": 2},
-        render={"threads": 1},
-    )
-    document = small.model_dump(mode="json", exclude_unset=True) | {"teachers": [teacher]}
-    (folder / "recipe.yaml").write_text(type(recipe).model_validate(document).to_yaml())
-    house = House(folder, folder / "recipe.yaml", folder / "data")
-    yield house
-    house.end()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(house) -> Path:
-    """The store of a single undisturbed process, beside stores of one, two and four
-    views."""
-    for views in (1, 2, VIEWS, 4):
-        Place(house, Path(), house.folder / f"{views} views").run(f"--views={views}")
-        (house.folder / f"{views} views" / "s.zarr").rename(house.folder / f"{views}.zarr")
-    return house.folder / f"{VIEWS}.zarr"
-
-
-@pytest.fixture
-def place(house, whole) -> Iterator[Place]:
-    place = Place(house, whole, house.folder / f"place{next(house.number)}")
-    yield place
-    house.end()
-    shutil.rmtree(place.folder)
-
-
 # ---- sharing the work
 
 
@@ -108,6 +62,12 @@ def torchrun(rank: int, world: int) -> dict[str, str]:
     }
 
 
+def kubernetes(index: int, job: str = "3f6c") -> dict[str, str]:
+    """Return the environment that an Indexed Job gives a worker, as the project's
+    manifest has it."""
+    return {"JOB_COMPLETION_INDEX": str(index), "OFFLINE_MEAL_JOB": job}
+
+
 WAYS: dict[str, list[dict]] = {
     "torchrun": [{"environment": torchrun(rank, 3)} for rank in range(3)],
     "SLURM array": [{"worker": f"{i}/3"} for i in range(3)],
@@ -117,6 +77,12 @@ WAYS: dict[str, list[dict]] = {
         for rank in range(2)
     ],
     "by hand": [{}, {}, {}],
+    "Kubernetes": [{"worker": "auto", "environment": kubernetes(i)} for i in range(3)],
+    "SLURM, open": [
+        {"worker": "auto", "environment": {"SLURM_JOB_ID": f"{70 + i}", "SLURM_ARRAY_JOB_ID": "70"}}
+        for i in range(3)
+    ],
+    "auto by hand": [{"worker": "auto"}] * 3,
 }
 
 
@@ -144,7 +110,7 @@ def test_however_workers_share_a_store_it_is_that_of_one_process_and_no_shard_is
     ]
     assert all(ends), said
     assert any("is complete" in line for line in said), said
-    if way == "by hand":  # without shares nobody waits for a share
+    if "by hand" in way or "auto" in str(WAYS[way]):  # without shares nobody waits for a share
         assert not any("this worker's share" in line for line in said), said
 
 
@@ -211,14 +177,14 @@ def test_a_dead_workers_share_is_finished_by_any_other_number_of_workers(place, 
     place.require_whole(dead)
 
 
-def claimed_elsewhere(place: Place, name: str) -> Path:
+def claimed_elsewhere(place: Place, name: str, worker: str | None = None) -> Path:
     """Leave a claim of another machine's process, with the host name and the process
-    number of this process."""
+    number of this process. worker: its name in its engine."""
     from cache.system.claims import _me
 
-    claims_of(place.path).mkdir()
+    claims_of(place.path).mkdir(exist_ok=True)
     theirs = claims_of(place.path) / name
-    theirs.write_text(json.dumps(_me() | {"boot": "another"}))
+    theirs.write_text(json.dumps(_me() | {"boot": "another", "worker": worker}))
     return theirs
 
 
@@ -239,6 +205,64 @@ def test_a_claim_from_another_machine_is_respected_while_it_beats_and_taken_over
     assert os.listdir(claims_of(place.path)) == ["1-2"]
     os.utime(theirs, (time.time() - STALE - 60,) * 2)
     assert run.end() == 0 and "is complete: 15 of 15" in run.said()
+    place.require_whole()
+
+
+def test_a_worker_that_its_engine_starts_anew_has_its_predecessors_claims_at_once(place):
+    """Kubernetes puts the pod of a lost node on another node, under the same index. The
+    claims of other indices and of other jobs are respected."""
+    place.begin(VIEWS, labelled=0)
+    own = claimed_elsewhere(place, "1-2", "kubernetes 3f6c 4")
+    index = claimed_elsewhere(place, "0-1", "kubernetes 3f6c 3")
+    job = claimed_elsewhere(place, "2-0", "kubernetes ffff 4")
+    run = place.start("--worker=auto", environment=kubernetes(4))
+    run.wait_for("13 of 15 shards are done; waiting for others")
+    assert "released 1 claims that its predecessor left" in run.said()
+    assert not own.exists() and index.exists() and job.exists()
+    assert (1, 2) in {(write.view, write.shard) for write in place.writes()}
+    again = [place.start("--worker=auto", environment=kubernetes(3))]
+    again += [place.start("--worker=auto", environment=kubernetes(4, "ffff"))]
+    assert [one.end() for one in (run, *again)] == [0, 0, 0]
+    place.require_whole()
+
+
+def test_a_worker_never_takes_the_claims_of_a_living_process_of_its_own_name(place):
+    """Two processes of one name on one machine: a batch script started two."""
+    place.begin(VIEWS, labelled=0)
+    slurm = {"SLURM_JOB_ID": "70"}
+    when = When("rename", r"s\.zarr/labels/c/0/1/0$", "hold")
+    first = place.start("--worker=auto", environment=slurm, whens=(when,))
+    first.wait_held()
+    second = place.start("--worker=auto", environment=slurm)
+    second.wait_for("waiting for others who are at work on")
+    assert "released" not in second.said()
+    first.release()
+    assert [first.end(), second.end()] == [0, 0]
+    place.require_whole()
+
+
+def test_a_lost_workers_units_are_taken_by_any_open_worker(place):
+    place.begin(VIEWS, labelled=0)
+    lost = place.start(
+        "--worker=auto",
+        environment=kubernetes(0),
+        whens=(When("rename", r"s\.zarr/(boxes|records)/", "SIGKILL", nth=4),),
+    )
+    assert lost.end() == -signal.SIGKILL
+    place.run("--worker=auto", environment=kubernetes(7))
+    place.require_whole(lost)
+
+
+def test_a_damaged_shard_is_found_by_one_of_the_open_workers(place):
+    """Where the number of workers isn't known, worker 0 reads all finished shards."""
+    place.begin(VIEWS)
+    file = place.path / "labels" / "c" / "1" / "2" / "0"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "is complete" in place.run("--worker=auto", environment=kubernetes(2))
+    assert file.read_bytes() == bytes(content)
+    assert "damaged, and will be made anew" in place.run("--worker=auto", environment=kubernetes(0))
     place.require_whole()
 
 
