@@ -1158,7 +1158,8 @@ def _share(recipe: Any, text: str | None, first_view: int) -> Any:
         worker = Worker.here()
         if not worker.engine:
             say(
-                "nothing here tells a worker's number (JOB_COMPLETION_INDEX, SLURM_JOB_ID, RANK): "
+                "nothing here tells a worker's number (JOB_COMPLETION_INDEX, SLURM_JOB_ID, "
+                "SKYPILOT_NODE_RANK, RANK): "
                 "this worker takes what no other holds"
             )
         return Share(

@@ -97,11 +97,6 @@ class StoreWriter:
             for name in (*self.store.shard_arrays, "records")
         )
 
-    @property
-    def held(self) -> set[str]:
-        """Return the names of the claims that this writer holds."""
-        return set(self._held)
-
     @contextmanager
     def claimed(self, views: list[int], shard: int) -> Iterator[list[int]]:
         """Claim the shard in each of the views. Give the views that are unfinished and

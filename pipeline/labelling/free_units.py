@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from cache.format.manifest import USABLE
 from cache.system.claims import held, held_names
+from cache.system.signals import check
 from cache.writer import StoreWriter
 from pipeline.labelling.shares import Share, Unit
 from pipeline.runtime.progress import Progress
+
+LOOKS = 5  # seconds between two looks for dead holders, which are dear on a cluster's disk
+Place = tuple[int, int]  # view, shard
 
 
 class FreeUnits:
@@ -21,60 +27,101 @@ class FreeUnits:
     workers take more units than slow ones, and a unit is taken soon after the worker
     that held the unit is lost.
 
-    Workers that begin at the same moment would all want the first unit, so the first
-    look of worker i passes over i free units. Where fewer units are free than others
-    are held, a unit is handed out view by view, so that no worker is idle while another
-    labels several views.
+    Workers that look at the same moment would all want the first free unit, so worker i
+    passes over i free units; a worker without a number, over any of as many as others
+    hold. Where fewer units are free than others hold, a unit is handed out view by
+    view, so that no worker is idle while another labels several views.
     """
 
     def __init__(
         self, writer: StoreWriter, share: Share, units: Sequence[Unit], progress: Progress
     ) -> None:
-        self.writer, self.progress = writer, progress
+        self.writer, self.share, self.progress = writer, share, progress
         self.left = {(unit.views[0], unit.shard): [*unit.views] for unit in units}
-        self.skip = share.worker if share.open else 0
-        self.views_per_decode = share.views_per_decode
+        self.taken: list[tuple[Place, int]] = []  # views that were handed out, with their units
+        # Shards that aren't finished although there is a record: it promises lost data.
+        self.lost = {
+            (view, unit.shard)
+            for unit in units
+            for view in unit.views
+            if writer.store.has_record(view, unit.shard)
+        }
 
     def __iter__(self) -> Iterator[Unit]:
-        claims = self.writer.claims
         while self.left:
-            busy = held_names(claims)
+            busy = held_names(self.writer.claims)
             unit = self._first(busy)
-            if unit is None:  # claims of dead workers are looked for last, since that is dear
-                unit = self._first({name for name in busy if held(claims, name)})
+            if unit is None:
+                unit = self._first(self._living(busy))
             if unit is None:
                 return
             yield unit
 
+    def unfinished(self) -> list[Place]:
+        """Return (view, shard) of everything that isn't finished yet."""
+        for unit, view in self.taken:
+            if not self._is_done(view, unit[1]):
+                self.left[unit] = sorted([*self.left.get(unit, []), view])
+        self.taken, self.left = [], dict(sorted(self.left.items()))
+        for unit in list(self.left):
+            self._unfinished(unit, self.left[unit])
+        return [(view, shard) for (_, shard), views in self.left.items() for view in views]
+
+    def wait(self, doubtful: Sequence[Place]) -> None:
+        """Wait until something unfinished, or one of the ``doubtful`` shards, is held
+        by no living process; or until there is no such thing."""
+        looks = 0
+        while places := [*self.unfinished(), *doubtful]:
+            names = {f"{view}-{shard}" for view, shard in places}
+            busy = held_names(self.writer.claims)
+            if names - busy or (looks % LOOKS == 0 and names - self._living(busy & names)):
+                return
+            looks += 1
+            time.sleep(1.0)
+            check()
+
+    def _living(self, names: set[str]) -> set[str]:
+        return {name for name in names if held(self.writer.claims, name)}
+
     def _first(self, busy: set[str]) -> Unit | None:
         """Take the first unit of which some views are neither finished nor busy."""
         free = [
-            (place, views)
-            for place, several in self.left.items()
-            if (views := [view for view in several if f"{view}-{place[1]}" not in busy])
+            (unit, views)
+            for unit, several in self.left.items()
+            if (views := [view for view in several if f"{view}-{unit[1]}" not in busy])
         ]
-        first = self.skip % len(free) if free else 0
-        self.skip = 0
-        for place, views in free[first:] + free[:first]:
-            if views := self._unfinished(place, views):
-                if len(free) * self.views_per_decode < len(busy - self.writer.held):
+        others = len(self.left) - len(free)  # units that other workers hold
+        numbered = self.share.open and self.share.worker
+        first = (numbered or random.randint(0, others)) % max(1, len(free))
+        for unit, views in free[first:] + free[:first]:
+            if views := self._unfinished(unit, views):
+                if len(free) < others:
                     views = views[:1]
-                self._drop(place, views)
-                return Unit(views, place[1])
+                self._drop(unit, views)
+                self.taken += [(unit, view) for view in views]
+                return Unit(views, unit[1])
         return None
 
-    def _unfinished(self, place: tuple[int, int], views: list[int]) -> list[int]:
-        """Return those of a unit's views that are unfinished, and drop the others,
+    def _unfinished(self, unit: Place, views: list[int]) -> list[int]:
+        """Return those of a unit's views that aren't finished, and drop the others,
         which other workers have finished."""
-        shard = place[1]
-        finished = [view for view in views if self.writer.store.is_finished(view, shard)]
+        store, shard = self.writer.store, unit[1]
+        finished = [view for view in views if self._is_done(view, shard)]
         if finished:
-            images = self.writer.store.images.status[self.writer.store.shard_slice(shard)]
-            self.progress.advance_elsewhere(len(finished) * int(np.sum(images == USABLE)))
-            self._drop(place, finished)
+            usable = store.images.status[store.shard_slice(shard)] == USABLE
+            self.progress.advance_elsewhere(len(finished) * int(np.sum(usable)))
+            self._drop(unit, finished)
         return [view for view in views if view not in finished]
 
-    def _drop(self, place: tuple[int, int], views: list[int]) -> None:
-        self.left[place] = [view for view in self.left[place] if view not in views]
-        if not self.left[place]:
-            del self.left[place]
+    def _is_done(self, view: int, shard: int) -> bool:
+        """Return whether a shard has been finished. To look for a record is a hundred
+        times as fast as to read it."""
+        store = self.writer.store
+        if (view, shard) in self.lost:
+            return store.is_finished(view, shard)
+        return store.has_record(view, shard)
+
+    def _drop(self, unit: Place, views: list[int]) -> None:
+        self.left[unit] = [view for view in self.left[unit] if view not in views]
+        if not self.left[unit]:
+            del self.left[unit]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,8 @@ from pathlib import Path
 from cache import LabelStore, repair
 from cache.errors import StoreError
 from cache.format.manifest import USABLE
-from cache.system.claims import claim, claims_of, held, held_names, holders, sweep
+from cache.system.claims import claim, claims_of, holders, sweep
 from cache.system.local import require_local
-from cache.system.signals import check as check_signals
 from cache.writer import StoreWriter
 from pipeline.config import Config, ConfigError
 from pipeline.images.class_names import map_classes
@@ -42,7 +40,6 @@ from pipeline.runtime.threads import threads_for
 from pipeline.runtime.waiting import giving_way
 
 CHECK_THREADS = 4  # each holds the codes of one shard, some 32 MiB
-LOOKS = 5  # seconds between two looks for dead holders of shards that are waited for
 
 
 def generate(
@@ -213,25 +210,23 @@ def _fill(
         clock.begin()
         label, waited = Labeller(work, writer, read), False
         while units or doubtful:
-            labelled = label(FreeUnits(writer, share, units, progress), progress)
+            free = FreeUnits(writer, share, units, progress)
+            while True:
+                label(free, progress)
+                if not (free.unfinished() or doubtful):
+                    break
+                if not waited:
+                    _say_who_is_at_work(writer)
+                    waited = True
+                free.wait(doubtful)
+                if doubtful:
+                    doubtful = [
+                        place
+                        for place in doubtful
+                        if store.fault(*place) and not writer.discard(*place)
+                    ]
+                    break  # what was discarded is unfinished now
             units = share.units(store.finished())
-            left = doubtful + [(view, unit.shard) for unit in units for view in unit.views]
-            if left and not waited:
-                busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
-                done, of = store.progress()
-                say(
-                    f"{done} of {of} shards are done; waiting for others who are at work on "
-                    f"{store.path} ({busy})"
-                )
-                waited = True
-            _wait(writer, left)
-            if left and not labelled:
-                time.sleep(1.0)
-                check_signals()
-            doubtful = [
-                place for place in doubtful if store.fault(*place) and not writer.discard(*place)
-            ]
-            units = share.units(store.finished()) if waited else units
     if progress.done:
         say(
             f"labelled {progress.done:,} crops in {duration(progress.seconds)}, "
@@ -245,17 +240,14 @@ def _fill(
     _say_what_is_left(writer, share)
 
 
-def _wait(writer: StoreWriter, places: list[tuple[int, int]]) -> None:
-    """Wait until one of the shards at these places, (view, shard), is held by no living
-    process."""
-    names, looks = {f"{view}-{shard}" for view, shard in places}, 0
-    while names and names <= held_names(writer.claims):
-        # To ask for each holder's life is dear on a cluster's disk, and many may wait.
-        if looks % LOOKS == 0 and not all(held(writer.claims, name) for name in names):
-            return
-        looks += 1
-        time.sleep(1.0)
-        check_signals()
+def _say_who_is_at_work(writer: StoreWriter) -> None:
+    """Print who holds what is left of a store."""
+    busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
+    done, of = writer.store.progress()
+    say(
+        f"{done} of {of} shards are done; waiting for others who are at work on "
+        f"{writer.store.path} ({busy})"
+    )
 
 
 def _say_what_is_left(writer: StoreWriter, share: Share) -> None:

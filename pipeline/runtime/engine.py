@@ -1,5 +1,5 @@
 """Read from the environment which engine started this process (Kubernetes, SLURM,
-torchrun), and as which worker."""
+SkyPilot, torchrun), and as which worker."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class Worker:
 
     @classmethod
     def here(cls) -> Worker:
-        """Read the environment variables of SLURM, of a Kubernetes Indexed Job, and of
-        torchrun within either. Raises LaunchError for a value that is no number."""
-        me = _of_slurm() or _of_kubernetes() or cls()
+        """Read the environment variables of SkyPilot, of SLURM, of a Kubernetes Indexed
+        Job, and of torchrun within one of them. Raises LaunchError for a value that is
+        no number."""
+        me = _of_skypilot() or _of_slurm() or _of_kubernetes() or cls()
         launch = Launch.here()
         if launch.world == 1:
             return me
@@ -45,6 +46,17 @@ class Worker:
             me.name and f"{me.name} rank {launch.rank}",
             me.engine or "torchrun",
         )
+
+
+def _of_skypilot() -> Worker | None:
+    """Read SkyPilot's variables of a node. A managed job keeps its id when it
+    recovers."""
+    if "SKYPILOT_NODE_RANK" not in os.environ:
+        return None
+    rank = number("SKYPILOT_NODE_RANK", 0, "the number of this node, from 0")
+    nodes = number("SKYPILOT_NUM_NODES", 1, "the number of nodes", least=1)
+    job = os.environ.get("SKYPILOT_TASK_ID", "").strip()
+    return Worker(rank, nodes, f"skypilot {job} {rank}" if job else None, "SkyPilot")
 
 
 def _of_slurm() -> Worker | None:

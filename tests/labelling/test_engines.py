@@ -51,6 +51,16 @@ TOLD: dict[str, tuple[dict[str, str], Worker]] = {
         {"SLURM_JOB_ID": "74", "OMPI_COMM_WORLD_RANK": "3"},
         Worker(0, 1, "slurm  74 OMPI_COMM_WORLD_RANK 3", "SLURM"),
     ),
+    "SkyPilot": (
+        {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "4", "SKYPILOT_TASK_ID": "sky-1_x"},
+        Worker(1, 4, "skypilot sky-1_x 1", "SkyPilot"),
+    ),
+    "torchrun on SkyPilot on Kubernetes": (
+        {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "4", "SKYPILOT_TASK_ID": "x"}
+        | INDEX
+        | TORCHRUN,
+        Worker(3, 8, "skypilot x 1 rank 1", "SkyPilot"),
+    ),
     "SLURM on Kubernetes": (ARRAY | INDEX, Worker(2, 4, "slurm  70 14", "SLURM")),
 }
 
@@ -58,7 +68,9 @@ TOLD: dict[str, tuple[dict[str, str], Worker]] = {
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "PMI_", "JOB_COMPLETION", "OFFLINE_MEAL_JOB")):
+        if name.startswith(
+            ("SLURM_", "OMPI_", "PMI_", "SKYPILOT_", "JOB_COMPLETION", "OFFLINE_MEAL_JOB")
+        ):
             monkeypatch.delenv(name)
 
 
