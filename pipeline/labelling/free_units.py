@@ -29,8 +29,9 @@ class FreeUnits:
 
     Workers that look at the same moment would all want the first free unit, so worker i
     passes over i free units; a worker without a number, over any of as many as others
-    hold. Where fewer units are free than others hold, a unit is handed out view by
-    view, so that no worker is idle while another labels several views.
+    hold. Towards the end, where less than twice as many units are free as others hold,
+    a worker takes a part of a unit's views only, down to a single one, so that no
+    worker is idle while a slow one labels several views.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class FreeUnits:
         first = (numbered or random.randint(0, others)) % max(1, len(free))
         for unit, views in free[first:] + free[:first]:
             if views := self._unfinished(unit, views):
-                if len(free) < others:
-                    views = views[:1]
+                if len(free) < 2 * others:
+                    views = views[: max(1, len(views) * len(free) // (2 * others))]
                 self._drop(unit, views)
                 self.taken += [(unit, view) for view in views]
                 return Unit(views, unit[1])

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cache import LabelStore, repair
 from cache.errors import StoreError
 from cache.format.manifest import USABLE
@@ -194,7 +196,8 @@ def _fill(
         int((store.images.status[store.shard_slice(shard)] == USABLE).sum())
         for shard in range(store.shards)
     ]
-    units = share.units(store.finished())
+    finished = store.finished()
+    units = share.units(finished)
     if units and not os.access(store.path / "records", os.W_OK):
         raise StoreError(
             f"{store.path} is not finished and can't be written (Permission denied, or a read-only "
@@ -226,7 +229,8 @@ def _fill(
                         if store.fault(*place) and not writer.discard(*place)
                     ]
                     break  # what was discarded is unfinished now
-            units = share.units(store.finished())
+            finished = store.finished()
+            units = share.units(finished)
     if progress.done:
         say(
             f"labelled {progress.done:,} crops in {duration(progress.seconds)}, "
@@ -237,23 +241,25 @@ def _fill(
                 clock, LABELLING, advice_on_labelling(clock, work.config, work.device)
             ):
                 say(line)
-    _say_what_is_left(writer, share)
+    _say_what_is_left(writer, share, int(finished.sum()))
 
 
 def _say_who_is_at_work(writer: StoreWriter) -> None:
     """Print who holds what is left of a store."""
-    busy = ", ".join(sorted(set(holders(writer.claims)))) or "they have just ended"
-    done, of = writer.store.progress()
+    store, busy = writer.store, ", ".join(sorted(set(holders(writer.claims))))
+    # Records are counted and not read: many workers may wait, all at the same moment.
+    places = np.ndindex(store.views, store.shards)
+    done = sum(store.has_record(view, shard) for view, shard in places)
     say(
-        f"{done} of {of} shards are done; waiting for others who are at work on "
-        f"{writer.store.path} ({busy})"
+        f"{done} of {store.views * store.shards} shards are done; waiting for others who are at "
+        f"work on {store.path} ({busy or 'they have just ended'})"
     )
 
 
-def _say_what_is_left(writer: StoreWriter, share: Share) -> None:
-    """Print how complete the store is, and tidy up a complete store."""
-    store = writer.store
-    done, of = store.progress()
+def _say_what_is_left(writer: StoreWriter, share: Share, done: int) -> None:
+    """Print how complete the store is, and tidy up a complete store. done: number of
+    finished shards."""
+    store, of = writer.store, writer.store.views * writer.store.shards
     if done == of:
         if os.access(store.path, os.W_OK):
             writer.tidy()

@@ -76,6 +76,22 @@ def test_reading_and_starting_are_measured_for_every_source(tmp_path):
     assert len(document["starting"]) == 4
 
 
+def test_workers_that_share_a_store_are_measured(tmp_path):
+    done = run(
+        "workers.py",
+        "--workers=3",
+        "--units=11",
+        "--seconds=0.001",
+        f"--out={tmp_path / 'workers.json'}",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "workers.json").read_text())["rows"]
+    assert {(row["shares"], row["speeds"]) for row in rows} == {
+        (shares, speeds) for shares in ("fixed", "open") for speeds in ("even", "uneven")
+    }
+    assert all(row["ratio"] > 1 and row["claims_ms_per_shard"] > 0 for row in rows)
+
+
 # ---- make gpu
 
 
