@@ -361,6 +361,7 @@ def generate_labels(
         )
         return
     from pipeline.labelling.generate import generate
+    from pipeline.runtime.engine import Worker
     from pipeline.runtime.execution import Execution
 
     share = _share(recipe, worker, first_view)
@@ -368,7 +369,7 @@ def generate_labels(
         recipe,
         _data(data, split, class_map),
         store,
-        Execution.on(_device(device), profile=profile),
+        Execution.on(_device(device), profile=profile, worker=Worker.here()),
         share=share,
         strict=strict,
         check=not no_check,
@@ -455,6 +456,7 @@ def train_student(
           --out teacher --set train.labels=hard
     """
     from pipeline.runtime.distributed import joining
+    from pipeline.runtime.engine import Worker
     from pipeline.runtime.execution import Execution
     from pipeline.training.train import train
 
@@ -481,7 +483,7 @@ def train_student(
             out,
             store=store,
             validation=val_data,
-            execution=Execution.on(place, processes, profile=profile),
+            execution=Execution.on(place, processes, profile=profile, worker=Worker.here()),
             allow_renderer_difference=allow_renderer_difference,
         )
 

@@ -31,8 +31,9 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -40,9 +41,10 @@ from typing import Any
 
 from cache.errors import StoreError
 from cache.system.durable import make_folder
-from cache.system.signals import finishing
+from cache.system.signals import check, finishing
 
 BEAT = 10.0  # seconds between heartbeats
+SILENT = 3  # heartbeats
 STALE = 300.0  # seconds without a heartbeat after which a claim of another machine is dead
 TRIES = 100  # attempts at a step in which other processes may interfere
 # Errors of os.link on file systems without hard links: which one depends on the system.
@@ -122,7 +124,12 @@ def known_as(worker: str | None) -> None:
 def release(folder: Path, worker: str) -> int:
     """Release the claims that an earlier process took under the name ``worker``, which
     the engine gives to one living process only. Claims of living processes of this
-    machine stay. Returns the number of released claims."""
+    machine stay. Returns the number of released claims.
+
+    Two containers of one machine may have one name in spite of that. So a claim of
+    another container of this machine must be silent for some heartbeats, which takes
+    half a minute at most.
+    """
     released = 0
     for path in _claims_in(folder):
         if _gone(path, worker):
@@ -136,7 +143,26 @@ def release(folder: Path, worker: str) -> int:
 def _gone(path: Path, worker: str) -> bool:
     """Return whether a claim is of an earlier process of a worker."""
     owner = _owner(path)
-    return owner is not None and owner.get("worker") == worker and (_is_far(owner) or _dead(path))
+    if owner is None or owner.get("worker") != worker:
+        return False
+    if not _is_far(owner):
+        return _dead(path)
+    return any(owner.get(key) != _place()[key] for key in ("host", "boot")) or _silent(path)
+
+
+def _silent(path: Path) -> bool:
+    """Wait until a claim's heart has missed some beats, or has beaten. Returns whether
+    it was silent."""
+    try:
+        last = path.stat().st_mtime
+        while (age := _age(path)) is not None and age < SILENT * BEAT:
+            time.sleep(min(1.0, BEAT / 4))
+            check()
+            if path.stat().st_mtime != last:
+                return False
+    except FileNotFoundError:
+        return False
+    return age is not None
 
 
 def held_names(folder: Path) -> set[str]:
@@ -259,7 +285,7 @@ def _place_key() -> str:
     return hashlib.sha256(json.dumps(_place()).encode()).hexdigest()[:12]
 
 
-def _dead(path: Path) -> bool:
+def _dead(path: Path, now: float | None = None) -> bool:
     owner = _owner(path)
     if owner and not _is_far(owner):
         if (
@@ -272,15 +298,29 @@ def _dead(path: Path) -> bool:
         return started is None or (
             started != owner["started"] and UNKNOWN not in (started, owner["started"])
         )
-    probe = _scratch(path, "clock")
+    age = _age(path, now)
+    return age is not None and age > STALE
+
+
+def _now(folder: Path) -> float | None:
+    """Return the time by the file system's own clock; None if there is no folder."""
+    probe = _scratch(folder / "now", "clock")
     try:
         probe.touch()
-        age = probe.stat().st_mtime - path.stat().st_mtime
+        return probe.stat().st_mtime
     except FileNotFoundError:
-        return False
+        return None
     finally:
         probe.unlink(missing_ok=True)
-    return age > STALE
+
+
+def _age(path: Path, now: float | None = None) -> float | None:
+    """Return the seconds since a claim's last heartbeat; None if there is no claim."""
+    try:
+        now = _now(path.parent) if now is None else now
+        return None if now is None else now - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _is_far(owner: dict[str, Any]) -> bool:
@@ -317,6 +357,14 @@ def _owner(path: Path) -> dict[str, Any] | None:
 def held(folder: Path, name: str) -> bool:
     """Return whether a living process holds the claim."""
     return (folder / name).exists() and not _dead(folder / name)
+
+
+def living(folder: Path, names: Set[str]) -> set[str]:
+    """Return those of the names under which a living process holds a claim, with one
+    look at the file system's clock for all."""
+    there = held_names(folder) & names
+    now = _now(folder) if there else None
+    return {name for name in there if not _dead(folder / name, now)}
 
 
 def alive(process: int) -> bool:

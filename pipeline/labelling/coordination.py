@@ -36,6 +36,16 @@ def naming(path: Path) -> Iterator[None]:
         ) from None
 
 
+def require_place(path: Path) -> None:
+    """Raise StoreError for a path that can't be a store's."""
+    if not path.name:
+        raise StoreError(f"{path} has no name of its own; name a folder in it for --store")
+    if any(part.is_file() for part in path.parents):
+        raise StoreError(
+            f"{path} can't be made, since a part of it is a file; choose another --store"
+        )
+
+
 def opened(path: Path) -> tuple[StoreWriter | None, str | None]:
     """Open the store, or return the fault of its description (zarr.json files,
     manifest).

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cache.format.manifest import USABLE
-from cache.system.claims import held, held_names
+from cache.system.claims import held_names, living
 from cache.system.signals import check
 from cache.writer import StoreWriter
 from pipeline.labelling.shares import Share, Unit
 from pipeline.runtime.progress import Progress
 
-LOOKS = 5  # seconds between two looks for dead holders, which are dear on a cluster's disk
+LOOK = 5.0  # seconds between two looks for dead holders, which are dear on a cluster's disk
 Place = tuple[int, int]  # view, shard
 
 
@@ -27,11 +27,13 @@ class FreeUnits:
     workers take more units than slow ones, and a unit is taken soon after the worker
     that held the unit is lost.
 
-    Workers that look at the same moment would all want the first free unit, so worker i
-    passes over i free units; a worker without a number, over any of as many as others
-    hold. Towards the end, where less than twice as many units are free as others hold,
-    a worker takes a part of a unit's views only, down to a single one, so that no
-    worker is idle while a slow one labels several views.
+    Workers that look at the same moment would all want the first free unit. So worker i
+    passes over i free units. A worker without a number passes over a random number of
+    free units, at most as many as others hold.
+
+    Towards the end, where less than twice as many units are free as others hold, a
+    worker takes a part of a unit's views only, down to a single one. So no worker is
+    idle while a slow one labels several views.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class FreeUnits:
             busy = held_names(self.writer.claims)
             unit = self._first(busy)
             if unit is None:
-                unit = self._first(self._living(busy))
+                unit = self._first(living(self.writer.claims, busy))
             if unit is None:
                 return
             yield unit
@@ -71,18 +73,18 @@ class FreeUnits:
     def wait(self, doubtful: Sequence[Place]) -> None:
         """Wait until something unfinished, or one of the ``doubtful`` shards, is held
         by no living process; or until there is no such thing."""
-        looks = 0
+        looked = time.monotonic()
         while places := [*self.unfinished(), *doubtful]:
-            names = {f"{view}-{shard}" for view, shard in places}
-            busy = held_names(self.writer.claims)
-            if names - busy or (looks % LOOKS == 0 and names - self._living(busy & names)):
-                return
-            looks += 1
+            # Always once: what is free may be a claim that can't be taken just now.
             time.sleep(1.0)
             check()
-
-    def _living(self, names: set[str]) -> set[str]:
-        return {name for name in names if held(self.writer.claims, name)}
+            names = {f"{view}-{shard}" for view, shard in places}
+            if names - held_names(self.writer.claims):
+                return
+            if time.monotonic() - looked >= LOOK:
+                looked = time.monotonic()
+                if names - living(self.writer.claims, names):
+                    return
 
     def _first(self, busy: set[str]) -> Unit | None:
         """Take the first unit of which some views are neither finished nor busy."""
@@ -92,8 +94,9 @@ class FreeUnits:
             if (views := [view for view in several if f"{view}-{unit[1]}" not in busy])
         ]
         others = len(self.left) - len(free)  # units that other workers hold
-        numbered = self.share.open and self.share.worker
-        first = (numbered or random.randint(0, others)) % max(1, len(free))
+        # Worker 0, and workers without a number, are many if they were started by hand.
+        passed = self.share.worker if self.share.open else 0
+        first = (passed or random.randint(0, others)) % max(1, len(free))
         for unit, views in free[first:] + free[:first]:
             if views := self._unfinished(unit, views):
                 if len(free) < 2 * others:

@@ -23,7 +23,7 @@ from pipeline.images.data_set import DataSet
 from pipeline.images.matching import require_same_files
 from pipeline.images.reader import Reader
 from pipeline.images.result_places import require_no_split, require_outside
-from pipeline.labelling.coordination import grown, naming, once, opened
+from pipeline.labelling.coordination import grown, naming, once, opened, require_place
 from pipeline.labelling.create_store import create_store, repair_store
 from pipeline.labelling.free_units import FreeUnits
 from pipeline.labelling.inputs import Labelling
@@ -79,12 +79,7 @@ def generate(
     work = Labelling(config, data, teachers, execution)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
     with naming(path):
-        if not path.name:
-            raise StoreError(f"{path} has no name of its own; name a folder in it for --store")
-        if any(part.is_file() for part in path.parents):
-            raise StoreError(
-                f"{path} can't be made, since a part of it is a file; choose another --store"
-            )
+        require_place(path)
         take_over(path, execution.worker.name)
         once(
             path,

@@ -27,11 +27,13 @@ from cache.errors import MealError, StoreError
 from cache.system.claims import claim, claims_of, release
 from cache.system.signals import check, on_signals
 from pipeline.config import Config
+from pipeline.labelling.coordination import require_place
 from pipeline.labelling.shares import Share
 from pipeline.runtime import progress
 from pipeline.runtime.engine import Worker
 from pipeline.runtime.failures import line_of
 from pipeline.runtime.progress import Progress, duration, say
+from pipeline.runtime.wording import counted
 
 LABELLING = "labelling"  # the progress that workers share
 LOST = 5  # times that a worker is lost in a row, without a label, before the run gives up
@@ -206,14 +208,12 @@ def label_on_ray(task: RayTask, address: str, workers: int | None) -> None:
     A worker that is lost is started again. Raises MealError for every error that the
     user can fix.
     """
+    require_place(task.store)
     with _cluster(address) as ray:
-        from pipeline.runtime.launch import LaunchError
-
-        token = f"ray-{uuid.uuid4().hex}"
-        with claim(claims_of(task.store), token) as mine:
-            if not mine:
-                raise LaunchError(f"{claims_of(task.store)} can't be claimed; look at the disk")
-            crew = _Crew(ray, replace(task.anywhere(), token=token), workers)
+        # The dot tells the token from the claims of workers.
+        token = f"ray.{uuid.uuid4().hex}"
+        with claim(claims_of(task.store), token):
+            crew = _Crew(ray, replace(task.anywhere(), token=token), workers, address == "local")
             try:
                 crew.work()
             finally:
@@ -277,12 +277,13 @@ def _no_cluster(address: str, why: str) -> MealError:
 class _Crew:
     """The workers of one run."""
 
-    def __init__(self, ray: Any, task: RayTask, workers: int | None) -> None:
-        self.ray, self.task, self.workers = ray, task, workers
+    def __init__(self, ray: Any, task: RayTask, workers: int | None, local: bool) -> None:
+        self.ray, self.task, self.workers, self.local = ray, task, workers, local
         self.job = uuid.uuid4().hex[:12]
         self.members: dict[int, _Member] = {}
         self.lost: dict[int, int] = {}  # times in a row, without a label, by worker
         self.earlier = 0  # crops that lost workers had labelled
+        self.first: float | None = None  # the moment of the first crops
         self.told: set[str] = set()
         self.shown: Progress | None = None
         self.finished = False
@@ -308,15 +309,21 @@ class _Crew:
             int(node.get("CPU", 0) // (node["GPU"] if on_gpu else 1))
             for node in (gpus if on_gpu else nodes)
         ]
-        threads = self.task.config.render.threads or min([c for c in cores if c] or [1])
-        return {"num_cpus": threads, "num_gpus": int(on_gpu)}
+        threads = min([c for c in cores if c] or [1])
+        if not on_gpu and self.workers:  # several on a node, if there are fewer nodes
+            threads = max(1, threads // max(1, -(-self.workers // max(1, len(nodes)))))
+        return {"num_cpus": self.task.config.render.threads or threads, "num_gpus": int(on_gpu)}
 
     def _room(self) -> int:
-        """Return how many workers there should be now."""
-        if self.workers is not None:
-            return self.workers
+        """Return for how many workers the cluster has room. Raises MealError if a
+        cluster of this machine has ended."""
         cpus, gpus = self.needs["num_cpus"], self.needs["num_gpus"]
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        if self.local and not nodes:
+            raise MealError(
+                "the Ray cluster that was started on this machine has ended; run the same command "
+                "again, which goes on from what is finished"
+            )
         return sum(
             int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else 1e9))
             for node in nodes
@@ -328,18 +335,20 @@ class _Crew:
         while not self.finished or self.members:
             now = time.monotonic()
             if not self.finished and now - looked >= LOOK:
-                looked, wanted = now, self._room()
+                looked, room = now, self._room()
+                wanted = self.workers or room
                 while len(self.members) < wanted:
-                    self._start(min(set(range(wanted)) - set(self.members)), wanted)
-            if not self.members and not waiting:
-                say(f"the Ray cluster has no room for a worker, which needs {self._of_a_node()}")
-            pending = [member for member in self.members.values() if not member.node]
-            if pending and now - begun > LOOK and not waiting:
+                    number = min(set(range(wanted)) - set(self.members))
+                    self._start(number, max(1, min(room, wanted)))
+            pending = [number for number, member in self.members.items() if not member.node]
+            for number in pending if self.finished else ():  # nothing is left for them
+                self.ray.kill(self.members.pop(number).actor)
+            if not waiting and (not self.members or (pending and now - begun > LOOK)):
+                waiting = True
                 say(
-                    f"{len(self.members) - len(pending)} of {len(self.members)} workers run; the "
-                    f"others wait for nodes with {self._of_a_node()} each"
+                    f"{len(self.members) - len(pending)} of {len(self.members) or 'no'} workers "
+                    f"run; Ray has no room for more, each of which needs {self._of_a_node()}"
                 )
-            waiting = waiting or not self.members or bool(pending and now - begun > LOOK)
             runs = {member.run: number for number, member in self.members.items()}
             if runs:
                 for ref in self.ray.wait(list(runs), num_returns=len(runs), timeout=1.0)[0]:
@@ -349,12 +358,12 @@ class _Crew:
                 time.sleep(1.0)
             check()
             self._hear()
-        seconds, crops = time.monotonic() - begun, self._crops()
-        if crops:
+        if (crops := self._crops()) and self.first:
+            seconds = time.monotonic() - self.first
             say(f"labelled {crops:,} crops in {duration(seconds)}, {crops / seconds:,.1f} crops/s")
 
     def _of_a_node(self) -> str:
-        return f"{self.needs['num_cpus']} CPUs" + " and a GPU" * self.needs["num_gpus"]
+        return counted(self.needs["num_cpus"], "CPU") + " and a GPU" * self.needs["num_gpus"]
 
     def _name(self, number: int) -> str:
         return f"ray {self.job} {number}"
@@ -380,10 +389,11 @@ class _Crew:
                     f"a node of the Ray cluster lacks a package ({why[-160:]}); install "
                     f"offline-meal-v2 on every node"
                 ) from None
-        if how == "failed":
+        if how == "failed" and not self._crops():  # it will fail elsewhere, too
             if "\n" in why:  # a fault of this tool
                 raise RuntimeError(f"worker {number} on {member.node} failed:\n{why}")
             raise MealError(why)
+        why = why.strip().rpartition("\n")[2]
         self.ray.kill(member.actor)
         del self.members[number]
         self.earlier += member.done
@@ -412,11 +422,15 @@ class _Crew:
     def _take(self, member: _Member, report: tuple) -> None:
         lines, (what, done, total, unit), member.node = report
         for line in lines:
-            if line not in self.told:  # every worker says the same of images and teachers
+            # The driver says this of all workers.
+            if line not in self.told and not line.startswith(
+                "labelled "
+            ):  # every worker says the same of images and teachers
                 self.told.add(line)
                 say(line)
         if what == LABELLING:
             member.done = done
+            self.first = self.first or time.monotonic()
         if not what or (self.shown and self.shown.what == LABELLING != what):
             return
         if self.shown is None or self.shown.what != what:

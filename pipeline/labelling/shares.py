@@ -22,11 +22,12 @@ class Share:
     """A worker's share of a store: every n-th unit of work, from the worker's own
     number on; or, of an open share, every unit that no other worker holds.
 
-    worker: the worker's number, from 0. workers: the number of workers, n; of an open
-    share 1 if the number isn't known. first_view: earlier views are left as they are.
-    views_per_decode: the number of views in a unit. open: workers may come and go, and
-    each takes whatever is left. The part of the store that a unit belongs to depends on
-    the unit's place alone, not on which shards are finished.
+    worker: the worker's number, from 0. workers: the number of workers, n. If nobody
+    knows how many workers there are, the share is open, and workers is 1. first_view:
+    earlier views are left as they are. views_per_decode: the number of views in a unit.
+    open: workers may come and go, and each takes whatever is left. The part of the
+    store that a unit belongs to depends on the unit's place alone, not on which shards
+    are finished.
     """
 
     worker: int = 0

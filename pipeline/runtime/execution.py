@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.runtime.distributed import ALONE, Processes
-from pipeline.runtime.engine import Worker
+from pipeline.runtime.engine import NOBODY, Worker
 from pipeline.runtime.profiling import Clock
 
 CPU = torch.device("cpu")
@@ -26,15 +26,21 @@ class Execution:
     device: torch.device = CPU
     processes: Processes = ALONE
     clock: Clock = field(default_factory=Clock)
-    worker: Worker = field(default_factory=Worker.here)
+    worker: Worker = NOBODY
 
     @classmethod
     def on(
-        cls, device: torch.device, processes: Processes = ALONE, *, profile: bool = False
+        cls,
+        device: torch.device,
+        processes: Processes = ALONE,
+        *,
+        profile: bool = False,
+        worker: Worker | None = None,
     ) -> Execution:
         """Return an Execution on a device. With ``profile``, the stage reports at its
-        end where the time went and what to change."""
-        return cls(device, processes, Clock(device, exact=profile))
+        end where the time went and what to change. worker: who this process is; None:
+        no engine started it."""
+        return cls(device, processes, Clock(device, exact=profile), worker or NOBODY)
 
     @property
     def on_gpu(self) -> bool:

@@ -61,6 +61,30 @@ TOLD: dict[str, tuple[dict[str, str], Worker]] = {
         | TORCHRUN,
         Worker(3, 8, "skypilot x 1 rank 1", "SkyPilot"),
     ),
+    # torchrun --nnodes: ranks go over all nodes
+    "torchrun over nodes of srun": (
+        {"SLURM_JOB_ID": "74", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+        | {"SLURM_PROCID": "1", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+        Worker(5, 8, "slurm  74 step 0 1 rank 5", "SLURM"),
+    ),
+    "torchrun over nodes of SkyPilot": (
+        {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_TASK_ID": "x"}
+        | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+        Worker(5, 8, "skypilot x 1 rank 5", "SkyPilot"),
+    ),
+    "torchrun over pods": (
+        INDEX | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "1"},
+        Worker(5, 8, None, "Kubernetes"),
+    ),
+    "a torchrun on each of two nodes of SkyPilot": (
+        {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_TASK_ID": "x"}
+        | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        Worker(3, 4, "skypilot x 1 rank 1", "SkyPilot"),
+    ),
+    "srun with ranks by hand": (
+        {"SLURM_JOB_ID": "74"} | STEP | {"RANK": "3", "WORLD_SIZE": "8"},
+        Worker(3, 8, "slurm  74 step 0 3 rank 3", "SLURM"),
+    ),
     "SLURM on Kubernetes": (ARRAY | INDEX, Worker(2, 4, "slurm  70 14", "SLURM")),
 }
 
@@ -98,9 +122,7 @@ def test_open_shares_are_everything_and_check_each_shard_once():
     shares = [Share(i, 4, open=True) for i in range(4)]
     everything = Share().units(finished)
     assert all(share.units(finished) == everything and share.leads for share in shares)
-    checked = [place for share in shares for place in share.places(finished)]
-    assert sorted(checked) == np.argwhere(finished).tolist() or sorted(checked) == [
-        tuple(place) for place in np.argwhere(finished).tolist()
-    ]
+    checked = [list(place) for share in shares for place in share.places(finished)]
+    assert sorted(checked) == np.argwhere(finished).tolist()
     unknown = [Share(i, 1, open=True) for i in range(4)]  # the number of workers isn't told
     assert [len(share.places(finished)) for share in unknown] == [7, 0, 0, 0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,16 @@ def test_waiting_ends_when_a_holder_has_finished_or_is_gone(free, path):
     hold(path, *(f"{view}-0" for view in range(VIEWS)))
     units = free()
     assert taken(units) == []
-    hold(path, "3-0", dead=True)
-    units.wait([])  # returns, since nobody living holds it
-    assert taken(units) == [([3], 0)]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(units.wait, [])
+        time.sleep(2.5)
+        assert not waiting.done()
+        hold(path, "3-0", dead=True)
+        waiting.result(30)
+        assert taken(units) == [([3], 0)]
+        waiting = pool.submit(units.wait, [])
+        time.sleep(1.5)
+        assert not waiting.done()
+        stores.fill(path, *((view, 0) for view in range(VIEWS)))
+        waiting.result(30)
+    assert units.unfinished() == []

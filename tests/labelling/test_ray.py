@@ -19,10 +19,13 @@ from support.paths import ROOT
 from support.small import changed, tree, write_photos
 
 from cache import LabelStore
+from cache.errors import StoreError
 from cache.system.claims import claims_of
+from pipeline.labelling import ray_workers
+from pipeline.runtime.engine import Worker
 
 pytest.importorskip("ray")
-VIEWS = 100
+VIEWS = 60
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -175,7 +178,7 @@ def test_ray_workers_fill_a_store_and_killed_ones_are_started_again(start, whole
 
 def test_a_signal_to_the_driver_stops_all_workers_in_order(start, whole, tmp_path):
     store = tmp_path / "s.zarr"
-    command = start("--ray-workers=2")
+    command = start("--ray-workers=2", "--set=render.threads=null")  # workers divide the cores
     command.wait(lambda: finished(store) > 10 and len(command.workers()) == 2, "labelled")
     below = command.below()
     command.process.send_signal(signal.SIGTERM)
@@ -202,6 +205,27 @@ def test_a_killed_driver_leaves_no_worker(start, tmp_path):
     while left := {*workers, *workers.values()} & set(processes()):
         assert time.monotonic() < patience, left
         time.sleep(0.1)
+
+
+def test_a_cluster_of_this_machine_that_ends_is_told_in_one_line(start, whole, tmp_path):
+    store = tmp_path / "s.zarr"
+    command = start("--ray-workers=1")
+    command.wait(lambda: finished(store) > 4 and command.workers(), "labelled")
+    (raylet,) = (p for p, (_, line) in command.below().items() if "raylet/raylet" in line)
+    os.kill(raylet, signal.SIGKILL)
+    assert command.end() == 1
+    assert "error: the Ray cluster that was started on this machine has ended" in command.said()
+    assert "Traceback" not in command.said()
+    again = start("--ray-workers=1")
+    assert again.end() == 0, again.said()
+    require_same(store, whole)
+
+
+def test_a_node_that_sees_another_disk_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_workers, "SHARED", 0.0)
+    task = ray_workers.RayTask(recipe, "data", "train", None, tmp_path / "s.zarr", token="ray.0")
+    with pytest.raises(StoreError, match="put --store on a disk that all nodes share"):
+        task.label(Worker())
 
 
 def test_what_a_worker_refuses_is_one_line_of_the_driver(start, tmp_path):
@@ -252,17 +276,27 @@ def test_the_workers_grow_and_shrink_with_the_cluster(recipe_file, whole, tmp_pa
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        first = cluster.add_node(num_cpus=1)
+        nodes = [first := cluster.add_node(num_cpus=1)]
         store = tmp_path / "s.zarr"
         command = Command(tmp_path, [*arguments(recipe_file, store), f"--ray={cluster.address}"])
 
+        def workers() -> dict[int, int]:
+            """Return the workers of this cluster; other tests may have clusters of
+            theirs."""
+            every = processes()
+            raylets = {one.process.pid for node in nodes for one in node.all_processes["raylet"]}
+            mine = {
+                actor: of for actor, of in workers_of(every).items() if every[actor][0] in raylets
+            }
+            return mine
+
         command.wait(lambda: finished(store) > 4, "labelled")
-        assert len(workers_of(processes())) == 1
-        cluster.add_node(num_cpus=1)
-        command.wait(lambda: len(workers_of(processes())) == 2, "grew")
+        assert len(workers()) == 1
+        nodes.append(cluster.add_node(num_cpus=1))
+        command.wait(lambda: len(workers()) == 2, "grew")
         cluster.remove_node(first, allow_graceful=False)
         command.wait(lambda: "was lost" in command.said(), "noticed the loss")
-        command.wait(lambda: len(workers_of(processes())) == 1, "shrank")
+        command.wait(lambda: len(workers()) == 1, "shrank")
         assert command.end() == 0, command.said()
         require_same(store, whole)
     finally:

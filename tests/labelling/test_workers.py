@@ -62,6 +62,17 @@ def torchrun(rank: int, world: int) -> dict[str, str]:
     }
 
 
+def slurm_array(task: int, tasks: int) -> dict[str, str]:
+    """Return the environment that SLURM gives a task of an array."""
+    return {
+        "SLURM_JOB_ID": str(70 + task),
+        "SLURM_ARRAY_JOB_ID": "70",
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "SLURM_ARRAY_TASK_MAX": str(tasks - 1),
+        "SLURM_ARRAY_TASK_COUNT": str(tasks),
+    }
+
+
 def kubernetes(index: int, job: str = "3f6c") -> dict[str, str]:
     """Return the environment that an Indexed Job gives a worker, as the project's
     manifest has it."""
@@ -78,10 +89,7 @@ WAYS: dict[str, list[dict]] = {
     ],
     "by hand": [{}, {}, {}],
     "Kubernetes": [{"worker": "auto", "environment": kubernetes(i)} for i in range(3)],
-    "SLURM, open": [
-        {"worker": "auto", "environment": {"SLURM_JOB_ID": f"{70 + i}", "SLURM_ARRAY_JOB_ID": "70"}}
-        for i in range(3)
-    ],
+    "SLURM, open": [{"worker": "auto", "environment": slurm_array(i, 3)} for i in range(3)],
     "auto by hand": [{"worker": "auto"}] * 3,
 }
 
@@ -217,7 +225,7 @@ def test_a_worker_that_its_engine_starts_anew_has_its_predecessors_claims_at_onc
     job = claimed_elsewhere(place, "2-0", "kubernetes ffff 4")
     run = place.start("--worker=auto", environment=kubernetes(4))
     run.wait_for("13 of 15 shards are done; waiting for others")
-    assert "released 1 claims that its predecessor left" in run.said()
+    assert "released 1 claim that its predecessor left" in run.said()
     assert not own.exists() and index.exists() and job.exists()
     assert (1, 2) in {(write.view, write.shard) for write in place.writes()}
     again = [place.start("--worker=auto", environment=kubernetes(3))]
@@ -238,6 +246,53 @@ def test_a_worker_never_takes_the_claims_of_a_living_process_of_its_own_name(pla
     assert "released" not in second.said()
     first.release()
     assert [first.end(), second.end()] == [0, 0]
+    place.require_whole()
+
+
+def test_a_container_of_this_machine_under_the_same_name_keeps_its_claims_while_its_heart_beats(
+    place,
+):
+    """Two containers of one pod or of one batch script have one name and one machine,
+    and can't look at each other's processes."""
+    from cache.system.claims import _me
+
+    place.begin(VIEWS, labelled=0)
+    claims_of(place.path).mkdir()
+    beating, silent = claims_of(place.path) / "1-2", claims_of(place.path) / "0-1"
+    for theirs in (beating, silent):
+        theirs.write_text(json.dumps(_me() | {"namespace": "x", "worker": "kubernetes 3f6c 4"}))
+    os.utime(silent, (time.time() - 200,) * 2)
+    # a heart that beats ten times as fast as others
+    run = place.start("--worker=auto", environment=kubernetes(4), stale=10.0)
+    for _ in range(6):
+        os.utime(beating)
+        time.sleep(0.5)
+    run.wait_for("released 1 claim that")
+    assert beating.exists() and not silent.exists()
+    os.utime(beating, (time.time() - 20,) * 2)
+    assert run.end() == 0, run.said()
+    place.require_whole()
+
+
+def test_a_claim_that_cannot_be_taken_over_yet_is_waited_for_without_haste(place):
+    """A worker elsewhere was killed while it took a dead claim over: its right to do so
+    is respected until it is stale."""
+    place.begin(VIEWS, labelled=0)
+    theirs = claimed_elsewhere(place, "1-2")
+    os.utime(theirs, (time.time() - STALE - 60,) * 2)
+    heir = claimed_elsewhere(place, "1-2.heir")
+    run = place.start("--worker=auto", environment=kubernetes(4))
+    run.wait_for("14 of 15 shards are done; waiting")
+
+    def cpu() -> int:
+        return sum(map(int, Path(f"/proc/{run.process.pid}/stat").read_text().split()[13:15]))
+
+    time.sleep(1.0)
+    before = cpu()
+    time.sleep(4.0)
+    assert cpu() - before < 0.5 * 4 * os.sysconf("SC_CLK_TCK")
+    os.utime(heir, (time.time() - STALE - 60,) * 2)
+    assert run.end() == 0, run.said()
     place.require_whole()
 
 
