@@ -25,7 +25,17 @@ from pipeline.labelling import ray_workers
 from pipeline.runtime.engine import Worker
 
 pytest.importorskip("ray")
-VIEWS = 60
+VIEWS = 24
+# Runs in every Python process of a slow command: no store is complete too early.
+SLOW = """
+import os, time
+
+def fsync(descriptor, real=os.fsync):
+    time.sleep(0.01)
+    real(descriptor)
+
+os.fsync = fsync
+"""
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -54,9 +64,9 @@ def workers_of(every: dict[int, tuple[int, str]]) -> dict[int, int]:
 class Command:
     """generate-labels --ray local, as a process of its own."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], **variables: str) -> None:
         self.log = folder / "stderr"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "cli.py"), "generate-labels", *arguments],
@@ -128,11 +138,20 @@ def whole(recipe_file) -> Path:
 
 
 @pytest.fixture
-def start(recipe_file, tmp_path) -> Iterator[Callable[..., Command]]:
+def slow(tmp_path) -> dict[str, str]:
+    """The environment of a slow command."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW)
+    return {"PYTHONPATH": str(tmp_path / "slow")}
+
+
+@pytest.fixture
+def start(recipe_file, tmp_path, slow) -> Iterator[Callable[..., Command]]:
     started = []
 
     def start(*more: str) -> Command:
-        started.append(Command(tmp_path, [*arguments(recipe_file, "s.zarr"), "--ray=local", *more]))
+        options = [*arguments(recipe_file, "s.zarr"), "--ray=local", *more]
+        started.append(Command(tmp_path, options, **slow))
         return started[-1]
 
     yield start
@@ -270,10 +289,14 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(address, line, recip
     assert not list(tmp_path.glob("s.zarr*"))
 
 
-def test_the_workers_grow_and_shrink_with_the_cluster(recipe_file, whole, tmp_path):
+def test_the_workers_grow_and_shrink_with_the_cluster(
+    recipe_file, whole, tmp_path, slow, monkeypatch
+):
     """A second node joins, then the first is lost as by a power cut."""
     from ray.cluster_utils import Cluster
 
+    for name, value in slow.items():
+        monkeypatch.setenv(name, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [first := cluster.add_node(num_cpus=1)]
