@@ -31,7 +31,7 @@ class Reader:
     ) -> None:
         self.source, self.images, self.repair = data.source, images, repair
         self.addresses = data.addresses(images)
-        self.threads = threads_for(threads)
+        self.threads = data.source.readers(threads_for(threads))
         self.pool = ThreadPoolExecutor(self.threads)
 
     def __enter__(self) -> Reader:

@@ -23,6 +23,7 @@ from pipeline.images.names import (
 )
 from pipeline.images.patience import DataError, glimpsed, is_file, is_folder, is_there, listed
 from pipeline.images.sources.class_folders import ClassFolders
+from pipeline.images.sources.container_files import LocalFiles
 from pipeline.images.sources.flat_folder import FlatFolder
 from pipeline.images.sources.folder_checks import holds_images, tell_no_classes
 from pipeline.images.sources.image_list import LISTS, ImageList, lines_of
@@ -201,7 +202,8 @@ def _of_files(place: Path, files: Sequence[Path], split: str) -> ImageSource:
             f"there is no file {missing[0]}, of {len(files):,} that {place} names; get it, or name "
             f"those that are there"
         )
-    return CONTAINERS[kinds.pop()](place, _without_other_splits(place, files, split), split)
+    mine = LocalFiles(_without_other_splits(place, files, split))
+    return CONTAINERS[kinds.pop()](place, mine, split)
 
 
 def _without_other_splits(place: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
@@ -222,7 +224,7 @@ def _without_other_splits(place: Path, files: Sequence[Path], split: str) -> Seq
 def _of_file(file: Path, split: str) -> ImageSource:
     suffix = file.suffix.lower()
     if suffix in CONTAINERS:
-        return CONTAINERS[suffix](file, [file], split)
+        return CONTAINERS[suffix](file, LocalFiles([file]), split)
     if suffix in PACKED:
         raise DataError(
             f"{file} is compressed, so no image in it can be read by its place; unpack it into a "

@@ -109,6 +109,11 @@ class ImageSource(ABC):
         """Read a file whole. address: of the listing. Raises DataError for a disk that
         fails now, and OSError if there is no such file."""
 
+    def readers(self, threads: int) -> int:
+        """Return how many threads should read at once. threads: as many as this process
+        has cores for."""
+        return threads
+
     @abstractmethod
     def where(self, name: str, address: Any) -> str:
         """Return where a file lies, for messages. name, address: of the listing."""
