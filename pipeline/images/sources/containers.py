@@ -35,7 +35,7 @@ class Containers(ImageSource):
 
     kind = "container"
 
-    def __init__(self, path: Path, files: ContainerFiles, split: str = "train") -> None:
+    def __init__(self, path: Any, files: ContainerFiles, split: str = "train") -> None:
         super().__init__(path)
         self.files, self.split = files, split
         self._index: Index | None = None
@@ -135,6 +135,7 @@ class Containers(ImageSource):
 
     def _made(self, file: Path) -> None:
         """Read the headers, and keep the index."""
+        self.files.ready()
         self.prepare()
         self._index = self._read_headers()
         kept.keep(file, self._index.save() | {"found": self._found})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import NamedTuple
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class Index:
 
 
 def make_index(
-    files: Sequence[PurePath], several: Sequence[Contents], path: Path, split: str
+    files: Sequence[PurePath], several: Sequence[Contents], path: Any, split: str
 ) -> Index:
     """Join the contents of containers: name each image, and match names and numbers of
     classes.

@@ -43,7 +43,7 @@ class ParquetFiles(Containers):
 
     kind = "parquet file"
 
-    def __init__(self, path: Path, files: ContainerFiles, split: str = "train") -> None:
+    def __init__(self, path: Any, files: ContainerFiles, split: str = "train") -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
