@@ -109,7 +109,8 @@ class Containers(ImageSource):
         told = len(index.classes.names)
         classes = counted(told, "class", "classes") if told else "no classes"
         numbered = ", told by number" if index.classes.numbered else ""
-        say(f"{self.path}: {self.describe()} with {len(index):,} images of {classes}{numbered}")
+        files = counted(len(self.files), self.kind)
+        say(f"{self.path}: {files} with {len(index):,} images of {classes}{numbered}")
         for line in index.notes:
             say(f"{self.path}: {line}")
 

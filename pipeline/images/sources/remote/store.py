@@ -17,7 +17,7 @@ from pipeline.images.patience import DataError
 from pipeline.images.sources.remote.network import wait_for
 from pipeline.images.sources.remote.url import Url, credentials
 
-CHUNK = 1 << 20  # bytes that a stream gives at once
+CHUNK = 1 << 18  # bytes that a stream gives at once
 SILENT = 20  # seconds without a byte after which a connection counts as broken
 # Requests that fail are tried again here a few times, and by ``persistently`` for long.
 RETRIES = {
