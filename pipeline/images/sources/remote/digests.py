@@ -49,7 +49,7 @@ def part_sizes(size: int, count: int) -> list[int]:
     """Return the usual sizes of parts of which a file of this size has this many, the
     likely first."""
     even = -(-size // count)
-    likely = sorted({*PARTS, even, -(-even // MIB) * MIB})
+    likely = dict.fromkeys((*PARTS, -(-even // MIB) * MIB, even))
     return [part for part in likely if part and -(-size // part) == count]
 
 

@@ -10,7 +10,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from cache.system import durable
-from pipeline.images.sources.remote import digests
+from pipeline.images.sources.remote import digests, store
 from pipeline.images.sources.remote.persistence import Patience, never
 from pipeline.images.sources.remote.store import NoRanges, Object, RemoteError, read, stream
 from pipeline.runtime.progress import say
@@ -36,6 +36,7 @@ class Fetch:
     ) -> None:
         self.one, self.part, self.target, self.came = one, part, target, came
         self.halted, self.patience = halted, Patience(one.url, halted)
+        self.farthest = 0  # bytes that came at most, which alone are progress
 
     def run(self) -> None:
         """Fetch the object. Raises RemoteError if it can't be fetched: then the partial
@@ -86,6 +87,7 @@ class Fetch:
     def _complete(self) -> None:
         """Fetch what the partial file lacks, however often the connection breaks."""
         while (at := self.part.stat().st_size if self.part.exists() else 0) < self.one.size:
+            begun = at
             try:
                 with open(self.part, "ab", buffering=0) as file:
                     for chunk in stream(self.one, at, self.halted):
@@ -100,18 +102,16 @@ class Fetch:
                             )
                         _write(file, chunk)
                         self.came(len(chunk))
-                        self.patience.renew()
+                        if at > self.farthest:
+                            self.farthest = at
+                            self.patience.renew()
                     else:
                         if at < self.one.size:
-                            raise RemoteError(
-                                f"{self.one.url}: the connection broke",
-                                "the connection broke",
-                                lasting=False,
-                            )
-            except NoRanges:
-                if not at:
-                    raise
+                            raise store.broken(self.one.url)
+            except NoRanges:  # begun again behind the first bytes, here or by obstore
                 self._anew()
+                if not begun:
+                    self.patience.bear(store.broken(self.one.url))
             except RemoteError as error:
                 self.patience.bear(error)
         if not self.part.exists():  # an empty object
@@ -127,6 +127,7 @@ class Fetch:
             return
         first = digests.sha256(self.part)
         self._anew()
+        self.farthest = 0
         self._complete()
         if digests.agrees(self.part, self.one.etag):
             say(f"{self.one.url} came damaged, and was fetched once more")

@@ -134,7 +134,7 @@ def read(one: Object, offset: int, size: int) -> bytes:
 
     found = _waited(one.url, request())
     if len(found) != size:
-        raise _broken(one.url)
+        raise broken(one.url)
     return found
 
 
@@ -246,7 +246,8 @@ def _made(process: int, scheme: str, host: str, user: str, query: str) -> Any:
     return from_url(f"{scheme}://{host}", client_options=options, retry_config=RETRIES)
 
 
-def _broken(url: Url) -> RemoteError:
+def broken(url: Url) -> RemoteError:
+    """Return the error of a connection that ended too early."""
     return RemoteError(f"{url}: the connection broke", "the connection broke", lasting=False)
 
 
@@ -299,7 +300,7 @@ def _refusal(url: Url, error: Exception) -> RemoteError:
             lasting=url.host not in _answered,
             unreachable=True,
         )
-    if re.search(r"certificate|UnknownIssuer|invalid peer", text):
+    if re.search(r"certificate|InvalidCertificate|UnknownIssuer", text):
         why = "its certificate isn't trusted"
         return lasting(
             f"{url} can't be read: {why}; name the file of the certificate that signed it in "
