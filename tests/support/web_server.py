@@ -33,8 +33,8 @@ class WebServer:
     """Serves files on 127.0.0.1.
 
     files: contents by path, /data/x.tar. tags: "md5", "other" (a tag that is no
-    digest), "date" (no tag, a date), "none". ranges: answer requests for parts. heed:
-    obey If-Match. speed: bytes a second of each answer. cuts: bytes of a body after
+    digest), "weak", "date" (no tag, a date), "none". ranges: answer requests for parts.
+    heed: obey If-Match. speed: bytes a second of each answer. cuts: bytes of a body after
     which the next connections are cut, one entry for each. statuses: what the next
     answers are in place of files, one entry for each. always: a status for all answers.
     spoil: changes the bytes of an answer: (path, bytes, first byte) → bytes. password:
@@ -89,7 +89,7 @@ class WebServer:
     def tag(self, path: str) -> str:
         """Return a file's tag."""
         digest = hashlib.md5(self.files[path]).hexdigest()
-        return {"md5": digest, "other": f"w-{digest[:9]}"}.get(self.tags, "")
+        return {"md5": digest, "other": f"w-{digest[:9]}", "weak": digest[:9]}.get(self.tags, "")
 
 
 class _Server(ThreadingHTTPServer):
@@ -133,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not status and place not in own.files:
             status = 404
         match = self.headers.get("If-Match", "").strip('"')
-        if not status and own.heed and match and match != own.tag(place):
+        fresh = match == own.tag(place) and own.tags != "weak" if match else True
+        if not status and own.heed and not fresh:
             status = 412
         if status:
             self.send_response(status)
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(whole)}")
         self.send_header("Content-Length", str(len(body)))
         if tag := own.tag(place):
-            self.send_header("ETag", f'"{tag}"')
+            self.send_header("ETag", f'{"W/" * (own.tags == "weak")}"{tag}"')
         if own.tags != "none":
             self.send_header("Last-Modified", formatdate(own.modified, usegmt=True))
         self.end_headers()

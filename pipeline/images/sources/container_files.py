@@ -58,6 +58,11 @@ class ContainerFiles(ABC):
         """Read bytes of a file. Raises DataError if they can't be read now, and OSError
         if there is no such file."""
 
+    def again(self, number: int, offset: int, size: int) -> bytes | None:
+        """Read bytes from where they come from, if ``read`` read a copy that may be
+        damaged; otherwise return None. Raises as ``read`` does."""
+        return None
+
     def ready(self) -> None:
         """Get everything that makes reading images quick. Raises DataError."""
         return None

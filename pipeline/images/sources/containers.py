@@ -78,6 +78,10 @@ class Containers(ImageSource):
         data = self.data_files[number]
         return read_at(data, offset, size) if data else self.files.read(number, offset, size)
 
+    def again(self, address: Any) -> bytes | None:
+        number, offset, size = address.tolist()
+        return None if self.data_files[number] else self.files.again(number, offset, size)
+
     def where(self, name: str, address: Any) -> str:
         number, offset, size = address.tolist()
         return f"{self.files.names[number]} ({name}, bytes {offset:,} to {offset + size:,})"

@@ -108,6 +108,11 @@ class ImageSource(ABC):
         """Read a file whole. address: of the listing. Raises DataError for a disk that
         fails now, and OSError if there is no such file."""
 
+    def again(self, address: Any) -> bytes | None:
+        """Read a file from where it comes from, if ``read`` read a copy that may be
+        damaged; otherwise return None. Raises as ``read`` does."""
+        return None
+
     def readers(self, threads: int) -> int:
         """Return how many threads should read at once. threads: as many as this process
         has cores for."""

@@ -21,7 +21,7 @@ from pipeline.images.sources import kept
 from pipeline.images.sources.container_files import ContainerFiles, read_at
 from pipeline.images.sources.remote import store
 from pipeline.images.sources.remote.fetch import Fetch
-from pipeline.images.sources.remote.persistence import PATIENCE, persistently
+from pipeline.images.sources.remote.persistence import persistently
 from pipeline.images.sources.remote.room import SIZE, Room, shown
 from pipeline.images.sources.remote.store import Object
 from pipeline.images.sources.remote.url import Url
@@ -29,7 +29,9 @@ from pipeline.runtime.progress import Progress, say
 
 FETCHERS = 8  # files that are fetched at once
 RANGE_READERS = 64  # threads that read parts of objects, which is mostly waiting
+MOMENTS = 4  # files at most that are fetched at once to read their headers alone
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk without room
+ROOM_PATIENCE = 30.0  # seconds to wait for the room of a file
 MB = 10**6
 
 
@@ -45,7 +47,7 @@ class RemoteFiles(ContainerFiles):
         self.names: list[Any] = [one.url for one in objects]
         self.parts: set[int] = set()  # files of which parts are read, for want of room
         self.whole_ones: set[int] = set()  # files that are known to be in the cache
-        self.reading_headers = threading.Lock()  # one file at a time that isn't kept
+        self.moments = threading.Semaphore(1)  # files that are here for a moment
         self.got = 0  # bytes that are here, of those that ``ready`` waits for
         self.counting = threading.Lock()
         self.planned = False
@@ -123,13 +125,16 @@ class RemoteFiles(ContainerFiles):
         if sizes.sum() <= room:
             return
         # Headers of the others are read in files that are fetched for a moment.
-        fits = int(np.searchsorted(np.cumsum(sizes), room - sizes.max(), side="right"))
+        largest = max(1, int(sizes.max()))
+        moments = min(MOMENTS, max(1, room // (8 * largest)))
+        self.moments = threading.Semaphore(moments)
+        fits = int(np.searchsorted(np.cumsum(sizes), room - moments * largest, side="right"))
         self.parts = {i for i in range(fits, len(sizes)) if not self._here(i)}
         if self.parts:
             say(
                 f"{self.place}: {len(self):,} files of {shown(sizes.sum())} don't fit into the "
-                f"cache ({shown(room)} in {self.room.folder}): {len(self) - len(self.parts):,} of "
-                f"them are kept there, and images of the others are read from the store one by "
+                f"cache ({shown(room)} for them in {self.room.folder}): "
+                f"{len(self) - len(self.parts):,} of them are kept there, and images of the others are read from the store one by "
                 f"one; to keep all, raise {SIZE}, or name a folder on a larger disk in "
                 f"{kept.VARIABLE}"
             )
@@ -164,25 +169,24 @@ class RemoteFiles(ContainerFiles):
                     Fetch(one, part, target, came=self._count, halted=halted).run()
                     self.whole_ones.add(number)
                 else:
-                    self.parts.add(number)
+                    self._no_room(number, f"others use the {shown(self.room.bound())} of")
         except OSError as error:
-            self._no_room(number, error)
+            if error.errno not in FULL:
+                raise _unwritable(self.room.folder, error) from None
+            with suppress(OSError):
+                self.room.part(number, one.size).unlink(missing_ok=True)
+            self._no_room(number, f"the disk is full ({error.strerror}) of")
         return True
 
-    def _no_room(self, number: int, error: OSError) -> None:
-        """Go on without a file, if the disk is full."""
-        if error.errno not in FULL:
-            raise _unwritable(self.room.folder, error) from None
-        with suppress(OSError):
-            self.room.part(number, self.objects[number].size).unlink(missing_ok=True)
+    def _no_room(self, number: int, why: str) -> None:
+        """Go on without a file. why: goes before the cache's folder."""
         with self.counting:
             first = not self.parts
             self.parts.add(number)
         if first:
             say(
-                f"the disk of {self.room.folder} is full ({error.strerror}), so images of what "
-                f"isn't there are read from the store one by one; make room, or name another "
-                f"folder in {kept.VARIABLE}"
+                f"{why} {self.room.folder}, so images of what isn't there are read from the store "
+                f"one by one; make room, or name another folder in {kept.VARIABLE}"
             )
 
     @contextmanager
@@ -196,7 +200,7 @@ class RemoteFiles(ContainerFiles):
         if self._here(number):
             yield path
             return
-        with self.reading_headers:
+        with self.moments:
             part, mine = self.room.moment(number, one.size)
             self._await_room(part, one)
             try:
@@ -210,7 +214,7 @@ class RemoteFiles(ContainerFiles):
 
     def _await_room(self, part: Path, one: Object) -> None:
         """Wait for the room of one file, which others may hold for a moment."""
-        for _ in range(int(PATIENCE / 0.5)):
+        for _ in range(int(ROOM_PATIENCE / 0.5)):
             if self.room.admit(part, one.size):
                 return
             if asked():
@@ -231,6 +235,24 @@ class RemoteFiles(ContainerFiles):
                 self._get(number, asked)
                 if number in self.whole_ones:
                     return read_at(self.room.paths[number], offset, size)
+        return self._part(number, offset, size)
+
+    def again(self, number: int, offset: int, size: int) -> bytes | None:
+        if number not in self.whole_ones:
+            return None
+        found = self._part(number, offset, size)
+        if found != self.read(number, offset, size):
+            self.whole_ones.discard(number)
+            self.parts.add(number)
+            with suppress(OSError):
+                self.room.paths[number].unlink(missing_ok=True)
+            say(
+                f"{self.names[number]} is damaged in the cache, and was removed there; its images "
+                f"are read from the store one by one until the next start"
+            )
+        return found
+
+    def _part(self, number: int, offset: int, size: int) -> bytes:
         one = self.objects[number]
         return persistently(partial(store.read, one, offset, size), one.url)
 

@@ -35,12 +35,9 @@ def listed(folder: Url) -> Found:
 def found(urls: Sequence[Url]) -> list[Object]:
     """Ask for objects by name. In a bucket their folders are listed; a web server is
     asked for each, many at a time. Raises DataError if one isn't there."""
-    if len(urls) > 1 and not urls[0].is_web:
-        there = {
-            one.url: one
-            for folder in dict.fromkeys(u.parent for u in urls)
-            for one in listed(folder)[0]
-        }
+    folders = dict.fromkeys(url.parent for url in urls)
+    if len(urls) > len(folders) and not any(url.is_web for url in urls):
+        there = {one.url: one for folder in folders for one in listed(folder)[0]}
         if missing := [url for url in urls if url not in there]:
             raise DataError(
                 f"there is no {missing[0]}, of {counted(len(urls), 'file')} that are named "

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -78,6 +78,11 @@ class Object:
     size: int
     etag: str = ""
     changed: int = 0
+
+    @property
+    def weak(self) -> bool:
+        """Return whether the tag is a weak one, which no server compares."""
+        return self.etag.startswith("W/")
 
 
 def require_obstore(url: object) -> None:
@@ -162,10 +167,10 @@ async def _get(one: Object, part: Any) -> Any:
     import obstore
 
     options: dict[str, Any] = {} if part is None else {"range": part}
-    if one.etag:
-        options["if_match"] = one.etag if one.etag.startswith("W/") else f'"{one.etag}"'
+    if one.etag and not one.weak:
+        options["if_match"] = f'"{one.etag}"'
     elif one.changed:
-        options["if_unmodified_since"] = datetime.fromtimestamp(one.changed // 10**9, tz=_utc())
+        options["if_unmodified_since"] = datetime.fromtimestamp(one.changed // 10**9, tz=UTC)
     result = await obstore.get_async(_store(one.url), one.url.path, options=options)
     there = _object(one.url, result.meta)
     # Some servers don't know these conditions.
@@ -176,20 +181,18 @@ async def _get(one: Object, part: Any) -> Any:
     return result
 
 
-def _utc() -> Any:
-    from datetime import UTC
-
-    return UTC
-
-
 def _object(url: Url, meta: Any) -> Object:
     changed = meta["last_modified"]
     return Object(
         url,
         int(meta["size"]),
-        (meta["e_tag"] or "").strip('"'),
+        _unquoted(meta["e_tag"] or ""),
         int(changed.timestamp()) * 10**9 if changed else 0,
     )
+
+
+def _unquoted(tag: str) -> str:
+    return tag if tag.startswith("W/") else tag.strip('"')
 
 
 def _asked(url: Url, request: Any, *path: Any, **options: Any) -> Any:
