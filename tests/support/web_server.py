@@ -34,9 +34,9 @@ class WebServer:
 
     files: contents by path, /data/x.tar. tags: "md5", "other" (a tag that is no
     digest), "weak", "date" (no tag, a date), "none". ranges: answer requests for parts.
-    heed: obey If-Match. speed: bytes a second of each answer. cuts: bytes of a body after
-    which the next connections are cut, one entry for each. statuses: what the next
-    answers are in place of files, one entry for each. always: a status for all answers.
+    heed: obey If-Match. speed: bytes a second of each answer. cuts: bytes of a body
+    after which the next connections are cut, one entry for each. statuses: what the
+    next answers are in place of files, one entry for each. always: of all answers.
     spoil: changes the bytes of an answer: (path, bytes, first byte) → bytes. password:
     "user:password" that requests must bring. answered: requests. sent: bytes of bodies
     that were sent, by path.

@@ -134,9 +134,9 @@ class RemoteFiles(ContainerFiles):
             say(
                 f"{self.place}: {len(self):,} files of {shown(sizes.sum())} don't fit into the "
                 f"cache ({shown(room)} for them in {self.room.folder}): "
-                f"{len(self) - len(self.parts):,} of them are kept there, and images of the others are read from the store one by "
-                f"one; to keep all, raise {SIZE}, or name a folder on a larger disk in "
-                f"{kept.VARIABLE}"
+                f"{len(self) - len(self.parts):,} of them are kept there, and images of the others "
+                f"are read from the store one by one; to keep all, raise {SIZE}, or name a folder "
+                f"on a larger disk in {kept.VARIABLE}"
             )
 
     def _here(self, number: int) -> bool:
