@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -155,28 +155,36 @@ class RemoteFiles(ContainerFiles):
         with self.counting:
             self.got += n
 
-    def _get(self, number: int, halted: Any) -> bool:
+    def _get(self, number: int, halted: Callable[[], bool]) -> bool:
         """Fetch a file into the cache, unless there is no room. Returns False if
         another process fetches it now."""
-        one, target = self.objects[number], self.room.paths[number]
         try:
-            with claim(self.room.claims, target.stem) as mine:
+            with claim(self.room.claims, self.room.paths[number].stem) as mine:
                 if not mine:
                     return False
-                if self._here(number):
-                    self._count(one.size)
-                elif self.room.admit(part := self.room.part(number, one.size), one.size):
-                    Fetch(one, part, target, came=self._count, halted=halted).run()
-                    self.whole_ones.add(number)
-                else:
-                    self._no_room(number, f"others use the {shown(self.room.bound())} of")
+                self._get_mine(number, halted)
         except OSError as error:
             if error.errno not in FULL:
                 raise _unwritable(self.room.folder, error) from None
-            with suppress(OSError):
-                self.room.part(number, one.size).unlink(missing_ok=True)
             self._no_room(number, f"the disk is full ({error.strerror}) of")
         return True
+
+    def _get_mine(self, number: int, halted: Callable[[], bool]) -> None:
+        """Fetch a file that no other process may fetch now."""
+        one, part = self.objects[number], self.room.part(number, self.objects[number].size)
+        if self._here(number):
+            self._count(one.size)
+        elif not self.room.admit(part, one.size):
+            self._no_room(number, f"others use the {shown(self.room.bound())} of")
+        else:
+            try:
+                target = self.room.paths[number]
+                Fetch(one, part, target, came=self._count, halted=halted).run()
+            except OSError as error:
+                if error.errno in FULL:
+                    part.unlink(missing_ok=True)
+                raise
+            self.whole_ones.add(number)
 
     def _no_room(self, number: int, why: str) -> None:
         """Go on without a file. why: goes before the cache's folder."""

@@ -311,6 +311,8 @@ def _refusal(url: Url, error: Exception) -> RemoteError:
         )
     if number and number not in (408, 425, 429) and number < 500:
         return lasting(f"{url} can't be read: the {what} answered {why}")
+    if re.search(r"[Hh]eader missing", said):
+        return lasting(f"{url} can't be read: the {what} doesn't tell its size")
     if not number and kind in ("InvalidPathError", "ValueError", "UnknownConfigurationKeyError"):
         return lasting(f"{url} can't be read ({_scrubbed(said)}); correct the URL")
     reasons = {
