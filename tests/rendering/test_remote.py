@@ -35,7 +35,7 @@ from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.images.scan import scan
 from pipeline.images.sources.remote import digests, fetch, persistence, store
-from pipeline.images.sources.remote.room import bytes_of
+from pipeline.images.sources.remote.room import Room, bytes_of
 from pipeline.images.sources.remote.store import Object, RemoteError
 from pipeline.images.sources.remote.url import Url, is_url
 from pipeline.render.settings import RenderSettings
@@ -466,9 +466,9 @@ with on_signals():
 """
 
 
-def fetching(data: str) -> subprocess.Popen:
-    """Start a process that opens a data set."""
-    command = [sys.executable, "-c", FETCHING.format(root=str(ROOT)), data]
+def fetching(data: str, code: str = FETCHING) -> subprocess.Popen:
+    """Start a process that opens a data set, and wait until it begins."""
+    command = [sys.executable, "-c", code.format(root=str(ROOT)), data]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
@@ -476,7 +476,7 @@ def fetching(data: str) -> subprocess.Popen:
     return process
 
 
-def test_several_processes_fetch_each_file_once(web):
+def test_several_processes_fetch_each_file_once(web, cache):
     web.speed = 300_000.0
     data = f"{web.url}/data/{NAMES}"
     processes = [fetching(data) for _ in range(3)]
@@ -485,6 +485,13 @@ def test_several_processes_fetch_each_file_once(web):
         assert out == "24\n", err
     assert len(web.gets()) == 3
     assert web.sent == {path: len(content) for path, content in web.files.items()}
+    for path in whole_files(cache):  # the headers are kept, so nobody waits for those
+        path.unlink()
+    processes = [fetching(data) for _ in range(3)]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert out == "24\n", err
+    assert len(web.gets()) == 6 and len(whole_files(cache)) == 3
 
 
 def test_another_process_goes_on_if_the_fetching_one_is_killed(web):
@@ -525,6 +532,32 @@ def test_a_signal_ends_the_fetching_within_seconds(web, cache, number):
     parts = list((cache / "remote").glob("*/*.part"))
     assert len(parts) == 3 and sum(part.stat().st_size for part in parts) > 10_000
     assert not any((cache / "remote").glob("claims/*"))
+
+
+READING = """
+import sys
+sys.path[:0] = [{root!r}]
+from concurrent.futures import ThreadPoolExecutor
+from cache.system.signals import on_signals
+from pipeline.images.data_set import DataSet
+data = DataSet.find(sys.argv[1], "train")
+with on_signals(), ThreadPoolExecutor(8) as pool:
+    print("begun", flush=True)
+    list(pool.map(data.source.read, data.list().address))
+"""
+
+
+def test_a_signal_ends_the_reading_of_parts_too(web, monkeypatch):
+    monkeypatch.setenv("OFFLINE_MEAL_CACHE_SIZE", "130kB")
+    data = f"{web.url}/data/{NAMES}"
+    DataSet.find(data, "train")
+    web.speed = 100.0
+    process = fetching(data, READING)
+    time.sleep(1.5)
+    begun = time.monotonic()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 4 and "Stopped" in err
 
 
 # ---- the bound
@@ -617,6 +650,30 @@ def test_files_of_other_data_sets_make_room_unless_they_are_used(web, cache, mon
     with Reader(used, images) as read:
         blobs = read(images.usable)
     assert [len(blob) for blob in blobs] == images.bytes[images.usable].tolist()
+
+
+def test_files_of_ones_own_make_no_room(web, cache, monkeypatch):
+    monkeypatch.setenv("OFFLINE_MEAL_CACHE_SIZE", "250kB")
+    objects = [store.head(Url.parse(web.url + path)) for path in sorted(web.files)]
+    room = Room(objects)
+    for i in range(2):
+        room.paths[i].write_bytes(web.files[sorted(web.files)[i]])
+    (room.paths[0].parent / "stale.tar").write_bytes(bytes(10_000))
+    assert not room.admit(room.part(2, objects[2].size), objects[2].size)
+    assert room.admit(room.part(2, 20_000), 20_000)
+    assert [path.exists() for path in room.paths] == [True, True, False]
+    assert not (room.paths[0].parent / "stale.tar").exists()
+
+
+def test_a_cache_that_is_emptied_under_a_running_process_is_filled_again(web, shards, cache):
+    images = scanned(shards)
+    data = DataSet.find(f"{web.url}/data/{NAMES}", "train")
+    shutil.rmtree(cache / "remote")
+    with Reader(data, images) as read:
+        blobs = read(images.usable)
+    assert [hashlib.sha256(blob).digest() for blob in blobs] == [
+        images.digest[row].tobytes() for row in images.usable
+    ]
 
 
 def test_a_file_that_fits_nowhere_is_refused(web, monkeypatch):
@@ -850,6 +907,16 @@ def test_a_signed_url_works_and_tomorrows_has_the_same_file(bucket, shards, cach
     line = refused(expired, "X-Amz", KEY)
     assert "a signed URL that hasn't expired" in line
     assert not secrets_in(cache, signature, "X-Amz-Signature")
+
+
+def test_an_error_of_an_unknown_kind_shows_no_address():
+    url = Url.parse("https://host/x.tar?X-Amz-Signature=hush")
+    text = (
+        "Generic HTTP error: Error performing HEAD https://host/x.tar?X-Amz-Signature=hush in 5ms "
+        "- something strange at https://host/x.tar?X-Amz-Signature=hush\n\nDebug source:\nhush"
+    )
+    line = str(store._refusal(url, Exception(text)))
+    assert "something strange at …" in line and "hush" not in line and "\n" not in line
 
 
 # ---- URLs

@@ -235,14 +235,15 @@ class RemoteFiles(ContainerFiles):
         )
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        if number in self.whole_ones:
+        for _ in range(2):
+            if number not in self.whole_ones:
+                break
             try:
                 return read_at(self.room.paths[number], offset, size)
             except FileNotFoundError:  # somebody has removed it
                 self.whole_ones.discard(number)
-                self._get(number, asked)
-                if number in self.whole_ones:
-                    return read_at(self.room.paths[number], offset, size)
+                with suppress(DataError):  # a cache that can't be written any more
+                    self._get(number, asked)
         return self._part(number, offset, size)
 
     def again(self, number: int, offset: int, size: int) -> bytes | None:

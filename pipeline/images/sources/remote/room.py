@@ -147,6 +147,7 @@ class Room:
                     break
         if over > 0:
             return False
+        durable.make_folder(part.parent)  # somebody may have emptied the cache
         part.touch()
         return True
 
