@@ -461,25 +461,36 @@ store.CHUNK = 4096
 persistence.PATIENCE = 60.0
 with on_signals():
     print("begun", flush=True)
+    sys.stdin.readline()
     data = DataSet.find(sys.argv[1], "train")
     print(len(data.list()), flush=True)
 """
 
 
-def fetching(data: str, code: str = FETCHING) -> subprocess.Popen:
-    """Start a process that opens a data set, and wait until it begins."""
+def fetching(data: str, code: str = FETCHING, *, go: bool = True) -> subprocess.Popen:
+    """Start a process that opens a data set, and wait until it has imported all. go:
+    let it begin."""
     command = [sys.executable, "-c", code.format(root=str(ROOT)), data]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, env=dict(os.environ), **pipes)
     assert process.stdout.readline() == "begun\n"
+    if go:
+        start(process)
     return process
+
+
+def start(process: subprocess.Popen) -> None:
+    """Let a process begin."""
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def test_several_processes_fetch_each_file_once(web, cache):
     web.speed = 300_000.0
     data = f"{web.url}/data/{NAMES}"
-    processes = [fetching(data) for _ in range(3)]
+    processes = [fetching(data, go=False) for _ in range(3)]
+    for process in processes:
+        start(process)
     for process in processes:
         out, err = process.communicate(timeout=60)
         assert out == "24\n", err
@@ -487,7 +498,9 @@ def test_several_processes_fetch_each_file_once(web, cache):
     assert web.sent == {path: len(content) for path, content in web.files.items()}
     for path in whole_files(cache):  # the headers are kept, so nobody waits for those
         path.unlink()
-    processes = [fetching(data) for _ in range(3)]
+    processes = [fetching(data, go=False) for _ in range(3)]
+    for process in processes:
+        start(process)
     for process in processes:
         out, err = process.communicate(timeout=60)
         assert out == "24\n", err
@@ -543,6 +556,7 @@ from pipeline.images.data_set import DataSet
 data = DataSet.find(sys.argv[1], "train")
 with on_signals(), ThreadPoolExecutor(8) as pool:
     print("begun", flush=True)
+    sys.stdin.readline()
     list(pool.map(data.source.read, data.list().address))
 """
 

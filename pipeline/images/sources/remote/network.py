@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any, TypeVar
@@ -14,8 +15,10 @@ from cache.system.signals import Stopped, asked
 
 T = TypeVar("T")
 LOOK = 0.25  # seconds between two looks at whether a signal came
+GRACE = 0.2  # seconds that Python's end waits for a request that has just ended
 
 _lock = threading.Lock()
+_latest = -1e9  # when a request ended
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has no threads
 
 
@@ -42,6 +45,10 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     if thread.is_alive():
         loop.call_soon_threadsafe(stop)
         thread.join(LOOK)
+    # A thread of obstore's that has just handed a result over lets go of it a moment
+    # later. If Python ends before, the process aborts.
+    if time.monotonic() - _latest < 1.0:
+        time.sleep(GRACE)
 
 
 def wait_for(request: Coroutine[Any, Any, T], halted: Callable[[], bool] = lambda: False) -> T:
@@ -50,6 +57,7 @@ def wait_for(request: Coroutine[Any, Any, T], halted: Callable[[], bool] = lambd
     halted: says that the result isn't wanted any more. Then, and after a signal that
     asked to stop, the request is dropped and Stopped is raised, in any thread.
     """
+    global _latest
     future = asyncio.run_coroutine_threadsafe(request, _loop())
     try:
         while True:
@@ -63,3 +71,5 @@ def wait_for(request: Coroutine[Any, Any, T], halted: Callable[[], bool] = lambd
     except BaseException:
         future.cancel()
         raise
+    finally:
+        _latest = time.monotonic()

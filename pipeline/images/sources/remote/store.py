@@ -215,7 +215,15 @@ def _waited(url: Url, request: Any, halted: Callable[[], bool] = lambda: False) 
 
 
 def _store(url: Url) -> Any:
-    return _made(os.getpid(), url.scheme, url.host, url.user, url.query)
+    """Return the connection to an object's store. Raises RemoteError if something lacks
+    that a connection needs."""
+    try:
+        return _made(os.getpid(), url.scheme, url.host, url.user, url.query)
+    except Exception as error:  # obstore raises errors of several kinds
+        why = _scrubbed(str(error).partition("\n\nDebug source")[0])
+        raise RemoteError(
+            f"{url} can't be read ({why}); {credentials(url.scheme)}", why, lasting=True
+        ) from None
 
 
 @lru_cache(LINKS)
@@ -265,15 +273,16 @@ def _refusal(url: Url, error: Exception) -> RemoteError:
     why = f"{status[1]} {status[2]}".strip() if status else ""
     why = f"{why}, {code[1]}" if code and why else why
     kind = type(error).__name__
-    what = "server" if url.is_web else "store"
+    what, amazon = "server" if url.is_web else "store", url.scheme in ("s3", "s3a")
 
     def lasting(message: str) -> RemoteError:
+        _made.cache_clear()  # credentials may be set before the next try of a library's user
         return RemoteError(message, why or "refused", lasting=True)
 
     if code and code[1] == "NoSuchBucket":
         return lasting(
-            f"there is no bucket {url.host} (of {url}); correct the name, or the "
-            f"variables AWS_ENDPOINT_URL and AWS_REGION"
+            f"there is no bucket {url.host} (of {url}); correct the name"
+            + (", or the variables AWS_ENDPOINT_URL and AWS_REGION" if amazon else "")
         )
     if "169.254.169.254" in said or "metadata.google" in said or "token request" in said:
         why = "no credentials"
@@ -288,7 +297,7 @@ def _refusal(url: Url, error: Exception) -> RemoteError:
         why = why or "404 Not Found"
         return lasting(
             f"there is no {url}; correct the URL"
-            + ("" if url.is_web else ", or the variables AWS_ENDPOINT_URL and AWS_REGION")
+            + (", or the variables AWS_ENDPOINT_URL and AWS_REGION" if amazon else "")
         )
     if "region" in said.lower() or (code and code[1] == "AuthorizationHeaderMalformed"):
         return lasting(f"{url} lies in another region; name it in the variable AWS_REGION")
@@ -297,7 +306,7 @@ def _refusal(url: Url, error: Exception) -> RemoteError:
     if re.search(r"dns error|failed to lookup|Name or service not known", text):
         return RemoteError(
             f"{url} can't be reached: its host isn't known; correct the URL"
-            + ("" if url.is_web else " or AWS_ENDPOINT_URL")
+            + (" or AWS_ENDPOINT_URL" if amazon else "")
             + ", or mend the network",
             "its host isn't known",
             lasting=url.host not in _answered,
