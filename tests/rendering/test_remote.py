@@ -607,7 +607,7 @@ def taken(folder: Path) -> int:
 
 
 def test_what_does_not_fit_is_read_in_parts_and_the_bound_is_kept(
-    web, shards, cache, monkeypatch, capsys, photos, tmp_path, small
+    web, shards, cache, monkeypatch, capsys
 ):
     bound = 230_000  # one file is kept, and room for another while its headers are read
     monkeypatch.setenv("OFFLINE_MEAL_CACHE_SIZE", str(bound))
@@ -621,6 +621,13 @@ def test_what_does_not_fit_is_read_in_parts_and_the_bound_is_kept(
     assert "1 of them are kept there" in said and "raise OFFLINE_MEAL_CACHE_SIZE" in said
     found = DataSet.find(data, "train").source
     assert len(whole_files(cache)) == 1 and found.readers(2) == 64
+
+
+def test_a_student_is_the_same_whatever_fits_into_the_cache(
+    web, monkeypatch, photos, tmp_path, small
+):
+    monkeypatch.setenv("OFFLINE_MEAL_CACHE_SIZE", "230kB")
+    data = f"{web.url}/data/{NAMES}"
     kept_store = generate(small, photos, tmp_path / "s.zarr", device=CPU)
     short = changed(small, train={"epochs": 1})
     for place, name in ((photos, "run"), (data, "other")):
