@@ -300,6 +300,12 @@ def test_a_run_that_was_stopped_goes_on_with_its_partial_file(web, cache, monkey
     assert not list((cache / "remote").glob("*/*.part"))
 
 
+def test_every_byte_renews_the_patience(web, monkeypatch):
+    monkeypatch.setattr(persistence, "PATIENCE", 0.5)
+    web.speed, web.cuts = 60_000.0, [20_000] * 5
+    assert len(scanned(f"{web.url}/data/photos-train-000001.tar")) == 8
+
+
 def test_servers_that_fail_for_a_moment_are_asked_again(web):
     web.statuses = [503, 500, 503, 503, 502, 500, 503]
     assert len(scanned(f"{web.url}/data/{NAMES}")) == 24
