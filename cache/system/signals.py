@@ -127,6 +127,11 @@ def check() -> None:
     raise Stopped(signal.Signals(_asked).name)
 
 
+def asked() -> bool:
+    """Return whether a signal asked to stop, for threads, in which none is raised."""
+    return _asked is not None
+
+
 def hurried() -> bool:
     """Return whether a second signal came, after which nothing is waited for."""
     return _hurried

@@ -10,7 +10,8 @@ import numpy as np
 
 from cache.format.manifest import Images
 from pipeline.images.patience import DataError
-from pipeline.images.sources.opening import open_source
+from pipeline.images.sources.opening import open_source, place_of
+from pipeline.images.sources.remote.url import Url
 from pipeline.images.sources.source import Classes, ImageSource, Listing
 from pipeline.runtime.wording import counted, same, some
 
@@ -30,20 +31,22 @@ class DataSet:
     source: ImageSource
     class_names: Sequence[str]
     mapped: bool = False
-    root: Path | None = None
+    root: Path | Url | None = None
     split: str = "train"
     places: np.ndarray | None = None
 
     @classmethod
-    def find(cls, data: str | Path, split: str, class_map: Sequence[str] | None = None) -> DataSet:
+    def find(
+        cls, data: str | Path | Url, split: str, class_map: Sequence[str] | None = None
+    ) -> DataSet:
         """Find the images of a split (``open_source``). Raises DataError."""
         source = open_source(data, split)
         names = class_map or source.classes().names
-        return cls(source, names, class_map is not None, Path(data), split)
+        return cls(source, names, class_map is not None, place_of(data), split)
 
     @property
-    def path(self) -> Path:
-        """Return the file or folder that holds the split, for messages."""
+    def path(self) -> Path | Url:
+        """Return the file, folder or URL that holds the split, for messages."""
         return self.source.path
 
     def named(self, class_names: Sequence[str], *, mapped: bool = True) -> DataSet:

@@ -202,7 +202,7 @@ def _digests(data: DataSet, listing: Listing, rows: np.ndarray) -> dict[int, byt
     found: dict[int, bytes] = {}
     with (
         Progress("looking for the images by their contents", len(rows), "images") as progress,
-        ThreadPoolExecutor(threads_for(None)) as pool,
+        ThreadPoolExecutor(data.source.readers(threads_for(None))) as pool,
     ):
         try:
             for start in range(0, len(rows), WINDOW):

@@ -31,7 +31,7 @@ class Reader:
     ) -> None:
         self.source, self.images, self.repair = data.source, images, repair
         self.addresses = data.addresses(images)
-        self.threads = threads_for(threads)
+        self.threads = data.source.readers(threads_for(threads))
         self.pool = ThreadPoolExecutor(self.threads)
 
     def __enter__(self) -> Reader:
@@ -59,12 +59,17 @@ class Reader:
             raise DataError(
                 f"{self._where(row)} can't be read any more ({error.strerror}); {self.repair}"
             ) from None
-        if hashlib.sha256(blob).digest() != self.images.digest[row].tobytes():
+        if not self._is(row, blob):
+            blob = self.source.again(address) or blob
+        if not self._is(row, blob):
             raise DataError(
                 f"{self._where(row)} has changed since the manifest was made (other "
                 f"contents: {len(blob)} bytes now, {self.images.bytes[row]} then); {self.repair}"
             )
         return blob
+
+    def _is(self, row: int, blob: bytes) -> bool:
+        return hashlib.sha256(blob).digest() == self.images.digest[row].tobytes()
 
 
 @contextmanager

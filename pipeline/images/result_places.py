@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cache.format.manifest import Images
 from pipeline.images.data_set import DataSet
@@ -27,7 +28,7 @@ def require_outside(option: str, path: Path | None, *several: DataSet) -> None:
             require_outside_folders(option, path, [data.path])
 
 
-def require_outside_folders(option: str, path: Path | None, folders: Iterable[Path]) -> None:
+def require_outside_folders(option: str, path: Path | None, folders: Iterable[Any]) -> None:
     """Raise DataError if a result would be written among the images of folders. A
     hidden name is never looked at. A class folder may be a link to a folder elsewhere,
     where a result would be an image too."""

@@ -61,7 +61,7 @@ def generate(
     damaged shards again; False: trust finished shards. Returns the store, open for
     reading. Raises MealError for every error that the user can fix.
     """
-    require_local(path, data.path)
+    require_local(path)
     share = share or Share(views_per_decode=config.store.views_per_decode)
     if share.first_view >= config.crops.views:
         raise ConfigError(

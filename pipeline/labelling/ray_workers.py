@@ -27,6 +27,7 @@ from cache.errors import MealError, StoreError
 from cache.system.claims import claim, claims_of, release
 from cache.system.signals import check, on_signals
 from pipeline.config import Config
+from pipeline.images.sources.remote.url import Url
 from pipeline.labelling.coordination import require_place
 from pipeline.labelling.shares import Share
 from pipeline.runtime import progress
@@ -47,13 +48,13 @@ class RayTask:
     """What workers label: the arguments of ``generate``, as far as any node understands
     them.
 
-    data: the folder, files or URL of the images. classes: the class map. store: on a
+    data: names the images, as ``DataSet.find`` takes it. classes: the class map. store: on a
     disk that all nodes share. device: "cpu" or "cuda"; None: as the cluster has. token:
     name of the driver's claim, by which a node knows that it sees the same disk.
     """
 
     config: Config
-    data: str
+    data: Path | Url
     split: str
     classes: list[str] | None
     store: Path
@@ -64,14 +65,19 @@ class RayTask:
     token: str = ""
 
     def anywhere(self) -> RayTask:
-        """Return the task with absolute paths of teachers' weights."""
+        """Return the task with absolute paths of images, store and weights."""
         teachers = [
             teacher.model_copy(
                 update={"checkpoint": teacher.checkpoint and os.path.abspath(teacher.checkpoint)}
             )
             for teacher in self.config.teachers
         ]
-        return replace(self, config=self.config.model_copy(update={"teachers": teachers}))
+        return replace(
+            self,
+            config=self.config.model_copy(update={"teachers": teachers}),
+            data=self.data.absolute() if isinstance(self.data, Path) else self.data,
+            store=self.store.absolute(),
+        )
 
     def label(self, worker: Worker) -> None:
         """Label as one worker."""

@@ -19,7 +19,8 @@ from pipeline.images.patience import DataError, is_folder, is_there, listed
 from pipeline.images.result_places import require_no_split, require_outside
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
-from pipeline.images.sources.opening import in_split
+from pipeline.images.sources.opening import in_split, place_of
+from pipeline.images.sources.remote.url import Url
 from pipeline.models.model import Model
 from pipeline.models.weights import load
 from pipeline.runs.folder import CONFIG, SCANS, RunError
@@ -46,7 +47,7 @@ def train(
     out: Path,
     *,
     store: Path | None = None,
-    validation: Path | None = None,
+    validation: Path | Url | None = None,
     execution: Execution | None = None,
     allow_renderer_difference: bool = False,
 ) -> dict:
@@ -61,7 +62,8 @@ def train(
     than the teachers saw. Returns the last epoch's metrics. Raises MealError for every
     error that the user can fix.
     """
-    require_local(out, store, validation)
+    require_local(out, store)
+    validation = None if validation is None else place_of(validation)
     execution = execution or Execution()
     if config.student is None:
         raise ConfigError(
@@ -191,7 +193,7 @@ def _untold(found: DataSet, data: DataSet, source: Source) -> str:
     )
 
 
-def _validation_set(data: DataSet, other: Path | None) -> DataSet | None:
+def _validation_set(data: DataSet, other: Path | Url | None) -> DataSet | None:
     """Find the images to validate on: those that the user named, or the split val of
     the data set, if it is divided into splits."""
     if other is not None:
@@ -208,7 +210,7 @@ def _validation_set(data: DataSet, other: Path | None) -> DataSet | None:
 def _why_unvalidated(data: DataSet) -> str:
     """Say what there is in place of class folders to validate on."""
     root = data.root
-    if root is None or root == data.path:
+    if root is None or root == data.path or isinstance(root, Url):
         return "the data has no val/"
     if is_there(root / "val"):
         return f"{root / 'val'} holds no class folders"

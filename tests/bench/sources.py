@@ -10,6 +10,12 @@ the sha256 of the manifest; warm (the page cache has the files) and cold (the ke
 told to forget them; that is advice, so a figure near warm says that it didn't). The
 ratio is to class folders, in the same run.
 
+Remote: a bucket of a server on this machine (SeaweedFS), so that no network is
+measured, only what reading over one costs besides. Microseconds an image from a tar
+file in the cache, and by parts from the bucket with several threads; MB/s of fetching
+tar files into the cache, beside one plain stream of urllib's from the same server.
+Left out where SeaweedFS isn't installed.
+
 Starting: seconds, and the peak of a process's memory. The tar files hold headers and
 tiny contents in place of photographs, since a start reads headers alone. Every step
 runs in a process of its own.
@@ -21,20 +27,25 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import obstore
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support.bucket_server import serving, weed
 from support.containers import as_shards, parquet
 from support.small import write_photos
 
@@ -43,7 +54,11 @@ from pipeline.images.data_set import DataSet
 from pipeline.images.matching import require_same_files
 from pipeline.images.reader import Reader
 from pipeline.images.scan import scan
+from pipeline.images.sources.remote import store
+from pipeline.images.sources.remote.files import RemoteFiles
+from pipeline.images.sources.remote.url import Url
 from pipeline.render.settings import RenderSettings
+from pipeline.runtime.wording import counted
 
 REPEATS = 5
 FORMS: dict[str, Callable[[Path, Path], Path]] = {
@@ -97,6 +112,57 @@ def reading(work: Path, photographs: Path | None, small: bool) -> dict[str, dict
             "cold": microseconds(data, places, cold=True),
         }
     return found
+
+
+def remote(work: Path, photographs: Path | None, small: bool) -> dict[str, float]:
+    """Measure a bucket: µs an image by kind of reading, MB/s by kind of fetching."""
+    if weed() is None:
+        return {}
+    folder = photographs
+    if folder is None:
+        folder = write_photos(work / "remote" / "train", 4 if small else 100)
+    shards, cache = as_shards(folder, work / "remote-shards"), work / "remote-cache"
+    large = work / "large"
+    large.mkdir()
+    for i in range(2 if small else 8):
+        (large / f"x-{i}.tar").write_bytes(os.urandom((1 if small else 128) << 20))
+    size = sum(file.stat().st_size for file in large.iterdir())
+    found = {}
+    with serving(work / "seaweed") as bucket:
+        os.environ |= bucket.variables | {"OFFLINE_MEAL_CACHE": str(cache)}
+        url, far = bucket.put(shards, "shards"), bucket.put(large, "large")
+        local = DataSet.find(url, "train")
+        images = scan(local, RenderSettings(threads=2))
+        found["tar files in the cache, 1 thread"] = pace(local, images, 1)
+        shutil.rmtree(cache / "remote")
+        parts = DataSet.find(url, "train")
+        parts.source.files.whole_ones.clear()
+        for threads in (1, 8, 64):
+            found[f"by parts, {counted(threads, 'thread')}"] = pace(parts, images, threads)
+        objects, _ = store.listed(Url.parse(far))
+        begun = time.perf_counter()
+        RemoteFiles(objects, Url.parse(far)).ready()
+        found["fetched into the cache, MB/s"] = size / 1e6 / (time.perf_counter() - begun)
+        begun = time.perf_counter()
+        for one in objects:
+            signed = obstore.sign(bucket.store, "GET", one.url.path, timedelta(hours=1))
+            with urllib.request.urlopen(signed) as answer, open(work / "plain", "wb") as out:
+                shutil.copyfileobj(answer, out, 1 << 18)
+        found["urllib, one stream to a file, MB/s"] = size / 1e6 / (time.perf_counter() - begun)
+    return found
+
+
+def pace(data: DataSet, images: Images, threads: int) -> float:
+    """Return the median µs an image of reading all images, in random order."""
+    rows = np.random.default_rng(0).permutation(images.usable)
+    took = []
+    with Reader(data, images, threads) as read:
+        read(rows)
+        for _ in range(REPEATS):
+            begun = time.perf_counter()
+            read(rows)
+            took.append(1e6 * (time.perf_counter() - begun) / len(rows))
+    return statistics.median(took)
 
 
 def write_shards(out: Path, images: int, shards: int) -> None:
@@ -188,17 +254,27 @@ def main() -> None:
         work = Path(folder)
         os.environ["OFFLINE_MEAL_CACHE"] = str(work / "cache")
         read = reading(work, given.photographs, given.small)
+        far = remote(work, given.photographs, given.small)
         begin = starting(work, images, shards)
     print(f"{'microseconds an image':28}{'warm':>8}{'ratio':>8}{'cold':>8}{'ratio':>8}")
     base = read["class folders"]
     for name, took in read.items():
         cells = "".join(f"{took[t]:8.0f}{took[t] / base[t]:8.2f}" for t in ("warm", "cold"))
         print(f"{name:28}{cells}")
+    print("\na bucket on this machine (µs an image)")
+    for name, figure in far.items():
+        print(f"{name:36}{figure:8.0f}")
     print(f"\n{images:,} images in {shards:,} tar files")
     for name, took in begin.items():
         print(f"{name:48}{took['seconds']:8.1f} s{took['bytes'] / 2**20:8.0f} MiB")
     if given.out:
-        result = {"reading": read, "starting": begin, "images": images, "shards": shards}
+        result = {
+            "reading": read,
+            "remote": far,
+            "starting": begin,
+            "images": images,
+            "shards": shards,
+        }
         given.out.write_text(json.dumps(result, indent=1) + "\n")
     return None
 

@@ -242,7 +242,9 @@ def test_a_cluster_of_this_machine_that_ends_is_told_in_one_line(start, whole, t
 
 def test_a_node_that_sees_another_disk_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_workers, "SHARED", 0.0)
-    task = ray_workers.RayTask(recipe, "data", "train", None, tmp_path / "s.zarr", token="ray.0")
+    task = ray_workers.RayTask(
+        recipe, Path("data"), "train", None, tmp_path / "s.zarr", token="ray.0"
+    )
     with pytest.raises(StoreError, match="put --store on a disk that all nodes share"):
         task.label(Worker())
 

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.bucket_server import weed
 from support.paths import ROOT
 
 BENCH = ROOT / "tests" / "bench"
@@ -74,6 +75,8 @@ def test_reading_and_starting_are_measured_for_every_source(tmp_path):
     assert {"class folders", "tar files", "parquet, as it is"} <= set(document["reading"])
     assert all(min(took.values()) > 0 for took in document["reading"].values())
     assert len(document["starting"]) == 4
+    if weed():
+        assert len(document["remote"]) == 6 and min(document["remote"].values()) > 0
 
 
 def test_workers_that_share_a_store_are_measured(tmp_path):

@@ -22,10 +22,12 @@ import timm
 import torch
 import yaml
 from support import containers
+from support.bucket_server import Bucket
 from support.command import run
 from support.paths import ROOT
 from support.peers import reinforce
 from support.small import write_photos
+from support.web_server import WebServer
 
 from cli import main
 from pipeline.exchange import fkd_format, label_kinds
@@ -33,6 +35,7 @@ from pipeline.labelling import plan
 from pipeline.models import names
 from pipeline.models import weights as weights_module
 
+WEB = "https://data.example.org"  # a server of the READMEs, for which a local one stands
 WORDNET = ("n01440764", "n01443537", "n01484850")
 COMMANDS = tuple(main.commands)
 
@@ -119,6 +122,9 @@ class World:
     """A folder in which commands are typed. A section's own commands make their results
     anew, and all other files that the section names are prepared."""
 
+    bucket: Bucket  # for commands that name one
+    web: WebServer
+
     def __init__(self, folder: Path, recipe: str, data: str) -> None:
         self.folder, self.recipe, self.data = folder, recipe, data
 
@@ -138,6 +144,8 @@ class World:
             line = line.replace("$SLURM_ARRAY_TASK_ID/16", "0/1")  # all shares in one
             # Workers of Ray are processes without stand-ins; test_ray.py has them.
             line = re.sub(r" --ray(-workers)? \S+", "", line)
+            if WEB in line:
+                line = line.replace(WEB, self.web.url)
             words = shlex.split(line.partition("cli.py ")[2])
             if words == ["demo"]:  # short_demo runs the demo, with the demo's own models
                 continue
@@ -292,6 +300,9 @@ PREPARED: dict[str, Callable[[World, Path], None]] = {
     "parquet": in_form(containers.parquet()),
     "imagenet/train.csv": in_form(containers.as_list),
     "pictures": pictures,
+    "s3://pictures/shards": lambda world, place: world.bucket.put(
+        containers.as_shards(world.folder / "imagenet" / "train", world.folder / "up"), "shards"
+    ),
     "imagenet_plus_rrc_mini": lambda world, place: reinforce(
         place, world.folder / "imagenet" / "train", classes=1000
     ),
@@ -363,9 +374,19 @@ def smaller(document: dict) -> dict:
 
 
 @pytest.mark.parametrize("section", [name for name, lines in SECTIONS.items() if lines])
-def test_what_is_written_can_be_typed(section, worlds, monkeypatch):
+def test_what_is_written_can_be_typed(section, worlds, monkeypatch, request):
     world = worlds["Your own" in section or "A run" in section]
     monkeypatch.chdir(world.folder)
+    if any("s3://" in line for line in SECTIONS[section]):
+        world.bucket = request.getfixturevalue("seaweed")
+        for name, value in world.bucket.variables.items():
+            monkeypatch.setenv(name, value)
+    if any(WEB in line for line in SECTIONS[section]):
+        world.web = WebServer().start()
+        request.addfinalizer(world.web.stop)
+        world.make("shards")
+        for file in (world.folder / "shards").iterdir():
+            world.web.files[f"/photos/{file.name}"] = file.read_bytes()
     world.type(section)
 
 

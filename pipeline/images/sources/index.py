@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import PurePath
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,12 +103,15 @@ class Index:
         )
 
 
-def make_index(files: Sequence[Path], several: Sequence[Contents], path: Path, split: str) -> Index:
+def make_index(
+    files: Sequence[PurePath], several: Sequence[Contents], path: Any, split: str
+) -> Index:
     """Join the contents of containers: name each image, and match names and numbers of
     classes.
 
-    path: that the user named, for messages. split: which counts, if the images lie in
-    folders of several splits. Raises DataError.
+    files: absolute paths of the containers. path: that the user named, for messages.
+    split: which counts, if the images lie in folders of several splits. Raises
+    DataError.
     """
     rows = [row for contents in several for row in contents.rows]
     owner = np.repeat(np.arange(len(files)), [len(contents.rows) for contents in several])
@@ -168,7 +171,7 @@ def make_index(files: Sequence[Path], several: Sequence[Contents], path: Path, s
 
 
 def _told_apart(
-    names: Sequence[str], own: Sequence[str], owner: Sequence[int], files: Sequence[Path]
+    names: Sequence[str], own: Sequence[str], owner: Sequence[int], files: Sequence[PurePath]
 ) -> list[str]:
     """Tell images apart that have one name: by their own names in one container, and by
     the containers' names if several containers use a name."""
@@ -197,10 +200,10 @@ def _beside(name: str, other: str) -> str:
     return f"{name.rpartition('/')[0]}/{other}".lstrip("/")
 
 
-def _tails(files: Sequence[Path]) -> list[str]:
+def _tails(files: Sequence[PurePath]) -> list[str]:
     """Return the shortest ends of the files' paths that tell all of them apart, without
     suffixes."""
-    parts = [file.absolute().with_suffix("").parts for file in files]
+    parts = [file.with_suffix("").parts for file in files]
     for length in range(1, max(map(len, parts)) + 1):
         tails = ["/".join(one[-length:]).lstrip("/") for one in parts]
         if len(set(tails)) == len(tails):

@@ -4,9 +4,7 @@ without classes; and which part of it is the split."""
 from __future__ import annotations
 
 import glob
-import itertools
 import os
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,41 +17,63 @@ from pipeline.images.names import (
     is_system_folder,
     natural,
     split_of,
-    split_within,
 )
 from pipeline.images.patience import DataError, glimpsed, is_file, is_folder, is_there, listed
 from pipeline.images.sources.class_folders import ClassFolders
+from pipeline.images.sources.container_files import LocalFiles
 from pipeline.images.sources.flat_folder import FlatFolder
 from pipeline.images.sources.folder_checks import holds_images, tell_no_classes
 from pipeline.images.sources.image_list import LISTS, ImageList, lines_of
-from pipeline.images.sources.parquet import PARQUET, ParquetFiles
+from pipeline.images.sources.parquet import PARQUET
+from pipeline.images.sources.remote.opening import in_remote_split, open_list, open_url
+from pipeline.images.sources.remote.url import Url, is_url
+from pipeline.images.sources.shards import (
+    CONTAINERS,
+    PACKED,
+    braces,
+    of_split,
+    open_containers,
+    require_one_kind,
+    split_among,
+    tells_split,
+)
 from pipeline.images.sources.source import ImageSource
-from pipeline.images.sources.tars import TAR, Tars
+from pipeline.images.sources.tars import TAR
 from pipeline.runtime.progress import say
-from pipeline.runtime.wording import some
 
-CONTAINERS = {TAR: Tars, PARQUET: ParquetFiles}
 KINDS = "a folder, tar files, parquet files or a list"
-PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 LOOKED = 20  # class folders that are looked into
 
 
-def open_source(data: str | Path, split: str) -> ImageSource:
+def place_of(data: str | Path | Url) -> Path | Url:
+    """Return what --data names: a path, or a URL. Raises NotLocal for a URL that images
+    can't be fetched from, and DataError for a URL that is none."""
+    if isinstance(data, Url):
+        return data
+    if is_url(data):
+        return Url.parse(str(data))
+    require_local(data)
+    return Path(data)
+
+
+def open_source(data: str | Path | Url, split: str) -> ImageSource:
     """Open the images of a split.
 
     data: a folder of class folders, of tar or parquet files, or of images; a folder
     that holds one of these for each split (DATA/train, DATA/val; or files whose names
     tell the split; or a list beside a folder of that name); a tar or parquet file; a
     list of images, or of tar or parquet files; or a pattern of such files, with braces
-    ({000..127}) or wildcards. A source that isn't divided into splits is every split.
-    Raises DataError.
+    ({000..127}) or wildcards; or the URL of tar or parquet files, of a pattern of them,
+    or of a folder that holds them. A source that isn't divided into splits is every
+    split. Raises DataError.
     """
-    require_local(data)
-    data = Path(data)
+    data = place_of(data)
     if not split or "/" in split or split in (".", ".."):
         raise DataError(
             f"--split is {split!r}; it must be the name of a folder of --data, like train"
         )
+    if isinstance(data, Url):
+        return open_url(data, split)
     if is_file(data):
         return _of_file(data, split)
     if not is_there(data):
@@ -77,10 +97,12 @@ def open_source(data: str | Path, split: str) -> ImageSource:
     return source
 
 
-def in_split(data: Path, name: str) -> ImageSource | None:
+def in_split(data: Path | Url, name: str) -> ImageSource | None:
     """Open what a folder holds for a split: class folders, tar files, parquet files or
     images in DATA/NAME, the list DATA/NAME.csv, or files in DATA (or DATA/data) whose
     names tell the split. Returns None if it holds nothing for the split alone."""
+    if isinstance(data, Url):
+        return in_remote_split(data, name)
     if not is_there(data):
         return None
     folder = data / name
@@ -105,27 +127,9 @@ def _without_class_folders(data: Path, name: str) -> Callable[[], ImageSource] |
             return partial(FlatFolder, folder)
     for place in (data, data / "data"):
         shards = _shards(place) if is_there(place) else []
-        if shards and any(tells_split(file) for file in shards) and _of_split(shards, name):
+        if shards and any(tells_split(file) for file in shards) and of_split(shards, name):
             return partial(_of_files, place, shards, name)
     return None
-
-
-def tells_split(file: Path) -> str | None:
-    """Return the split that a file's name tells: the whole name (train.tar), or one
-    word of a name with a number (x-train-0007.tar). bullet_train.tar is a class."""
-    numbered = any(c.isdigit() for c in file.stem)
-    return split_of(file.stem) or (split_within(file.stem) if numbered else None)
-
-
-def _of_split(files: Sequence[Path], split: str) -> list[Path]:
-    """Return the files whose names tell a split, in the words of its name or in
-    others."""
-    return [
-        file
-        for file in files
-        if split.casefold() in re.split(r"[^a-z]+", file.stem.casefold())
-        or tells_split(file) == (split_of(split) or split)
-    ]
 
 
 def is_class_folder_split(data: str | Path, name: str) -> bool:
@@ -190,39 +194,22 @@ def _shards(folder: Path) -> list[Path]:
 
 def _of_files(place: Path, files: Sequence[Path], split: str) -> ImageSource:
     """Open tar files, or parquet files."""
-    kinds = {file.suffix for file in files}
-    if len(kinds) != 1 or not kinds <= set(CONTAINERS):
-        raise DataError(
-            f"{place} names {some([file.name for file in files])}; name tar files alone, or "
-            f"parquet files alone"
-        )
+    require_one_kind(place, files)
     if missing := [file for file in files if not is_file(file)]:
         raise DataError(
             f"there is no file {missing[0]}, of {len(files):,} that {place} names; get it, or name "
             f"those that are there"
         )
-    return CONTAINERS[kinds.pop()](place, _without_other_splits(place, files, split), split)
-
-
-def _without_other_splits(place: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
-    """Take away the files of other splits. Files that were named one by one are taken
-    as they are, unless their names tell several splits."""
-    told = {found for file in files if (found := tells_split(file))}
-    unclear = [file for file in files if not tells_split(file)]
-    if len(told) < 2 and not (told and unclear and is_there(place)):
-        return files
-    mine = _of_split(files, split)
-    if not mine:
-        raise _no_split(place, split, sorted(told))
-    if left := [file.name for file in unclear if file not in mine]:
-        say(f"{place}: left out {some(left)}, whose names don't tell the split {split}")
-    return mine
+    mine, others = split_among(place, files, split, named=not is_there(place))
+    if others:
+        raise _no_split(place, split, others)
+    return open_containers(place, LocalFiles(mine), split)
 
 
 def _of_file(file: Path, split: str) -> ImageSource:
     suffix = file.suffix.lower()
     if suffix in CONTAINERS:
-        return CONTAINERS[suffix](file, [file], split)
+        return open_containers(file, LocalFiles([file]), split)
     if suffix in PACKED:
         raise DataError(
             f"{file} is compressed, so no image in it can be read by its place; unpack it into a "
@@ -231,6 +218,8 @@ def _of_file(file: Path, split: str) -> ImageSource:
     if suffix not in LISTS:
         raise DataError(f"{file} is none of what --data can be: {KINDS} ({', '.join(LISTS)})")
     lines = [line.strip() for line in lines_of(file) if line.strip()]
+    if lines and all(map(is_url, lines)):
+        return open_list(file, lines, split)
     if lines and all(line.endswith(tuple(CONTAINERS)) for line in lines):
         return _of_files(file, [file.parent / line for line in lines], split)
     return ImageList(file, split)
@@ -246,23 +235,6 @@ def _matching(pattern: Path) -> list[Path]:
         elif text != str(pattern):
             found.append(Path(text))
     return found
-
-
-def braces(text: str) -> list[str]:
-    """Expand {000..127} and {a,b} in a text, as a shell does."""
-    if not (found := re.search(r"\{([^{}]*)\}", text)):
-        return [text]
-    inside = found[1]
-    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
-        first, last = int(ends[1]), int(ends[2])
-        width = len(ends[1]) if ends[1].startswith("0") or len(ends[1]) == len(ends[2]) else 0
-        options = [f"{i:0{width}d}" for i in range(first, last + 1)]
-    elif "," in inside:
-        options = inside.split(",")
-    else:
-        return [text]
-    before, behind = text[: found.start()], text[found.end() :]
-    return list(itertools.chain(*(braces(f"{before}{one}{behind}") for one in options)))
 
 
 def _no_split(data: Path, split: str, splits: Sequence[str]) -> DataError:

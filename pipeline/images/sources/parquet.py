@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,6 +17,7 @@ from cache.system import durable
 from cache.system.signals import check
 from pipeline.images.patience import DataError
 from pipeline.images.sources import kept
+from pipeline.images.sources.container_files import ContainerFiles, LocalFiles
 from pipeline.images.sources.containers import Containers
 from pipeline.images.sources.index import Contents, Row
 from pipeline.images.sources.parquet_pages import BadPage, NotPlain, values
@@ -42,7 +43,7 @@ class ParquetFiles(Containers):
 
     kind = "parquet file"
 
-    def __init__(self, path: Path, files: Sequence[Path], split: str = "train") -> None:
+    def __init__(self, path: Any, files: ContainerFiles, split: str = "train") -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
@@ -52,34 +53,40 @@ class ParquetFiles(Containers):
         super().__init__(path, files, split)
         self.unpacking = Lock()  # a row group in memory may take a gigabyte
 
-    def contents_of(self, file: Path) -> Contents:
+    def contents_of(self, file: Path, name: Any) -> Contents:
         import pyarrow as pa
         from pyarrow import parquet
 
         try:
             with parquet.ParquetFile(file) as opened:
-                column = _image_column(file, opened)
+                column = _image_column(name, opened)
                 told = _told(opened, column, _label_column(opened))
                 try:
                     places, data = _in_place(file, opened, column), ""
                 except NotPlain:
-                    places, data = self._unpacked(file, opened, column)
+                    places, data = self._unpacked(file, name, opened, column)
         except (pa.ArrowException, BadPage, ValueError, TypeError, KeyError, OSError) as error:
             why = " ".join(str(error).split())[:120]
             raise DataError(
-                f"{file} can't be read as a parquet file ({why}); get it anew, or take it out"
+                f"{name} can't be read as a parquet file ({why}); get it anew, or take it out"
             ) from None
         contents = Contents(data=data)
-        for i, ((name, number, label), (offset, size)) in enumerate(zip(told, places, strict=True)):
-            own = f"{file.stem}-{i:06d}"
-            plain, why = safe_name(name or own)
+        for i, ((title, number, label), (offset, size)) in enumerate(
+            zip(told, places, strict=True)
+        ):
+            own = f"{name.stem}-{i:06d}"
+            plain, why = safe_name(title or own)
             why = "the row holds no image" if offset < 0 else why
             contents.rows.append(Row(plain, max(offset, 0), size, number, label, why, own))
         return contents
 
     def prepare(self) -> None:
+        if not isinstance(self.files, LocalFiles):  # known only once the files are here
+            return
         packed = [
-            file for file in self.files if not _unpacked_file(file).exists() and _is_packed(file)
+            file
+            for file in self.files.names
+            if not _unpacked_file(file).exists() and _is_packed(file)
         ]
         if packed:
             size = sum(file.stat().st_size for file in packed)
@@ -98,7 +105,9 @@ class ParquetFiles(Containers):
                 )
             say(line)
 
-    def _unpacked(self, file: Path, opened: Any, column: str) -> tuple[list[tuple[int, int]], str]:
+    def _unpacked(
+        self, file: Path, name: Any, opened: Any, column: str
+    ) -> tuple[list[tuple[int, int]], str]:
         """Unpack a file's images into a file of their bytes, one after the other, once
         for all processes. Returns (offset, length) of each row's image, and the path of
         that file."""
@@ -113,7 +122,7 @@ class ParquetFiles(Containers):
                 )
         except OSError as error:
             raise DataError(
-                f"the images of {file} are compressed, and can't be unpacked into "
+                f"the images of {name} are compressed, and can't be unpacked into "
                 f"{target.parent} ({error.strerror or error}); make room, or name another folder "
                 f"in the variable {kept.VARIABLE}"
             ) from None
@@ -207,7 +216,7 @@ def _in_place(file: Path, opened: Any, column: str) -> list[tuple[int, int]]:
     return found
 
 
-def _image_column(file: Path, opened: Any) -> str:
+def _image_column(name: Any, opened: Any) -> str:
     """Return the path of the column that holds the images' bytes. Raises DataError."""
     import pyarrow as pa
 
@@ -226,16 +235,16 @@ def _image_column(file: Path, opened: Any) -> str:
             }
             if "bytes" in inner and binary(inner["bytes"]):
                 found[field.name] = f"{field.name}.bytes"
-    name = next((n for n in IMAGES if n in found), None) or (
+    column = next((n for n in IMAGES if n in found), None) or (
         next(iter(found)) if len(found) == 1 else None
     )
-    if name is None:
+    if column is None:
         columns = some(opened.schema_arrow.names, 6)
         raise DataError(
-            f"{file} has no column of images ({columns}); one must be called image, with the "
+            f"{name} has no column of images ({columns}); one must be called image, with the "
             f"files' bytes"
         )
-    return found[name]
+    return found[column]
 
 
 def _features(opened: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,15 +70,15 @@ class ImageSource(ABC):
     A name is part of a crop's identity, the place of the bytes is not: the same images
     under the same names are the same data set in every source.
 
-    path: the file or folder that the user named, for messages. noun: what tells a class
-    here, for messages. in_folders: results may not be written in ``path``, where they
-    would be taken for images.
+    path: the file, folder or URL that the user named, for messages. noun: what tells a
+    class here, for messages. in_folders: results may not be written in ``path``, where
+    they would be taken for images.
     """
 
     noun = "class"
     in_folders = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Any) -> None:
         self.path = path
 
     @property
@@ -108,6 +107,16 @@ class ImageSource(ABC):
     def read(self, address: Any) -> bytes:
         """Read a file whole. address: of the listing. Raises DataError for a disk that
         fails now, and OSError if there is no such file."""
+
+    def again(self, address: Any) -> bytes | None:
+        """Read a file from where it comes from, if ``read`` read a copy that may be
+        damaged; otherwise return None. Raises as ``read`` does."""
+        return None
+
+    def readers(self, threads: int) -> int:
+        """Return how many threads should read at once. threads: as many as this process
+        has cores for."""
+        return threads
 
     @abstractmethod
     def where(self, name: str, address: Any) -> str:

@@ -39,18 +39,18 @@ class Tars(Containers):
 
     kind = "tar file"
 
-    def contents_of(self, file: Path) -> Contents:
-        return patiently(lambda: self._contents(file), file)
+    def contents_of(self, file: Path, name: Any) -> Contents:
+        return patiently(lambda: self._contents(file, name), name)
 
-    def _contents(self, file: Path) -> Contents:
+    def _contents(self, file: Path, name: Any) -> Contents:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             contents = Contents()
             part = Part(descriptor, 0, os.fstat(descriptor).st_size)
             try:
-                _read(part, contents, file.stem if self.by_class else "")
+                _read(part, contents, name.stem if self.by_class else "")
             except TarError as error:
-                raise DataError(f"{file} {_repaired(part, error)}") from None
+                raise DataError(f"{name} {_repaired(part, error)}") from None
             return contents
         finally:
             os.close(descriptor)
@@ -58,7 +58,7 @@ class Tars(Containers):
     @cached_property
     def by_class(self) -> bool:
         """Return whether the tar files' names may be those of classes."""
-        stems = [file.stem for file in self.files]
+        stems = [name.stem for name in self.files.names]
         return len(stems) > 1 and not all(map(split_within, stems)) and not numbered(stems)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def match_classes(numbers: np.ndarray, told: Sequence[str]) -> tuple[Classes, np
 
 
 def split_names(
-    names: Sequence[str], path: Path, split: str
+    names: Sequence[str], path: Any, split: str
 ) -> tuple[list[str], np.ndarray, str | None]:
     """Find the images of a split, and their names below the folders that all of them
     share, as in the tar file of a folder of class folders.

@@ -1,0 +1,1 @@
+"""Read containers of buckets and web servers: fetched into the cache, or by parts."""
