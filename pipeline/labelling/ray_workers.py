@@ -18,7 +18,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,10 @@ class RayTask:
     """What workers label: the arguments of ``generate``, as far as any node understands
     them.
 
-    data: names the images, as ``DataSet.find`` takes it. classes: the class map. store: on a
-    disk that all nodes share. device: "cpu" or "cuda"; None: as the cluster has. token:
-    name of the driver's claim, by which a node knows that it sees the same disk.
+    data: names the images, as ``DataSet.find`` takes it. classes: the class map.
+    store: on a disk that all nodes share. device: "cpu" or "cuda"; None: as the cluster
+    has. token: name of the driver's claim, by which a node knows that it sees the same
+    disk.
     """
 
     config: Config
@@ -203,6 +204,7 @@ class _Member:
     report: Any  # reference to what ``report`` will return
     done: int = 0  # crops
     node: str = ""  # empty until the cluster has room for the worker
+    begun: float = field(default_factory=time.monotonic)
 
 
 def label_on_ray(task: RayTask, address: str, workers: int | None) -> None:
@@ -337,7 +339,7 @@ class _Crew:
 
     def work(self) -> None:
         """Run workers until the store is complete."""
-        looked, begun, waiting = -LOOK, time.monotonic(), False
+        looked, waiting = -LOOK, False
         while not self.finished or self.members:
             now = time.monotonic()
             if not self.finished and now - looked >= LOOK:
@@ -349,7 +351,9 @@ class _Crew:
             pending = [number for number, member in self.members.items() if not member.node]
             for number in pending if self.finished else ():  # nothing is left for them
                 self.ray.kill(self.members.pop(number).actor)
-            if not waiting and (not self.members or (pending and now - begun > LOOK)):
+                pending = []
+            long = [number for number in pending if now - self.members[number].begun > LOOK]
+            if not waiting and not self.finished and (long or not self.members):
                 waiting = True
                 say(
                     f"{len(self.members) - len(pending)} of {len(self.members) or 'no'} workers "
