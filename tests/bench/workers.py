@@ -6,7 +6,7 @@ the ideal, what claims cost, and whether a worker starves.
 
 The workers are real processes that claim, write and wait as generate-labels does. Only
 images and teachers are stand-ins: nothing is read or rendered, and a forward pass is a
-sleep of ``--seconds``, so that 64 workers fit on two cores. A unit of work has 16
+sleep of ``--seconds``, so that 64 workers fit on two cores. A unit of work has 64
 forward passes. "uneven" gives a quarter of the workers half the speed. The ideal is the
 sum of all sleeps, divided by the sum of the workers' speeds.
 """
@@ -46,7 +46,7 @@ from pipeline.labelling.shares import Share
 from pipeline.runtime import progress
 from pipeline.runtime.execution import Execution
 
-CLASSES, ROWS, BATCH, DECODES = 10, 256, 64, 4
+CLASSES, ROWS, BATCH, DECODES = 10, 256, 16, 4
 SHARDS = 32  # of a view
 FORWARDS = ROWS // BATCH * DECODES  # of a unit
 LINE = (
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--units", type=int, default=6, help="units of work per worker")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a forward pass")
+    parser.add_argument("--seconds", type=float, default=0.125, help="of a forward pass")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     chosen = parser.parse_args(arguments)
     views = max(1, round(chosen.workers * chosen.units / SHARDS)) * DECODES

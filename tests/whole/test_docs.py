@@ -50,9 +50,10 @@ def lines_of(text: str) -> list[str]:
     ]
 
 
+ENGINES = ROOT / "pipeline" / "labelling" / "engines"
 READMES = sorted(
     path
-    for path in (ROOT / "README.md", *ROOT.glob("*/**/*.md"))
+    for path in {ROOT / "README.md", *ROOT.glob("*/**/README.md"), *ENGINES.glob("*.md")}
     if not {".venv", "demo", "study"} & set(path.relative_to(ROOT).parts[:1])
 )
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in READMES}
