@@ -34,13 +34,13 @@ SLOW = {
         "test_curves",
     ),
     *("test_label_files", "test_precision", "test_gpu"),
-    *("test_crops_per_image", "test_ablations"),
+    *("test_crops_per_image", "test_ablations", "test_ray", "test_remote"),
 }
 # Files with the longest tests. Each of two parallel workers begins with some of them,
 # so that no worker is left alone with a long test at the end.
 LONG = (
-    {"test_study", "test_killed", "test_docs", "test_student"},
-    {"test_bench", "test_power_loss", "test_recipes", "test_cli", "test_generate"},
+    {"test_study", "test_killed", "test_docs", "test_student", "test_ray"},
+    {"test_bench", "test_power_loss", "test_recipes", "test_cli", "test_generate", "test_remote"},
 )
 
 
