@@ -234,6 +234,12 @@ def test_a_worker_that_its_engine_starts_anew_has_its_predecessors_claims_at_onc
     place.require_whole()
 
 
+def test_any_open_worker_creates_the_store(place):
+    """Worker 0 may be waiting for a node."""
+    place.run("--worker=auto", environment=kubernetes(5))
+    place.require_whole()
+
+
 def test_a_worker_never_takes_the_claims_of_a_living_process_of_its_own_name(place):
     """Two processes of one name on one machine: a batch script started two."""
     place.begin(VIEWS, labelled=0)
@@ -881,6 +887,22 @@ def test_training_that_is_asked_to_stop_does_so_and_ends_as_if_it_had_not_been(
     assert run.end() == 0, run.said()
     assert training.result() == trained.result()
     assert os.listdir(tmp_path) == ["run"] and training.files() == trained.files()
+
+
+def test_training_that_its_engine_starts_anew_goes_on_at_once(house, whole, trained, tmp_path):
+    """The machine that trained was lost: its claim is released, and no other's."""
+    from cache.system.claims import _me
+
+    training = Training(house, whole, tmp_path / "run")
+    claims_of(training.out).mkdir(parents=True)
+    theirs = claims_of(training.out) / "train"
+    theirs.write_text(json.dumps(_me() | {"boot": "another", "worker": "kubernetes 3f6c 0"}))
+    for environment in ({}, kubernetes(1)):
+        line = training.start(environment=environment).failed_with()
+        assert "another process is training" in line
+    run = training.start(environment=kubernetes(0))
+    assert run.end() == 0, run.said()
+    assert training.result() == trained.result()
 
 
 # ---- no room
