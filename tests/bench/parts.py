@@ -289,7 +289,7 @@ class Place:
     def rendered(self, run: Labeller, units: list[Unit]) -> Iterator[list[dict[int, torch.Tensor]]]:
         """Render these units as the loader does, batch by batch, per view, for no
         model."""
-        run.room = threading.Semaphore(len(units))
+        run.room = threading.Semaphore(len(units) + 1)  # one to find out that there is no more
         for _, _, views in run._batches(units):
             yield views
         for job in run.open:
