@@ -358,7 +358,8 @@ def generate_labels(
             raise click.UsageError(
                 "--ray divides the work by itself; leave out --worker and --profile"
             )
-        from pipeline.labelling.ray_workers import RayTask, label_on_ray
+        from pipeline.labelling.ray_driver import label_on_ray
+        from pipeline.labelling.ray_workers import RayTask
 
         label_on_ray(
             RayTask(
