@@ -157,9 +157,14 @@ class World:
                     self.make(name)
             images = words[words.index("--data") + 1] if "--data" in words else None
             for result in results - {name for name, of in made if of == images}:
-                shutil.rmtree(self.folder / result, ignore_errors=True)
+                for name in (result, *TRAINED.get(result, ())):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
             made |= {(result, images) for result in results}
             self.command(*words)
+
+
+# What is trained from a store, and is of no use once the store is made anew.
+TRAINED = {"labels.zarr": ("run", "baseline")}
 
 
 def results_of(words: list[str]) -> set[str]:
