@@ -266,8 +266,8 @@ ENTRIES = (
         "--worker",
         metavar="auto|I/N",
         help="auto: one of several workers that may come and go; each takes the shards that no "
-        "other holds. Kubernetes, SLURM or torchrun tells its number. I/N: label the I-th of N "
-        "fixed shares, I from 0; combines with torchrun.",
+        "other holds. Kubernetes, SLURM, SkyPilot or torchrun tells its number. I/N: label the "
+        "I-th of N fixed shares, I from 0; combines with torchrun.",
     ),
     click.option(
         "--ray",
@@ -1178,8 +1178,7 @@ def _share(recipe: Any, text: str | None, first_view: int) -> Any:
         if not worker.engine:
             say(
                 "nothing here tells a worker's number (JOB_COMPLETION_INDEX, SLURM_JOB_ID, "
-                "SKYPILOT_NODE_RANK, RANK): "
-                "this worker takes what no other holds"
+                "SKYPILOT_NODE_RANK, RANK): this worker takes what no other holds"
             )
         return Share(
             worker.number,

@@ -174,23 +174,22 @@ class _Crew:
         """Run workers until the store is complete."""
         looked, waiting = -LOOK, False
         while not self.finished or self.members:
-            now = time.monotonic()
-            if not self.finished and now - looked >= LOOK:
-                looked, room = now, self._room()
+            if not self.finished and time.monotonic() - looked >= LOOK:
+                looked, room = time.monotonic(), self._room()
                 wanted = self.workers or room
                 while len(self.members) < wanted:
                     number = min(set(range(wanted)) - set(self.members))
                     self._start(number, max(1, min(room, wanted)))
             pending = [number for number, member in self.members.items() if not member.node]
-            for number in pending if self.finished else ():  # nothing is left for them
-                self.ray.kill(self.members.pop(number).actor)
-                pending = []
-            long = [number for number in pending if now - self.members[number].begun > LOOK]
-            if not waiting and not self.finished and (long or not self.members):
+            if self.finished:  # nothing is left for them
+                for number in pending:
+                    self.ray.kill(self.members.pop(number).actor)
+            elif not waiting and self._waits(pending):
                 waiting = True
                 say(
-                    f"{len(self.members) - len(pending)} of {len(self.members) or 'no'} workers "
-                    f"run; Ray has no room for more, each of which needs {self._of_a_node()}"
+                    f"{counted(len(self.members) - len(pending), 'worker')} of "
+                    f"{max(1, len(self.members))} at work; each of the others needs "
+                    f"{self._of_a_node()}, for which Ray has no room now"
                 )
             runs = {member.run: number for number, member in self.members.items()}
             if runs:
@@ -204,6 +203,12 @@ class _Crew:
         if (crops := self._crops()) and self.first:
             seconds = time.monotonic() - self.first
             say(f"labelled {crops:,} crops in {duration(seconds)}, {crops / seconds:,.1f} crops/s")
+
+    def _waits(self, pending: list[int]) -> bool:
+        """Return whether a worker has waited for room for long, or there is room for
+        none."""
+        begun = [self.members[number].begun for number in pending]
+        return not self.members or any(time.monotonic() - one > LOOK for one in begun)
 
     def _of_a_node(self) -> str:
         return counted(self.needs["num_cpus"], "CPU") + " and a GPU" * self.needs["num_gpus"]
@@ -264,11 +269,10 @@ class _Crew:
 
     def _take(self, member: _Member, report: tuple) -> None:
         lines, (what, done, total, unit), member.node = report
-        for line in lines:
-            # The driver says this of all workers.
-            if line not in self.told and not line.startswith(
-                "labelled "
-            ):  # every worker says the same of images and teachers
+        # Every worker says the same of images and teachers. The driver says what all
+        # have labelled.
+        for line in dict.fromkeys(lines):
+            if line not in self.told and not line.startswith("labelled "):
                 self.told.add(line)
                 say(line)
         if what == LABELLING:
