@@ -455,6 +455,36 @@ def test_a_damaged_file_of_the_cache_is_dropped_and_read_from_the_server(web, ca
     assert not victim.exists()
 
 
+def test_threads_that_find_one_damage_at_once_say_it_once(web, cache, capsys, monkeypatch):
+    web.tags = "other"
+    data = DataSet.find(f"{web.url}/data/{NAMES}", "train")
+    images = scan(data, RenderSettings(threads=2))
+    for victim in whole_files(cache):
+        times = victim.stat()
+        victim.write_bytes(bytes(times.st_size))
+        os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
+    data = DataSet.find(f"{web.url}/data/{NAMES}", "train")
+    monkeypatch.setattr(type(data.source), "readers", lambda self, threads: threads)
+    met = threading.Barrier(8, timeout=60)
+    calls = iter([True] * 8 + [False] * 100)
+    really = store.read
+
+    def read_together(*of_what):
+        found = really(*of_what)
+        if next(calls):
+            met.wait()  # all eight have read damaged bytes before
+        return found
+
+    monkeypatch.setattr(store, "read", read_together)
+    rows = images.usable[:8]
+    with Reader(data, images, threads=8) as read:
+        digests_of = [hashlib.sha256(blob).digest() for blob in read(rows)]
+    assert digests_of == [images.digest[row].tobytes() for row in rows]
+    files = len({int(address[0]) for address in data.addresses(images)[rows]})
+    said = capsys.readouterr().err.count("is damaged in the cache, and was removed there")
+    assert said == files < 8
+
+
 # ---- several processes
 
 FETCHING = """

@@ -242,17 +242,16 @@ class RemoteFiles(ContainerFiles):
                 return read_at(self.room.paths[number], offset, size)
             except FileNotFoundError:  # somebody has removed it
                 self.whole_ones.discard(number)
+                if number in self.parts:  # it was damaged
+                    break
                 with suppress(DataError):  # a cache that can't be written any more
                     self._get(number, asked)
         return self._part(number, offset, size)
 
     def again(self, number: int, offset: int, size: int) -> bytes | None:
-        if number not in self.whole_ones:
-            return None
         found = self._part(number, offset, size)
-        if found != self.read(number, offset, size):
-            self.whole_ones.discard(number)
-            self.parts.add(number)
+        whole = number in self.whole_ones
+        if whole and found != self.read(number, offset, size) and self._give_up(number):
             with suppress(OSError):
                 self.room.paths[number].unlink(missing_ok=True)
             say(
@@ -260,6 +259,15 @@ class RemoteFiles(ContainerFiles):
                 f"are read from the store one by one until the next start"
             )
         return found
+
+    def _give_up(self, number: int) -> bool:
+        """Read parts of a file from now on. Returns whether no other thread, which
+        found the same damage, has said so before."""
+        with self.counting:
+            first = number not in self.parts
+            self.parts.add(number)
+            self.whole_ones.discard(number)
+        return first
 
     def _part(self, number: int, offset: int, size: int) -> bytes:
         one = self.objects[number]
