@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -496,7 +497,7 @@ def train_student(
     with joining(place) as processes:
         train(
             recipe,
-            processes.together(lambda: _data(data, "train", class_map)),
+            processes.together(lambda: _data(data, "train", class_map, store=store)),
             out,
             store=store,
             validation=val_data,
@@ -670,14 +671,13 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
         facts = image_facts(store, typed(image))
         page = image_page
     elif report:
-        from pipeline.images.data_set import DataSet
         from pipeline.inspection.html_report import write_report
         from pipeline.runtime.progress import say
 
         facts = write_report(
             store,
             report,
-            data=data and DataSet.find(data, split),
+            data=data and _data(data, split, store=store),
             labels=labels,
             check=not no_check,
         )
@@ -747,7 +747,6 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
       python cli.py verify labels.zarr
       python cli.py verify labels.zarr --data imagenet --sample 1000
     """
-    from pipeline.images.data_set import DataSet
     from pipeline.inspection.relabel import recheck
     from pipeline.inspection.terminal import verdict_page
 
@@ -757,7 +756,7 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
         )
     result = recheck(
         store,
-        data and DataSet.find(data, split),
+        data and _data(data, split, store=store),
         _specs(teachers),
         sample,
         device=_device(device) if sample else None,
@@ -1119,10 +1118,19 @@ def _codec(name: str) -> Any:
     return CODECS[name]
 
 
-def _data(folder: Path, split: str, class_map: str | None) -> Any:
+def _data(
+    place: Any, split: str, class_map: str | None = None, *, store: Path | None = None
+) -> Any:
+    """Find a data set. store: a store that must be there, which is looked for first:
+    finding the images of a bucket may fetch them all."""
+    from cache import LabelStore
+    from cache.errors import DamagedStore
     from pipeline.images.data_set import DataSet
 
-    return DataSet.find(folder, split, _class_map(class_map))
+    if store is not None:
+        with suppress(DamagedStore):  # the command says what it makes of that
+            LabelStore.open(store)
+    return DataSet.find(place, split, _class_map(class_map))
 
 
 def _require_outside_data(option: str, path: Path, run: Path) -> None:

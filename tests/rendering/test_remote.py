@@ -485,6 +485,22 @@ def test_threads_that_find_one_damage_at_once_say_it_once(web, cache, capsys, mo
     assert said == files < 8
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify",),
+        ("inspect", "--report", "report.html"),
+        ("train-student", "--config", SMOKE, "--out", "run", "--store"),
+    ],
+)
+def test_a_store_that_is_not_there_is_refused_before_images_are_fetched(web, tmp_path, command):
+    name, *options = command
+    url = f"{web.url}/data/{NAMES}"
+    status, _, err = run(name, *options, tmp_path / "nowhere.zarr", "--data", url)
+    assert status == 1 and f"there is no label store at {tmp_path / 'nowhere.zarr'}" in err
+    assert not web.answered
+
+
 # ---- several processes
 
 FETCHING = """
