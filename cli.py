@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -383,11 +383,12 @@ def generate_labels(
     from pipeline.runtime.execution import Execution
 
     share = _share(recipe, worker, first_view)
+    execution = Execution.on(_device(device), profile=profile, worker=Worker.here())
     generate(
         recipe,
-        _data(data, split, class_map),
+        _data(data, split, class_map, models=recipe.teachers),
         store,
-        Execution.on(_device(device), profile=profile, worker=Worker.here()),
+        execution,
         share=share,
         strict=strict,
         check=not no_check,
@@ -493,11 +494,14 @@ def train_student(
         raise click.UsageError(
             "--teacher names live teachers and goes with --online; a store has its labels already"
         )
+    models = [recipe.student] if recipe.student else []
+    if recipe.train.online:
+        models += recipe.teachers
     place = _device(device)
     with joining(place) as processes:
         train(
             recipe,
-            processes.together(lambda: _data(data, "train", class_map, store=store)),
+            processes.together(lambda: _data(data, "train", class_map, store=store, models=models)),
             out,
             store=store,
             validation=val_data,
@@ -596,13 +600,15 @@ def evaluate_models(
     from pipeline.runtime.execution import Execution
 
     own = {"image_size": image_size, "mean": mean or None, "std": std or None}
+    students, judges = _specs(models, own), _specs(teachers, own)
+    execution = Execution(_device(device))
     result = evaluate_checkpoints(
-        _data(data, split, class_map),
-        _specs(models, own),
-        teachers=_specs(teachers, own),
+        _data(data, split, class_map, models=[*students, *judges]),
+        students,
+        teachers=judges,
         interpolation=interpolation,
         settings=EvaluationSettings(RenderSettings(exif=exif), batch_size),
-        execution=Execution(_device(device)),
+        execution=execution,
     )
     click.echo(_json(result.document())) if as_json else evaluation_table(result)
 
@@ -754,12 +760,13 @@ def verify_store(store, data, sample, teachers, split, seed, threads, device, as
         raise click.UsageError(
             "--sample renders images again and needs --data; --teacher needs both"
         )
+    place, models = _device(device) if sample else None, _specs(teachers)
     result = recheck(
         store,
-        data and _data(data, split, store=store),
-        _specs(teachers),
+        data and _data(data, split, store=store, models=models),
+        models,
         sample,
-        device=_device(device) if sample else None,
+        device=place,
         seed=seed,
         threads=threads,
     )
@@ -1119,14 +1126,23 @@ def _codec(name: str) -> Any:
 
 
 def _data(
-    place: Any, split: str, class_map: str | None = None, *, store: Path | None = None
+    place: Any,
+    split: str,
+    class_map: str | None = None,
+    *,
+    store: Path | None = None,
+    models: Sequence[Any] = (),
 ) -> Any:
-    """Find a data set. store: a store that must be there, which is looked for first:
-    finding the images of a bucket may fetch them all."""
+    """Find a data set. store, models: a store and models that must be there. They are
+    looked for first, since finding the images of a bucket may fetch them all."""
     from cache import LabelStore
     from cache.errors import DamagedStore
     from pipeline.images.data_set import DataSet
 
+    if models:
+        from pipeline.models.weights import require_known
+
+        require_known(models)
     if store is not None:
         with suppress(DamagedStore):  # the command says what it makes of that
             LabelStore.open(store)

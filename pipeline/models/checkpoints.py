@@ -245,8 +245,8 @@ def read(where: str) -> Checkpoint:
     A file whose own name is FILE#ENTRY is that file. Only tensors are read: nothing in
     the file is executed. Raises ModelError.
     """
+    require_readable(where)
     path, entry = _split(where)
-    _require_readable(path)
     try:
         kind = _kind(path)
         if kind == "safetensors":
@@ -280,7 +280,9 @@ def _split(where: str) -> tuple[Path, str | None]:
     return Path(file), entry.strip()
 
 
-def _require_readable(path: Path) -> None:
+def require_readable(where: str) -> None:
+    """Require that FILE, or the file of FILE#ENTRY, can be read. Raises ModelError."""
+    path, _ = _split(where)
     if path.is_dir():
         inside = [
             one.name

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache.format.schema import architecture
 from pipeline.config import ModelSpec
-from pipeline.models.checkpoints import Checkpoint, Tensors, fitting, read
+from pipeline.models.checkpoints import Checkpoint, Tensors, fitting, read, require_readable
 from pipeline.models.classes import difference, reorder_head, rows_by_name, same_names
 from pipeline.models.model import Model, ModelError
 from pipeline.models.names import ALIASES, resolve
@@ -107,6 +107,15 @@ def load(
     # Channels last, like the renderer's pixels: convolutions are faster.
     model.module = module.to(memory_format=torch.channels_last)
     return model
+
+
+def require_known(specs: Sequence[ModelSpec]) -> None:
+    """Require that timm knows each model, and that the files of weights are there.
+    Raises ModelError."""
+    for spec in specs:
+        resolve(spec.model, hub=spec.checkpoint is None and spec.pretrained)
+        if spec.checkpoint is not None:
+            require_readable(spec.checkpoint)
 
 
 def load_teachers(specs: Sequence[ModelSpec], device: torch.device) -> list[Model]:

@@ -501,6 +501,21 @@ def test_a_store_that_is_not_there_is_refused_before_images_are_fetched(web, tmp
     assert not web.answered
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate-labels", "--config", SMOKE, "--store", "s.zarr", "--teacher", "resnet5"),
+        ("train-student", "--config", SMOKE, "--out", "run", "--student", "resnet18=gone.pth"),
+        ("eval", "--model", "resnet5"),
+        ("eval", "--model", "resnet18", "--teacher", "resnet18=gone.pth"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_before_images_are_fetched(web, command):
+    status, _, err = run(*command, "--data", f"{web.url}/data/{NAMES}")
+    wanted = ("timm has no model resnet5", "there is no checkpoint gone.pth")
+    assert status == 1 and any(line in err for line in wanted) and not web.answered
+
+
 # ---- several processes
 
 FETCHING = """
