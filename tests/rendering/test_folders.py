@@ -346,7 +346,7 @@ def test_a_val_without_images_is_named_for_what_it_is(small, tmp_path):
     laid_out(small, "val/.hidden/1.jpg", "val/@eaDir/1.jpg", "val/notes.txt")
     status, err = hard(small, tmp_path / "run")
     assert status == 0 and f"no validation: {small}/val holds no class folders, and no" in err
-    status, _, err = run("eval", "--data", small, "--model", "test_resnet=gone.pth")
+    status, _, err = run("eval", "--data", small, "--model", "test_resnet")
     assert status == 1 and f"{small}/val holds no class folders; name another --split" in err
 
 
@@ -373,7 +373,7 @@ def test_a_val_of_another_spelling_is_named(small, tmp_path):
     moved(small, val="Validation")
     status, err = hard(small, tmp_path / "run")
     assert status == 0 and f"(it has Validation/, which --val-data {small}/Validation" in err
-    status, _, err = run("eval", "--data", small, "--model", "test_resnet=gone.pth")
+    status, _, err = run("eval", "--data", small, "--model", "test_resnet")
     assert status == 1 and "has train but no val; name another --split, for example" in err
     assert "--split Validation" in err
 

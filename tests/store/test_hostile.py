@@ -304,6 +304,7 @@ def test_lines_of_pixels_are_labelled_trained_from_and_evaluated(cage, commands,
         [*evaluate, "--image-size=600", "--json"],
         c.sample,
         [*c.inspect, *page],
+        megabytes=6000,  # of addresses, of which threads take some 3 GB
         seconds=60,
     )
     assert [(s.status, s.trace) for s in said] == [(0, "")] * 5, said
