@@ -369,10 +369,10 @@ def generate_labels(
                 split,
                 _class_map(class_map),
                 store,
-                device,
-                first_view,
-                strict,
-                not no_check,
+                device=device,
+                first_view=first_view,
+                strict=strict,
+                check=not no_check,
             ),
             ray,
             ray_workers,
@@ -1196,7 +1196,6 @@ def _share(recipe: Any, text: str | None, first_view: int) -> Any:
     from pipeline.runtime.launch import Launch
     from pipeline.runtime.progress import say
 
-    me = Launch.here()
     if text == "auto":
         worker = Worker.here()
         if not worker.engine:
@@ -1204,19 +1203,14 @@ def _share(recipe: Any, text: str | None, first_view: int) -> Any:
                 "nothing here tells a worker's number (JOB_COMPLETION_INDEX, SLURM_JOB_ID, "
                 "SKYPILOT_NODE_RANK, RANK): this worker takes what no other holds"
             )
-        return Share(
-            worker.number,
-            worker.workers or 1,
-            first_view,
-            recipe.store.views_per_decode,
-            open=True,
-        )
+        return Share.open_to(worker, first_view, recipe.store.views_per_decode)
     found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", "0/1" if text is None else text)
     index, count = map(int, found.groups()) if found else (0, 0)
     if index >= count:
         raise click.BadParameter(
             f"{text!r} must be auto, or I/N with I from 0 to N-1, like 0/4", param_hint="--worker"
         )
+    me = Launch.here()
     return Share(
         index * me.world + me.rank,
         count * me.world,

@@ -30,9 +30,9 @@ from cache.format.schema import (
     shard_arrays,
 )
 from cache.format.seal import read_metadata, write_seal
-from cache.system.claims import alive
 from cache.system.durable import make_folder, sync_folder, sync_tree
 from cache.system.local import require_local
+from cache.system.processes import alive
 
 FORGOTTEN = 86_400.0  # age in seconds at which another machine's unfinished store is removed
 

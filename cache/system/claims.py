@@ -13,10 +13,8 @@ held. A claim of this machine is dead if its process is gone. A claim of another
 is dead if its heartbeat is ``STALE`` seconds behind the file system's own clock. Dead
 claims are taken over.
 
-Process numbers mean something only where they were given: in one boot of one kernel, in
-one namespace of process numbers. Containers on a cluster may share a host name and all
-be process 7. So a claim names host, boot and namespace, and a claim that differs in any
-of the three is of another machine.
+A claim names host, boot and namespace of its process (processes.py). A claim that
+differs in any of the three is of another machine.
 
 An engine such as Kubernetes or SLURM starts a lost worker again, and only then. A claim
 names the engine's worker, too (``known_as``), so that the worker that takes its place
@@ -29,18 +27,17 @@ import errno
 import hashlib
 import json
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cache.errors import StoreError
 from cache.system.durable import make_folder
+from cache.system.processes import UNKNOWN, alive, place, started
 from cache.system.signals import check, finishing
 
 BEAT = 10.0  # seconds between heartbeats
@@ -54,7 +51,6 @@ NO_LINKS = (
 )
 _living: set[str] = set()  # ids of the claims that this process holds
 _worker: str | None = None  # the engine's name of this process (``known_as``)
-UNKNOWN = "unknown"  # start time of a process that exists and can't be looked at
 
 
 def claims_of(path: Path) -> Path:
@@ -147,7 +143,7 @@ def _gone(path: Path, worker: str) -> bool:
         return False
     if not _is_far(owner):
         return _dead(path)
-    return any(owner.get(key) != _place()[key] for key in ("host", "boot")) or _silent(path)
+    return any(owner.get(key) != place()[key] for key in ("host", "boot")) or _silent(path)
 
 
 def _silent(path: Path) -> bool:
@@ -169,6 +165,19 @@ def held_names(folder: Path) -> set[str]:
     """Return the names of all claims, also those of dead processes: one look at the
     folder."""
     return {path.name for path in _claims_in(folder)}
+
+
+def held(folder: Path, name: str) -> bool:
+    """Return whether a living process holds the claim."""
+    return (folder / name).exists() and not _dead(folder / name)
+
+
+def living(folder: Path, names: Set[str]) -> set[str]:
+    """Return those of the names under which a living process holds a claim, with one
+    look at the file system's clock for all."""
+    there = held_names(folder) & names
+    now = _now(folder) if there else None
+    return {name for name in there if not _dead(folder / name, now)}
 
 
 def _claims_in(folder: Path) -> list[Path]:
@@ -282,7 +291,7 @@ def _is_litter(path: Path) -> bool:
 
 
 def _place_key() -> str:
-    return hashlib.sha256(json.dumps(_place()).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(place()).encode()).hexdigest()[:12]
 
 
 def _dead(path: Path, now: float | None = None) -> bool:
@@ -290,13 +299,13 @@ def _dead(path: Path, now: float | None = None) -> bool:
     if owner and not _is_far(owner):
         if (
             owner["process"] == os.getpid()
-            and owner["started"] == _started(os.getpid())
+            and owner["started"] == started(os.getpid())
             and "claim" in owner
         ):
             return owner["claim"] not in _living
-        started = _started(owner["process"])
-        return started is None or (
-            started != owner["started"] and UNKNOWN not in (started, owner["started"])
+        found = started(owner["process"])
+        return found is None or (
+            found != owner["started"] and UNKNOWN not in (found, owner["started"])
         )
     age = _age(path, now)
     return age is not None and age > STALE
@@ -325,23 +334,12 @@ def _age(path: Path, now: float | None = None) -> float | None:
 
 def _is_far(owner: dict[str, Any]) -> bool:
     """Return whether a claim's owner is a process of another machine."""
-    return {key: owner.get(key) for key in _place()} != _place()
+    return {key: owner.get(key) for key in place()} != place()
 
 
 def _me() -> dict[str, Any]:
-    me = {**_place(), "process": os.getpid(), "started": _started(os.getpid())}
+    me = {**place(), "process": os.getpid(), "started": started(os.getpid())}
     return me | ({"worker": _worker} if _worker else {})
-
-
-@cache
-def _place() -> dict[str, Any]:
-    """Return where a process number means something: host, boot and namespace."""
-    boot = namespace = None
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    with suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
-    return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
@@ -352,50 +350,6 @@ def _owner(path: Path) -> dict[str, Any] | None:
         return owner if {"host", "process", "started"} <= owner.keys() else None
     except (FileNotFoundError, PermissionError, ValueError, AttributeError):
         return None
-
-
-def held(folder: Path, name: str) -> bool:
-    """Return whether a living process holds the claim."""
-    return (folder / name).exists() and not _dead(folder / name)
-
-
-def living(folder: Path, names: Set[str]) -> set[str]:
-    """Return those of the names under which a living process holds a claim, with one
-    look at the file system's clock for all."""
-    there = held_names(folder) & names
-    now = _now(folder) if there else None
-    return {name for name in there if not _dead(folder / name, now)}
-
-
-def alive(process: int) -> bool:
-    """Return whether a process of this host is running."""
-    return _started(process) is not None
-
-
-def _started(process: int) -> str | None:
-    """Return the kernel's start time of a process, which tells the process from a later
-    one with the same number. None if the process is gone; UNKNOWN if it can't be looked
-    at."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as f:  # a name of any bytes is in it
-            state = f.read().rpartition(b")")[2].decode("ascii").split()
-    except OSError:  # the process is gone, or another user's and hidden by the system
-        return _signalled(process)
-    # A process that was killed, but not collected by its parent, does nothing any more.
-    return None if state[0] in "ZX" else state[19]
-
-
-def _signalled(process: int) -> str | None:
-    """Return UNKNOWN if the process exists, None if it doesn't."""
-    try:
-        if type(process) is int and process > 0:
-            os.kill(process, 0)
-            return UNKNOWN
-    except PermissionError:
-        return UNKNOWN
-    except (OSError, OverflowError):
-        pass
-    return None
 
 
 def _beat(mine: Claims, stop: threading.Event) -> None:

@@ -74,17 +74,13 @@ class RayTask:
         """Label as one worker."""
         from pipeline.images.data_set import DataSet
         from pipeline.labelling.generate import generate
+        from pipeline.models.weights import require_known
         from pipeline.runtime.distributed import own_device
         from pipeline.runtime.execution import Execution
 
         self._require_shared_disk()
-        share = Share(
-            worker.number,
-            worker.workers or 1,
-            self.first_view,
-            self.config.store.views_per_decode,
-            open=True,
-        )
+        require_known(self.config.teachers)  # before images are fetched
+        share = Share.open_to(worker, self.first_view, self.config.store.views_per_decode)
         data = DataSet.find(self.data, self.split, self.classes)
         execution = Execution(own_device(self.device), worker=worker)
         generate(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.runtime.engine import Worker
+
 
 @dataclass
 class Unit:
@@ -35,6 +37,11 @@ class Share:
     first_view: int = 0
     views_per_decode: int = 1
     open: bool = False
+
+    @classmethod
+    def open_to(cls, worker: Worker, first_view: int, views_per_decode: int) -> Share:
+        """Return the open share of an engine's worker."""
+        return cls(worker.number, worker.workers or 1, first_view, views_per_decode, open=True)
 
     @property
     def leads(self) -> bool:

@@ -35,12 +35,12 @@ class Execution:
         processes: Processes = ALONE,
         *,
         profile: bool = False,
-        worker: Worker | None = None,
+        worker: Worker = NOBODY,
     ) -> Execution:
         """Return an Execution on a device. With ``profile``, the stage reports at its
-        end where the time went and what to change. worker: who this process is; None:
-        no engine started it."""
-        return cls(device, processes, Clock(device, exact=profile), worker or NOBODY)
+        end where the time went and what to change. worker: who this process is for the
+        engine that started it."""
+        return cls(device, processes, Clock(device, exact=profile), worker)
 
     @property
     def on_gpu(self) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from support import stores
 
-from cache.system.claims import _me, _started, claims_of
+from cache.system.claims import _me, claims_of
+from cache.system.processes import started
 from cache.writer import StoreWriter
 from pipeline.labelling.free_units import FreeUnits
 from pipeline.labelling.shares import Share
@@ -52,7 +53,7 @@ def hold(path: Path, *names: str, dead: bool = False) -> None:
     process = stores.dead_process() if dead else os.getppid()
     claims_of(path).mkdir(exist_ok=True)
     for name in names:
-        owner = _me() | {"process": process, "started": _started(process) or "0"}
+        owner = _me() | {"process": process, "started": started(process) or "0"}
         (claims_of(path) / name).write_text(json.dumps(owner))
 
 
