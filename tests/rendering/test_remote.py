@@ -35,6 +35,7 @@ from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.images.scan import scan
 from pipeline.images.sources.remote import digests, fetch, persistence, store
+from pipeline.images.sources.remote.files import RemoteFiles
 from pipeline.images.sources.remote.room import Room, bytes_of
 from pipeline.images.sources.remote.store import Object, RemoteError
 from pipeline.images.sources.remote.url import Url, is_url
@@ -455,7 +456,9 @@ def test_a_damaged_file_of_the_cache_is_dropped_and_read_from_the_server(web, ca
     assert not victim.exists()
 
 
-def test_threads_that_find_one_damage_at_once_say_it_once(web, cache, capsys, monkeypatch):
+@pytest.fixture
+def damaged(web, cache) -> tuple[DataSet, Images]:
+    """A data set all of whose files are damaged in the cache, and its manifest."""
     web.tags = "other"
     data = DataSet.find(f"{web.url}/data/{NAMES}", "train")
     images = scan(data, RenderSettings(threads=2))
@@ -463,26 +466,39 @@ def test_threads_that_find_one_damage_at_once_say_it_once(web, cache, capsys, mo
         times = victim.stat()
         victim.write_bytes(bytes(times.st_size))
         os.utime(victim, ns=(times.st_atime_ns, times.st_mtime_ns))
-    data = DataSet.find(f"{web.url}/data/{NAMES}", "train")
-    monkeypatch.setattr(type(data.source), "readers", lambda self, threads: threads)
-    met = threading.Barrier(8, timeout=60)
-    calls = iter([True] * 8 + [False] * 100)
-    really = store.read
+    return DataSet.find(f"{web.url}/data/{NAMES}", "train"), images
 
-    def read_together(*of_what):
-        found = really(*of_what)
-        if next(calls):
-            met.wait()  # all eight have read damaged bytes before
+
+def test_threads_that_find_one_damage_at_once_say_it_once(damaged, capsys, monkeypatch):
+    data, images = damaged
+    monkeypatch.setattr(RemoteFiles, "readers", lambda self, threads: threads)
+    met, mine, really = threading.Barrier(8, timeout=60), threading.local(), RemoteFiles.read
+
+    def read(*of_what):
+        found, mine.calls = really(*of_what), getattr(mine, "calls", 0) + 1
+        if mine.calls == 2:  # to compare with the bucket's bytes: all eight are damaged
+            met.wait()
         return found
 
-    monkeypatch.setattr(store, "read", read_together)
+    monkeypatch.setattr(RemoteFiles, "read", read)
     rows = images.usable[:8]
-    with Reader(data, images, threads=8) as read:
-        digests_of = [hashlib.sha256(blob).digest() for blob in read(rows)]
+    with Reader(data, images, threads=8) as reader:
+        digests_of = [hashlib.sha256(blob).digest() for blob in reader(rows)]
     assert digests_of == [images.digest[row].tobytes() for row in rows]
     files = len({int(address[0]) for address in data.addresses(images)[rows]})
     said = capsys.readouterr().err.count("is damaged in the cache, and was removed there")
     assert said == files < 8
+
+
+def test_an_image_read_before_another_thread_found_the_damage_is_read_again(damaged):
+    data, images = damaged
+    at = data.addresses(images)[images.usable]
+    first, second = at[at[:, 0] == at[0, 0]][:2]
+    blob = data.source.read(second)
+    assert data.source.again(first) is not None  # the file is dropped
+    right = data.source.again(second)
+    assert right is not None and right != blob
+    assert hashlib.sha256(right).digest() in {digest.tobytes() for digest in images.digest}
 
 
 @pytest.mark.parametrize(
