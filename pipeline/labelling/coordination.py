@@ -40,7 +40,7 @@ def require_place(path: Path) -> None:
     """Raise StoreError for a path that can't be a store's."""
     if not path.name:
         raise StoreError(f"{path} has no name of its own; name a folder in it for --store")
-    if any(part.is_file() for part in path.parents):
+    if any(part.exists() and not part.is_dir() for part in path.parents):
         raise StoreError(
             f"{path} can't be made, since a part of it is a file; choose another --store"
         )

@@ -375,3 +375,11 @@ def test_a_worker_does_not_wait_for_ever_for_one_that_never_comes(
     monkeypatch.setattr(stage_one, "PATIENCE", 1.0)
     with pytest.raises(StoreError, match="nobody has begun to create .* start worker 0"):
         generate(recipe, photos, tmp_path / "s.zarr", device=CPU, worker=(1, 2))
+
+
+@pytest.mark.parametrize("place", ["/dev/null/s.zarr", "file/deeper/s.zarr"])
+def test_a_place_below_a_file_is_refused(photos, recipe, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(StoreError, match="a part of it is a file; choose another --store"):
+        generate(recipe, photos, Path(place), device=CPU)

@@ -3,6 +3,7 @@ the store of a single process, and no process lives on."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -214,6 +215,63 @@ def test_a_signal_to_the_driver_stops_all_workers_in_order(start, whole, tmp_pat
     again = start("--ray-workers=1")
     assert again.end() == 0, again.said()
     require_same(store, whole)
+
+
+def test_claims_of_a_lost_machine_are_released_as_soon_as_ray_tells_of_the_loss(
+    start, whole, tmp_path
+):
+    """The worker that takes its place may have to wait for a machine."""
+    store = tmp_path / "s.zarr"
+    command = start("--ray-workers=1")
+    command.wait(lambda: finished(store) > 10 and command.workers(), "labelled")
+    command.process.send_signal(signal.SIGSTOP)  # it doesn't notice before claims are others'
+    ((actor, child),) = command.workers().items()
+    os.kill(actor, signal.SIGKILL)
+    command.wait(lambda: gone(child), "ended the killed actor's child")
+    left = [f for f in claims_of(store).iterdir() if re.fullmatch(r"\d+-\d+", f.name)]
+    assert left
+    for file in left:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "elsewhere"}))
+    command.process.send_signal(signal.SIGCONT)
+    command.wait(lambda: "was lost" in command.said(), "noticed the loss")
+    assert not [file for file in left if file.exists() and "elsewhere" in file.read_text()]
+    assert command.end() == 0, command.said()
+    require_same(store, whole)
+
+
+ORPHAN = """
+import os, pathlib, sys, time
+sys.path[:0] = [{root!r}]
+from pipeline.labelling.ray_workers import RayWorker
+
+class Task:
+    def label(self, worker):
+        pathlib.Path(sys.argv[1] + ".new").write_text(str(os.getpid()))
+        os.rename(sys.argv[1] + ".new", sys.argv[1])
+        time.sleep(600)
+
+if __name__ == "__main__":
+    RayWorker().label(Task(), None)
+"""
+
+
+def test_a_child_ends_with_its_actor_whoever_else_is_gone(tmp_path):
+    """Ray's daemon ends the processes of a killed actor, unless the daemon is gone."""
+    (tmp_path / "orphan.py").write_text(ORPHAN.format(root=str(ROOT)))
+    actor = subprocess.Popen([sys.executable, tmp_path / "orphan.py", tmp_path / "child"])
+    patience = time.monotonic() + HANGS
+    while not (tmp_path / "child").exists():
+        assert actor.poll() is None and time.monotonic() < patience
+        time.sleep(0.1)
+    child = int((tmp_path / "child").read_text())
+    actor.kill()
+    actor.wait()
+    patience = time.monotonic() + 30
+    while not gone(child):
+        if time.monotonic() > patience:
+            os.kill(child, signal.SIGKILL)
+            raise AssertionError("the child lives on")
+        time.sleep(0.1)
 
 
 def test_a_killed_driver_leaves_no_worker(start, tmp_path):
