@@ -13,7 +13,7 @@ import torch
 from cache.format.manifest import Images
 from pipeline.images.data_set import DataSet
 from pipeline.images.patience import DataError
-from pipeline.render.dali import NoMemory, RenderError, lacks_memory
+from pipeline.render.errors import NoMemory, RenderError, lacks_memory
 from pipeline.runtime.threads import threads_for
 
 _REPAIR = "put the image back as it was, or begin anew, with another store or --out"

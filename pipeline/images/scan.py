@@ -19,7 +19,8 @@ from pipeline.images.patience import DataError
 from pipeline.images.reasons import shown, too_large, why_misread, why_undecodable
 from pipeline.images.scan_cache import Scanned
 from pipeline.images.sources.source import ImageSource, Listing
-from pipeline.render.dali import Header, WholeDecode, lacks_memory, quiet_decoders
+from pipeline.render.dali import Header, WholeDecode, quiet_decoders
+from pipeline.render.errors import lacks_memory
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.progress import Progress, say
 from pipeline.runtime.threads import threads_for

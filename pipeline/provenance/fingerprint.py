@@ -11,7 +11,7 @@ import torch
 
 from cache.format.crops import Crops
 from cache.format.manifest import USABLE, Images
-from pipeline.render.dali import RenderError
+from pipeline.render.errors import RenderError
 from pipeline.render.renderer import CropRenderer
 from pipeline.render.settings import RenderSettings
 

@@ -15,7 +15,8 @@ import torch
 from nvidia import dali
 from nvidia.dali import fn, types
 
-from pipeline.render.dali import Graph, RenderError
+from pipeline.render.dali import Graph
+from pipeline.render.errors import RenderError
 from pipeline.render.hardware_jpeg import is_baseline_jpeg
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.profiling import Clock

@@ -16,7 +16,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from pipeline.render.dali import Decoded, Decoder, NoMemory, RenderError
+from pipeline.render.dali import Decoded, Decoder
+from pipeline.render.errors import NoMemory, RenderError
 from pipeline.render.resample import SQUARE, resize_all
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.profiling import Clock

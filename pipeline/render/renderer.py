@@ -14,8 +14,9 @@ from typing import Self
 import numpy as np
 import torch
 
-from pipeline.render.dali import DECODERS, NoMemory
+from pipeline.render.dali import DECODERS
 from pipeline.render.dali_resize import DaliCentre, DaliCrops
+from pipeline.render.errors import NoMemory
 from pipeline.render.fixed_point import FixedPointCentre, FixedPointCrops
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.profiling import Clock

@@ -22,7 +22,7 @@ from support.paths import ROOT
 from support.stages import centre_renderer, crop_renderer
 
 from cache import LabelStore
-from pipeline.render.dali import RenderError
+from pipeline.render.errors import RenderError
 
 FILTER = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -24,8 +24,9 @@ from pipeline.images import reader
 from pipeline.images.patience import DataError
 from pipeline.provenance.refusals import require_same_pixels
 from pipeline.render import dali, hardware_jpeg
-from pipeline.render.dali import RenderError, WholeDecode
+from pipeline.render.dali import WholeDecode
 from pipeline.render.dali_resize import THIN, DaliCentre
+from pipeline.render.errors import RenderError
 from pipeline.render.renderer import BLANK, CentreRenderer, CropRenderer
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.profiling import Clock
