@@ -138,6 +138,14 @@ class LabelStore:
                 f"store"
             ) from None
 
+    def reopened(self, images: Images | None = None) -> LabelStore:
+        """Open the store once more, for another process or thread. What was checked
+        isn't read again. images: the manifest in another form; None: as it is."""
+        return _reopened(self.path, self.attributes, self.images if images is None else images)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.path, self.attributes, self.images)
+
     def array(self, name: str) -> zarr.Array[Any]:
         """Return an array of the store, opened once."""
         if name not in self._arrays:
@@ -562,6 +570,12 @@ class LabelStore:
                 f"{name} of {self.path} can't be read ({_one_line(error)}); restore the store from "
                 f"a copy or generate a new one"
             ) from None
+
+
+def _reopened(path: Path, attributes: dict[str, Any], images: Images) -> LabelStore:
+    store = LabelStore(path, attributes)
+    store.__dict__["images"] = images  # in place of the cached property's
+    return store
 
 
 def _most(array: zarr.Array[Any]) -> int:

@@ -46,12 +46,13 @@ class Reader:
         return [blob for part in self.pool.map(self._several, parts) for blob in part]
 
     def _several(self, rows: np.ndarray) -> list[bytes]:
-        return [self._one(row) for row in rows.tolist()]
+        return [self.one(row) for row in rows.tolist()]
 
     def _where(self, row: int) -> str:
         return self.source.where(self.images.path[row], self.addresses[row])
 
-    def _one(self, row: int) -> bytes:
+    def one(self, row: int) -> bytes:
+        """Read the image of one row, in this thread."""
         address = self.addresses[row]
         try:
             blob = self.source.read(address)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -11,7 +13,8 @@ from cache.format.codec import CODECS
 from cache.format.crops import Crops, misplaced
 from cache.format.schema import architecture, first_difference
 from pipeline.config import Config
-from pipeline.images.data_set import DataSet
+from pipeline.images.data_set import DataSet, plural
+from pipeline.images.matching import require_same_files
 from pipeline.images.patience import DataError
 from pipeline.images.reader import Reader
 from pipeline.models.model import Model
@@ -20,7 +23,7 @@ from pipeline.provenance.fingerprint import fingerprint
 from pipeline.render.dali import GPU_BACKENDS
 from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime.precision import rounding
-from pipeline.runtime.wording import same, some, told_apart
+from pipeline.runtime.wording import counted, same, some, told_apart
 
 # The decoder of versions up to 0.6, on a GPU.
 OLD_DECODER = "DALI's own choice of decoder, which made an image's pixels depend on its batch"
@@ -124,9 +127,35 @@ def require_same_classes(store: LabelStore, data: DataSet, repair: str) -> None:
     raise StoreError(f"{store.path} was made with another list of classes, {what}; {repair}")
 
 
-def require_same_pixels(store: LabelStore, data: DataSet, threads: int | None = None) -> None:
+def require_same_images(store: LabelStore, data: DataSet) -> DataSet:
+    """Return the data set with the store's classes and with the places of its files.
+    Raises StoreError or DataError unless it holds the images of the store."""
+    told, noun = data.source.classes(store.class_names), data.source.noun
+    known = set(map(same, store.class_names))
+    foreign = [name for name in told.names if same(name) not in known and not told.numbered]
+    try:
+        return require_same_files(data.named(store.class_names), store.images, str(store.path))
+    except DataError:
+        if not foreign:
+            raise
+        raise StoreError(
+            f"{store.path} has labels for {store.classes} classes ({some(store.class_names)}), "
+            f"{data.path} has {counted(len(told.names), noun, plural(noun))} of which "
+            f"{len(foreign)} are not among them ({some(foreign)}); pass the images that the store "
+            f"was made from, or generate a new store"
+        ) from None
+
+
+def require_same_pixels(
+    store: LabelStore,
+    data: DataSet,
+    threads: int | None = None,
+    digests: Callable[..., dict[str, str]] = fingerprint,
+    repair: str = "train with --allow-renderer-difference",
+) -> None:
     """Render the fingerprint's crops again. Raise StoreError if any pixel differs from
-    the pixels that the teachers saw."""
+    the pixels that the teachers saw. digests: renders and digests them, as
+    ``fingerprint`` does. repair: the end of the message."""
     kept = store.attributes.get("fingerprint")
     if kept is None:
         raise StoreError(
@@ -146,7 +175,7 @@ def require_same_pixels(store: LabelStore, data: DataSet, threads: int | None = 
         )
     settings = RenderSettings.of_store(store, threads)
     with Reader(data, manifest, threads) as read:
-        now = fingerprint(
+        now = digests(
             read(rows), Crops(boxes, flips), {int(size) for size in kept["digests"]}, settings
         )
     differing = [size for size in kept["digests"] if kept["digests"][size] != now[size]]
@@ -161,5 +190,5 @@ def require_same_pixels(store: LabelStore, data: DataSet, threads: int | None = 
         raise StoreError(
             f"{store.path}: this machine renders other pixels than the teachers saw (at "
             f"{', '.join(differing)} px; {'; '.join(versions) or 'same versions'}); "
-            "install the versions it was made with, or train with --allow-renderer-difference"
+            f"install the versions it was made with, or {repair}"
         )

@@ -18,8 +18,7 @@ from cache.format.manifest import Images
 from cache.format.schema import canonical_digest
 from pipeline.config import Config, ConfigError, CropPolicy, CutMix
 from pipeline.images.class_names import map_classes
-from pipeline.images.data_set import DataSet, plural
-from pipeline.images.matching import require_same_files
+from pipeline.images.data_set import DataSet
 from pipeline.images.patience import DataError
 from pipeline.images.scan import scan_and_say
 from pipeline.images.scan_cache import Scanned
@@ -30,12 +29,13 @@ from pipeline.provenance.description import layout_of, policy_of, recipe
 from pipeline.provenance.refusals import (
     require_class_count,
     require_same_classes,
+    require_same_images,
     require_same_pixels,
 )
 from pipeline.render.settings import RenderSettings, resize_of
 from pipeline.runtime.execution import Execution
 from pipeline.runtime.progress import say
-from pipeline.runtime.wording import counted, same, some
+from pipeline.runtime.wording import counted
 from pipeline.sampling.crop_sampler import CropSampler
 from pipeline.sampling.epoch_order import blocks_of
 
@@ -125,20 +125,7 @@ def _same_images(config: Config, data: DataSet, path: Path) -> np.ndarray | None
     store = LabelStore.open(path)
     require_same_classes(store, data, "leave it out, the store knows its classes")
     _require_same_policy(config, store)
-    told, noun = data.source.classes(store.class_names), data.source.noun
-    known = set(map(same, store.class_names))
-    foreign = [name for name in told.names if same(name) not in known and not told.numbered]
-    try:
-        return require_same_files(data.named(store.class_names), store.images, str(path)).places
-    except DataError:
-        if not foreign:
-            raise
-        raise StoreError(
-            f"{path} has labels for {store.classes} classes ({some(store.class_names)}), "
-            f"{data.path} has {counted(len(told.names), noun, plural(noun))} of which "
-            f"{len(foreign)} are not among them ({some(foreign)}); pass the images that the store "
-            f"was made from, or generate a new store"
-        ) from None
+    return require_same_images(store, data).places
 
 
 def _from_store(

@@ -22,9 +22,9 @@ from cache.format.codec import CODECS, divergence
 from cache.format.codec_bounds import max_error
 from pipeline import config_file
 from pipeline.config import Config, ModelSpec
+from pipeline.loading.decoder import Decoder
 from pipeline.models.weights import load
 from pipeline.training.losses import soft_cross_entropy
-from pipeline.training.targets import Decoder
 
 LOSSY = [name for name in CODECS if name != "float32"]
 SEEDS, EPOCHS = range(4), 6

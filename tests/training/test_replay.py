@@ -17,10 +17,10 @@ from support.stages import make_replay, stored_labels
 from cache import LabelStore
 from cache.format.codec import CODECS
 from pipeline.config import Render
+from pipeline.loading.decoder import Decoder
 from pipeline.runtime.threads import ahead
 from pipeline.sampling.epoch_order import WINDOW_BLOCKS, batch_sizes, epoch_windows
 from pipeline.training.batches import Batch
-from pipeline.training.targets import Decoder
 
 UNUSABLE = [0, 5, 6, 7, 40, 41, 42, 43, 89]
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("models", "render"),
     ("images", "runs"),
     ("provenance", "evaluation"),
+    ("loading",),
     ("labelling", "training", "inspection", "exchange"),
     ("demo",),
     ("cli",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +48,23 @@ class RemoteFiles(ContainerFiles):
         self.names: list[Any] = [one.url for one in objects]
         self.parts: set[int] = set()  # files of which parts are read, for want of room
         self.whole_ones: set[int] = set()  # files that are known to be in the cache
-        self.moments = threading.Semaphore(1)  # files that are here for a moment
         self.got = 0  # bytes that are here, of those that ``ready`` waits for
-        self.counting = threading.Lock()
         self.planned = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what belongs to this process alone."""
+        self.moments = threading.Semaphore(1)  # files that are here for a moment
+        self.counting = threading.Lock()
+        self.process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = ("room", "moments", "counting", "process")
+        return {name: value for name, value in self.__dict__.items() if name not in mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     @cached_property
     def room(self) -> Room:
@@ -271,6 +285,11 @@ class RemoteFiles(ContainerFiles):
 
     def _part(self, number: int, offset: int, size: int) -> bytes:
         one = self.objects[number]
+        if os.getpid() != self.process:
+            raise DataError(
+                f"{one.url} is read from the store, which a forked process can't do; start a data "
+                f"loader's workers with multiprocessing_context='spawn' (or 'forkserver')"
+            )
         return persistently(partial(store.read, one, offset, size), one.url)
 
 

@@ -1,0 +1,62 @@
+"""The order in which a data loader reads a store, divided among the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+from pipeline.sampling.epoch_order import part_windows
+
+if TYPE_CHECKING:
+    from pipeline.loading.stored_crops import StoredCrops
+
+
+class StoredCropsSampler(DistributedSampler):
+    """A random order that reads few chunks of the store at a time.
+
+    It divides the items as torch's DistributedSampler does: every rank gets equally
+    many, some items twice if they don't divide, or with ``drop_last`` none twice and a
+    few not at all. Each rank reads shards of its own. The order is a function of seed
+    and epoch (``part_windows``).
+
+    part: (rank, world), None: as torch.distributed says, or 0 of 1. seed: of the order.
+    """
+
+    def __init__(
+        self,
+        dataset: StoredCrops,
+        *,
+        seed: int,
+        shuffle: bool,
+        part: tuple[int | None, int | None],
+        drop_last: bool,
+    ) -> None:
+        rank, world = part
+        together = dist.is_available() and dist.is_initialized()
+        if world is None:
+            world = dist.get_world_size() if together else 1
+        if rank is None:
+            rank = dist.get_rank() if together else 0
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be from 0 to world - 1, {world - 1}, got {rank}")
+        super().__init__(dataset, world, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.crops = dataset
+
+    def __iter__(self) -> Iterator[int]:
+        whole, rank = self.num_samples * self.num_replicas, self.rank
+        mine = slice(rank * self.num_samples, (rank + 1) * self.num_samples)
+        if not self.shuffle:
+            yield from (np.arange(whole)[mine] % len(self.crops)).tolist()
+            return
+        layout = self.crops.store.chunk_rows, self.crops.store.shard_rows
+        for window in part_windows(self.crops.rows, layout, (self.seed, self.epoch), mine):
+            yield from window.tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the order, and the dataset's view."""
+        super().set_epoch(epoch)
+        self.crops.set_epoch(epoch)
