@@ -33,7 +33,7 @@ SLOW = {
         "test_cutmix",
         "test_curves",
     ),
-    *("test_label_files", "test_precision", "test_gpu"),
+    *("test_label_files", "test_precision", "test_gpu", "test_ranks", "test_from_a_bucket"),
     *("test_crops_per_image", "test_ablations", "test_ray", "test_remote"),
 }
 # Files with the longest tests. Each of two parallel workers begins with some of them,
