@@ -22,7 +22,10 @@ COPY setup.cfg pyproject.toml LICENSE ./
 RUN touch README.md cli.py && pip install --no-cache-dir ".[$EXTRAS]"
 
 COPY . .
-RUN pip install --no-cache-dir --no-deps --force-reinstall .
+# What was built above is newer than the code, and would be taken for it.
+RUN rm -rf build *.egg-info && pip install --no-cache-dir --no-deps --force-reinstall .
 
 WORKDIR /work
+ENV PYTHONUNBUFFERED=1
 ENTRYPOINT ["offline-meal-v2"]
+CMD ["--help"]
