@@ -221,6 +221,20 @@ class TeacherType(click.ParamType):
         return {"model": model, "checkpoint": checkpoint or None}
 
 
+class TrackerType(click.ParamType):
+    """Reads TRACKER or TRACKER:PROJECT from the command line."""
+
+    name = "TRACKER[:PROJECT]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the text. Raises TrackingError for a tracker that is unknown or not
+        installed."""
+        from pipeline.runs.tracking.names import Wanted
+
+        Wanted.of(value)
+        return value
+
+
 MODEL = TeacherType()
 ENTRIES = (
     "CHECKPOINT is a .safetensors, .pth, .pt or .ckpt file; FILE#ENTRY takes one of several sets "
@@ -434,6 +448,12 @@ def generate_labels(
         is_flag=True,
         help="Train even if this machine renders other pixels than the teachers saw.",
     ),
+    click.option(
+        "--track",
+        multiple=True,
+        type=TrackerType(),
+        help="Tell the run to wandb (Weights & Biases) or mlflow too; repeat for both.",
+    ),
     class_map_option,
     device_option,
     profile_option,
@@ -451,6 +471,7 @@ def train_student(
     batch_size,
     val_data,
     allow_renderer_difference,
+    track,
     class_map,
     device,
     profile,
@@ -505,7 +526,9 @@ def train_student(
             out,
             store=store,
             validation=val_data,
-            execution=Execution.on(place, processes, profile=profile, worker=Worker.here()),
+            execution=Execution.on(
+                place, processes, profile=profile, worker=Worker.here(), track=track
+            ),
             allow_renderer_difference=allow_renderer_difference,
         )
 
