@@ -156,10 +156,10 @@ class Run:
         self.unvalidated = False  # the newest pass is saved, and its validation is missing
         self.curves = Curves(out, config)
         facts = {
-            "store": source.identity,
-            "teachers": ", ".join(source.teachers),
-            "student": student.name,
-            "classes": student.classes,
+            "run.source": source.identity,
+            "run.teachers": ", ".join(source.teachers),
+            "run.student": student.name,
+            "run.classes": student.classes,
         }
         track = self.execution.track if self.processes.leads else ()
         self.trackers = Trackers(Tracked.of(out, config, facts), track)

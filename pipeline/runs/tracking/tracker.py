@@ -29,7 +29,7 @@ class Tracked:
     """A run as a tracker is told of it.
 
     out: its folder. config: everything that was decided, under flat keys. facts: what
-    the run was made from.
+    the run was made from; their keys begin with ``run.``, as no key of a config does.
     """
 
     out: Path
@@ -39,7 +39,7 @@ class Tracked:
     @classmethod
     def of(cls, out: Path, config: Config, facts: dict[str, Any]) -> Tracked:
         """Describe the run in ``out``."""
-        own = {"run": out.name, "version": version("offline-meal-v2")}
+        own = {"run.folder": out.name, "run.version": version("offline-meal-v2")}
         return cls(out, flat(config.model_dump(mode="json")), {**facts, **own})
 
     def identity(self) -> str:
