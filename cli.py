@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import gc
+import glob
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from pipeline.runtime.failures import give_up, line_of, standard_streams
 
@@ -149,12 +151,31 @@ class DataPath(LocalPath):
         return Url.parse(value) if is_url(value) else super().convert(value, param, ctx)
 
 
+class RecipePath(LocalPath):
+    """Reads a recipe's file, or the name of a recipe of the project."""
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """Return the recipes and YAML files whose names begin so; or let the shell
+        complete files."""
+        import configs
+
+        names = [file.stem for place in configs.__path__ for file in Path(place).glob("*.yaml")]
+        folder, _, start = incomplete.rpartition("/")
+        files = Path(folder or ".").glob(f"{glob.escape(start)}*.yaml")
+        mine = sorted(name for name in names if name.startswith(incomplete))
+        mine += sorted(str(file) for file in files) if mine else []
+        return [CompletionItem(name) for name in mine] or super().shell_complete(
+            ctx, param, incomplete
+        )
+
+
 folder = LocalPath(path_type=Path)
+recipe_file = RecipePath(path_type=Path)
 data_place = DataPath(path_type=Path)
 config_option = click.option(
     "--config",
     required=True,
-    type=folder,
+    type=recipe_file,
     help="Recipe: a YAML file, or the name of a recipe of the project (meal_v2_resnet50).",
 )
 set_option = click.option(
@@ -233,6 +254,12 @@ class TrackerType(click.ParamType):
 
         Wanted.of(value)
         return value
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """Return the trackers whose names begin so."""
+        from pipeline.runs.tracking.names import TRACKERS
+
+        return [CompletionItem(name) for name in TRACKERS if name.startswith(incomplete)]
 
 
 MODEL = TeacherType()

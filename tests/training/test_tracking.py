@@ -189,6 +189,7 @@ def test_a_server_that_hangs_is_a_warning_and_gets_all_points_later(
     assert len(told(out)["training/loss"]) == 2
     del os.environ["MLFLOW_TRACKING_URI"]
     os.environ["WANDB_MODE"] = "offline"
+    sys.modules["wandb"].teardown()  # as at the end of a process
     train(recipe, photos, out, store=store_path, device=CPU, track=BOTH)
     client, found = mlflow_run(out)
     assert history(client, found) == told(out) and found.info.status == "FINISHED"
@@ -291,16 +292,26 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_read(tracker, m
     assert 'pip install "offline-meal-v2[track]"' in err and tracker in err
 
 
-def test_without_a_key_of_wandb_nothing_is_asked_and_nothing_begun(photos, recipe, tmp_path):
-    os.environ["WANDB_MODE"] = "online"
-    with pytest.raises(TrackingError, match="WANDB_API_KEY"):
-        train(
-            changed(recipe, train={"labels": "hard"}),
-            photos,
-            tmp_path / "run",
-            device=CPU,
-            track=("wandb",),
+def test_without_a_key_of_wandb_a_run_is_refused_and_nothing_is_asked(tmp_path):
+    code = (
+        "from pipeline.runs.tracking.names import TrackingError, require_trackers\n"
+        "try: require_trackers(('wandb',))\n"
+        "except TrackingError as error: print(error)"
+    )
+    for mode, expected in (("online", "WANDB_API_KEY"), ("offline", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": mode},
+            capture_output=True,
+            text=True,
         )
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert expected in done.stdout and bool(done.stdout) == bool(expected)
+
+
+def test_trackers_are_refused_before_images_are_read(photos, recipe, tmp_path):
+    with pytest.raises(TrackingError, match="did you mean mlflow"):
+        train(recipe, photos, tmp_path / "run", device=CPU, track=("mlfow",))  # without a store
     assert not (tmp_path / "run").exists()
 
 
