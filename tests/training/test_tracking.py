@@ -136,8 +136,8 @@ def test_a_killed_run_goes_on_in_the_same_tracked_run_with_every_point_once(
 
     # Nothing is written but in the run's folder.
     assert not any((tmp_path / "here").iterdir())
-    assert {path.name for path in (tmp_path / "home" / ".cache").glob("*")} <= {"matplotlib"}
-    assert {path.name for path in (tmp_path / "home").glob("*")} <= {".cache"}
+    others = {path.name for path in (tmp_path / "home").rglob("*") if path.is_file()}
+    assert all(name.startswith("fontlist") for name in others)  # matplotlib's
 
 
 def test_what_trackers_leave_before_the_first_epoch_is_of_the_run(

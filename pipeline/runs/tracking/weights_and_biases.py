@@ -43,12 +43,14 @@ def require_key() -> None:
 
     if os.environ.get("WANDB_MODE", "online").lower() in LOCAL:
         return
+    known = True
     with suppress(Exception):  # the library's own words, when the run begins
-        if not wandb.login(prompt=False, verify=False):
-            raise TrackingError(
-                "--track wandb finds no key of Weights & Biases; run wandb login, set "
-                "WANDB_API_KEY, or set WANDB_MODE=offline and send the run later"
-            )
+        known = wandb.login(prompt=False, verify=False)
+    if not known:
+        raise TrackingError(
+            "--track wandb finds no key of Weights & Biases; run wandb login, set WANDB_API_KEY, "
+            "or set WANDB_MODE=offline and send the run later"
+        )
 
 
 def import_quietly() -> None:
