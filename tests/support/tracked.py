@@ -1,13 +1,16 @@
-"""Read what Weights & Biases keeps of an offline run, and stand in for a server that
-hangs."""
+"""Read what Weights & Biases keeps of an offline run, and stand in for its server and
+for a server that hangs."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,81 @@ def hanging_server() -> Iterator[str]:
         server.shutdown(socket.SHUT_RDWR)
     for connection in taken:
         connection.close()
+
+
+class FakeWandb(ThreadingHTTPServer):
+    """Answers what the library of Weights & Biases asks of its server for one run.
+
+    history: the rows of the run, at the offsets that the library gave. codes: the exit
+    codes of the processes that ended the run. silent: answer nothing any more.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.history: list[str] = []
+        self.codes: list[int] = []
+        self.silent = False
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def points(self, tag: str) -> list[tuple[int, float]]:
+        rows = map(json.loads, self.history)
+        return [(row["_step"], row[tag]) for row in rows if tag in row]
+
+    def told(self, question: str, variables: dict) -> dict:
+        """Answer a question in GraphQL."""
+        project = {"id": "P", "name": "p", "entity": {"id": "E", "name": "e"}}
+        run = {
+            **{"id": "R", "name": "run", "displayName": "run", "project": project},
+            **{"historyLineCount": len(self.history), "logLineCount": 0, "eventsLineCount": 0},
+        }
+        if "UpsertBucket" in question:
+            return {"upsertBucket": {"bucket": run, "inserted": not self.history}}
+        if "RunResumeStatus" in question:
+            known = {
+                **run,
+                **{"historyTail": json.dumps(self.history[-1:]), "eventsTail": "[]"},
+                **{"summaryMetrics": "{}", "config": "{}", "tags": []},
+                "wandbConfig": json.dumps({"t": 1}),
+            }
+            return {"model": {**project, "bucket": known if self.history else None}}
+        if "CreateRunFiles" in question:
+            files = [{"name": f, "uploadUrl": f"{self.url}/{f}"} for f in variables["files"]]
+            return {"createRunFiles": {"runID": "R", "uploadHeaders": [], "files": files}}
+        return {}
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: FakeWandb
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        while self.server.silent:
+            time.sleep(0.1)
+        answer: dict = {}
+        if self.path.endswith(("graphql", "file_stream")):
+            if self.headers.get("Content-Encoding") == "gzip":
+                raw = gzip.decompress(raw)
+            asked = json.loads(raw)
+            if "query" in asked:
+                told = self.server.told(asked["query"], asked.get("variables") or {})
+                answer = {"data": told}
+            elif rows := (asked.get("files") or {}).get("wandb-history.jsonl"):
+                end = rows["offset"] + len(rows["content"])
+                self.server.history[rows["offset"] : end] = rows["content"]
+            if asked.get("complete"):
+                self.server.codes.append(asked["exitcode"])
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST

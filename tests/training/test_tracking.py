@@ -21,7 +21,7 @@ from support.command import run as command
 from support.paths import ROOT
 from support.small import CPU, changed
 from support.stages import train
-from support.tracked import hanging_server, offline_run
+from support.tracked import FakeWandb, hanging_server, offline_run
 
 from cache.system.signals import Stopped
 from pipeline.config_file import flat
@@ -245,6 +245,42 @@ def test_a_server_of_mlflow_that_comes_late_gets_every_point_at_its_own_step(tmp
             server.wait()
 
 
+def test_wandb_online_gets_what_its_server_lacks_and_is_not_waited_for_long(tmp_path, capfd):
+    """The library is the real one; its server is an imitation, which answers what the
+    library asks."""
+    server = FakeWandb()
+    os.environ |= {
+        **{"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": 40 * "a"},
+        "WANDB_FINISH_TIMEOUT": "2",
+    }
+    passes = [{"epoch": epoch, "loss": 1.0 / (epoch + 1), "seconds": 1.0} for epoch in range(4)]
+    tracked = Tracked(tmp_path, {"a.b": 1}, {})
+    trackers = Trackers(tracked, ["wandb"])
+    with pytest.raises(ZeroDivisionError), trackers.following():
+        trackers.show(passes[:2])
+        raise ZeroDivisionError
+    assert server.points("training/loss") == [(1, 1.0), (2, 0.5)] and server.codes == [1]
+    for _ in range(2):  # the second start has nothing to add
+        sys.modules["wandb"].teardown()
+        trackers = Trackers(tracked, ["wandb"])
+        with trackers.following():
+            trackers.show(passes[:3])
+            trackers.show(passes)
+        assert server.points("training/loss") == [(e + 1, 1.0 / (e + 1)) for e in range(4)]
+    assert server.codes == [1, 0, 0] and "Tried to log" not in capfd.readouterr().err
+    sys.modules["wandb"].teardown()
+    trackers = Trackers(tracked, ["wandb"])
+    with trackers.following():
+        server.silent = True
+        began = time.monotonic()
+        trackers.show([*passes, passes[0] | {"epoch": 4}])
+        assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
+    server.silent = False
+    sys.modules["wandb"].teardown()
+    server.shutdown()
+
+
 def test_more_parameters_than_a_request_takes_are_all_told(tmp_path):
     config = {f"key.{number}": number for number in range(230)}
     tracker = MLflow(Tracked(tmp_path, config, {}), "offline-meal-v2")
@@ -332,6 +368,25 @@ def test_no_tracker_is_imported_without_track(photos, recipe, tmp_path):
     )
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert not {path.name for path in (tmp_path / "run").iterdir()} & {*LEFT}
+
+
+def test_of_several_processes_the_first_one_tells(photos, recipe, store_path, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    words = [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "cli.py"),
+        *("train-student", "--config", file, "--data", photos, "--store", store_path),
+        *("--out", out, "--track", "wandb", "--track", "mlflow", "--device", "cpu"),
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr.count("tracked in") == 2, done.stderr
+    client, found = mlflow_run(out)
+    assert history(client, found) == told(out) == offline_run(out)[0]
 
 
 def test_a_copy_of_a_run_without_its_identity_is_a_run_of_its_own(tmp_path):

@@ -96,7 +96,7 @@ class WeightsAndBiases:
         # Not in init: a resumed run may have other values, as of train.epochs.
         told = {**self.tracked.config, **self.tracked.facts}
         self.run.config.update(told, allow_val_change=True)
-        self.newest = max(0, self.run.step - 1)
+        self.newest = max(0, self.run.starting_step - 1)
         return f"Weights & Biases: {self.run.url or self.run.dir}"
 
     def write(self, metrics: Sequence[dict]) -> None:
