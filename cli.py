@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import gc
+import glob
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from pipeline.runtime.failures import give_up, line_of, standard_streams
 
@@ -149,12 +151,31 @@ class DataPath(LocalPath):
         return Url.parse(value) if is_url(value) else super().convert(value, param, ctx)
 
 
+class RecipePath(LocalPath):
+    """Reads a recipe's file, or the name of a recipe of the project."""
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """Return the recipes and YAML files whose names begin so; or let the shell
+        complete files."""
+        import configs
+
+        names = [file.stem for place in configs.__path__ for file in Path(place).glob("*.yaml")]
+        folder, _, start = incomplete.rpartition("/")
+        files = Path(folder or ".").glob(f"{glob.escape(start)}*.yaml")
+        mine = sorted(name for name in names if name.startswith(incomplete))
+        mine += sorted(str(file) for file in files) if mine else []
+        return [CompletionItem(name) for name in mine] or super().shell_complete(
+            ctx, param, incomplete
+        )
+
+
 folder = LocalPath(path_type=Path)
+recipe_file = RecipePath(path_type=Path)
 data_place = DataPath(path_type=Path)
 config_option = click.option(
     "--config",
     required=True,
-    type=folder,
+    type=recipe_file,
     help="Recipe: a YAML file, or the name of a recipe of the project (meal_v2_resnet50).",
 )
 set_option = click.option(
@@ -219,6 +240,26 @@ class TeacherType(click.ParamType):
                 ctx,
             )
         return {"model": model, "checkpoint": checkpoint or None}
+
+
+class TrackerType(click.ParamType):
+    """Reads TRACKER or TRACKER:PROJECT from the command line."""
+
+    name = "TRACKER[:PROJECT]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the text. Raises TrackingError for a tracker that is unknown or not
+        installed."""
+        from pipeline.runs.tracking.names import Wanted
+
+        Wanted.of(value)
+        return value
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        """Return the trackers whose names begin so."""
+        from pipeline.runs.tracking.names import TRACKERS
+
+        return [CompletionItem(name) for name in TRACKERS if name.startswith(incomplete)]
 
 
 MODEL = TeacherType()
@@ -434,6 +475,12 @@ def generate_labels(
         is_flag=True,
         help="Train even if this machine renders other pixels than the teachers saw.",
     ),
+    click.option(
+        "--track",
+        multiple=True,
+        type=TrackerType(),
+        help="Tell the run to wandb (Weights & Biases) or mlflow too; repeat for both.",
+    ),
     class_map_option,
     device_option,
     profile_option,
@@ -451,6 +498,7 @@ def train_student(
     batch_size,
     val_data,
     allow_renderer_difference,
+    track,
     class_map,
     device,
     profile,
@@ -505,7 +553,9 @@ def train_student(
             out,
             store=store,
             validation=val_data,
-            execution=Execution.on(place, processes, profile=profile, worker=Worker.here()),
+            execution=Execution.on(
+                place, processes, profile=profile, worker=Worker.here(), track=track
+            ),
             allow_renderer_difference=allow_renderer_difference,
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.system import durable
 from pipeline.config import Config
-from pipeline.runs.metrics import CURVES, Curve, best_of, labels_of, points
+from pipeline.runs.metrics import CURVES, Curve, best_of, ended, labels_of, points
 from pipeline.runtime.progress import say
 
 if TYPE_CHECKING:
@@ -118,25 +118,20 @@ class Curves:
     def _append(self, metrics: Sequence[dict]) -> None:
         """Append an event for each pass.
 
-        The metrics don't say when the passes of earlier processes ended. Their events
-        are placed as if there had been no pause, so that TensorBoard's relative time is
-        training time.
+        The events of passes of earlier processes are placed as if there had been no
+        pause, so that TensorBoard's relative time is training time.
         """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        ended = time.time() - sum(m["seconds"] for m in metrics)
         events = []
-        for m in metrics:
-            ended += m["seconds"]
+        for m, when in zip(metrics, ended(metrics, time.time()), strict=True):
             values = [
                 Summary.Value(tag=curve.tag, simple_value=m[curve.key])
                 for curve in CURVES
                 if m.get(curve.key) is not None
             ]
-            events.append(
-                Event(wall_time=ended, step=m["epoch"] + 1, summary=Summary(value=values))
-            )
+            events.append(Event(wall_time=when, step=m["epoch"] + 1, summary=Summary(value=values)))
         self._record(events)
         self.written += len(metrics)
 

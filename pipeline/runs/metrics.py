@@ -84,6 +84,15 @@ def points(metrics: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in found], [value for _, value in found]
 
 
+def ended(metrics: Sequence[dict], last: float) -> list[float]:
+    """Return when each pass ended, if the last one ended at the time ``last`` and there
+    was no pause. The metrics don't say when the passes of earlier processes ended."""
+    ends = [last]
+    for one in reversed(metrics[1:]):
+        ends.append(ends[-1] - one["seconds"])
+    return ends[len(metrics) - 1 :: -1] if metrics else []
+
+
 def images_of(one: dict) -> float:
     """Return how many crops the student saw in a pass. For a run of an older version,
     which didn't note the number, it is computed from the speed."""

@@ -20,13 +20,15 @@ class Execution:
     device: of the models. processes: the processes that work together, each on its part
     of every batch; process 0 writes. clock: adds up where the time goes; with an exact
     clock the stage reports the times at its end (--profile). worker: who this process
-    is for the engine that started it.
+    is for the engine that started it. track: the experiment trackers that the stage's
+    figures are told to, as --track names them.
     """
 
     device: torch.device = CPU
     processes: Processes = ALONE
     clock: Clock = field(default_factory=Clock)
     worker: Worker = NOBODY
+    track: tuple[str, ...] = ()
 
     @classmethod
     def on(
@@ -36,11 +38,12 @@ class Execution:
         *,
         profile: bool = False,
         worker: Worker = NOBODY,
+        track: tuple[str, ...] = (),
     ) -> Execution:
         """Return an Execution on a device. With ``profile``, the stage reports at its
         end where the time went and what to change. worker: who this process is for the
-        engine that started it."""
-        return cls(device, processes, Clock(device, exact=profile), worker)
+        engine that started it. track: experiment trackers to tell the figures to."""
+        return cls(device, processes, Clock(device, exact=profile), worker, track)
 
     @property
     def on_gpu(self) -> bool:

@@ -18,6 +18,8 @@ from pipeline.models.model import Model, sync_batchnorm
 from pipeline.runs import checkpoint
 from pipeline.runs.curves import Curves
 from pipeline.runs.folder import METRICS, STATE, RunError
+from pipeline.runs.tracking.tracker import Tracked
+from pipeline.runs.tracking.trackers import Trackers
 from pipeline.runtime.device_transfer import fetched
 from pipeline.runtime.distributed import Elsewhere
 from pipeline.runtime.execution import Execution
@@ -153,6 +155,14 @@ class Run:
         self.metrics: list[dict] = []
         self.unvalidated = False  # the newest pass is saved, and its validation is missing
         self.curves = Curves(out, config)
+        facts = {
+            "run.source": source.identity,
+            "run.teachers": ", ".join(source.teachers),
+            "run.student": student.name,
+            "run.classes": student.classes,
+        }
+        track = self.execution.track if self.processes.leads else ()
+        self.trackers = Trackers(Tracked.of(out, config, facts), track)
 
     def restore(self, state: dict) -> None:
         """Resume from the state that ``_save`` wrote."""
@@ -169,7 +179,7 @@ class Run:
         say(f"going on with {self.out} after {self.epoch} epochs{last}")
         # A pass is drawn once, so not before it is validated.
         if shown := self.metrics[: -1 if self.unvalidated else None]:
-            self.processes.first(lambda: self.curves.show(shown))
+            self.processes.first(lambda: self._show(shown))
 
     def train_pass(self) -> None:
         """Train for one pass over the images, save the state, then validate and save
@@ -358,7 +368,11 @@ class Run:
         }
         checkpoint.save_state(self.out / STATE, state)
         if not self.unvalidated:
-            self.curves.show(self.metrics)
+            self._show(self.metrics)
+
+    def _show(self, metrics: list[dict]) -> None:
+        self.curves.show(metrics)
+        self.trackers.show(metrics)
 
     def _summary(self, m: dict) -> str:
         parts = [

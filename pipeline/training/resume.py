@@ -9,6 +9,7 @@ from pipeline.config import Config
 from pipeline.config_file import flat
 from pipeline.runs.curves import EVENTS, PICTURE
 from pipeline.runs.folder import CONFIG, METRICS, SCANS, STATE, RunError, RunFolder
+from pipeline.runs.tracking.tracker import LEFT
 from pipeline.training.source import Source, StoredLabels
 
 # Beginnings of the config keys whose values may change when a run is resumed.
@@ -53,6 +54,7 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
     if state is None:
         # A kill in the first epoch leaves these files without a state.
         ours = {CONFIG, *SCANS, "last.safetensors", "best.safetensors", METRICS, PICTURE}
+        ours |= {*LEFT}
         if out.exists() and any(
             p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()
         ):

@@ -24,6 +24,7 @@ from pipeline.images.sources.remote.url import Url
 from pipeline.models.model import Model
 from pipeline.models.weights import load
 from pipeline.runs.folder import CONFIG, SCANS, RunError
+from pipeline.runs.tracking.names import require_trackers
 from pipeline.runtime.distributed import ALONE, Processes
 from pipeline.runtime.engine import take_over
 from pipeline.runtime.execution import Execution
@@ -71,6 +72,7 @@ def train(
         )
     processes, out = execution.processes, out.absolute()
     processes.together(lambda: _require_possible(config, execution))
+    processes.first(lambda: require_trackers(execution.track))
     if any(part.is_file() for part in (out, *out.parents)):
         raise RunError(
             f"{out} can't be a folder, since a part of it is a file; choose another --out"
@@ -119,7 +121,12 @@ def train(
             )
         )
         run.learner = processes.joined(run.learner)
-        with closing(run.replay), fixed_shapes(), giving_way(execution.device):
+        with (
+            closing(run.replay),
+            run.trackers.following(),
+            fixed_shapes(),
+            giving_way(execution.device),
+        ):
             if state is not None:
                 run.restore(state)
             return _train_epochs(run)

@@ -70,13 +70,14 @@ def make_plan(recipe: Config, data: Path | None, path: Path | None, **how: objec
 
 
 def train(recipe: Config, data: Path, out: Path, **how: object) -> dict:
-    """Run stage two. how: classes, device, processes, profile; the rest as
+    """Run stage two. how: classes, device, processes, profile, track; the rest as
     ``pipeline.training.train`` takes it."""
     images = DataSet.find(data, "train", how.pop("classes", None))
     execution = Execution.on(
         how.pop("device", CPU),
         *_split(how, "processes").values(),
         profile=how.pop("profile", False),
+        track=how.pop("track", ()),
     )
     return stage_two.train(recipe, images, out, execution=execution, **how)
 

@@ -116,6 +116,10 @@ def test_every_option_in_the_readme_exists():
         "--requeue",
         "--signal",
         "--help",
+        # docker's
+        "--entrypoint",
+        "--shm-size",
+        "--user",
     }
 
 
@@ -383,6 +387,8 @@ def smaller(document: dict) -> dict:
 def test_what_is_written_can_be_typed(section, worlds, monkeypatch, request):
     world = worlds["Your own" in section or "A run" in section]
     monkeypatch.chdir(world.folder)
+    for exported in re.findall(r"^    export (\w+)=(\w+)", EVERYTHING, flags=re.M):
+        monkeypatch.setenv(*exported)
     if any("s3://" in line for line in SECTIONS[section]):
         world.bucket = request.getfixturevalue("seaweed")
         for name, value in world.bucket.variables.items():

@@ -106,7 +106,7 @@ def test_every_package_that_is_imported_is_declared():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    optional = "".join(extras[name] for name in ("export", "parquet", "ray", "remote"))
+    optional = "".join(extras[name] for name in ("export", "parquet", "ray", "remote", "track"))
     needed = config["options"]["install_requires"] + optional
     declared = {re.match(r"[\w.-]+", line)[0].lower() for line in needed.split()}
     of = importlib.metadata.packages_distributions()

@@ -1,0 +1,1 @@
+"""Tell the figures of a run to experiment trackers: Weights & Biases, MLflow."""
