@@ -388,6 +388,18 @@ def test_the_sampler_reads_every_chunk_once(photos, recipe, tmp_path, monkeypatc
     assert blocks_read(dataset, scattered, monkeypatch, most=5) > 2 * chunks
 
 
+def test_the_chunks_in_use_stay_in_memory(photos, recipe, tmp_path, monkeypatch):
+    path = tmp_path / "labels.zarr"
+    generate(changed(recipe, crops={"views": 1}, store={"shard_rows": 8}), photos, path)
+    dataset = StoredCrops(path, photos, image_size=8)
+    first = [
+        int(np.flatnonzero(dataset.rows // dataset.store.chunk_rows == n)[0]) for n in range(4)
+    ]
+    one, two, three, four = first
+    order = [one, two, one, three, one, four, one]  # the first one is always in use
+    assert blocks_read(dataset, order, monkeypatch, most=2) == 4
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_ranks_divide_an_epoch(photos, store_path, world, shuffle):
