@@ -30,6 +30,12 @@ def require_local(*paths: object) -> None:
             continue
         text = fspath(path)
         if found := URL.match(text if isinstance(text, str) else ""):
+            if found[1].lower() == "hf":
+                raise NotLocal(
+                    text,
+                    "is on the hub, where label stores are only read; name a local path here, and "
+                    "upload a store with: share STORE --to ORG/NAME",
+                )
             repair = (
                 f"write {'/' + text[found.end() :].lstrip('/')} instead"
                 if found[1].lower() == "file"
