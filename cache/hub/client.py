@@ -32,13 +32,14 @@ def library() -> Any:
     """Import huggingface_hub."""
     try:
         import huggingface_hub
-        from huggingface_hub import errors, file_download, utils
+        from huggingface_hub import errors, file_download
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise HubError(
             "hf:// needs huggingface_hub, which is not installed; pip install huggingface_hub"
         ) from None
     assert errors and file_download
-    utils.disable_progress_bars("huggingface_hub.http_get")
+    disable_progress_bars("huggingface_hub.http_get")
     for name in ("file_download", "utils._http"):  # what they warn of is told by Patience
         logging.getLogger(f"huggingface_hub.{name}").setLevel(logging.ERROR)
     return huggingface_hub
@@ -155,6 +156,8 @@ def _told(error: Exception, about: str) -> tuple[str | None, str]:
         return None, "the connection broke"
     if isinstance(error.__cause__, Exception):  # uploads wrap the hub's errors
         return _told(error.__cause__, about)
+    if isinstance(error, RuntimeError):  # of Xet, which knows no kinds
+        return None, " ".join(str(error).split())[:100] or type(error).__name__
     raise error
 
 

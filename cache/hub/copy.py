@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
@@ -127,6 +129,8 @@ class Copy:
     commit: str
     index: Index
     files: Callable[[int, int], list[Path]]
+    _healing: threading.Lock = field(default_factory=threading.Lock)
+    _healed: set[tuple[int, int]] = field(default_factory=set)
 
     @classmethod
     def of(cls, path: Path, files: Callable[[int, int], list[Path]]) -> Copy | None:
@@ -165,10 +169,11 @@ class Copy:
         pack = self._pack(view, shard)
         if pack is None:
             return
-        if anew:
-            for path in self.files(view, shard):
-                path.unlink(missing_ok=True)
-        with _said(self.path):
+        with _said(self.path), self._healing if anew else nullcontext():
+            if anew and (view, shard) not in self._healed:
+                self._healed.add((view, shard))  # another thread may have found it, too
+                for path in self.files(view, shard):
+                    path.unlink(missing_ok=True)
             _once(
                 self.path.with_name("claims"),
                 f"pack-{pack.sha256}",
