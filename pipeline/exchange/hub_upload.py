@@ -35,14 +35,17 @@ class Repository:
             )
 
     def create(self, private: bool) -> None:
-        """Create the repository, unless it is there. private: hide a new one."""
+        """Create the repository, unless it is there, and make sure that this user may
+        write to it. private: hide a new one."""
         client.library().utils.disable_progress_bars()
+        client.library().logging.set_verbosity_error()
         client.persistently(
             lambda: client.api().create_repo(
                 self.name, repo_type=self.kind, private=private or None, exist_ok=True
             ),
             self.about,
         )
+        self.send(b"a question, which is not committed", "README.md")
 
     def files(self) -> dict[str, tuple[int, str]]:
         """List the files: size and, of large ones, sha256, by path."""

@@ -229,13 +229,14 @@ class _Handler(BaseHTTPRequestHandler):
         namespace = asked.get("organization") or (user[0] if user else "")
         self._may_write(namespace)
         kind, repo = f"{asked.get('type', 'model')}s", f"{namespace}/{asked['name']}"
+        prefix = "datasets/" if kind == "datasets" else ""
+        made = {"url": f"{self.own.url}/{prefix}{repo}", "name": repo}
         if (kind, repo) in self.own.repos:
-            raise Refusal(409, "", "You already created this repo")
+            return self._answer(409, json.dumps(made | {"error": "it is there"}).encode())
         held = Repo(private=asked.get("visibility") == "private")
         held.commit({".gitattributes": ("", b"*.tar filter=lfs\n")})
         self.own.repos[kind, repo] = held
-        prefix = "datasets/" if kind == "datasets" else ""
-        self._json({"url": f"{self.own.url}/{prefix}{repo}", "name": repo})
+        return self._json(made)
 
     def info(self, kind: str, repo: str, revision: str = "main") -> None:
         held = self._repo(kind, repo)
