@@ -164,9 +164,10 @@ class StorePath(LocalPath):
         from cache.hub.copy import opened
         from pipeline.runtime.progress import say
 
-        client.tell = say
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+        client.tell = say if first else lambda line: None
         path = opened(Address.parse(value))
-        say(f"{value} is read at commit {path.parent.name[:12]}, through {path}")
+        client.tell(f"{value} is read at commit {path.parent.name[:12]}, through {path}")
         return path
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+BESIDE = ".packs.json"  # ends the name of a file beside a copy of a shared store
+
 
 def printable(text: str) -> str:
     """Return the text with every unprintable character written as an escape. Names of
@@ -73,10 +75,14 @@ def damaged(path: Path, file: str, why: str) -> DamagedStore:
     """Return the error for a file of a store's description that is not what was
     written."""
     fault = f"not what was written there ({' '.join(why.split())[:160]})"
+    repair = (
+        f"remove the folder {path.parent}, which is fetched again"
+        if path.with_name(path.name + BESIDE).exists()
+        else "run the command that made the store (generate-labels, merge or import-labels) again, "
+        "which makes the file anew, or restore it from a copy"
+    )
     return DamagedStore(
-        f"{path} is damaged: {file} is {fault}; run the command that made the store "
-        "(generate-labels, merge or import-labels) again, which makes the file anew, or restore "
-        "it from a copy",
+        f"{path} is damaged: {file} is {fault}; {repair}",
         file,
         f"{fault}; without it nothing can be told of the labels",
     )

@@ -27,8 +27,8 @@ from cache.format.crops import BoxesAndFlips, Content, Crops, Mixes
 from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
-from cache.hub.address import Address, is_hub
-from cache.hub.copy import Copy, opened
+from cache.hub.address import is_hub
+from cache.hub.copy import Copy, here
 from cache.system.local import require_local
 
 Rows = np.ndarray | slice | Sequence[int]
@@ -98,10 +98,8 @@ class LabelStore:
         hf://ORG/NAME or hf://ORG/NAME@REVISION. Raises StoreError if there is no store,
         or a store that this version can't read; DamagedStore if the store's description
         is not what was written."""
-        if is_hub(path):
-            path = opened(Address.parse(path))
-        require_local(path)
-        path = Path(path)
+        require_local(None if is_hub(path) else path)
+        path = here(path)
         if not path.exists():
             raise StoreError(
                 f"there is no label store at {path}; make one with generate-labels, or check the "

@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -23,6 +23,7 @@ T = TypeVar("T")
 PATIENCE = 180.0  # seconds without a byte after which the hub counts as gone
 FIRST, LONGEST = 0.5, 10.0  # seconds between two tries: the first pause, and the longest
 SMALL = 1 << 26  # bytes, more than any index
+PARTIAL = 206  # the status of an answer that holds a part of a file
 TRUE = {"1", "ON", "YES", "TRUE"}
 LOG_IN = "log in with: hf auth login, or set HF_TOKEN"
 tell: Callable[[str], object] = lambda line: None  # noqa: E731  prints a line for people
@@ -32,16 +33,14 @@ def library() -> Any:
     """Import huggingface_hub."""
     try:
         import huggingface_hub
-        from huggingface_hub import errors, file_download
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub import utils
     except ImportError:
         raise HubError(
             "hf:// needs huggingface_hub, which is not installed; pip install huggingface_hub"
         ) from None
-    assert errors and file_download
-    disable_progress_bars("huggingface_hub.http_get")
-    for name in ("file_download", "utils._http"):  # what they warn of is told by Patience
-        logging.getLogger(f"huggingface_hub.{name}").setLevel(logging.ERROR)
+    assert utils
+    # What the library warns of while it tries again is told by Patience.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     return huggingface_hub
 
 
@@ -153,7 +152,7 @@ def _told(error: Exception, about: str) -> tuple[str | None, str]:
     if kinds & {"TransportError", "ConnectionError", "RequestException", "TimeoutException"}:
         return None, " ".join(str(error).split())[:100] or type(error).__name__
     if isinstance(error, OSError) and error.errno is None:  # fewer bytes came than were told
-        return None, "the connection broke"
+        return None, str(error)[:100] or "the connection broke"
     if isinstance(error.__cause__, Exception):  # uploads wrap the hub's errors
         return _told(error.__cause__, about)
     if isinstance(error, RuntimeError):  # of Xet, which knows no kinds
@@ -184,18 +183,40 @@ def _address(repo: str, commit: str, file: str) -> str:
 
 def read(repo: str, commit: str, file: str) -> bytes:
     """Fetch a small file of a dataset."""
-    hub = library()
 
     def ask() -> bytes:
-        into = io.BytesIO()
-        hub.file_download.http_get(
-            _address(repo, commit, file), into, headers=hub.utils.build_hf_headers()
-        )
-        if into.tell() > SMALL:
-            raise HubError(f"hf://{repo}: {file} is too large to be what it says")
-        return into.getvalue()
+        content = b""
+        for chunk in _stream(_address(repo, commit, file), 0):
+            content += chunk
+            if len(content) > SMALL:
+                raise HubError(f"hf://{repo}: {file} is too large to be what it says")
+        return content
 
     return persistently(ask, f"hf://{repo}: {file}")
+
+
+def _stream(address: str, first: int) -> Iterator[bytes]:
+    """Yield the bytes of a file from ``first`` on, as they come. Raises NoRanges where
+    the hub would send it from its beginning instead."""
+    hub = library()
+    headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
+    if first:
+        headers["Range"] = f"bytes={first}-"
+    timeout = hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+    session = hub.utils.get_session()
+    with session.stream(
+        "GET", address, headers=headers, timeout=timeout, follow_redirects=True
+    ) as response:
+        hub.utils.hf_raise_for_status(response)
+        if first and response.status_code != PARTIAL:
+            raise NoRanges("the whole file came in place of its end")
+        for chunk in response.iter_bytes():
+            check()
+            yield chunk
+
+
+class NoRanges(OSError):
+    """A file that was to be gone on with comes from its beginning."""
 
 
 class Wanted:
@@ -224,29 +245,32 @@ def fetch(wanted: Wanted, part: Path) -> None:
 
 def _complete(wanted: Wanted, part: Path) -> None:
     """Fetch what a partial file lacks, however often the connection breaks."""
-    hub = library()
+    address = _address(wanted.repo, wanted.commit, wanted.file)
     patience = Patience(f"hf://{wanted.repo}: {wanted.file}")
     part.touch()
-    if part.stat().st_size > wanted.size:
-        os.truncate(part, 0)
-    while (at := part.stat().st_size) < wanted.size:
-        check()
+    while (at := part.stat().st_size) != wanted.size:
+        if at > wanted.size:
+            os.truncate(part, at := 0)
         try:
-            with open(part, "ab") as file:
-                hub.file_download.http_get(
-                    _address(wanted.repo, wanted.commit, wanted.file),
-                    file,
-                    resume_size=at,
-                    headers=hub.utils.build_hf_headers(),
-                    expected_size=wanted.size,
-                )
+            with open(part, "ab", buffering=0) as file:
+                for chunk in _stream(address, at):
+                    if file.tell() + len(chunk) > wanted.size:
+                        raise NoRanges("more bytes came than its index says")
+                    _write(file, chunk)
+                    patience.renew()
+                if file.tell() < wanted.size:
+                    raise OSError("the connection broke")
         except Exception as error:
-            now = part.stat().st_size
-            if now > wanted.size:
+            if isinstance(error, NoRanges):
                 os.truncate(part, 0)
-            elif now > at:
-                patience.renew()
             patience.bear(error)
+
+
+def _write(file: io.RawIOBase, chunk: bytes) -> None:
+    """Write bytes whole. A disk that fills up may take a part of them."""
+    left = memoryview(chunk)
+    while left:
+        left = left[file.write(left) or 0 :]
 
 
 def sha256_of(path: Path) -> str:

@@ -19,20 +19,26 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
+from cache.errors import BESIDE
 from cache.hub import client, packs
-from cache.hub.address import COMMIT, Address, HubError
+from cache.hub.address import COMMIT, Address, HubError, is_hub
 from cache.hub.packs import Index, Pack
 from cache.system.claims import claim, held
 from cache.system.durable import make_folder, replace_file, whole_folder
 from cache.system.folders import VARIABLE, cache_folder
 from cache.system.signals import check
 
-STORE, BESIDE = "labels.zarr", ".packs.json"
+STORE = "labels.zarr"
 # The files of a description; what they must be is checked when the store is opened.
 DESCRIPTION = re.compile(
     r"(?:(?:[a-z_]+/){0,2}zarr\.json|images/[a-z_]+/c/[0-9]+(?:/[0-9]+)?"
     r"|records/c/[0-9]+/[0-9]+/0)"
 )
+
+
+def here(path: str | Path) -> Path:
+    """Return a path itself; of an address on the hub, the path of its local copy."""
+    return opened(Address.parse(path)) if is_hub(path) else Path(path)
 
 
 def opened(address: Address) -> Path:

@@ -12,13 +12,18 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+import pytest
 import yaml
+
+from cache.hub import client
 
 PIECE = 1 << 14  # bytes that are sent at once
 FILES, ENTRIES, FILES_OF_A_COMMIT, LARGEST = 100_000, 10_000, 100, 20_000_000_000
@@ -72,6 +77,7 @@ class Hub:
     page: int = 50
     seen: list[str] = field(default_factory=list)
     commits: list[int] = field(default_factory=list)  # files of each commit
+    starts: list[tuple[str, int]] = field(default_factory=list)  # of downloads: file, first byte
     port: int = 0
 
     def start(self) -> Hub:
@@ -79,10 +85,13 @@ class Hub:
         handler = type("Own", (_Handler,), {"own": self})
         self.server = _Server(("127.0.0.1", self.port), handler)
         self.port = self.server.server_port
+        self.going = True
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def stop(self) -> None:
+        """Stop serving."""
+        self.going = False
         self.server.shutdown()
         self.server.server_close()
 
@@ -137,6 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def _any(self) -> None:
+        if not self.own.going:
+            self.close_connection = True
+            return None
         place, _, self.query = self.path.partition("?")
         self.place = unquote(place)
         self.body = self._read()
@@ -375,6 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         stop = int(asked[2]) + 1 if asked and asked[2] else len(body)
+        if self.command == "GET":
+            own.starts.append((file, start))
         self.send_response(206 if asked else 200)
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
@@ -427,3 +441,25 @@ ROUTES: dict[str, Callable[..., None]] = {
     r"(?:GET|HEAD) /cdn/(?P<oid>[0-9a-f]{64})/(?P<file>.+)": _Handler.cdn,
     rf"(?:GET|HEAD) /{_HOSTED}/resolve/(?P<revision>[^/]+)/(?P<file>.+)": _Handler.resolve,
 }
+
+
+@contextmanager
+def a_hub(folder: Path) -> Iterator[Hub]:
+    """Serve an empty hub to this process and to those that it starts, with a cache
+    folder of its own."""
+    from huggingface_hub import constants
+
+    hub = Hub().start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in hub.variables.items():
+            patch.setenv(name, value)
+        patch.setenv("OFFLINE_MEAL_CACHE", str(folder / "hub-cache"))
+        patch.setenv("HF_HOME", str(folder / "hf-home"))
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        # read when the library is imported
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(client, "PATIENCE", 3.0)
+        patch.setattr(client, "FIRST", 0.05)
+        patch.setattr(client, "tell", lambda line: None)
+        yield hub
+    hub.stop()
