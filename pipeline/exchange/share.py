@@ -34,6 +34,7 @@ from pipeline.runtime.wording import counted
 
 CARD, OWN = "README.md", ".gitattributes"
 AT_ONCE = 20  # packs in a commit: an interruption costs no more, and the hub takes 100
+GONE = 50  # packs that are taken away in a commit
 FOLDER_LIMIT = 10_000  # entries of a folder that the hub advises at most
 
 
@@ -257,7 +258,7 @@ class _Sharing:
         ]
         kept = {name, *(pack.file for pack in found)}
         gone = [old for old in self.there if NAME.fullmatch(old) and old not in kept]
-        return self._commit(f"Labels of {counted(len(views), 'view')}", gone[:50])
+        return self._commit(f"Labels of {counted(len(views), 'view')}", gone[:GONE])
 
     def _commit(self, message: str, gone: list[str] | None = None) -> str:
         commit = self.repo.commit(self.waiting, message, gone or ())

@@ -272,8 +272,7 @@ def foisted(hub: Hub, body: bytes, which: str = "packs") -> None:
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "zarr.json", "labels/c/1/0/0", "x"])
 @pytest.mark.parametrize("which", ["packs", "description"])
 def test_a_pack_with_a_file_of_another_place_is_refused(hub, local, tmp_path, name, which):
-    if which == "description" and name in ("zarr.json",):
-        pytest.skip("a description holds it")
+    name = "labels/zarr.json.x" if (which, name) == ("description", "zarr.json") else name
     foisted(hub, packed({name: b"evil"}), which)
     with pytest.raises(HubError, match="which is no file of this pack; don't use this") as error:
         LabelStore.open(AT).codes(0, [0])
@@ -444,9 +443,6 @@ def test_every_reading_command_takes_the_address(hub, local, tmp_path):
     assert "hf://lab/labels is read at commit" in err
     status, out, err = run("verify", AT)
     assert status == 0, out + err
-    status, _, err = run("merge", AT, local.path, "--out", tmp_path / "merged.zarr")
-    assert status == 0, err
-    same(LabelStore.open(tmp_path / "merged.zarr"), local)
     status, _, err = run("export-labels", AT, "--out", tmp_path / "files")
     assert status == 0 and len(list((tmp_path / "files").rglob("*.tar"))) == 51, err
     status, _, err = run("inspect", "hf://lab/nothing")

@@ -375,10 +375,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not sha:
             return self._send(file, body, headers)
         headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(body))}
-        headers["Location"] = f"{self.own.url}/cdn/{sha}/{file}"
+        # Another host, as the hub's: the library doesn't follow to it in a HEAD.
+        headers["Location"] = f"http://localhost:{self.own.port}/cdn/{sha}/{file}"
         return self._answer(302, b"", headers)
 
     def cdn(self, oid: str, file: str) -> None:
+        if self.headers.get("Authorization"):
+            raise Refusal(400, "", "a token was sent to another host")
         self._send(file, self.own.objects[oid], {"ETag": f'"{oid}"'})
 
     def _send(self, file: str, body: bytes, headers: dict[str, str]) -> None:
@@ -458,6 +461,7 @@ def a_hub(folder: Path) -> Iterator[Hub]:
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         # read when the library is imported
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(client, "PATIENCE", 3.0)
         patch.setattr(client, "FIRST", 0.05)
         patch.setattr(client, "tell", lambda line: None)
