@@ -443,7 +443,7 @@ def test_every_reading_command_takes_the_address(hub, local, tmp_path):
     assert "hf://lab/labels is read at commit" in err
     status, out, err = run("verify", AT)
     assert status == 0, out + err
-    status, _, err = run("export-labels", AT, "--out", tmp_path / "files")
+    status, _, err = run("export-labels", AT, "--labels", "full", "--out", tmp_path / "files")
     assert status == 0 and len(list((tmp_path / "files").rglob("*.tar"))) == 51, err
     status, _, err = run("inspect", "hf://lab/nothing")
     assert status == 1 and "there is no such repository" in err and err.count("\n") == 1
