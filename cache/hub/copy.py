@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,7 @@ class Copy:
     files: Callable[[int, int], list[Path]]
     _healing: threading.Lock = field(default_factory=threading.Lock)
     _healed: set[tuple[int, int]] = field(default_factory=set)
+    _ahead: set[int] = field(default_factory=set)  # views whose next view was begun
 
     @classmethod
     def of(cls, path: Path, files: Callable[[int, int], list[Path]]) -> Copy | None:
@@ -173,8 +174,11 @@ class Copy:
         """Fetch the pack of a shard, unless the shard's files are here. anew: fetch it
         even so, since a file is damaged. Raises HubError."""
         pack = self._pack(view, shard)
-        if pack is None:
-            return
+        if pack is not None:
+            self._fetch(pack, view, shard, anew)
+            self._look_ahead(view)
+
+    def _fetch(self, pack: Pack, view: int, shard: int, anew: bool = False) -> None:
         with _said(self.path), self._healing if anew else nullcontext():
             if anew and (view, shard) not in self._healed:
                 self._healed.add((view, shard))  # another thread may have found it, too
@@ -186,6 +190,30 @@ class Copy:
                 lambda: all(map(_filled, self.files(view, shard))),
                 lambda: self._fill(pack),
             )
+
+    def _look_ahead(self, view: int) -> None:
+        """Fetch the next view in the background, once all of this view is here: an
+        epoch replays a view, and the next epoch the next."""
+        more = self._packs.get(view + 1)
+        if not more or view in self._ahead or not all(map(self._is_here, self._packs[view])):
+            return
+        self._ahead.add(view)
+
+        def work() -> None:
+            # Whoever reads the view meets the same error, and tells it.
+            with suppress(BaseException):
+                for pack in more:
+                    self._fetch(pack, pack.view, pack.first)
+
+        if not all(map(self._is_here, more)):
+            threading.Thread(target=work, daemon=True, name="fetching").start()
+
+    def _is_here(self, pack: Pack) -> bool:
+        return all(
+            _filled(path)
+            for shard in range(pack.first, pack.stop)
+            for path in self.files(pack.view, shard)
+        )
 
     def _pack(self, view: int, shard: int) -> Pack | None:
         for pack in self._packs.get(view, ()):
@@ -215,6 +243,7 @@ class Copy:
                 f"unpacked, and {self.path.parent} has {free:,} free; make room, or name a folder "
                 f"on a larger disk in {VARIABLE}"
             )
+        client.tell(f"hf://{self.repo}: fetching {pack.file} ({pack.size / 1e6:,.1f} MB)")
         part = self.path.with_name(f"{pack.sha256}.part")
         client.fetch(_wanted(self.repo, self.commit, pack), part)
         where = f"hf://{self.repo}: {pack.file}"

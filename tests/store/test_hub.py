@@ -86,6 +86,25 @@ def test_opening_fetches_the_description_and_reading_what_is_read(hub, local):
     assert not list(store.path.parent.glob("*.part")) and verify(store.path).complete
 
 
+def test_the_next_view_is_fetched_ahead_and_no_other(hub, local):
+    StoreWriter(local.path).grow(4)
+    stores.fill(local.path, *((view, shard) for view in (2, 3) for shard in range(5)))
+    share(local.path, "lab/labels")
+    store = LabelStore.open(AT)
+    store.codes(0, [0, 69])
+    time.sleep(0.3)
+    assert len(fetched(hub)) == 2 and not any("view-0001" in file for file in fetched(hub))
+    store.codes(0, slice(None))
+    until = time.monotonic() + 30
+    while time.monotonic() < until and len(fetched(hub)) < 6:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    first = [name for name in pack_files(hub) if name < "packs/view-0002"]
+    assert sorted(fetched(hub)) == sorted(first)
+    same(store, LabelStore.open(local.path))
+    assert sorted(fetched(hub)) == sorted(pack_files(hub))
+
+
 def test_a_store_is_that_of_its_commit(hub, local, tmp_path):
     first = LabelStore.open(AT)
     StoreWriter(local.path).grow(3)
@@ -208,7 +227,7 @@ def test_processes_and_threads_fetch_a_pack_once(hub, local):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(fetched(hub)) == 3
+    assert len([file for file in fetched(hub) if "view-0000" in file]) == 3
     same(store, local)
 
 
