@@ -4,6 +4,7 @@ system mean that a file is damaged."""
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 BESIDE = ".packs.json"  # ends the name of a file beside a copy of a shared store
@@ -77,7 +78,7 @@ def damaged(path: Path, file: str, why: str) -> DamagedStore:
     fault = f"not what was written there ({' '.join(why.split())[:160]})"
     repair = (
         f"remove the folder {path.parent}, which is fetched again"
-        if path.with_name(path.name + BESIDE).exists()
+        if os.path.exists(path.parent / (path.name + BESIDE))
         else "run the command that made the store (generate-labels, merge or import-labels) again, "
         "which makes the file anew, or restore it from a copy"
     )

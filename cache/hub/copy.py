@@ -144,11 +144,11 @@ class Copy:
         """Return the shards that the store at ``path`` may fetch; None for a store that
         is no copy of another."""
         try:
-            about = json.loads(path.with_name(path.name + BESIDE).read_bytes())
+            about = json.loads((path.parent / (path.name + BESIDE)).read_bytes())
             where = f"hf://{about['repo']}"
             index = Index.decode(json.dumps(about["index"]).encode(), where)
             return cls(path, str(about["repo"]), str(about["commit"]), index, files)
-        except FileNotFoundError:
+        except OSError:  # there is none
             return None
         except (ValueError, KeyError, TypeError):
             raise HubError(

@@ -25,6 +25,7 @@ from cache.system.durable import make_folder, sync_file, sync_folder
 
 INDEX, FORMAT, VERSION = "packs.json", "meal-v2-shared-store", 1
 PACK_BYTES = 500_000_000  # of a pack at most, unless one shard alone is larger
+MOST_SHARDS = 100_000  # of a pack, more than any view has
 NAME = re.compile(r"(?:packs/view-[0-9]{4,9}-[0-9]{3,9}|description)-[0-9a-f]{16}\.tar")
 DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -92,7 +93,9 @@ def _pack(document: dict[str, Any], where: str) -> Pack:
         raise HubError(
             f"{where} names a file that no pack can have ({pack.file!r}); don't use this store"
         )
-    if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers):
+    if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers) or (
+        pack.stop - pack.first > MOST_SHARDS
+    ):
         raise ValueError("a number that can't be")
     return pack
 

@@ -97,8 +97,11 @@ def share(path: Path, to: str, *, licence: str | None = None, private: bool = Fa
             f"no view of {path} is finished, and only whole views are shared; run the same "
             f"{store.made_by} command again to finish one"
         )
-    assert store.images  # the manifest is what was written
     repo.require_token()
+    say(
+        f"{path}: {counted(int(done.sum()), 'view')} of {counted(len(store.images), 'image')} "
+        f"to share"
+    )
     repo.create(private)
     folder = cache_folder() / "hub"
     name = f"share-{hashlib.sha256(repo.name.encode()).hexdigest()[:16]}"

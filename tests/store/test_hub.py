@@ -341,6 +341,7 @@ def test_labels_of_another_store_are_never_read(hub, local, tmp_path):
         ({"size": -1}, "no index"),
         ({"size": "1"}, "no index"),
         ({"first": 1.5}, "no index"),
+        ({"stop": 1 << 40}, "no index"),
         ({"more": 1}, "no index"),
     ],
 )
@@ -430,6 +431,17 @@ def test_a_full_disk_is_said_and_nothing_is_half_there(hub, local):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "nothing can be fetched into" in done.stdout, done.stderr
     same(LabelStore.open(AT), local)
+
+
+def test_a_store_without_a_name_and_one_with_a_long_name_open(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(local.path)
+    same(LabelStore.open("."), local)
+    (local.path / "flips" / "zarr.json").rename(local.path / "gone")
+    with pytest.raises(MealError, match=". is damaged: flips/zarr.json is not what"):
+        LabelStore.open(".")
+    (local.path / "gone").rename(local.path / "flips" / "zarr.json")
+    long = Path(shutil.copytree(local.path, tmp_path / ("x" * 250)))
+    same(LabelStore.open(long), local)
 
 
 def test_a_copy_is_only_read(hub, local, tmp_path):
