@@ -146,7 +146,12 @@ class DataPath(LocalPath):
 
         if isinstance(value, Url):
             return value
-        return Url.parse(value) if is_url(value) else super().convert(value, param, ctx)
+        if is_url(value):
+            return Url.parse(value)
+        from cache.system.local import require_local
+
+        require_local(value, images=True)
+        return super().convert(value, param, ctx)
 
 
 class StorePath(LocalPath):
