@@ -148,7 +148,34 @@ class DataPath(LocalPath):
 
         if isinstance(value, Url):
             return value
-        return Url.parse(value) if is_url(value) else super().convert(value, param, ctx)
+        if is_url(value):
+            return Url.parse(value)
+        from cache.system.local import require_local
+
+        require_local(value, images=True)
+        return super().convert(value, param, ctx)
+
+
+class StorePath(LocalPath):
+    """Reads a label store that is only read from the command line: a path, or the
+    address of a store on the hub."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path. Of a store on the hub it is that of the local copy, which
+        belongs to the newest commit now."""
+        from cache.hub.address import Address, is_hub
+
+        if not is_hub(value):
+            return super().convert(value, param, ctx)
+        from cache.hub import client
+        from cache.hub.copy import opened
+        from pipeline.runtime.progress import say
+
+        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+        client.tell = say if first else lambda line: None
+        path = opened(Address.parse(value))
+        client.tell(f"{value} is read at commit {path.parent.name[:12]}, through {path}")
+        return path
 
 
 class RecipePath(LocalPath):
@@ -171,6 +198,7 @@ class RecipePath(LocalPath):
 
 folder = LocalPath(path_type=Path)
 recipe_file = RecipePath(path_type=Path)
+store_place = StorePath(path_type=Path)
 data_place = DataPath(path_type=Path)
 config_option = click.option(
     "--config",
@@ -442,8 +470,9 @@ def generate_labels(
     data_option,
     click.option(
         "--store",
-        type=folder,
-        help="Label store; needed unless --online is given or train.labels is hard.",
+        type=store_place,
+        help="Label store, or hf://ORG/NAME of a shared one; needed unless --online is given or "
+        "train.labels is hard.",
     ),
     click.option(
         "--online",
@@ -665,7 +694,7 @@ def evaluate_models(
 
 @main.command(short_help="Show what a label store holds, who made it, and how complete it is.")
 @options(
-    click.argument("store", type=folder),
+    click.argument("store", type=store_place),
     click.option(
         "--report",
         type=folder,
@@ -751,7 +780,7 @@ def inspect(store, report, data, split, labels, no_check, image, as_json):
     "verify", short_help="Prove that a label store is, to the last bit, what was written."
 )
 @options(
-    click.argument("store", type=folder),
+    click.argument("store", type=store_place),
     click.option(
         "--data",
         type=data_place,
@@ -885,35 +914,101 @@ def compare_runs(runs, figure, as_json):
     ),
     click.option(
         "--store",
-        type=folder,
+        type=store_place,
         help="Label store of the run; the model card then tells more about the teachers.",
     ),
+    click.option(
+        "--push",
+        metavar="ORG/NAME",
+        help="Upload the folder to this model of the Hugging Face hub, too.",
+    ),
+    click.option("--private", is_flag=True, help="With --push: hide the model if it is new."),
     json_option,
 )
-def export_run(run, out, weights, no_onnx, store, as_json):
+def export_run(run, out, weights, no_onnx, store, push, private, as_json):
     """Export a trained student to a folder that works without this tool: for timm, in
     the layout of timm's hub; for ONNX Runtime; and with a model card.
 
     timm.create_model("local-dir:OUT", pretrained=True) gives the student, bit for bit.
     model.onnx is compared with the student on random inputs, and refused if its softmax
     is off by more than 1e-4 in total variation. The model card says how the student was
-    made, and what the run measured of it. RUN stays as it is.
+    made, and what the run measured of it. RUN stays as it is. --push uploads the folder
+    once it is complete; the token is that of hf auth login, or HF_TOKEN.
 
     \b
     Example:
       python cli.py export run --out resnet50-meal-v2 --store labels.zarr
       python cli.py export run --out resnet50-last --weights last --no-onnx
+      python cli.py export run --out resnet50-hub --push lab/resnet50-meal-v2
     """
+    if private and not push:
+        raise click.UsageError("--private goes with --push, which names the model on the hub")
+    repo = None
+    if push:
+        from pipeline.exchange.hub_upload import Repository
+
+        repo = Repository(push, "model")
     from pipeline.exchange.export_student import export, summary
 
     _require_outside_data("--out", out, run)
+    if repo:
+        repo.require_token()
     result = export(run, out, weights=weights, onnx=not no_onnx, store=store)
-    click.echo(_json(result) if as_json else "\n".join(summary(result)))
+    if not as_json:
+        click.echo("\n".join(summary(result)))
+    if repo:
+        from pipeline.exchange.push_student import push as push_folder
+        from pipeline.exchange.push_student import pushed_lines
+
+        result["pushed"] = push_folder(out, repo, private=private)
+        if not as_json:
+            click.echo("\n".join(pushed_lines(result["pushed"])))
+    if as_json:
+        click.echo(_json(result))
+
+
+@main.command("share", short_help="Share a label store on the Hugging Face hub.")
+@options(
+    click.argument("store", type=folder),
+    click.option(
+        "--to",
+        required=True,
+        metavar="ORG/NAME",
+        help="Dataset of the hub to create or go on with.",
+    ),
+    click.option(
+        "--licence",
+        "--license",
+        "licence",
+        metavar="NAME",
+        help="Licence of the labels, as the hub names licences, for example cc-by-nc-4.0.  "
+        "[default: the one chosen before; without one the card says that none was chosen]",
+    ),
+    click.option("--private", is_flag=True, help="Hide the dataset if it is new."),
+    json_option,
+)
+def share_store(store, to, licence, private, as_json):
+    """Upload the finished views of a label store to a dataset of the Hugging Face hub,
+    from where every command that reads a store reads it as hf://ORG/NAME.
+
+    Each shard is read and compared with its digest first. No image is uploaded, but the
+    names of files and classes are. Run the same command again to go on where it was
+    stopped, or to add views that were finished since: only what is new is sent. The
+    token is that of hf auth login, or HF_TOKEN.
+
+    \b
+    Example:
+      python cli.py share labels.zarr --to lab/imagenet-labels --licence cc-by-nc-4.0
+    """
+    from pipeline.exchange.share import share
+
+    result = share(store, to, licence=licence, private=private)
+    click.echo(_json(result.document()) if as_json else "\n".join(result.lines()))
 
 
 @main.command("merge", short_help="Merge several label stores of the same crops into one.")
 @options(
-    click.argument("stores", type=folder, nargs=-1, required=True),
+    click.argument("stores", type=store_place, nargs=-1, required=True),
     click.option("--out", required=True, type=folder, help="Label store to create or go on with."),
     click.option("--codec", help="Codec of averaged labels.  [default: the first store's]"),
 )
@@ -1067,7 +1162,7 @@ def import_labels(
     "export-labels", short_help="Export a store's labels as files for FKD's training code."
 )
 @options(
-    click.argument("store", type=folder),
+    click.argument("store", type=store_place),
     click.option(
         "--out", required=True, type=folder, help="Folder of label files to create or go on with."
     ),

@@ -4,7 +4,10 @@ system mean that a file is damaged."""
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
+
+BESIDE = ".packs.json"  # ends the name of a file beside a copy of a shared store
 
 
 def printable(text: str) -> str:
@@ -73,10 +76,14 @@ def damaged(path: Path, file: str, why: str) -> DamagedStore:
     """Return the error for a file of a store's description that is not what was
     written."""
     fault = f"not what was written there ({' '.join(why.split())[:160]})"
+    repair = (
+        f"remove the folder {path.parent}, which is fetched again"
+        if os.path.exists(path.parent / (path.name + BESIDE))
+        else "run the command that made the store (generate-labels, merge or import-labels) again, "
+        "which makes the file anew, or restore it from a copy"
+    )
     return DamagedStore(
-        f"{path} is damaged: {file} is {fault}; run the command that made the store "
-        "(generate-labels, merge or import-labels) again, which makes the file anew, or restore "
-        "it from a copy",
+        f"{path} is damaged: {file} is {fault}; {repair}",
         file,
         f"{fault}; without it nothing can be told of the labels",
     )

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
@@ -27,12 +27,37 @@ from cache.format.crops import BoxesAndFlips, Content, Crops, Mixes
 from cache.format.manifest import USABLE, Images
 from cache.format.schema import FORMAT, LOOKS, RECORD, RECORD_MAGIC, SEALED, VERSIONS
 from cache.format.seal import only_its_version_is_wrong, read_document, read_metadata, require_seal
+from cache.hub.address import is_hub
+from cache.hub.copy import Copy, here
 from cache.system.local import require_local
 
 Rows = np.ndarray | slice | Sequence[int]
 # raised for a wrong checksum, a truncated file or a missing file
 UNREADABLE = (KeyError, ValueError, RuntimeError, TypeError, OverflowError, OSError)
 _short_of_memory = threading.Lock()
+
+
+class Elsewhere(Protocol):
+    """A place that holds shards which the store lacks, and gives them when they are
+    read.
+
+    remedy, absent: what to do about a damaged shard, and about one that it lacks too.
+    """
+
+    @property
+    def remedy(self) -> str: ...
+
+    @property
+    def absent(self) -> str: ...
+
+    def has(self, view: int, shard: int) -> bool:
+        """Return whether it holds a shard."""
+        ...
+
+    def fetch(self, view: int, shard: int, *, anew: bool = False) -> None:
+        """Put the files of a shard into the store, unless they are there. anew: replace
+        them, since one is damaged."""
+        ...
 
 
 class LabelStore:
@@ -53,6 +78,7 @@ class LabelStore:
         self.group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._sound: set[tuple[int, int]] = set()  # (view, shard) with the right digest
+        self.elsewhere: Elsewhere | None = Copy.of(path, self._files)
         shape = self.array("labels").shape
         # Stores from before the seal don't have the attribute views.
         self.views: int = attributes.get("views", self.array("records").shape[0])
@@ -68,11 +94,12 @@ class LabelStore:
 
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
-        """Open a store for reading. Raises StoreError if there is no store, or a store
-        that this version can't read; DamagedStore if the store's description is not
-        what was written."""
-        require_local(path)
-        path = Path(path)
+        """Open a store for reading: at a path, or on the Hugging Face hub at
+        hf://ORG/NAME or hf://ORG/NAME@REVISION. Raises StoreError if there is no store,
+        or a store that this version can't read; DamagedStore if the store's description
+        is not what was written."""
+        require_local(None if is_hub(path) else path)
+        path = here(path)
         if not path.exists():
             raise StoreError(
                 f"there is no label store at {path}; make one with generate-labels, or check the "
@@ -326,7 +353,13 @@ class LabelStore:
         record = self.record(view, shard)
         return record["magic"] == RECORD_MAGIC and self._whole(view, shard, record)
 
+    def _files(self, view: int, shard: int) -> list[Path]:
+        """Return the paths of a shard's files, except its record."""
+        return [self.file(name, view, shard) for name in self.shard_arrays]
+
     def _whole(self, view: int, shard: int, record: np.void) -> bool:
+        if self.elsewhere and self.elsewhere.has(view, shard):
+            return True
         sizes = [self.size(name, view, shard) for name in self.shard_arrays]
         return sizes[0] == record["stored_bytes"] and all(sizes)
 
@@ -360,8 +393,12 @@ class LabelStore:
         shards)."""
         if not 0 <= view < self.views:
             raise StoreError(
-                f"{self.path} has views 0 to {self.views - 1}, not {view}; extend it with "
-                f"{self.made_by} --views {view + 1}"
+                f"{self.path} has views 0 to {self.views - 1}, not {view}; "
+                + (
+                    self.elsewhere.absent
+                    if self.elsewhere
+                    else f"extend it with {self.made_by} --views {view + 1}"
+                )
             )
         shards = np.arange(self.shards) if shards is None else shards
         if not self._finished[view, shards].all():
@@ -371,7 +408,11 @@ class LabelStore:
             raise StoreError(
                 f"view {view} of {self.path} is not finished ({len(missing)} of {self.shards} "
                 f"shards missing or damaged, the first is {missing[0]}); "
-                f"run the same {self.made_by} command again to finish it"
+                + (
+                    self.elsewhere.absent
+                    if self.elsewhere
+                    else f"run the same {self.made_by} command again to finish it"
+                )
             )
 
     def require_sound(self, view: int, shard: int) -> None:
@@ -380,7 +421,12 @@ class LabelStore:
         if (view, shard) not in self._sound and (fault := self.fault(view, shard)):
             raise StoreError(
                 f"{self.place(view, shard)} of {self.path} are not what was written there: "
-                f"{fault}; run the same {self.made_by} command again to make them anew"
+                f"{fault}; "
+                + (
+                    self.elsewhere.remedy
+                    if self.elsewhere
+                    else f"run the same {self.made_by} command again to make them anew"
+                )
             )
 
     def fault(self, view: int, shard: int) -> str | None:
@@ -399,7 +445,19 @@ class LabelStore:
 
         Zarr's own checksums find flipped bits. They don't find a missing file, which
         reads as zeros, or a file of another place or store.
+
+        A shard that is elsewhere is fetched first, and once more if it is damaged here.
         """
+        if self.elsewhere:
+            self.elsewhere.fetch(view, shard)
+        found = self._content(view, shard)
+        if found[1] and self.elsewhere and self.elsewhere.has(view, shard):
+            self.elsewhere.fetch(view, shard, anew=True)
+            found = self._content(view, shard)
+        return found
+
+    def _content(self, view: int, shard: int) -> tuple[Content | None, str | None]:
+        """Read a finished shard whole from the disk, as ``content`` does."""
         arrays: list[np.ndarray] = []
         for name in self.shard_arrays:
             file = self.file(name, view, shard).relative_to(self.path)

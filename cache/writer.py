@@ -28,6 +28,11 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         self.store = LabelStore.open(path)
+        if self.store.elsewhere:
+            raise StoreError(
+                f"{path} is the local copy of a shared store, which is only read; name another "
+                f"store"
+            )
         self.path = path
         self.group = zarr.open_group(str(path), mode="r+", zarr_format=3, use_consolidated=False)
         self.claims = claims_of(path)

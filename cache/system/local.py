@@ -21,15 +21,22 @@ class NotLocal(StoreError):
         self.fault = fault
 
 
-def require_local(*paths: object) -> None:
+def require_local(*paths: object, images: bool = False) -> None:
     """Raise NotLocal if one of the paths is a URL, such as s3://bucket/x or
     file:///x. Taken as a path, a URL would name a local folder ``s3:``. None is
-    passed over, and so is what is no path: the parsed URL of images."""
+    passed over, and so is what is no path: the parsed URL of images. images: whether
+    the paths name images, which nothing reads from the hub."""
     for path in paths:
         if not isinstance(path, str | PathLike):
             continue
         text = fspath(path)
         if found := URL.match(text if isinstance(text, str) else ""):
+            if found[1].lower() == "hf" and not images:
+                raise NotLocal(
+                    text,
+                    "is on the hub, where label stores are only read; name a local path here, and "
+                    "upload a store with: share STORE --to ORG/NAME",
+                )
             repair = (
                 f"write {'/' + text[found.end() :].lstrip('/')} instead"
                 if found[1].lower() == "file"

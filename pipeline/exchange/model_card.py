@@ -31,7 +31,7 @@ def card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": _code, "duration": duration, "public": public}
+    environment.filters |= {"code": code, "duration": duration, "public": public}
     soft, train = trained.facts["labels"] == "soft", trained.config.train
     student = trained.config.student
     tags = [
@@ -63,7 +63,7 @@ def card(
     )
 
 
-def _code(value: object) -> str:
+def code(value: object) -> str:
     """Format a value as Markdown code, in a table too. Names come from folders and from
     other people's stores, and may hold any character."""
     text = printable(value if isinstance(value, str) else json.dumps(value))

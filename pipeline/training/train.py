@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.format.manifest import USABLE, Images
+from cache.hub.address import is_hub
+from cache.hub.copy import here
 from cache.system import durable
 from cache.system.claims import claim, claims_of
 from cache.system.local import require_local
@@ -63,7 +65,7 @@ def train(
     than the teachers saw. Returns the last epoch's metrics. Raises MealError for every
     error that the user can fix.
     """
-    require_local(out, store)
+    require_local(out, None if is_hub(store) else store)
     validation = None if validation is None else place_of(validation)
     execution = execution or Execution()
     if config.student is None:
@@ -71,6 +73,7 @@ def train(
             "student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]"
         )
     processes, out = execution.processes, out.absolute()
+    store = store if store is None else processes.together(lambda: here(store))
     processes.together(lambda: _require_possible(config, execution))
     processes.first(lambda: require_trackers(execution.track))
     if any(part.is_file() for part in (out, *out.parents)):

@@ -14,6 +14,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import yaml
 from support import containers
 from support.bucket_server import Bucket
 from support.command import run
+from support.hub_server import a_hub
 from support.paths import ROOT
 from support.peers import reinforce
 from support.small import write_photos
@@ -276,6 +278,12 @@ def in_form(write: Callable[[Path, Path], Path]) -> Callable[[World, Path], None
     return make
 
 
+def shared(world: World, place: Path) -> None:
+    """Share the READMEs' label store."""
+    world.make("labels.zarr")
+    world.command("share", "labels.zarr", "--to", "lab/imagenet-labels")
+
+
 def pictures(world: World, place: Path) -> None:
     """Make a folder of images without classes."""
     place.mkdir()
@@ -310,6 +318,7 @@ PREPARED: dict[str, Callable[[World, Path], None]] = {
     "parquet": in_form(containers.parquet()),
     "imagenet/train.csv": in_form(containers.as_list),
     "pictures": pictures,
+    "hf://lab/imagenet-labels": shared,
     "s3://pictures/shards": lambda world, place: world.bucket.put(
         containers.as_shards(world.folder / "imagenet" / "train", world.folder / "up"), "shards"
     ),
@@ -399,6 +408,10 @@ def test_what_is_written_can_be_typed(section, worlds, monkeypatch, request):
         world.make("shards")
         for file in (world.folder / "shards").iterdir():
             world.web.files[f"/photos/{file.name}"] = file.read_bytes()
+    if any(re.search(r"hf://|--push|cli\.py share", line) for line in SECTIONS[section]):
+        stack = ExitStack()
+        request.addfinalizer(stack.close)
+        stack.enter_context(a_hub(request.getfixturevalue("tmp_path")))
     world.type(section)
 
 

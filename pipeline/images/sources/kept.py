@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,20 +14,11 @@ import numpy as np
 
 from cache.system import durable
 from cache.system.claims import claim, held
+from cache.system.folders import VARIABLE, cache_folder
 from cache.system.signals import check
 from pipeline.runtime.progress import say
 
-VARIABLE = "OFFLINE_MEAL_CACHE"  # names another cache folder
 VERSION = "2"  # of the kept files
-
-
-def cache_folder() -> Path:
-    """Return the folder of this program's cache: $OFFLINE_MEAL_CACHE, otherwise
-    offline-meal-v2 in $XDG_CACHE_HOME or ~/.cache. It need not exist."""
-    if named := os.environ.get(VARIABLE):
-        return Path(named)
-    above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(above, "offline-meal-v2")
 
 
 def file_for(kind: str, *about: str) -> Path:

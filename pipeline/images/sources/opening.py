@@ -52,7 +52,7 @@ def place_of(data: str | Path | Url) -> Path | Url:
         return data
     if is_url(data):
         return Url.parse(str(data))
-    require_local(data)
+    require_local(data, images=True)
     return Path(data)
 
 

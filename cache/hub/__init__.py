@@ -1,0 +1,1 @@
+"""Read label stores of the Hugging Face hub: addresses, packs, fetching."""
