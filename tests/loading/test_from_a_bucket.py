@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.containers import as_shards
+from support.hub_server import a_hub
 from support.web_server import WebServer
 from torch.utils.data import DataLoader
 
+from pipeline.exchange.share import share
 from pipeline.images.patience import DataError
 from pipeline.images.sources.remote import persistence, store
 from pipeline.loading import StoredCrops
@@ -60,3 +62,17 @@ def test_parts_of_files_are_not_read_by_forked_workers_which_say_so(
     else:
         pixels, _ = first_batch(dataset, start)
         assert all(torch.equal(pixels[item], plain[item][0]) for item in range(8))
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_a_store_of_the_hub_is_fetched_by_every_kind_of_worker(photos, store_path, tmp_path, start):
+    with a_hub(tmp_path):
+        share(store_path, "lab/labels")
+        plain = StoredCrops(store_path, photos, image_size=8)
+        dataset = StoredCrops("hf://lab/labels", photos, image_size=8)
+        loader = DataLoader(dataset, 8, num_workers=2, multiprocessing_context=start)
+        for epoch in range(2):
+            plain.set_epoch(epoch)
+            dataset.set_epoch(epoch)
+            labels = torch.cat([label for _, label in loader])
+            assert torch.equal(labels, torch.stack([plain[item][1] for item in range(90)]))
