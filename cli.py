@@ -902,10 +902,11 @@ def compare_runs(runs, figure, as_json):
     ),
     click.option(
         "--weights",
-        type=click.Choice(["best", "last"]),
+        type=click.Choice(["best", "last", "best_ema", "ema"]),
         default="best",
         show_default=True,
-        help="Weights of the epoch with the highest validation top-1, or of the last epoch.",
+        help="Weights of the epoch with the highest validation top-1, or of the last epoch; ema: "
+        "of their moving average (train.ema_decay).",
     ),
     click.option(
         "--no-onnx",

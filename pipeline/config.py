@@ -305,6 +305,13 @@ class Train(Section):
     image_size: int = Field(224, ge=8, le=4096, description="pixels")
     epochs: int = Field(180, ge=1)
     batch_size: int = Field(512, ge=2, le=65_536, description="images per step, over all processes")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="parts of each process's share of a batch, whose gradients are added up before "
+        "a step: a large batch fits any GPU. BatchNorm normalises each part by itself",
+    )
     crops_per_image: int = Field(
         1,
         ge=1,
@@ -323,12 +330,48 @@ class Train(Section):
         (100,), description="epochs, counted from 0, from which gamma applies once more"
     )
     gamma: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="of student and discriminator: sgd with momentum, or adamw with betas"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    betas: Annotated[tuple[float, float], Strict(False)] = Field(
+        (0.9, 0.999), description="of adamw: decay of the mean gradient, and of its square"
+    )
     weight_decay: float = Field(0.0, ge=0)
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32",
+    decay_norm_and_bias: bool = Field(
+        True,
+        description="decay all weights; false: not norms, biases, and what the model excepts "
+        "(position embeddings), timm's rule",
+    )
+    clip_norm: float | None = Field(
+        None,
+        gt=0,
+        description="greatest norm of the student's gradient in a step; a longer gradient is "
+        "shortened to it",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="keep the exponential moving average of the student's weights, with this decay "
+        "(0.9999) once it has risen to it; evaluated and saved beside the weights: "
+        "ema.safetensors, best_ema.safetensors",
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout of the student's head; null: the model's own"
+    )
+    drop_path: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="stochastic depth of the student: greatest probability that a block is left "
+        "out; null: the model's own",
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] | None = Field(
+        None,
         description="of forward and backward pass: float32, tf32 (GPUs from compute capability 8.0 "
-        "on) or bfloat16; weights and loss are float32 always",
+        "on) or bfloat16; weights and loss are float32 always. null: as the run was begun, "
+        "otherwise bfloat16 on GPUs that have it, float32 elsewhere",
     )
     compile: bool = Field(
         False,
@@ -385,6 +428,15 @@ class Train(Section):
         ):
             raise ValueError(
                 f"train.milestones must be rising epochs from 1 on, got {list(self.milestones)}"
+            )
+        if not 0 <= min(self.betas) <= max(self.betas) < 1:
+            raise ValueError(
+                f"train.betas must be two numbers from 0 to below 1, got {list(self.betas)}"
+            )
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"train.accumulate must leave two crops in each part of train.batch_size "
+                f"({self.batch_size}), got {self.accumulate}"
             )
         if self.discriminator and self.labels == "hard":
             raise ValueError(
@@ -458,6 +510,13 @@ class Config(Section):
         """Return the config with another ``render.resize``."""
         render = self.render.model_copy(update={"resize": resize})
         return self.model_copy(update={"render": render})
+
+    def with_precision(self, precision: str) -> Config:
+        """Return the config with this ``train.precision``, if it leaves it open."""
+        if self.train.precision is not None:
+            return self
+        train = self.train.model_copy(update={"precision": precision})
+        return self.model_copy(update={"train": train})
 
     def with_variant(self, variant: str) -> Config:
         """Return the config with another ``train.discriminator.variant``, if it has a

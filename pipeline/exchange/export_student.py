@@ -28,11 +28,11 @@ def export(
     """Make the folder ``out`` from a checkpoint of ``run``, whole or not at all.
 
     The folder holds config.json, model.safetensors, README.md and model.onnx. weights:
-    "best" or "last". onnx: whether to make model.onnx. store: the store that the run
-    was trained from; the model card then tells more about the teachers. Returns the
-    files and the figures of the export. Raises MealError if the run, the store or the
-    place is unsuitable, if timm makes another model from the folder, or if ONNX
-    Runtime's softmax is off by more than ``TOLERANCE``.
+    one of ``pipeline.runs.folder.WEIGHTS``. onnx: whether to make model.onnx. store:
+    the store that the run was trained from; the model card then tells more about the
+    teachers. Returns the files and the figures of the export. Raises MealError if the
+    run, the store or the place is unsuitable, if timm makes another model from the
+    folder, or if ONNX Runtime's softmax is off by more than ``TOLERANCE``.
     """
     require_local(run, out)
     if onnx:

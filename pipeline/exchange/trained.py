@@ -66,7 +66,8 @@ class Trained:
 
 
 def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Trained:
-    """Read a checkpoint, "best" or "last", and the folder of its run.
+    """Read a checkpoint, one of ``pipeline.runs.folder.WEIGHTS``, and the folder of its
+    run.
 
     Raises ExportError, in one line, if the folder lacks a fact that a model card needs,
     or if its files don't belong together. Raises StoreError if the run was not trained
@@ -81,11 +82,14 @@ def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Traine
             f"restore it from a copy"
         )
     figures = next((one for one in passes if one["epoch"] == facts["epoch"]), None)
+    if figures and "ema_decay" in facts:
+        own = {key: figures.get(f"{key}_ema") for key in ("val_top1", "val_top5", "val_loss")}
+        figures = figures | {key: value for key, value in own.items() if value is not None}
     if figures is None or figures.get("val_top1") != facts.get("val_top1", figures.get("val_top1")):
         raise ExportError(
             f"{file} is of epoch {facts['epoch'] + 1}, of which metrics.jsonl has "
             f"{'other' if figures else 'no'} figures; run the same train-student command again to "
-            "finish that epoch, and then this, or pass the other --weights"
+            "finish that epoch, and then this, or pass other --weights"
         )
     if store is not None and store.identity.hex() != facts["source"]:
         raise StoreError(

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import timm
+import timm.optim
 import torch
 from torch import nn
 
@@ -85,6 +86,17 @@ class Model:
             torch.autocast(x.device.type, dtype=half, enabled=half is not None),
         ):
             return self.module(x).float()
+
+    def by_decay(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Divide the weights into those that decay and those that don't, by timm's
+        rule: biases, norms and other vectors don't, nor does what the model itself
+        names (position embeddings, class tokens)."""
+        module: Any = self.module
+        named = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
+        others, decaying = timm.optim.param_groups_weight_decay(
+            module, weight_decay=1.0, no_weight_decay_list=named
+        )
+        return decaying["params"], others["params"]
 
     def digest(self) -> str:
         """Return the hex sha256 over the sorted tensors (name, dtype, shape, bytes). It

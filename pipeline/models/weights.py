@@ -30,6 +30,40 @@ Shapes = dict[str, tuple[torch.Size, bool]]
 SIZES = (224, 384, 256, 192, 448, 512, 320, 288, 160, 128, 96, 336, 240, 64, 32)
 
 
+@dataclass(frozen=True)
+class Drop:
+    """What a student leaves out at random in training.
+
+    dropout: share of the features before the head. path: greatest probability that a
+    block is left out (stochastic depth, Huang et al., arXiv 1603.09382). None: the
+    model's own, which mostly is 0.
+    """
+
+    dropout: float | None = None
+    path: float | None = None
+
+    def options(self, name: str) -> dict[str, float]:
+        """Return timm's options. Raises ModelError if the model doesn't have one."""
+        found = {}
+        for key, option, value in (
+            ("train.dropout", "drop_rate", self.dropout),
+            ("train.drop_path", "drop_path_rate", self.path),
+        ):
+            if value is None:
+                continue
+            found[option] = value
+            if ":" in name:  # of the hub or a folder: known when it is made
+                continue
+            with torch.device("meta"):  # without memory
+                try:
+                    timm.create_model(architecture(name), pretrained=False, **{option: value})
+                except TypeError:
+                    raise ModelError(
+                        f"timm's {name} has no {option}, and {key} is {value:g}; leave {key} out"
+                    ) from None
+        return found
+
+
 def load(
     spec: ModelSpec,
     *,
@@ -37,6 +71,7 @@ def load(
     image_size: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    drop: Drop | None = None,
 ) -> Model:
     """Build a model with its weights, on the CPU, in evaluation mode.
 
@@ -45,7 +80,8 @@ def load(
     in pixels, which takes precedence over the spec's and the model's own. seed: of
     random weights and of a new head. class_names: names of the classes, in place of
     ``classes``. A head that knows these classes in another order is put in this order;
-    a head of other classes is replaced. Raises ModelError.
+    a head of other classes is replaced. drop: dropout and stochastic depth in training;
+    None: the model's own. Raises ModelError.
     """
     hub = spec.checkpoint is None and spec.pretrained
     name = resolve(spec.model, hub=hub)
@@ -60,6 +96,7 @@ def load(
         # Keep the tag that the weights started from: timm's default tag may be another.
         name = written["model"]
     config = _config(name)
+    extra = (drop or Drop()).options(name)
     asked = image_size or spec.image_size
     found = _find(checkpoint, name, config, asked) if checkpoint else None
     size = found.size if found else asked or config["input_size"][-1]
@@ -70,15 +107,15 @@ def load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if found:
-            module = found.module(name, config)
+            module = found.module(name, config, extra)
         elif spec.pretrained:
             if not name.startswith("local-dir:"):
                 say(f"fetching the weights of {name}, unless they are in the cache")
-            module = _create(name, pretrained=True, **_size_option(config, size))
+            module = _create(name, pretrained=True, **_size_option(config, size), **extra)
         else:
             heads = count or config["num_classes"]
             module = _create(
-                name, pretrained=False, num_classes=heads, **_size_option(config, size)
+                name, pretrained=False, num_classes=heads, **_size_option(config, size), **extra
             )
             notes.append(f"{name} starts from random weights")
         model = Model(
@@ -225,11 +262,10 @@ class _Found:
     entry: str | None
     notes: list[str]
 
-    def module(self, name: str, config: dict) -> Any:
-        """Create the model, with these weights."""
-        module = _create(
-            name, pretrained=False, num_classes=self.classes, **_size_option(config, self.size)
-        )
+    def module(self, name: str, config: dict, extra: dict[str, float]) -> Any:
+        """Create the model, with these weights. extra: more options of timm's."""
+        options = _size_option(config, self.size) | extra
+        module = _create(name, pretrained=False, num_classes=self.classes, **options)
         weights = self.weights
         if self.made_for != self.size:
             weights = _resampled(module, weights) or {}

@@ -49,6 +49,7 @@ class RunFacts:
     of: int
     best_top1: float | None
     best_epoch: int | None
+    best_ema_top1: float | None
     top1: float | None
     top5: float | None
     val_loss: float | None
@@ -111,6 +112,7 @@ def _facts(name: str, folder: Path, config: Config, metrics: list[dict]) -> RunF
         of=config.train.epochs,
         best_top1=best and best[1],
         best_epoch=best and best[0],
+        best_ema_top1=max(points(metrics, "val_top1_ema")[1], default=None),
         top1=last.get("val_top1"),
         top5=last.get("val_top5"),
         val_loss=last.get("val_loss"),
@@ -222,6 +224,7 @@ def comparison_page(result: Comparison) -> None:
         ("epochs", [f"{run.epochs} of {run.of}" for run in runs]),
         ("best top-1 %", _numbers(runs, "best_top1", ".2f")),
         ("  after epoch", _numbers(runs, "best_epoch", "d")),
+        ("best top-1 % of EMA", _numbers(runs, "best_ema_top1", ".2f")),
         ("top-1 %", _numbers(runs, "top1", ".2f")),
         ("top-5 %", _numbers(runs, "top5", ".2f")),
         ("validation loss", _numbers(runs, "val_loss", ".4f")),

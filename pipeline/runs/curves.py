@@ -161,7 +161,10 @@ def picture(metrics: Sequence[dict], config: Config) -> Figure:
     )
     figure, places = small_multiples(len(shown), title)
     for curve, axes in zip(shown, places, strict=True):
-        together = [curve, *(other for other in CURVES if other.beside == curve.key)]
+        together = [
+            curve,
+            *(o for o in CURVES if o.beside == curve.key and points(metrics, o.key)[0]),
+        ]
         for part, colour in zip(together, COLOURS, strict=False):
             line(
                 axes,

@@ -20,14 +20,16 @@ from pipeline.models.model import METADATA
 from pipeline.runs.metrics import FIGURES
 
 CONFIG, METRICS, STATE = "config.yaml", "metrics.jsonl", "state.pt"
+# Checkpoints: of the best and of the newest pass, and those of the moving average.
+WEIGHTS = ("best", "last", "best_ema", "ema")
 SCANS = ("training-images.npz", "validation-images.npz")  # scans of the image folders
 # Facts that train-student writes into the header of every checkpoint.
 SAID = ("model", "classes", "image_size", "labels", "source", "epoch")
 
 
-# Of runs of versions that record none: who resizes their crops (before 0.10), and the
-# discriminator's variant (before 0.11).
-OLD_RESIZE, OLD_VARIANT = "dali", "unbounded"
+# Of runs of versions that record none: who resizes their crops (before 0.10), the
+# discriminator's variant (before 0.11), and the precision.
+OLD_RESIZE, OLD_VARIANT, OLD_PRECISION = "dali", "unbounded", "float32"
 
 
 class RunError(MealError):
@@ -57,7 +59,8 @@ class RunFolder:
             )
         try:
             found = validate(yaml.safe_load(file.read_text("utf-8")), "not a recipe")
-            return found.with_resize(found.render.resize or OLD_RESIZE).with_variant(OLD_VARIANT)
+            found = found.with_resize(found.render.resize or OLD_RESIZE)
+            return found.with_variant(OLD_VARIANT).with_precision(OLD_PRECISION)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
             raise RunError(
                 f"{file} is damaged ({' '.join(str(error).split())}); {self.repair}"
@@ -86,7 +89,7 @@ class RunFolder:
         return metrics
 
     def header(self, weights: str) -> dict:
-        """Return the facts in the header of a checkpoint, "best" or "last", as
+        """Return the facts in the header of a checkpoint, one of ``WEIGHTS``, as
         train-student wrote them."""
         file = self.checkpoint(weights)
         if not file.is_file():
@@ -124,7 +127,7 @@ class RunFolder:
             ) from None
 
     def checkpoint(self, weights: str) -> Path:
-        """Return the path of a checkpoint, "best" or "last"."""
+        """Return the path of a checkpoint, one of ``WEIGHTS``."""
         return self.path / f"{weights}.safetensors"
 
     def lines(self) -> int:

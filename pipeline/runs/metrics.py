@@ -26,9 +26,12 @@ class Curve(NamedTuple):
 
 
 CURVES = (
-    Curve("val_top1", "validation/top1", "validation top-1", "% of images"),
-    Curve("val_top5", "validation/top5", "validation top-5", "% of images"),
-    Curve("val_loss", "validation/loss", "validation loss", "nats"),
+    Curve("val_top1", "validation/top1", "validation top-1", "% of images", among="weights"),
+    Curve("val_top1_ema", "validation/top1_ema", "average", "", "val_top1"),
+    Curve("val_top5", "validation/top5", "validation top-5", "% of images", among="weights"),
+    Curve("val_top5_ema", "validation/top5_ema", "average", "", "val_top5"),
+    Curve("val_loss", "validation/loss", "validation loss", "nats", among="weights"),
+    Curve("val_loss_ema", "validation/loss_ema", "average", "", "val_loss"),
     Curve("loss", "training/loss", "training loss", "nats"),
     Curve("kl", "training/kl", "KL to the labels", "nats"),
     Curve("agreement", "training/agreement", "agreement with the labels", "% of crops"),
@@ -68,6 +71,8 @@ CURVES = (
         "",
         "discriminator_gradient",
     ),
+    Curve("gradient_norm", "training/gradient_norm", "norm of the gradient", "before clipping"),
+    Curve("clipped", "training/clipped", "clipped gradients", "% of steps"),
     Curve("lr", "training/lr", "learning rate", "of the last step"),
     Curve("images_per_second", "training/images_per_second", "speed", "images/s"),
 )

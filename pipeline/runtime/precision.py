@@ -39,6 +39,14 @@ def require_precision(precision: str, device: torch.device, key: str) -> None:
     )
 
 
+def usual_precision(device: torch.device) -> str:
+    """Return the precision in which a student is trained on a device if nothing else is
+    asked for: bfloat16 on GPUs that compute in it, otherwise float32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        return "bfloat16"
+    return "float32"
+
+
 @contextmanager
 def in_precision(precision: str) -> Iterator[None]:
     """Make GPUs compute convolutions and matrix products of float32 tensors in float32;

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from cache.system import durable
 from pipeline.config import Config
 from pipeline.evaluation import EvaluationSettings, Validation, evaluate
+from pipeline.models.average import Average
 from pipeline.models.model import Model, sync_batchnorm
 from pipeline.runs import checkpoint
 from pipeline.runs.curves import Curves
@@ -30,6 +34,7 @@ from pipeline.sampling import philox
 from pipeline.training import losses, schedule
 from pipeline.training.batches import Batch, Batching, Replay
 from pipeline.training.discriminator import Discriminator, Influence
+from pipeline.training.optimizer import make_optimizer
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
 
@@ -120,7 +125,6 @@ class Run:
         recipe = config.train
         if recipe.sync_bn and self.processes.world > 1:
             sync_batchnorm(student)
-        groups = [{"params": list(student.module.parameters()), "base_lr": recipe.lr}]
         self.discriminator = self.influence = None
         if judge := recipe.discriminator:
             with torch.random.fork_rng(devices=[]):
@@ -129,23 +133,11 @@ class Run:
                     self.device
                 )
             self.influence = Influence(judge.bound, judge.reversal, self.device)
-            groups.append(
-                {
-                    "params": list(self.discriminator.parameters()),
-                    # The authors' programs overwrite their own d_lr in every epoch.
-                    "base_lr": recipe.lr if judge.authors else judge.lr,
-                }
-            )
-        # On a GPU one kernel updates all weights. On a CPU fusing would only round
-        # differently from earlier versions.
-        fused = execution.on_gpu
-        self.optimizer = torch.optim.SGD(
-            groups,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=fused or None,
-        )
+        self.optimizer = make_optimizer(recipe, student, self.discriminator, fused=execution.on_gpu)
+        self.average = Average(student, recipe.ema_decay) if recipe.ema_decay else None
+        # Of the steps of a pass: the sum of the gradients' norms, and how many were
+        # shortened.
+        self.clipped = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.targets = Targets(config, source, teachers, execution)
         self.learner: nn.Module = Learner(student, self.discriminator, self.influence, self.targets)
         sizes = [recipe.image_size, *(teacher.image_size for teacher in teachers)]
@@ -173,6 +165,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, fused, strict=True):
             group["fused"] = own  # for this device, whatever device the run was on before
+        if self.average:
+            self.average.restore(state["average"])
         self.epoch, self.metrics = state["epoch"], state["metrics"]
         self.unvalidated = UNVALIDATED in state
         last = ", of which the last one is still to be validated" if self.unvalidated else ""
@@ -197,11 +191,13 @@ class Run:
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)  # of _step's results
         if self.influence:
             self.influence.sums.zero_()
-        seen, crops, rate, note = (
+        self.clipped.zero_()
+        seen, crops, rate, note, number = (
             0,
             len(self.source.images.usable) * recipe.crops_per_image,
             0.0,
             "",
+            0,
         )
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
@@ -228,6 +224,8 @@ class Run:
         if not all(torch.isfinite(p).all() for p in self.student.module.parameters()):
             self._require_finite(math.nan, rate)
         self.processes.average_batchnorm(self.student.module)
+        if self.average:
+            self.processes.average_batchnorm(self.average.model.module)
         loss, kl, agreeing, against, told_student, told_teachers = (sums / seen).tolist()
         metrics = {
             "epoch": done - 1,
@@ -240,6 +238,9 @@ class Run:
             "seconds": round(progress.seconds, 3),
             "images_per_second": round(seen / progress.seconds, 1),
         }
+        if recipe.clip_norm:
+            norm, clipped = (self.clipped / number).tolist()
+            metrics |= {"gradient_norm": norm, "clipped": 100 * clipped}
         if self.discriminator:
             of_ce, *pulls = fetched(self.processes.sum(self.influence.sums)).tolist()
             unbounded, pull = (math.sqrt(one / of_ce) if of_ce else None for one in pulls)
@@ -293,19 +294,37 @@ class Run:
         """
         with self.clock.part("labels and teachers", of_model=True):
             goal = self.targets(batch)
-        pixels = batch.pixels[self.config.train.image_size]
+        recipe = self.config.train
+        pixels, n = batch.pixels[recipe.image_size], len(batch)
+        parts = np.array_split(np.arange(n), max(1, min(recipe.accumulate, n // 2)))
+        sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         with (
             self.clock.part("forward and backward", of_model=True),
             self.processes.in_step(),
-            in_precision(self.config.train.precision),
+            in_precision(recipe.precision),
         ):
-            total, sums = self.learner(pixels, goal)
             self.optimizer.zero_grad(set_to_none=True)
-            # The gradient becomes the mean over the processes.
-            (total * batch.weight).backward()
+            for part in parts:
+                span = slice(int(part[0]), int(part[-1]) + 1)
+                with self._together(last=span.stop == n):
+                    total, its = self.learner(pixels[span], goal.take(span))
+                    # The gradient becomes the mean over the processes.
+                    (total * (batch.weight * len(part) / n)).backward()
+                sums += its
         with self.clock.part("optimizer", of_model=True):
+            if recipe.clip_norm:
+                norm = nn.utils.clip_grad_norm_(self.student.module.parameters(), recipe.clip_norm)
+                self.clipped += torch.stack([norm, norm > recipe.clip_norm]).double()
             self.optimizer.step()
+            if self.average:
+                self.average.update(self.student.module)
         return sums / batch.copies
+
+    def _together(self, *, last: bool) -> AbstractContextManager:
+        """Return a context in which the processes average their gradients in the last
+        part of a batch alone."""
+        joined: Any = self.learner
+        return nullcontext() if last or not hasattr(joined, "no_sync") else joined.no_sync()
 
     def _validate(self) -> dict:
         """Return top-1 and top-5 in per cent, and the loss in nats, on the validation
@@ -320,15 +339,23 @@ class Run:
             what="validating",
         )
         validation = self.validation
+        models = [self.student, *([self.average.model] if self.average else [])]
         result = evaluate(
-            [self.student],
+            models,
             validation.data,
             validation.images,
             settings=settings,
             execution=self.execution,
         )
-        (score,) = result.models
-        return {"val_top1": score.top1, "val_top5": score.top5, "val_loss": score.loss}
+        return {
+            f"{key}{suffix}": value
+            for score, suffix in zip(result.models, ("", "_ema"), strict=False)
+            for key, value in (
+                ("val_top1", score.top1),
+                ("val_top5", score.top5),
+                ("val_loss", score.loss),
+            )
+        }
 
     def _save(self) -> None:
         """Save the checkpoints and the metrics, then the state that the run resumes
@@ -349,17 +376,17 @@ class Run:
             "class_names": list(self.source.data.class_names),
             **({"imported": self.source.imported} if self.source.imported else {}),
         }
-        checkpoint.save_model(self.out / "last.safetensors", self.student, facts)
-        # Without validation the newest student counts as the best.
-        best = max(m.get("val_top1", 0.0) for m in self.metrics)
-        if not self.unvalidated and newest.get("val_top1", 0.0) >= best:
-            checkpoint.save_model(self.out / "best.safetensors", self.student, facts)
+        self._save_weights(self.student, facts, ("last", "best"))
+        if self.average:
+            facts |= {"val_top1": newest.get("val_top1_ema"), "ema_decay": self.average.ema.decay}
+            self._save_weights(self.average.model, facts, ("ema", "best_ema"), "_ema")
         lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
         durable.write(self.out / METRICS, lambda scratch: scratch.write_text(lines))
         state = {
             "model": self.student.module.state_dict(),
             "discriminator": self.discriminator.state_dict() if self.discriminator else None,
             "optimizer": self.optimizer.state_dict(),
+            **({"average": self.average.state()} if self.average else {}),
             "epoch": self.epoch,
             "metrics": self.metrics,
             "source": self.source.identity,
@@ -373,6 +400,18 @@ class Run:
     def _show(self, metrics: list[dict]) -> None:
         self.curves.show(metrics)
         self.trackers.show(metrics)
+
+    def _save_weights(
+        self, model: Model, facts: dict, names: tuple[str, str], suffix: str = ""
+    ) -> None:
+        """Save a student under the first name and, if it is the best so far, under the
+        second. suffix: of its top-1 in the metrics."""
+        newest, best = names
+        checkpoint.save_model(self.out / f"{newest}.safetensors", model, facts)
+        # Without validation the newest student counts as the best.
+        reached = [m.get(f"val_top1{suffix}", 0.0) for m in self.metrics]
+        if not self.unvalidated and reached[-1] >= max(reached):
+            checkpoint.save_model(self.out / f"{best}.safetensors", model, facts)
 
     def _summary(self, m: dict) -> str:
         parts = [
@@ -393,6 +432,10 @@ class Run:
             parts.append(f"its gradient {pull:.2g} of the cross-entropy's")
         if "val_top1" in m:
             parts.append(f"top-1 {m['val_top1']:.2f}, top-5 {m['val_top5']:.2f}")
+        if "val_top1_ema" in m:
+            parts.append(f"of the average {m['val_top1_ema']:.2f}, {m['val_top5_ema']:.2f}")
+        if "clipped" in m:
+            parts.append(f"gradient norm {m['gradient_norm']:.3g}, {m['clipped']:.0f} % clipped")
         return ", ".join(
             [*parts, f"{m['images_per_second']:,.0f} images/s", duration(m["seconds"])]
         )

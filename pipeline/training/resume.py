@@ -8,7 +8,7 @@ from cache.format.schema import first_difference
 from pipeline.config import Config
 from pipeline.config_file import flat
 from pipeline.runs.curves import EVENTS, PICTURE
-from pipeline.runs.folder import CONFIG, METRICS, SCANS, STATE, RunError, RunFolder
+from pipeline.runs.folder import CONFIG, METRICS, SCANS, STATE, WEIGHTS, RunError, RunFolder
 from pipeline.runs.tracking.tracker import LEFT
 from pipeline.training.source import Source, StoredLabels
 
@@ -53,8 +53,8 @@ def state_of_run(out: Path, config: Config, source: Source) -> dict | None:
     state = run.state()
     if state is None:
         # A kill in the first epoch leaves these files without a state.
-        ours = {CONFIG, *SCANS, "last.safetensors", "best.safetensors", METRICS, PICTURE}
-        ours |= {*LEFT}
+        weights = {f"{name}.safetensors" for name in WEIGHTS}
+        ours = {CONFIG, *SCANS, *weights, METRICS, PICTURE, *LEFT}
         if out.exists() and any(
             p.name not in ours and not p.name.startswith((".", EVENTS)) for p in out.iterdir()
         ):

@@ -30,6 +30,11 @@ class Goal:
     hard: torch.Tensor | None
     mean_logits: torch.Tensor | None  # float32 [n, classes], of live teachers only
 
+    def take(self, span: slice) -> Goal:
+        """Return the goal of some of the crops."""
+        parts = (self.soft, self.hard, self.mean_logits)
+        return Goal(*(None if part is None else part[span] for part in parts))
+
 
 class Targets:
     """Makes the goals of batches, and computes the student's loss towards them.

@@ -24,13 +24,13 @@ from pipeline.images.scan_cache import Scanned
 from pipeline.images.sources.opening import in_split, place_of
 from pipeline.images.sources.remote.url import Url
 from pipeline.models.model import Model
-from pipeline.models.weights import load
+from pipeline.models.weights import Drop, load
 from pipeline.runs.folder import CONFIG, SCANS, RunError
 from pipeline.runs.tracking.names import require_trackers
 from pipeline.runtime.distributed import ALONE, Processes
 from pipeline.runtime.engine import take_over
 from pipeline.runtime.execution import Execution
-from pipeline.runtime.precision import fixed_shapes, require_precision
+from pipeline.runtime.precision import fixed_shapes, require_precision, usual_precision
 from pipeline.runtime.profiling import TRAINING, advice_on_training, report
 from pipeline.runtime.progress import say
 from pipeline.runtime.waiting import giving_way
@@ -96,6 +96,7 @@ def train(
         before = processes.first(lambda: config_of_run(out))
         if before and store is None and not config.render.resize:
             config = config.with_resize(before.render.resize)
+        config = config.with_precision(_precision(before, execution))
         judge = before.train.discriminator if before else None
         config = config.with_variant(judge.variant if judge else "paper")
         config, source, teachers = choose_source(
@@ -135,6 +136,12 @@ def train(
             return _train_epochs(run)
 
 
+def _precision(before: Config | None, execution: Execution) -> str:
+    """Return the precision of a run that leaves it open: as the run began, otherwise
+    the device's usual one."""
+    return (before and before.train.precision) or usual_precision(execution.device)
+
+
 def _student(config: Config, source: Source) -> Model:
     recipe = config.train
     student = load(
@@ -142,6 +149,7 @@ def _student(config: Config, source: Source) -> Model:
         class_names=source.data.class_names,
         image_size=recipe.image_size,
         seed=recipe.seed,
+        drop=Drop(recipe.dropout, recipe.drop_path),
     )
     student.interpolation = source.policy.interpolation
     return student
@@ -253,6 +261,13 @@ def _to_validate_on(data: DataSet, source: Source, before: Scanned | None) -> Im
 def _require_possible(config: Config, execution: Execution) -> None:
     processes, device = execution.processes, execution.device
     least = 2 * processes.world * config.train.crops_per_image
+    parts = 2 * processes.world * config.train.accumulate
+    if processes.world > 1 and config.train.batch_size < parts > least:
+        raise ConfigError(
+            f"train.accumulate {config.train.accumulate} leaves fewer than two crops in each part "
+            f"of train.batch_size {config.train.batch_size} in each of {processes.world} "
+            f"processes; lower it, or raise train.batch_size to {parts}"
+        )
     if processes.world > 1 and config.train.batch_size < least:
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} is fewer than two images for each of "
@@ -262,7 +277,8 @@ def _require_possible(config: Config, execution: Execution) -> None:
         raise ConfigError(
             "train.sync_bn is for GPUs, and this runs on a CPU; set train.sync_bn=false"
         )
-    require_precision(config.train.precision, device, "train.precision")
+    if config.train.precision is not None:
+        require_precision(config.train.precision, device, "train.precision")
     if config.train.online:
         require_precision(config.store.precision, device, "store.precision")
 
@@ -284,7 +300,7 @@ def _make_folder(out: Path, config: Config, scans: list[Scanned]) -> None:
 def _unusual(config: Config, source: Source) -> list[str]:
     """Return lines that tell the user how the labels differ from a store's plain
     labels."""
-    lines = []
+    lines = [f"trained in {config.train.precision}"] if config.train.precision != "float32" else []
     if config.train.online:
         lines.append(
             f"online: {len(config.teachers)} teachers label every batch; no store is read or made"
