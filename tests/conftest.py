@@ -34,7 +34,14 @@ SLOW = {
         "test_curves",
     ),
     *("test_label_files", "test_precision", "test_gpu", "test_ranks", "test_from_a_bucket"),
-    *("test_crops_per_image", "test_ablations", "test_ray", "test_remote", "test_tracking"),
+    *(
+        "test_optimizing",
+        "test_crops_per_image",
+        "test_ablations",
+        "test_ray",
+        "test_remote",
+        "test_tracking",
+    ),
 }
 # Files with the longest tests. Each of two parallel workers begins with some of them,
 # so that no worker is left alone with a long test at the end.

@@ -34,7 +34,7 @@ from pipeline.sampling import philox
 from pipeline.training import losses, schedule
 from pipeline.training.batches import Batch, Batching, Replay
 from pipeline.training.discriminator import Discriminator, Influence
-from pipeline.training.optimizer import make_optimizer
+from pipeline.training.optimizer import make_optimizer, restore
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
 
@@ -161,10 +161,7 @@ class Run:
         self.student.module.load_state_dict(state["model"])
         if self.discriminator:
             self.discriminator.load_state_dict(state["discriminator"])
-        fused = [group["fused"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = own  # for this device, whatever device the run was on before
+        restore(self.optimizer, state["optimizer"])
         if self.average:
             self.average.restore(state["average"])
         self.epoch, self.metrics = state["epoch"], state["metrics"]

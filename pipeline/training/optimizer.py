@@ -50,3 +50,11 @@ def _groups_of_student(recipe: Train, student: Model) -> list[dict]:
         {"params": decaying, "base_lr": recipe.lr},
         {"params": others, "base_lr": recipe.lr, "weight_decay": 0.0},
     ]
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimizer's state, for this device, whatever device it was saved on."""
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        # Set before loading, since a fused AdamW keeps its count of steps on the GPU.
+        saved["fused"] = own["fused"]
+    optimizer.load_state_dict(state)

@@ -130,6 +130,9 @@ FIGURES = {
     "discriminator_accuracy",
     "discriminator_gradient",
     "discriminator_gradient_unbounded",
+    "gradient_norm",
+    "clipped",
+    "val_loss_ema",
 }
 
 
@@ -151,6 +154,7 @@ VARIANTS = {
     "crops per image": ("train.crops_per_image=2", "train.epochs=2"),
     "mixed by area": ("train.cutmix.prob=1", "train.hard_weight=0.3"),
     "a last batch of two": ("train.batch_size=44",),
+    "parts": ("train.accumulate=2", "train.clip_norm=0.5", "train.ema_decay=0.9"),
 }
 
 
