@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.paths import ROOT
 from support.small import CPU, changed
 from support.stages import crop_renderer, evaluate, generate, recheck, scan, train
@@ -198,6 +199,25 @@ def test_a_run_of_a_cpu_goes_on_here_in_one_kernel(photos, recipe, store_path, t
         assert [group["fused"] for group in state["optimizer"]["param_groups"]] == [fused]
 
 
+def test_a_run_trains_in_bfloat16_unless_told_and_with_all_that_timm_has(
+    photos, recipe, store_path, tmp_path
+):
+    how = {"optimizer": "adamw", "decay_norm_and_bias": False, "clip_norm": 1.0, "accumulate": 2}
+    how |= {"ema_decay": 0.9, "milestones": []}
+    losses = {}
+    for precision in (None, "float32"):
+        out = tmp_path / str(precision)
+        for epochs, device in ((1, CPU if precision else CUDA), (3, CUDA)):
+            values = how | {"precision": precision, "epochs": epochs}
+            made = train(
+                changed(recipe, train=values), photos, out, store=store_path, device=device
+            )
+        losses[precision] = made["loss"]
+    said = yaml.safe_load((tmp_path / "None" / "config.yaml").read_text())["train"]["precision"]
+    assert said == ("bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32")
+    assert losses[None] == pytest.approx(losses["float32"], rel=0.05)
+
+
 @pytest.mark.parametrize("backend", ["cpu", *BACKENDS])
 def test_evaluation_counts_as_on_a_cpu(photos, recipe, backend):
     models = [load(spec) for spec in recipe.teachers]
@@ -222,7 +242,8 @@ def test_a_student_learns_on_a_gpu_what_it_learns_on_a_cpu(
 ):
     made = changed(recipe, render={"backend": backend}, crops={"views": 1})
     generate(made, photos, tmp_path / "s.zarr", device=CUDA)
-    short = changed(made, train={"epochs": 1, "compile": compiled, "discriminator": {"lr": 0.001}})
+    exact = {"precision": "float32", "compile": compiled}
+    short = changed(made, train=exact | {"epochs": 1, "discriminator": {"lr": 0.001}})
     on_gpu = train(short, photos, tmp_path / "gpu", store=tmp_path / "s.zarr", device=CUDA)
     if backend == "cpu":
         on_cpu = train(
@@ -242,7 +263,8 @@ def test_a_student_learns_on_a_gpu_what_it_learns_on_a_cpu(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("sync_bn", ["false", "true"])
 def test_two_gpus_train_as_one(photos, recipe, store_path, tmp_path, sync_bn):
-    (tmp_path / "recipe.yaml").write_text(changed(recipe, train={"epochs": 1}).to_yaml())
+    exact = changed(recipe, train={"epochs": 1, "precision": "float32"})
+    (tmp_path / "recipe.yaml").write_text(exact.to_yaml())
     losses = []
     for n in (1, 2):
         command = [
