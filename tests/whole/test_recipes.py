@@ -102,7 +102,8 @@ def test_a_recipe_is_the_papers(path):
         # The name has a tag, and so doesn't depend on timm's default.
         assert resolve(spec.model) == spec.model and spec.model in timm.list_pretrained()
         assert (spec.mean, spec.std) == IMAGENET
-    paper = Train(image_size=recipe.train.image_size, discriminator=Discriminator())
+    size = recipe.train.image_size
+    paper = Train(image_size=size, precision="float32", discriminator=Discriminator())
     assert recipe.train == paper
     assert recipe.crops.views == recipe.train.epochs == 180
     assert (recipe.crops.cutmix is not None) == path.stem.endswith("cutmix")
