@@ -105,7 +105,8 @@ def plain(photos, recipe, judged) -> Path:
 def test_events_are_the_metrics_after_kills_and_restarts_for_a_tensorboard_that_watches_too(
     photos, recipe, store_path, tmp_path
 ):
-    run, one = tmp_path / "run", changed(recipe, train=JUDGED | {"epochs": 1})
+    every = JUDGED | {"epochs": 1, "ema_decay": 0.9, "clip_norm": 1.0}
+    run, one = tmp_path / "run", changed(recipe, train=every)
     train(one, photos, run, store=store_path, device=CPU)
     watching = EventAccumulator(str(run))
     assert read(watching) == as_events(metrics_of(run))

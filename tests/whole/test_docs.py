@@ -355,7 +355,7 @@ def worlds(
         )
 
     create = weights_module._create
-    tiny = {"fc": "test_resnet", "classifier": "test_efficientnet"}
+    tiny = {"fc": "test_resnet", "classifier": "test_efficientnet", "head": "test_vit"}
 
     def small(name: str, *, pretrained: bool, **options: int) -> torch.nn.Module:
         torch.manual_seed(zlib.crc32(name.encode()))
