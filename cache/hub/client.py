@@ -33,12 +33,13 @@ def library() -> Any:
     """Import huggingface_hub."""
     try:
         import huggingface_hub
-        from huggingface_hub import utils
+        from huggingface_hub import constants, utils
     except ImportError:
         raise HubError(
             "hf:// needs huggingface_hub, which is not installed; pip install huggingface_hub"
         ) from None
-    assert utils
+    # Imported whole here: another thread might else see half of them.
+    assert constants and utils
     # What the library warns of while it tries again is told by Patience.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     return huggingface_hub

@@ -142,7 +142,9 @@ def unpack(
     try:
         with tarfile.open(pack, "r:") as tar:
             for member in tar:
-                if not member.isreg() or not allowed(member.name):
+                # A sparse file may be far larger than its pack.
+                whole = member.isreg() and not member.issparse()
+                if not whole or not allowed(member.name):
                     raise HubError(
                         f"{where} holds {member.name!r}, which is no file of this pack; don't use "
                         f"this store"

@@ -63,7 +63,7 @@ class Shared:
             f"{self.address}: {counted(self.views, 'view')} in {counted(self.packs, 'pack')}, of "
             f"which {self.sent} ({self.bytes_sent / 1e6:,.1f} MB) were sent now",
             f'  LabelStore.open("hf://{self.repo}"), or --store hf://{self.repo}; at this very '
-            f"state: hf://{self.repo}@{self.commit[:12]}",
+            f"state: hf://{self.repo}@{self.commit}",
             "  README.md is the card; it says what the images' and teachers' licences mean for "
             "the labels" + ("" if self.licence else ", and that no licence was chosen (--licence)"),
         ]

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pipeline.loading.sampler import StoredCropsSampler
 
 
+_foreign: list[Any] = []  # what a forked process has from its parent
+
+
 class StoredCrops(Dataset):
     """The crops of one view of a label store, with their soft labels.
 
@@ -140,6 +143,9 @@ class StoredCrops(Dataset):
 
     def _opened(self) -> _Own:
         if self._own is None or self._own.process != os.getpid():
+            # A DALI pipeline of the process that this one was forked from must never be
+            # dropped here: it would wait for threads that don't exist.
+            _foreign.append(self._own)
             self._own = _Own(self.store, self.data, self.image_size, codes=self.codes)
         return self._own
 

@@ -145,6 +145,8 @@ def test_what_pillow_decodes_in_another_way_is_decoded_by_dali_also_in_workers(
     assert len(by_dali) < len(names) / 2
     require_equal(dataset, path, folder)
     shown = shown_by_train_student(path, folder, 0)
+    assert dataset._own.render.dali is not None  # this process has used DALI, too
+    dataset.set_epoch(0)
     loader = DataLoader(dataset, 4, num_workers=1, multiprocessing_context=start)
     pixels = torch.cat([batch for batch, _ in loader])
     for item, row in enumerate(dataset.rows.tolist()):

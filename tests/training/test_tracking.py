@@ -30,7 +30,7 @@ from pipeline.runs.tracking import names
 from pipeline.runs.tracking.mlflow_runs import LONGEST_PARAMETER, MARK, MLflow
 from pipeline.runs.tracking.names import TrackingError, Wanted
 from pipeline.runs.tracking.tracker import LEFT, Tracked
-from pipeline.runs.tracking.trackers import Trackers
+from pipeline.runs.tracking.trackers import Trackers, without_secrets
 
 BOTH = ("wandb", "mlflow")
 pytest.importorskip("wandb")
@@ -395,3 +395,8 @@ def test_a_copy_of_a_run_without_its_identity_is_a_run_of_its_own(tmp_path):
     assert tracked.identity() == tracked.identity()
     shutil.copytree(tmp_path / "run", tmp_path / "copy", ignore=shutil.ignore_patterns("*.json"))
     assert Tracked(tmp_path / "copy", {}, {}).identity() != tracked.identity()
+
+
+def test_a_warning_holds_no_password_of_an_address():
+    told = without_secrets("API request to https://ann:secret@tracker.example/api failed")
+    assert told == "API request to https://…@tracker.example/api failed"

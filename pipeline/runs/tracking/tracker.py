@@ -7,7 +7,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from pipeline.runs.metrics import CURVES
 
 ID = "tracking.json"  # the file that keeps the tracked run's identity in a run's folder
 # What trackers may leave in a run's folder; MLflow's if no server or store is named.
-LEFT = (ID, "wandb", "mlflow.db", "mlartifacts")
+LEFT = (ID, "wandb", "mlflow.db", "mlflow.db-journal", "mlartifacts")
 BEST = "best/top1"  # tag of the best validation top-1
 # How a run ended.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -39,7 +39,7 @@ class Tracked:
     @classmethod
     def of(cls, out: Path, config: Config, facts: dict[str, Any]) -> Tracked:
         """Describe the run in ``out``."""
-        own = {"run.folder": out.name, "run.version": version("offline-meal-v2")}
+        own = {"run.folder": out.name, "run.version": _version()}
         return cls(out, flat(config.model_dump(mode="json")), {**facts, **own})
 
     def identity(self) -> str:
@@ -80,3 +80,11 @@ def figures(one: dict) -> dict[str, float]:
 def default(variable: str, value: object) -> None:
     """Set an environment variable that a library reads, unless the user has set it."""
     os.environ.setdefault(variable, str(value))
+
+
+def _version() -> str:
+    """Return this program's version; "unknown" if it runs without being installed."""
+    try:
+        return version("offline-meal-v2")
+    except PackageNotFoundError:
+        return "unknown"

@@ -3,6 +3,7 @@ never stops the training."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,5 +92,11 @@ class Guard:
             later = "the next start of this command" if last else "a later pass"
             say(
                 f"warning: {self.name} could not be told of the run ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}); training goes on, and {later} tries again"
+                f"{without_secrets(' '.join(str(error).split()))[:200]}); training goes on, and "
+                f"{later} tries again"
             )
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with user and password of each URL left out."""
+    return re.sub(r"://[^/\s@]+@", "://…@", text)

@@ -105,7 +105,7 @@ class WeightsAndBiases:
             if one["epoch"] + 1 > self.newest:
                 self.newest = one["epoch"] + 1
                 self.run.log(figures(one), step=self.newest)
-        if self.run.offline:
+        if self.run.offline and metrics:  # the whole history is in this start's folder now
             own = Path(self.run.dir).parent
             for folder in own.parent.glob(f"offline-run-*-{self.run.id}"):
                 if folder != own:
