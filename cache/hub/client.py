@@ -52,8 +52,10 @@ def offline() -> bool:
 
 def endpoint() -> str:
     """Return the address of the hub: $HF_ENDPOINT, otherwise the public hub's."""
-    named = os.environ.get("HF_ENDPOINT") or library().constants.ENDPOINT
-    return str(named).rstrip("/")
+    named = str(os.environ.get("HF_ENDPOINT") or library().constants.ENDPOINT)
+    if not named.startswith(("http://", "https://")):
+        raise HubError(f"HF_ENDPOINT is {named}, no address of a hub; begin it with https://")
+    return named.rstrip("/")
 
 
 def api() -> Any:
@@ -150,7 +152,7 @@ def _told(error: Exception, about: str) -> tuple[str | None, str]:
         if status in (408, 429) or status >= 500:
             return None, "too many requests" if status == 429 else f"the hub answers {status}"
         return f"{about}: the hub refuses with status {status}{said}; mend that", ""
-    if kinds & {"TransportError", "ConnectionError", "RequestException", "TimeoutException"}:
+    if kinds & {"RequestError", "ConnectionError", "RequestException"}:
         return None, " ".join(str(error).split())[:100] or type(error).__name__
     if isinstance(error, OSError) and error.errno is None:  # fewer bytes came than were told
         return None, str(error)[:100] or "the connection broke"
@@ -178,16 +180,17 @@ def commit_of(repo: str, revision: str, seconds: float | None = None) -> str:
     return persistently(ask, f"hf://{repo}@{revision}", seconds)
 
 
-def _address(repo: str, commit: str, file: str) -> str:
-    return f"{endpoint()}/datasets/{repo}/resolve/{commit}/{quote(file)}"
+def _address(repo: str, commit: str, file: str, kind: str = "dataset") -> str:
+    place = f"datasets/{repo}" if kind == "dataset" else repo
+    return f"{endpoint()}/{place}/resolve/{commit}/{quote(file)}"
 
 
-def read(repo: str, commit: str, file: str) -> bytes:
-    """Fetch a small file of a dataset."""
+def read(repo: str, commit: str, file: str, kind: str = "dataset") -> bytes:
+    """Fetch a small file of a repository. kind: dataset or model."""
 
     def ask() -> bytes:
         content = b""
-        for chunk in _stream(_address(repo, commit, file), 0):
+        for chunk in _stream(_address(repo, commit, file, kind), 0):
             content += chunk
             if len(content) > SMALL:
                 raise HubError(f"hf://{repo}: {file} is too large to be what it says")
@@ -256,7 +259,7 @@ def _complete(wanted: Wanted, part: Path) -> None:
             with open(part, "ab", buffering=0) as file:
                 for chunk in _stream(address, at):
                     if file.tell() + len(chunk) > wanted.size:
-                        raise NoRanges("more bytes came than its index says")
+                        raise _too_many(wanted, at)
                     _write(file, chunk)
                     patience.renew()
                 if file.tell() < wanted.size:
@@ -265,6 +268,17 @@ def _complete(wanted: Wanted, part: Path) -> None:
             if isinstance(error, NoRanges):
                 os.truncate(part, 0)
             patience.bear(error)
+
+
+def _too_many(wanted: Wanted, first: int) -> Exception:
+    """Return the error for more bytes than the index says. first: the byte from which
+    on they were asked for. A whole file that is too long stays so."""
+    if first:
+        return NoRanges("more bytes came than its index says")
+    return HubError(
+        f"hf://{wanted.repo}: {wanted.file} is longer than its index says; tell its owner, or "
+        f"name an older revision"
+    )
 
 
 def _write(file: io.RawIOBase, chunk: bytes) -> None:

@@ -41,6 +41,14 @@ def here(path: str | Path) -> Path:
     return opened(Address.parse(path)) if is_hub(path) else Path(path)
 
 
+def announced(path: str | Path) -> Path:
+    """Do as ``here``, and tell of a store on the hub which commit is read."""
+    found = here(path)
+    if is_hub(path):
+        client.tell(f"{path} is read at commit {found.parent.name[:12]}, through {found}")
+    return found
+
+
 def opened(address: Address) -> Path:
     """Return the path of the local copy of a store of the hub, made if need be. Only
     the store's description is fetched. Raises HubError."""
@@ -108,6 +116,7 @@ def _make(address: Address, commit: str, path: Path) -> None:
     about = {"repo": address.repo, "commit": commit, "index": json.loads(content)}
     replace_file(path.with_name(STORE + BESIDE), json.dumps(about).encode())
     part = path.with_name(f"{index.description.sha256}.part")
+    _require_room(path.parent, index.description, str(address))
     client.fetch(_wanted(address.repo, commit, index.description), part)
     where = f"{address}: {index.description.file}"
     with whole_folder(path) as scratch:
@@ -236,13 +245,7 @@ class Copy:
             for shard in range(pack.first, pack.stop)
             for path in self.files(pack.view, shard)
         }
-        free = shutil.disk_usage(self.path).free
-        if free < 2 * pack.size:
-            raise HubError(
-                f"{pack.file} of hf://{self.repo} takes {2 * pack.size:,} bytes while it is "
-                f"unpacked, and {self.path.parent} has {free:,} free; make room, or name a folder "
-                f"on a larger disk in {VARIABLE}"
-            )
+        _require_room(self.path.parent, pack, f"hf://{self.repo}")
         client.tell(f"hf://{self.repo}: fetching {pack.file} ({pack.size / 1e6:,.1f} MB)")
         part = self.path.with_name(f"{pack.sha256}.part")
         client.fetch(_wanted(self.repo, self.commit, pack), part)
@@ -252,6 +255,17 @@ class Copy:
             if not _filled(self.path / name):
                 raise HubError(f"{where} lacks {name}; {self.remedy}")
         part.unlink(missing_ok=True)
+
+
+def _require_room(folder: Path, pack: Pack, where: str) -> None:
+    """Raise HubError if a pack doesn't fit into a folder beside its own files."""
+    free = shutil.disk_usage(folder).free
+    if free < 2 * pack.size:
+        raise HubError(
+            f"{pack.file} of {where} takes {2 * pack.size:,} bytes while it is unpacked, and "
+            f"{folder} has {free:,} free; make room, or name a folder on a larger disk in "
+            f"{VARIABLE}"
+        )
 
 
 def _filled(path: Path) -> bool:

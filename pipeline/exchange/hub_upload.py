@@ -85,16 +85,16 @@ class Repository:
     def commit(self, operations: Sequence[Any], message: str, gone: Sequence[str] = ()) -> str:
         """Commit files that were sent, and take others away. Returns the commit."""
         delete = client.library().CommitOperationDelete
-        done = client.persistently(
-            lambda: client.api().create_commit(
-                self.name,
-                [*operations, *(delete(name) for name in gone)],
-                commit_message=message,
-                repo_type=self.kind,
-            ),
-            self.about,
-        )
-        return str(done.oid)
+
+        def once() -> Any:
+            # A try before this one may have been made, and only its answer lost.
+            there = self.files() if gone else {}
+            away = [delete(name) for name in gone if name in there]
+            return client.api().create_commit(
+                self.name, [*operations, *away], commit_message=message, repo_type=self.kind
+            )
+
+        return str(client.persistently(once, self.about).oid)
 
     @property
     def address(self) -> str:

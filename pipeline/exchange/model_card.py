@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from cache import LabelStore
 from cache.errors import printable
 from pipeline import config_file
+from pipeline.exchange.templates import filled
 from pipeline.exchange.trained import Trained
 from pipeline.models.model import Model
-from pipeline.models.names import public
 from pipeline.runtime.progress import duration
 
 
@@ -24,14 +22,6 @@ def card(
 ) -> str:
     """Return the model card, Markdown with a head in YAML. The card says only what the
     run, the store and this export tell."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.exchange", ""),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": code, "duration": duration, "public": public}
     soft, train = trained.facts["labels"] == "soft", trained.config.train
     student = trained.config.student
     tags = [
@@ -43,7 +33,9 @@ def card(
     ]
     head = {"library_name": "timm", "pipeline_tag": "image-classification", "tags": tags}
     timm_model: Any = model.module
-    return environment.get_template("model_card.md").render(
+    return filled(
+        "model_card.md",
+        {"duration": duration},
         head=yaml.safe_dump(head, sort_keys=False),
         title=printable(title),
         architecture=timm_model.pretrained_cfg["architecture"],
@@ -61,10 +53,3 @@ def card(
         onnx=onnx,
         versions={name: version(name) for name in ("timm", "torch")},
     )
-
-
-def code(value: object) -> str:
-    """Format a value as Markdown code, in a table too. Names come from folders and from
-    other people's stores, and may hold any character."""
-    text = printable(value if isinstance(value, str) else json.dumps(value))
-    return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"

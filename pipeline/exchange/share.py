@@ -214,8 +214,9 @@ class _Sharing:
         """Send a pack of shards, unless the hub has it."""
         told = hashlib.sha256(self.records[view, first:stop].tobytes()).digest()
         name = packs.name_of(f"packs/view-{view:04d}-{first:03d}", told)
-        if name in self.there:
-            return Pack(name, *self.there[name], view, first, stop)
+        size, digest = self.there.get(name, (0, ""))
+        if digest:  # a pack that the hub doesn't keep as a large file has none there
+            return Pack(name, size, digest, view, first, stop)
         for shard in range(first, stop):
             self.store.require_sound(view, shard)
         target = self.scratch / name.rpartition("/")[2]

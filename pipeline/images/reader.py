@@ -99,8 +99,11 @@ def naming(images: Images, rows: np.ndarray) -> Iterator[None]:
 
 def _no_memory(error: Exception, images: Images, rows: np.ndarray) -> DataError:
     row = rows[(images.height[rows].astype(np.int64) * images.width[rows]).argmax()]
+    several = len(rows) > 1
+    who = f"a batch of {len(rows)} images needs" if several else "one image needs"
     return DataError(
-        f"{error}; a batch of {len(rows)} images needs more memory than there is, the largest "
+        f"{error}; {who} more memory than there is, the largest "
         f"is {images.path[row]} ({images.height[row]:,} × {images.width[row]:,} pixels); free "
-        f"memory, lower --batch-size, or leave large images out (render.max_megapixels)"
+        f"memory, {'lower --batch-size, ' if several else ''}or leave large images out "
+        f"(render.max_megapixels)"
     )

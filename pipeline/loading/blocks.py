@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -9,11 +10,9 @@ import numpy as np
 
 from cache import LabelStore
 from cache.format.crops import Crops
-from pipeline.sampling.epoch_order import WINDOW_BLOCKS
+from pipeline.sampling.epoch_order import Layout
 
-# The blocks of a window are read together, and those of the next window begin while
-# others are still in use.
-HELD = WINDOW_BLOCKS + WINDOW_BLOCKS // 4
+SPARE = 1.25  # chunks in memory for each of a window: the next window begins beside it
 
 
 class Block(NamedTuple):
@@ -24,11 +23,12 @@ class Block(NamedTuple):
 
 
 class Blocks:
-    """Holds the most recently used chunks of a store, each of about 1 MiB of codes."""
+    """Holds the most recently used chunks of a store, of about 1 MiB of codes each: as
+    many as a window has, and some more."""
 
-    def __init__(self, store: LabelStore, most: int = HELD) -> None:
-        self.store, self.most = store, most
-        self.rows = store.chunk_rows
+    def __init__(self, store: LabelStore, layout: Layout) -> None:
+        self.store, self.rows = store, store.chunk_rows
+        self.most = math.ceil(SPARE * layout.window_blocks * layout.block_rows / self.rows)
         self.held: OrderedDict[tuple[int, int], Block] = OrderedDict()
 
     def of(self, view: int, row: int) -> tuple[Block, int]:

@@ -16,17 +16,19 @@ from cache.format.crops import Crops
 from pipeline.images.data_set import DataSet
 from pipeline.loading.options import Options
 from pipeline.loading.packed_texts import PackedTexts
+from pipeline.provenance.description import policy_of
 from pipeline.provenance.refusals import require_same_images, require_same_pixels
 from pipeline.render.one_crop import OneCrop
 from pipeline.render.settings import RenderSettings
 from pipeline.runtime.progress import say
+from pipeline.sampling.epoch_order import Layout, blocks_of
 
 
 def opened(
     path: str | Path, data: str | Path | DataSet, options: Options
-) -> tuple[LabelStore, DataSet]:
+) -> tuple[LabelStore, DataSet, Layout]:
     """Open a store and its images, and check them. Both are light enough to be handed
-    to workers. Raises MealError."""
+    to workers. Returns also which rows are read together. Raises MealError."""
     store = LabelStore.open(path)
     _require_interpolation(store, options.interpolation)
     _require_views(store, options.views)
@@ -38,7 +40,8 @@ def opened(
     places = found.places
     if places is not None and places.dtype == object:
         found = replace(found, places=_packed(places))
-    return store.reopened(light), found
+    blocks = blocks_of(store.chunk_rows, store.shard_rows, policy_of(store))
+    return store.reopened(light), found, Layout(*blocks, store.shard_rows)
 
 
 def _packed(texts: np.ndarray) -> Any:

@@ -52,8 +52,8 @@ class StoredCropsSampler(DistributedSampler):
         if not self.shuffle:
             yield from (np.arange(whole)[mine] % len(self.crops)).tolist()
             return
-        layout = self.crops.store.chunk_rows, self.crops.store.shard_rows
-        for window in part_windows(self.crops.rows, layout, (self.seed, self.epoch), mine):
+        drawn = self.seed, self.epoch
+        for window in part_windows(self.crops.rows, self.crops.layout, drawn, mine):
             yield from window.tolist()
 
     def set_epoch(self, epoch: int) -> None:

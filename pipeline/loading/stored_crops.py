@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cache import LabelStore
 from pipeline.images.data_set import DataSet
 from pipeline.images.reader import Reader, naming
 from pipeline.loading.blocks import Blocks
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
     from pipeline.loading.sampler import StoredCropsSampler
 
 
-_foreign: list[Any] = []  # what a forked process has from its parent
+# What a forked process has from its parent. A DALI pipeline in it must never be dropped
+# here: dropping it would wait for threads that don't exist.
+_foreign: list[Any] = []
 
 
 class StoredCrops(Dataset):
@@ -60,7 +61,7 @@ class StoredCrops(Dataset):
         from pipeline.loading.opening import opened
 
         asked = Options(image_size=image_size, **options)
-        self.store, self.data = opened(store, data, asked)
+        self.store, self.data, self.layout = opened(store, data, asked)
         self.image_size, self._transform, self.codes = image_size, transform, asked.codes
         self.views = asked.views or self.store.views
         images = self.store.images
@@ -143,23 +144,22 @@ class StoredCrops(Dataset):
 
     def _opened(self) -> _Own:
         if self._own is None or self._own.process != os.getpid():
-            # A DALI pipeline of the process that this one was forked from must never be
-            # dropped here: it would wait for threads that don't exist.
-            _foreign.append(self._own)
-            self._own = _Own(self.store, self.data, self.image_size, codes=self.codes)
+            if self._own is not None:
+                _foreign.append(self._own)
+            self._own = _Own(self)
         return self._own
 
 
 class _Own:
     """What one process has open: the store, the images, and chunks of the store."""
 
-    def __init__(self, store: LabelStore, data: DataSet, size: int, *, codes: bool) -> None:
+    def __init__(self, dataset: StoredCrops) -> None:
         self.process = os.getpid()
-        store = store.reopened()
-        self.images, self.decode = store.images, None if codes else store.codec.decode
-        self.blocks = Blocks(store)
-        self.read = Reader(data, store.images, threads=1)
-        self.render = OneCrop(size, RenderSettings.of_store(store))
+        store = dataset.store.reopened()
+        self.images, self.decode = store.images, None if dataset.codes else store.codec.decode
+        self.blocks = Blocks(store, dataset.layout)
+        self.read = Reader(dataset.data, store.images, threads=1)
+        self.render = OneCrop(dataset.image_size, RenderSettings.of_store(store))
 
     def item(self, view: int, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the pixels uint8 [size, size, 3] of a row, mixed if the store has

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -107,31 +108,40 @@ def batch_sizes(rows: int, batch_size: int) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a store that belong together. block_rows: are read at once.
+    window_blocks: blocks that are shuffled together. shard_rows: of a file."""
+
+    block_rows: int
+    window_blocks: int
+    shard_rows: int
+
+
 def part_windows(
-    rows: np.ndarray, layout: tuple[int, int], drawn: tuple[int, int], part: slice
+    rows: np.ndarray, layout: Layout, drawn: tuple[int, int], part: slice
 ) -> Iterator[np.ndarray]:
     """Yield a part of an epoch's order, window by window, as a pure function of its
     arguments.
 
-    rows: int64 [n], rising. layout: rows of a chunk and of a shard. drawn: seed and
-    epoch. part: of the places 0 … n in the order; places from n on are those from 0 on
-    again. Returns int64 places in ``rows``. Shards come in random order, and so do the
-    chunks of each; the rows of ``WINDOW_BLOCKS`` chunks are shuffled together. So each
-    of several parts touches shards of its own, and two more at most.
+    rows: int64 [n], rising. drawn: seed and epoch. part: of the places 0 … n in the
+    order; places from n on are those from 0 on again. Returns int64 places in ``rows``.
+    Shards come in random order, and so do the blocks of each; the rows of a window are
+    shuffled together. So each of several parts touches shards of its own, and two more
+    at most.
     """
-    (chunk_rows, shard_rows), (seed, epoch) = layout, drawn
-    chunks = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows // chunk_rows)) + 1)
-    shard = np.array([rows[chunk[0]] // shard_rows for chunk in chunks])
-    of_shard, of_chunk = (
-        philox.permutation(seed, len(chunks), epoch, 1 + axis) for axis in range(2)
-    )
-    # Every chunk gets its shard's random number first, and then one of its own.
-    first = np.unique(shard, return_index=True)[1]
-    order = np.lexsort((of_chunk, of_shard[first][np.searchsorted(np.unique(shard), shard)]))
-    whole = np.concatenate([chunks[chunk] for chunk in order])
+    seed, epoch = drawn
+    of_block = rows // layout.block_rows
+    blocks = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(of_block)) + 1)
+    shard = np.array([rows[block[0]] // layout.shard_rows for block in blocks])
+    _, number = np.unique(shard, return_inverse=True)
+    of_shard, own = (philox.permutation(seed, len(blocks), epoch, 1 + axis) for axis in range(2))
+    # A block comes at its shard's random number, and then at one of its own.
+    order = np.lexsort((own, of_shard[number]))
+    whole = np.concatenate([blocks[block] for block in order])
     mine = whole[np.arange(part.start, part.stop) % len(whole)]
-    begins = np.flatnonzero(np.diff(rows[mine] // chunk_rows)) + 1  # of chunks, after the first
+    begins = np.flatnonzero(np.diff(of_block[mine])) + 1  # of blocks, after the first
     place = part.start
-    for window in np.split(mine, begins[WINDOW_BLOCKS - 1 :: WINDOW_BLOCKS]):
+    for window in np.split(mine, begins[layout.window_blocks - 1 :: layout.window_blocks]):
         yield window[philox.permutation(seed, len(window), epoch, 3 + place)]
         place += len(window)

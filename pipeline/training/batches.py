@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -51,6 +52,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.class_index)
+
+    def parts(self, most: int) -> list[slice]:
+        """Divide the crops into at most ``most`` parts of two crops or more. Every
+        process has equally many parts: as many as the smallest share has room for."""
+        views = len(self) // len(self.rows)
+        least = len(self) if self.copies > 1 else self.total // views // self.world * views
+        count = max(1, min(most, least // 2))
+        ends = [len(self) * part // count for part in range(count + 1)]
+        return [slice(first, end) for first, end in pairwise(ends)]
 
     @property
     def weight(self) -> float:

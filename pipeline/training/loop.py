@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,7 +33,7 @@ from pipeline.sampling import philox
 from pipeline.training import losses, schedule
 from pipeline.training.batches import Batch, Batching, Replay
 from pipeline.training.discriminator import Discriminator, Influence
-from pipeline.training.optimizer import make_optimizer, restore
+from pipeline.training.optimizer import make_optimizer, restore_optimizer
 from pipeline.training.source import Source
 from pipeline.training.targets import Goal, Targets
 
@@ -161,7 +160,7 @@ class Run:
         self.student.module.load_state_dict(state["model"])
         if self.discriminator:
             self.discriminator.load_state_dict(state["discriminator"])
-        restore(self.optimizer, state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         if self.average:
             self.average.restore(state["average"])
         self.epoch, self.metrics = state["epoch"], state["metrics"]
@@ -189,12 +188,11 @@ class Run:
         if self.influence:
             self.influence.sums.zero_()
         self.clipped.zero_()
-        seen, crops, rate, note, number = (
+        seen, crops, rate, note = (
             0,
             len(self.source.images.usable) * recipe.crops_per_image,
             0.0,
             "",
-            0,
         )
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
@@ -236,7 +234,7 @@ class Run:
             "images_per_second": round(seen / progress.seconds, 1),
         }
         if recipe.clip_norm:
-            norm, clipped = (self.clipped / number).tolist()
+            norm, clipped = (self.clipped / len(self.replay.sizes)).tolist()
             metrics |= {"gradient_norm": norm, "clipped": 100 * clipped}
         if self.discriminator:
             of_ce, *pulls = fetched(self.processes.sum(self.influence.sums)).tolist()
@@ -292,8 +290,7 @@ class Run:
         with self.clock.part("labels and teachers", of_model=True):
             goal = self.targets(batch)
         recipe = self.config.train
-        pixels, n = batch.pixels[recipe.image_size], len(batch)
-        parts = np.array_split(np.arange(n), max(1, min(recipe.accumulate, n // 2)))
+        pixels, parts = batch.pixels[recipe.image_size], batch.parts(recipe.accumulate)
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         with (
             self.clock.part("forward and backward", of_model=True),
@@ -302,11 +299,11 @@ class Run:
         ):
             self.optimizer.zero_grad(set_to_none=True)
             for part in parts:
-                span = slice(int(part[0]), int(part[-1]) + 1)
-                with self._together(last=span.stop == n):
-                    total, its = self.learner(pixels[span], goal.take(span))
+                with self._together(last=part is parts[-1]):
+                    total, its = self.learner(pixels[part], goal.take(part))
                     # The gradient becomes the mean over the processes.
-                    (total * (batch.weight * len(part) / n)).backward()
+                    share = (part.stop - part.start) / len(batch)
+                    (total * (batch.weight * share)).backward()
                 sums += its
         with self.clock.part("optimizer", of_model=True):
             if recipe.clip_norm:

@@ -52,7 +52,7 @@ def _groups_of_student(recipe: Train, student: Model) -> list[dict]:
     ]
 
 
-def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimizer's state, for this device, whatever device it was saved on."""
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
         # Set before loading, since a fused AdamW keeps its count of steps on the GPU.

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cache.format.manifest import USABLE, Images
-from cache.hub.address import is_hub
-from cache.hub.copy import here
+from cache.hub.address import Address, is_hub
+from cache.hub.copy import announced, here
 from cache.system import durable
 from cache.system.claims import claim, claims_of
 from cache.system.local import require_local
@@ -73,7 +73,7 @@ def train(
             "student is missing; name one in the config, or with --student MODEL[=CHECKPOINT]"
         )
     processes, out = execution.processes, out.absolute()
-    store = store if store is None else processes.together(lambda: here(store))
+    store = at_one_commit(store, processes)
     processes.together(lambda: _require_possible(config, execution))
     processes.first(lambda: require_trackers(execution.track))
     if any(part.is_file() for part in (out, *out.parents)):
@@ -134,6 +134,16 @@ def train(
             if state is not None:
                 run.restore(state)
             return _train_epochs(run)
+
+
+def at_one_commit(store: Path | str | None, processes: Processes) -> Path | None:
+    """Return the path of a store. Of a store of the hub it is the path of the local
+    copy, at the commit that is the newest for the first process."""
+    if store is None or not is_hub(store):
+        return store if store is None else Path(store)
+    commit = processes.first(lambda: announced(store)).parent.name
+    repo = Address.parse(store).repo
+    return processes.together(lambda: here(f"hf://{repo}@{commit}"))
 
 
 def _precision(before: Config | None, execution: Execution) -> str:

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from support import stores
 from support.command import run
-from support.hub_server import Hub, Refusal, a_hub, require_limits
+from support.hub_server import Hub, Refusal, require_limits
 from support.paths import ROOT
 from support.stages import train
 from support.stores import one_line
@@ -34,12 +33,6 @@ from pipeline.exchange.share import share
 from pipeline.runs.folder import RunFolder
 
 AT = "hf://lab/labels"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with a_hub(tmp_path) as hub:
-        yield hub
 
 
 @pytest.fixture
@@ -348,6 +341,41 @@ def test_a_pushed_student_is_loaded_from_the_hub(hub, store_path, photos, recipe
     assert done.returncode == 0, (done.stderr, hub.seen[-12:])
     status, out, err = run(*words, "--out", tmp_path / "again", "--json")
     assert status == 0 and json.loads(out)["pushed"]["repo"] == "lab/student", err
+
+
+def test_a_push_writes_over_a_student_of_this_program_alone(
+    hub, store_path, photos, recipe, tmp_path
+):
+    one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    train(one, photos, tmp_path / "run", store=store_path)
+    words = ("export", tmp_path / "run", "--no-onnx", "--push", "lab/student", "--out")
+    for number, content in enumerate((b'{"architecture": "resnet50"}', b"no JSON")):
+        hub.put("lab/student", "config.json", content, "models")
+        status, _, err = run(*words, tmp_path / str(number))
+        assert status == 1 and "lab/student holds files of another program (config.json)" in err
+        assert set(hub.files("lab/student", "models")) == {"config.json"}
+
+
+def test_a_pack_that_the_hub_keeps_as_a_small_file_is_sent_again(hub, store, tmp_path):
+    share(store.path, "lab/labels")
+    held = hub.repos["datasets", "lab/labels"]
+    files = dict(held.commits[held.refs["main"]])
+    for name, body in hub.files("lab/labels").items():
+        files[name] = ("", body)  # without large files, the hub tells no sha256
+    held.commit(files)
+    again = share(store.path, "lab/labels")
+    assert again.sent == again.packs
+    assert verify(LabelStore.open(AT).path).complete
+
+
+def test_a_commit_whose_answer_was_lost_is_made_once(hub, store, monkeypatch):
+    share(store.path, "lab/labels")
+    old = [name for name in hub.files("lab/labels") if name.startswith("packs/")]
+    monkeypatch.setattr(packs, "PACK_BYTES", 10 * packs.PACK_BYTES)  # other packs, so old ones go
+    hub.forgotten.append("POST .*/commit/main")
+    share(store.path, "lab/labels")
+    assert not hub.forgotten and not set(old) & set(hub.files("lab/labels"))
+    assert verify(LabelStore.open(AT).path).complete
 
 
 def test_nothing_is_pushed_unless_all_was_exported(hub, store_path, photos, recipe, tmp_path):

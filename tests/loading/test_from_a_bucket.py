@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.containers import as_shards
-from support.hub_server import a_hub
 from support.web_server import WebServer
 from torch.utils.data import DataLoader
 
@@ -66,14 +65,13 @@ def test_parts_of_files_are_not_read_by_forked_workers_which_say_so(
 
 # Not forkserver: its server keeps the variables of the test that started it.
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_store_of_the_hub_is_fetched_by_every_kind_of_worker(photos, store_path, tmp_path, start):
-    with a_hub(tmp_path):
-        share(store_path, "lab/labels")
-        plain = StoredCrops(store_path, photos, image_size=8)
-        dataset = StoredCrops("hf://lab/labels", photos, image_size=8)
-        loader = DataLoader(dataset, 8, num_workers=2, multiprocessing_context=start)
-        for epoch in range(2):
-            plain.set_epoch(epoch)
-            dataset.set_epoch(epoch)
-            labels = torch.cat([label for _, label in loader])
-            assert torch.equal(labels, torch.stack([plain[item][1] for item in range(90)]))
+def test_a_store_of_the_hub_is_fetched_by_every_kind_of_worker(hub, photos, store_path, start):
+    share(store_path, "lab/labels")
+    plain = StoredCrops(store_path, photos, image_size=8)
+    dataset = StoredCrops("hf://lab/labels", photos, image_size=8)
+    loader = DataLoader(dataset, 8, num_workers=2, multiprocessing_context=start)
+    for epoch in range(2):
+        plain.set_epoch(epoch)
+        dataset.set_epoch(epoch)
+        labels = torch.cat([label for _, label in loader])
+        assert torch.equal(labels, torch.stack([plain[item][1] for item in range(90)]))

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from pipeline.loading.decoder import Decoder
 from pipeline.loading.packed_texts import PackedTexts
 from pipeline.render import one_crop
 from pipeline.render.dali import Decoder as DaliDecoder
+from pipeline.sampling.epoch_order import Layout, part_windows
 
 STARTS = ("fork", "spawn", "forkserver")
 
@@ -109,6 +111,15 @@ def test_every_kind_of_store_has_the_pixels_of_train_student(
     generate(changed(recipe, crops=crops), folder.parent, path)
     monkeypatch.setattr(one_crop.OneCrop, "_by_dali", None)  # Pillow decodes all of these
     require_equal(StoredCrops(path, folder.parent, image_size=32), path, folder)
+
+
+def test_the_partners_of_a_block_are_in_it(photos, recipe, tmp_path):
+    path = tmp_path / "labels.zarr"
+    generate(changed(recipe, crops={"cutmix": {"prob": 1.0}, "views": 1}), photos, path)
+    dataset = StoredCrops(path, photos, image_size=8)
+    assert dataset.layout.block_rows == 32  # a shard, of which a chunk may be a part
+    partners = dataset.store.mixes(0, dataset.rows).partner
+    assert (partners // 32 == dataset.rows // 32).all()
 
 
 def odd_images(folder: Path) -> None:
@@ -382,7 +393,7 @@ def test_the_sampler_reads_every_chunk_once(photos, recipe, tmp_path, monkeypatc
     dataset = StoredCrops(path, photos, image_size=8)
     chunks = len(np.unique(dataset.rows // dataset.store.chunk_rows))
     assert chunks >= 10
-    monkeypatch.setattr("pipeline.sampling.epoch_order.WINDOW_BLOCKS", 4)
+    dataset.layout = replace(dataset.layout, window_blocks=4)
     order = list(dataset.sampler())
     assert sorted(order) == list(range(90))
     assert blocks_read(dataset, order, monkeypatch, most=5) == chunks
@@ -434,13 +445,11 @@ def test_the_order_is_new_in_each_epoch_and_with_each_seed(photos, store_path):
 
 
 def test_a_rank_reads_shards_of_its_own():
-    from pipeline.sampling.epoch_order import part_windows
-
     rows = np.arange(100_000)
     order, touched = [], []
     for rank in range(8):
         part = slice(rank * 12_500, (rank + 1) * 12_500)
-        mine = np.concatenate([*part_windows(rows, (10, 1000), (3, 2), part)])
+        mine = np.concatenate([*part_windows(rows, Layout(10, 64, 1000), (3, 2), part)])
         order.append(mine)
         touched.append(len(np.unique(mine // 1000)))
     assert max(touched) <= 14  # of 100 shards
@@ -483,4 +492,4 @@ def test_a_worker_reads_the_description_and_the_manifest_no_more(photos, store_p
     dataset = StoredCrops(store_path, photos, image_size=8)
     monkeypatch.setattr(LabelStore, "open", None)
     monkeypatch.setattr(LabelStore, "_column", None)
-    assert stored_crops._Own(dataset.store, dataset.data, 8, codes=False).item(0, 0)
+    assert stored_crops._Own(dataset).item(0, 0)

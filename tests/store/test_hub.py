@@ -12,7 +12,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from support import stores
 from support.command import run
-from support.hub_server import Hub, a_hub
+from support.hub_server import Hub
 from support.paths import ROOT
 from support.stores import one_line
 
@@ -31,14 +31,9 @@ from cache.hub.copy import opened
 from cache.verify import verify
 from cache.writer import StoreWriter
 from pipeline.exchange.share import share
+from pipeline.training.train import at_one_commit
 
 AT = "hf://lab/labels"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with a_hub(tmp_path) as hub:
-        yield hub
 
 
 @pytest.fixture
@@ -306,6 +301,56 @@ def test_a_link_in_a_pack_is_refused(hub, local):
     foisted(hub, b"no tar at all" * 100)
     with pytest.raises(HubError, match="is no tar file; tell its owner"):
         LabelStore.open(AT).codes(0, [0])
+
+
+def test_a_sparse_file_in_a_pack_is_refused(hub, local, tmp_path):
+    """A sparse file of 2 kB may unpack to terabytes."""
+    (tmp_path / "hole").write_bytes(b"")
+    os.truncate(tmp_path / "hole", 1 << 28)
+    subprocess.run(
+        ["tar", "--sparse", "--format=gnu", "-cf", "holes.tar", "hole"], cwd=tmp_path, check=True
+    )
+    assert (tmp_path / "holes.tar").stat().st_size < 1 << 20
+    with pytest.raises(HubError, match="'hole', which is no file of this pack"):
+        packs.unpack(tmp_path / "holes.tar", tmp_path / "out", lambda name: True, where="x")
+
+
+def test_a_file_longer_than_its_index_says_is_refused_at_once(hub, local):
+    name = pack_files(hub)[0]
+    index = json.loads(hub.files("lab/labels")["packs.json"])
+    (pack,) = (pack for pack in index["packs"] if pack["file"] == name)
+    pack["size"] = 600
+    hub.put("lab/labels", "packs.json", json.dumps(index).encode())
+    store = LabelStore.open(AT)
+    with pytest.raises(HubError, match="is longer than its index says; tell its owner"):
+        store.codes(pack["view"], store.shard_slice(pack["first"]))
+    assert fetched(hub) == [name]
+
+
+def test_an_address_of_a_hub_without_https_is_refused(hub, local, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    with pytest.raises(HubError, match="HF_ENDPOINT is hub.example, no address of a hub; begin"):
+        LabelStore.open("hf://lab/other")
+
+
+def test_all_processes_of_a_training_read_the_commit_of_the_first(hub, local):
+    class Two:
+        """The second of two processes, beside which the owner shares more."""
+
+        def first(self, call: Callable) -> object:
+            found = call()
+            StoreWriter(local.path).grow(3)
+            stores.fill(local.path, *((2, shard) for shard in range(5)))
+            share(local.path, "lab/labels")
+            return found
+
+        def together(self, call: Callable) -> object:
+            return call()
+
+    assert LabelStore.open(at_one_commit(AT, Two())).views == 2
+    assert LabelStore.open(AT).views == 3
+    assert at_one_commit(local.path, Two()) == local.path
+    assert at_one_commit(None, Two()) is None
 
 
 def test_labels_of_another_store_are_never_read(hub, local, tmp_path):

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -24,6 +23,7 @@ import pytest
 import yaml
 
 from cache.hub import client
+from support.web_server import QuietHandler, QuietServer
 
 PIECE = 1 << 14  # bytes that are sent at once
 FILES, ENTRIES, FILES_OF_A_COMMIT, LARGEST = 100_000, 10_000, 100, 20_000_000_000
@@ -59,7 +59,8 @@ class Hub:
     """Serves repositories on 127.0.0.1.
 
     tokens: name of the user, organisations and role, by token. next: answers in place
-    of the next requests whose "METHOD path" matches: (pattern, status, headers). cuts:
+    of the next requests whose "METHOD path" matches: (pattern, status, headers).
+    forgotten: patterns of the next requests that are obeyed and not answered. cuts:
     bytes of a download after which the next connections are cut. speed: bytes a second
     of a download. spoil: changes the bytes of a download: (path, bytes) → bytes. page:
     entries of a page of a list. seen: "METHOD path" of all requests.
@@ -71,6 +72,7 @@ class Hub:
     repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by sha256
     next: list[tuple[str, int, dict[str, str]]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
     cuts: list[int] = field(default_factory=list)
     speed: float = 0.0
     spoil: Callable[[str, bytes], bytes] | None = None
@@ -83,7 +85,7 @@ class Hub:
     def start(self) -> Hub:
         """Begin to serve, on the same port as before."""
         handler = type("Own", (_Handler,), {"own": self})
-        self.server = _Server(("127.0.0.1", self.port), handler)
+        self.server = QuietServer(("127.0.0.1", self.port), handler)
         self.port = self.server.server_port
         self.going = True
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -128,22 +130,8 @@ class Hub:
         return held.commit(files)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = 128
-
-    def handle_error(self, *about: object) -> None:
-        """Say nothing: clients leave, and are meant to."""
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     own: Hub
-    protocol_version = "HTTP/1.1"
-    timeout = 30
-
-    def log_message(self, *about: object) -> None:
-        """Say nothing."""
 
     def _any(self) -> None:
         if not self.own.going:
@@ -181,6 +169,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        for pattern in self.own.forgotten:
+            if re.search(pattern, self.own.seen[-1]):
+                self.own.forgotten.remove(pattern)
+                self.close_connection = True
+                return
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -216,8 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _files(self, held: Repo, revision: str) -> tuple[str, dict[str, tuple[str, bytes]]]:
         oid = held.refs.get(revision, revision)
-        oid = next((one for one in held.commits if one.startswith(oid)), "")
-        if not oid:
+        if oid not in held.commits:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return oid, held.commits[oid]
 

@@ -61,7 +61,7 @@ class WebServer:
     def start(self) -> WebServer:
         """Begin to serve, on the same port as before."""
         handler = type("Own", (_Handler,), {"own": self})
-        self.server = _Server(("127.0.0.1", self.port), handler)
+        self.server = QuietServer(("127.0.0.1", self.port), handler)
         self.port = self.server.server_port
         if self.certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -92,7 +92,9 @@ class WebServer:
         return {"md5": digest, "other": f"w-{digest[:9]}", "weak": digest[:9]}.get(self.tags, "")
 
 
-class _Server(ThreadingHTTPServer):
+class QuietServer(ThreadingHTTPServer):
+    """Serves many clients, of which some leave in the midst of an answer."""
+
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 128
@@ -101,13 +103,18 @@ class _Server(ThreadingHTTPServer):
         """Say nothing: clients leave, and are meant to."""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    own: WebServer
+class QuietHandler(BaseHTTPRequestHandler):
+    """Answers requests without a word on stderr."""
+
     protocol_version = "HTTP/1.1"
     timeout = 30
 
     def log_message(self, *about: object) -> None:
         """Say nothing."""
+
+
+class _Handler(QuietHandler):
+    own: WebServer
 
     def do_HEAD(self) -> None:
         self._answer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -29,6 +30,7 @@ from pipeline.models.model import METADATA, ModelError
 from pipeline.models.weights import Drop, load
 from pipeline.runs.compare import compare
 from pipeline.runtime import precision
+from pipeline.training.batches import Batch
 
 ONE = {"epochs": 1, "milestones": []}
 
@@ -86,6 +88,23 @@ def test_parts_are_what_the_student_sees_at_once(photos, recipe, store_path, tmp
     run(recipe, photos, store_path, tmp_path / "run", accumulate=8)
     assert seen == [2] * 40 + [2] * 5  # five batches of 16, and a last one of 10
     assert sum(seen) == 90
+
+
+@pytest.mark.parametrize(("total", "views"), [(15, 1), (16, 1), (9, 1), (90, 1), (18, 2), (30, 3)])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_process_has_equally_many_parts(total, views, world):
+    """With BatchNorm over all processes another number would wait for ever."""
+    images = total // views
+    counts = set()
+    for share in np.array_split(np.arange(images), world):
+        n = len(share) * views
+        index = torch.zeros(n, dtype=torch.int64)
+        batch = Batch(share, {}, None, index, None, total, world)
+        parts = batch.parts(4)
+        assert all(part.stop - part.start >= 2 for part in parts)
+        assert np.array_equal(np.concatenate([np.arange(n)[part] for part in parts]), np.arange(n))
+        counts.add(len(parts))
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,10 @@ from pipeline.runs.folder import RunError
 from pipeline.training import losses
 from pipeline.training.discriminator import Discriminator, log_floored
 
+# What a run keeps beside the weights of a paper's run.
+BEYOND = {"optimizer": "adamw", "decay_norm_and_bias": False, "ema_decay": 0.99, "dropout": 0.1}
+BEYOND |= {"accumulate": 2, "clip_norm": 1.0}
+
 
 def test_soft_cross_entropy_is_equation_3_by_hand():
     logits = torch.tensor([[1.0, 2.0, 0.5]])
@@ -190,9 +194,12 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_a_killed_and_resumed_run_ends_with_the_same_weights(photos, recipe, store_path, tmp_path):
+@pytest.mark.parametrize("values", [{}, BEYOND], ids=["the paper's", "beyond the paper"])
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(
+    photos, recipe, store_path, tmp_path, values
+):
     config = tmp_path / "recipe.yaml"
-    longer = changed(recipe, train={"epochs": 20})
+    longer = changed(recipe, train={"epochs": 20} | values)
     document = yaml.safe_load(longer.to_yaml())
     document.pop("teachers")
     config.write_text(yaml.safe_dump(document))
@@ -230,9 +237,9 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(photos, recipe, sto
     assert finished.returncode == 0, finished.stderr
     assert "going on with" in finished.stderr
     assert epochs_done() == 20
-    assert (run / "last.safetensors").read_bytes() == (
-        tmp_path / "whole" / "last.safetensors"
-    ).read_bytes()
+    for name in ("last", "ema") if values else ("last",):
+        kept, whole = (folder / f"{name}.safetensors" for folder in (run, tmp_path / "whole"))
+        assert kept.read_bytes() == whole.read_bytes()
 
 
 def test_timm_loads_the_checkpoints(photos, recipe, store_path, tmp_path):
