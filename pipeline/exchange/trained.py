@@ -74,8 +74,13 @@ def read_run(run: Path, weights: str, store: LabelStore | None = None) -> Traine
     from ``store``.
     """
     folder = RunFolder(run)
-    file = folder.checkpoint(weights)
-    config, passes, facts = folder.config(), folder.metrics(), folder.header(weights)
+    file, config = folder.checkpoint(weights), folder.config()
+    if weights.endswith("ema") and config.train.ema_decay is None:
+        raise ExportError(
+            f"{run} kept no moving average of its weights (train.ema_decay); pass --weights best "
+            f"or last"
+        )
+    passes, facts = folder.metrics(), folder.header(weights)
     if config.student is None:
         raise ExportError(
             f"{run / 'config.yaml'} names no student, so it is not what train-student wrote; "

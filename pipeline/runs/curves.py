@@ -175,7 +175,7 @@ def picture(metrics: Sequence[dict], config: Config) -> Figure:
         note = f"last {points(metrics, curve.key)[1][-1]:.4g}"
         if curve.key == "val_top1":
             epoch, top1 = best_of(metrics)
-            axes.plot(epoch, top1, marker="o", markersize=6, color=COLOURS[1])
+            axes.plot(epoch, top1, marker="o", markersize=6, color=COLOURS[0])
             note = f"best {top1:.2f}, epoch {epoch}"
         furnish(axes, curve, (metrics[0]["epoch"] + 1, metrics[-1]["epoch"] + 1), note)
         if len(together) > 1:

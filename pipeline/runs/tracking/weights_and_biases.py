@@ -97,7 +97,8 @@ class WeightsAndBiases:
         told = {**self.tracked.config, **self.tracked.facts}
         self.run.config.update(told, allow_val_change=True)
         self.newest = max(0, self.run.starting_step - 1)
-        return f"Weights & Biases: {self.run.url or self.run.dir}"
+        # Offline the library warns whoever asks for the address.
+        return f"Weights & Biases: {self.run.dir if self.run.offline else self.run.url}"
 
     def write(self, metrics: Sequence[dict]) -> None:
         """Write the passes after the newest step that is written."""
