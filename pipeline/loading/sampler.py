@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from pipeline.sampling.epoch_order import part_windows
+from pipeline.sampling.epoch_order import Layout, part_windows
 
-if TYPE_CHECKING:
-    from pipeline.loading.stored_crops import StoredCrops
+
+class Ordered(Protocol):
+    """A dataset whose items are rows of a store. rows: int64 [items], rising."""
+
+    rows: np.ndarray
+    layout: Layout
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> object: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
 
 
 class StoredCropsSampler(DistributedSampler):
@@ -28,7 +38,7 @@ class StoredCropsSampler(DistributedSampler):
 
     def __init__(
         self,
-        dataset: StoredCrops,
+        dataset: Ordered,
         *,
         seed: int,
         shuffle: bool,
@@ -43,8 +53,9 @@ class StoredCropsSampler(DistributedSampler):
             rank = dist.get_rank() if together else 0
         if not 0 <= rank < world:
             raise ValueError(f"rank must be from 0 to world - 1, {world - 1}, got {rank}")
-        super().__init__(dataset, world, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.crops = dataset
+        whole: Any = dataset
+        super().__init__(whole, world, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
 
     def __iter__(self) -> Iterator[int]:
         whole, rank = self.num_samples * self.num_replicas, self.rank

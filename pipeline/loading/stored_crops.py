@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,10 @@ from pipeline.images.reader import Reader, naming
 from pipeline.loading.blocks import Blocks
 from pipeline.loading.decoder import Decoder
 from pipeline.loading.options import Options
+from pipeline.loading.sampler import StoredCropsSampler
 from pipeline.render.one_crop import OneCrop
 from pipeline.render.settings import RenderSettings
 from pipeline.sampling.cutmix import pixel_box
-
-if TYPE_CHECKING:
-    from pipeline.loading.sampler import StoredCropsSampler
-
 
 # What a forked process has from its parent. A DALI pipeline in it must never be dropped
 # here: dropping it would wait for threads that don't exist.
@@ -128,8 +125,6 @@ class StoredCrops(Dataset):
         """Make a sampler that reads few chunks of the store at a time
         (``StoredCropsSampler``). rank, world: this process of how many; None: as
         torch.distributed says, or 0 of 1."""
-        from pipeline.loading.sampler import StoredCropsSampler
-
         return StoredCropsSampler(
             self, seed=seed, shuffle=shuffle, part=(rank, world), drop_last=drop_last
         )

@@ -26,7 +26,7 @@ from pipeline.images.sources.remote.url import Url
 from pipeline.models.model import Model
 from pipeline.models.weights import Drop, load
 from pipeline.runs.folder import CONFIG, SCANS, RunError
-from pipeline.runs.tracking.names import require_trackers
+from pipeline.runs.tracking.trackers import require_trackers
 from pipeline.runtime.distributed import ALONE, Processes
 from pipeline.runtime.engine import take_over
 from pipeline.runtime.execution import Execution

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import pytest
 import yaml
 
 from cache.hub import client
-from support.web_server import QuietHandler, QuietServer
+from support.web_server import Local, QuietHandler
 
 PIECE = 1 << 14  # bytes that are sent at once
 FILES, ENTRIES, FILES_OF_A_COMMIT, LARGEST = 100_000, 10_000, 100, 20_000_000_000
@@ -55,7 +54,7 @@ class Repo:
 
 
 @dataclass
-class Hub:
+class Hub(Local):
     """Serves repositories on 127.0.0.1.
 
     tokens: name of the user, organisations and role, by token. next: answers in place
@@ -80,26 +79,10 @@ class Hub:
     seen: list[str] = field(default_factory=list)
     commits: list[int] = field(default_factory=list)  # files of each commit
     starts: list[tuple[str, int]] = field(default_factory=list)  # of downloads: file, first byte
-    port: int = 0
-
-    def start(self) -> Hub:
-        """Begin to serve, on the same port as before."""
-        handler = type("Own", (_Handler,), {"own": self})
-        self.server = QuietServer(("127.0.0.1", self.port), handler)
-        self.port = self.server.server_port
-        self.going = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def stop(self) -> None:
-        """Stop serving."""
-        self.going = False
-        self.server.shutdown()
-        self.server.server_close()
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def handler(self) -> type[QuietHandler]:
+        return _Handler
 
     @property
     def variables(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import unquote
 
 PIECE = 1 << 13  # bytes that are sent at once
@@ -28,8 +28,41 @@ class Request(NamedTuple):
     headers: dict[str, str]
 
 
+class Local:
+    """Serves on 127.0.0.1. handler: answers requests, and has this server as
+    ``own``."""
+
+    handler: type[QuietHandler]
+    certificate: Path | None = None
+    port: int = 0
+
+    def start(self) -> Self:
+        """Begin to serve, on the same port as before."""
+        handler = type("Own", (self.handler,), {"own": self})
+        self.server = QuietServer(("127.0.0.1", self.port), handler)
+        self.port = self.server.server_port
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.going = True
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Stop serving, and break what is being sent."""
+        self.going = False
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def url(self) -> str:
+        """Return the address of the server."""
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self.port}"
+
+
 @dataclass
-class WebServer:
+class WebServer(Local):
     """Serves files on 127.0.0.1.
 
     files: contents by path, /data/x.tar. tags: "md5", "other" (a tag that is no
@@ -58,29 +91,9 @@ class WebServer:
     certificate: Path | None = None
     port: int = 0
 
-    def start(self) -> WebServer:
-        """Begin to serve, on the same port as before."""
-        handler = type("Own", (_Handler,), {"own": self})
-        self.server = QuietServer(("127.0.0.1", self.port), handler)
-        self.port = self.server.server_port
-        if self.certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self.certificate)
-            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
-        self.going = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def stop(self) -> None:
-        """Stop serving, and break what is being sent."""
-        self.going = False
-        self.server.shutdown()
-        self.server.server_close()
-
     @property
-    def url(self) -> str:
-        """Return the address of the server."""
-        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self.port}"
+    def handler(self) -> type[QuietHandler]:
+        return _Handler
 
     def gets(self, path: str = "") -> list[Request]:
         """Return the requests for bodies, of one file or of all."""

@@ -330,7 +330,8 @@ def test_a_package_that_is_missing_is_refused_before_anything_is_read(tracker, m
 
 def test_without_a_key_of_wandb_a_run_is_refused_and_nothing_is_asked(tmp_path):
     code = (
-        "from pipeline.runs.tracking.names import TrackingError, require_trackers\n"
+        "from pipeline.runs.tracking.names import TrackingError\n"
+        "from pipeline.runs.tracking.trackers import require_trackers\n"
         "try: require_trackers(('wandb',))\n"
         "except TrackingError as error: print(error)"
     )

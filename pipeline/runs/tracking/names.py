@@ -45,13 +45,3 @@ class Wanted(NamedTuple):
                 f'install "offline-meal-v2[track]"'
             )
         return cls(tracker, project)
-
-
-def require_trackers(wanted: tuple[str, ...]) -> None:
-    """Raise TrackingError for a tracker that can't be used here: unknown, not installed
-    or, for Weights & Biases online, without a key."""
-    for tracker, _ in map(Wanted.of, wanted):
-        if tracker == "wandb":
-            from pipeline.runs.tracking.weights_and_biases import require_key
-
-            require_key()

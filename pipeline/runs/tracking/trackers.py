@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pipeline.runs.tracking.mlflow_runs import MLflow
 from pipeline.runs.tracking.names import TRACKERS, Wanted
 from pipeline.runs.tracking.tracker import FAILED, FINISHED, STOPPED, Tracked, Tracker
-from pipeline.runs.tracking.weights_and_biases import WeightsAndBiases
+from pipeline.runs.tracking.weights_and_biases import WeightsAndBiases, require_key
 from pipeline.runtime.progress import say
 
 KINDS: dict[str, Callable[[Tracked, str], Tracker]] = {
@@ -19,6 +19,14 @@ KINDS: dict[str, Callable[[Tracked, str], Tracker]] = {
     "mlflow": MLflow,
 }
 SHARE = 20  # tries that fail may take 1/SHARE of the time
+
+
+def require_trackers(wanted: tuple[str, ...]) -> None:
+    """Raise TrackingError for a tracker that can't be used here: unknown, not installed
+    or, for Weights & Biases online, without a key."""
+    for tracker, _ in map(Wanted.of, wanted):
+        if tracker == "wandb":
+            require_key()
 
 
 class Trackers:
