@@ -62,7 +62,7 @@ def unchanged(base, photos, store_path, tmp_path_factory) -> dict[str, torch.Ten
 
 
 def test_the_readme_lists_the_switches():
-    assert len(SWITCHES) == 18
+    assert len(SWITCHES) == 24
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
