@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # Pillow's formats and modes of which both decoders make the same RGB pixels.
 JPEG = ("JPEG", "MPO")
 FORMATS = (*JPEG, "PNG", "WEBP")
-MODES = ("RGB", "L", "P", "1", "LA", "RGBA", "CMYK")
 ORIENTATION = 0x0112  # the tag of EXIF
 # EXIF's orientation → what turns the picture upright.
 UPRIGHT = {
@@ -88,7 +87,7 @@ def pixels_of(blob: bytes, *, upright: bool) -> np.ndarray | None:
     can't decode the image."""
     try:
         with Image.open(io.BytesIO(blob)) as image:
-            if image.format not in FORMATS or image.mode not in MODES or _deep_or_moving(image):
+            if image.format not in FORMATS or _deep_or_moving(image):
                 return None
             turn = None
             if upright and "exif" in image.info:
