@@ -53,12 +53,13 @@ def test_soft_cross_entropy_is_equation_3_by_hand():
 
 
 def test_an_epoch_is_sgd_on_the_stored_labels_by_hand(photos, recipe, store_path, tmp_path):
-    one = changed(recipe, train={"epochs": 1})
+    how = {"epochs": 1, "momentum": 0.7, "weight_decay": 0.05}
+    one = changed(recipe, train=how)
     metrics = train(one, photos, tmp_path / "run", store=store_path, device=CPU)
     store = LabelStore.open(store_path)
     student = load(one.student, classes=3, image_size=32, seed=0)
     module = student.module.train()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.7, weight_decay=0.05)
     replay = make_replay(
         stored_labels(store, 2),
         photos / "train",
