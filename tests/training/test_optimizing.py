@@ -31,6 +31,7 @@ from pipeline.models.weights import Drop, load
 from pipeline.runs.compare import compare
 from pipeline.runtime import precision
 from pipeline.training.batches import Batch
+from pipeline.training.optimizer import restore_optimizer
 
 ONE = {"epochs": 1, "milestones": []}
 
@@ -105,6 +106,12 @@ def test_every_process_has_equally_many_parts(total, views, world):
         assert np.array_equal(np.concatenate([np.arange(n)[part] for part in parts]), np.arange(n))
         counts.add(len(parts))
     assert len(counts) == 1
+
+
+def test_a_batch_that_every_process_has_whole_is_divided_as_one():
+    index = torch.zeros(7, dtype=torch.int64)
+    batch = Batch(np.arange(7), {}, None, index, None, total=7, world=4, copies=4)
+    assert batch.parts(3) == [slice(0, 2), slice(2, 4), slice(4, 7)]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +206,21 @@ def test_the_discriminator_is_not_clipped_and_has_its_own_rate(
         torch.testing.assert_close(last[key], tensor, rtol=0, atol=1e-6)
     first = next(iter(plain))
     assert (plain[first] - clipped[first]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("saved", "own"), [(True, None), (None, True)])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_state_is_restored_for_this_device(kind, saved, own):
+    """GPUs fuse the optimizer, CPUs don't; a run may change the device."""
+    made, other = (
+        kind([torch.ones(3, requires_grad=True)], lr=0.1, fused=fused) for fused in (saved, own)
+    )
+    made.param_groups[0]["params"][0].grad = torch.ones(3)
+    made.step()
+    restore_optimizer(other, made.state_dict())
+    assert other.param_groups[0]["fused"] is own
+    other.param_groups[0]["params"][0].grad = torch.ones(3)
+    other.step()
 
 
 # The moving average.
