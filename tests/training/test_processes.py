@@ -300,14 +300,16 @@ def test_what_all_would_refuse_is_refused_once(bench, tmp_path):
     runs = bench.start(3, tmp_path / "full")
     assert "is not empty and holds no run" in runs[0].failed_with()
     assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")]
-    runs = bench.start(3, tmp_path / "small", "--set=train.batch_size=5")
-    assert (
-        "train.batch_size 5 is fewer than two images for each of 3 processes; set it to 6 or more"
-        in runs[0].failed_with()
-    )
-    assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")] and not (
-        tmp_path / "small"
-    ).exists()
+    small = ("--set=train.batch_size=5",)
+    parts = ("--set=train.batch_size=16", "--set=train.accumulate=4")
+    for options, message in (
+        (small, "5 is fewer than two images for each of 3 processes; set it to 6 or more"),
+        (parts, "16 in each of 3 processes; lower it, or raise train.batch_size to 24"),
+    ):
+        runs = bench.start(3, tmp_path / "small", *options)
+        assert f"train.batch_size {message}" in runs[0].failed_with()
+        assert [(run.end(), run.said()) for run in runs[1:]] == [(1, ""), (1, "")]
+        assert not (tmp_path / "small").exists()
 
 
 def test_a_run_that_diverges_says_so_once(bench, tmp_path):
