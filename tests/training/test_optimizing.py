@@ -29,6 +29,7 @@ from pipeline.labelling import cost
 from pipeline.models.model import METADATA, ModelError
 from pipeline.models.weights import Drop, load
 from pipeline.runs.compare import compare
+from pipeline.runs.folder import RunFolder
 from pipeline.runtime import precision
 from pipeline.training.batches import Batch
 from pipeline.training.optimizer import restore_optimizer
@@ -296,6 +297,9 @@ def test_a_run_keeps_the_precision_that_it_began_with(photos, recipe, store_path
     assert capfd.readouterr().err.count("trained in bfloat16") == 2
     written = yaml.safe_load((tmp_path / "half" / "config.yaml").read_text())
     assert written["train"]["precision"] == "bfloat16"
+    del written["train"]["precision"]  # an older version, which always trained in float32
+    (tmp_path / "half" / "config.yaml").write_text(yaml.safe_dump(written))
+    assert RunFolder(tmp_path / "half").config().train.precision == "float32"
 
 
 # Dropout and stochastic depth.
