@@ -42,7 +42,8 @@ def here(path: str | Path) -> Path:
 
 
 def announced(path: str | Path) -> Path:
-    """Do as ``here``, and tell of a store on the hub which commit is read."""
+    """Return the path of ``here``, and tell the user which commit of a store on the hub
+    is read."""
     found = here(path)
     if is_hub(path):
         client.tell(f"{path} is read at commit {found.parent.name[:12]}, through {found}")

@@ -14,7 +14,6 @@ from pipeline import config_file
 from pipeline.exchange.templates import filled
 from pipeline.exchange.trained import Trained
 from pipeline.models.model import Model
-from pipeline.runtime.progress import duration
 
 
 def card(
@@ -35,7 +34,6 @@ def card(
     timm_model: Any = model.module
     return filled(
         "model_card.md",
-        {"duration": duration},
         head=yaml.safe_dump(head, sort_keys=False),
         title=printable(title),
         architecture=timm_model.pretrained_cfg["architecture"],

@@ -23,7 +23,6 @@ def store_card(repo: str, store: LabelStore, views: int, licence: str | None) ->
     }
     return filled(
         "store_card.md",
-        {},
         head=yaml.safe_dump(head, sort_keys=False),
         repo=repo,
         store=store,

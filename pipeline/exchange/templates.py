@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jinja2
 
 from cache.errors import printable
 from pipeline.models.names import public
+from pipeline.runtime.progress import duration
 
 
-def filled(name: str, filters: dict[str, Callable], **values: Any) -> str:
-    """Return a template with its values. filters: beside ``code`` and ``public``. A
-    value that the template names and nobody gives is an error."""
+def filled(name: str, **values: Any) -> str:
+    """Return a template with its values. Raises jinja2.UndefinedError if the template
+    names a value that isn't given."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.exchange", ""),
         undefined=jinja2.StrictUndefined,
@@ -22,7 +22,7 @@ def filled(name: str, filters: dict[str, Callable], **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "public": public, **filters}
+    environment.filters |= {"code": code, "duration": duration, "public": public}
     return environment.get_template(name).render(**values)
 
 

@@ -188,12 +188,8 @@ class Run:
         if self.influence:
             self.influence.sums.zero_()
         self.clipped.zero_()
-        seen, crops, rate, note = (
-            0,
-            len(self.source.images.usable) * recipe.crops_per_image,
-            0.0,
-            "",
-        )
+        crops = len(self.source.images.usable) * recipe.crops_per_image
+        seen, rate, note = 0, 0.0, ""
         name = f"epoch {done}/{recipe.epochs}"
         with Progress(name, crops, "images") as progress, self.replay.epoch(first) as batches:
             for number, batch in enumerate(self.clock.waits("wait for crops", batches), 1):

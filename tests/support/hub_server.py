@@ -123,14 +123,15 @@ class _Handler(QuietHandler):
         place, _, self.query = self.path.partition("?")
         self.place = unquote(place)
         self.body = self._read()
-        self.own.seen.append(f"{self.command} {self.place}")
+        self.asked = f"{self.command} {self.place}"
+        self.own.seen.append(self.asked)
         try:
             for number, (pattern, status, headers) in enumerate(self.own.next):
-                if re.search(pattern, self.own.seen[-1]):
+                if re.search(pattern, self.asked):
                     del self.own.next[number]
                     return self._answer(status, b"{}", headers)
             for pattern, call in ROUTES.items():
-                if found := re.fullmatch(pattern, f"{self.command} {self.place}"):
+                if found := re.fullmatch(pattern, self.asked):
                     return call(self, **found.groupdict())
             raise Refusal(404, "", f"no such page: {self.place}")
         except Refusal as no:
@@ -153,7 +154,7 @@ class _Handler(QuietHandler):
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         for pattern in self.own.forgotten:
-            if re.search(pattern, self.own.seen[-1]):
+            if re.search(pattern, self.asked):
                 self.own.forgotten.remove(pattern)
                 self.close_connection = True
                 return
