@@ -8,7 +8,7 @@
 # make check   the quick tests, while writing
 # make lint    the linters and the types
 # make format  lay the code out as the linters want it
-# Each sets up .venv by itself: a minute or two and some 6 GB, since torch and DALI come
+# Each sets up .venv by itself: some four minutes and 8 GB, since torch and DALI come
 # with their CUDA libraries.
 
 PYTHON ?= python3
