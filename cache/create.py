@@ -17,8 +17,7 @@ from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
+from zarr.storage import MemoryStore
 
 from cache.format.manifest import Images
 from cache.format.schema import (
@@ -73,21 +72,30 @@ def create(path: Path, *, images: Images, views: int, attributes: dict[str, Any]
     return True
 
 
-class _OwnFolder(LocalStore):
-    """A folder that only this process writes.
-
-    Zarr's own store makes sure by a hard link that it replaces no other process's
-    description of a group; some file systems have no hard links.
-    """
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write a file unless the file is there."""
-        if not await self.exists(key):
-            await self.set(key, value)
-
-
 def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any]) -> None:
-    """Write an empty store into the folder ``scratch``."""
+    """Write an empty store into the folder ``scratch``.
+
+    Zarr writes into memory. If Zarr wrote the files itself, its threads would go on
+    after an error in one of them, and write into a folder that is being removed.
+    """
+    content: dict[str, Any] = {}
+    kept = shard_arrays(attributes)[1:]
+    _make(MemoryStore(content), images, views, attributes, kept)
+    for name, value in content.items():
+        file = scratch / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(value.as_buffer_like())
+    write_seal(scratch, read_metadata(scratch, kept))
+
+
+def _make(
+    store: MemoryStore,
+    images: Images,
+    views: int,
+    attributes: dict[str, Any],
+    kept: tuple[str, ...],
+) -> None:
+    """Make the arrays of an empty store. kept: ``shard_arrays`` without labels."""
     n, classes = len(images), len(attributes["class_names"])
     chunk_rows, shard_rows = (
         attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows")
@@ -96,10 +104,9 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any])
     chain = [ZstdCodec(level=3), Crc32cCodec()]
     packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]
     always: Any = {"write_empty_chunks": True}
-    kept = shard_arrays(attributes)[1:]
     mixed = "mix_box" in kept
     group = zarr.create_group(
-        _OwnFolder(scratch),
+        store,
         zarr_format=3,
         attributes={
             "format": FORMAT,
@@ -161,4 +168,3 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any])
             config=always,
         )
         stored[:] = column.astype(object) if text else column
-    write_seal(scratch, read_metadata(scratch, kept))

@@ -125,15 +125,17 @@ def say(message: str, *, anyway: bool = False) -> None:
 
 
 def _print(line: str) -> None:
-    """Print a line on stderr. A log that can't be written, since its disk is full,
-    doesn't stop the work; a closed pipe does, as everywhere."""
+    """Print a line on stderr, in one write: several processes may share a log. A log
+    that can't be written, since its disk is full, doesn't stop the work; a closed pipe
+    does, as everywhere."""
     if _line:
         _line(line)
         return
-    if sys.stderr is None:  # closed by the caller of a library; print would take stdout
+    if sys.stderr is None:  # closed by the caller of a library
         return
     try:
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
     except BrokenPipeError:
         raise
     except OSError:

@@ -597,7 +597,7 @@ def test_fewer_views_take_none_away_not_even_from_a_store_that_is_growing(place)
 
 MOMENTS: dict[str, When] = {
     "looking at the images": When("read", r"data/train/.*jpg$", "", nth=12),
-    "making the empty store": When("rename", r"creating/images/height/c", ""),
+    "making the empty store": When("write", r"creating/images/height/c", ""),
     "naming the store": When("rename", r"/s\.zarr$", ""),
     "claiming": When("link", r"claims/0-0$", ""),
     "having claimed": When("remove", r"claims/1-0\..*\.new$", ""),
@@ -923,8 +923,8 @@ def require_names_the_store(line: str, place: Place) -> None:
 
 FULL: dict[str, When] = {
     "claiming the creation": When("write", r"claims/create\..*new$", "full"),
-    "creation": When("write", r"creating/labels/zarr.*partial$", "full"),
-    "the manifest": When("write", r"creating/images/path/c/.*partial$", "full"),
+    "creation": When("write", r"creating/labels/zarr.json$", "full"),
+    "the manifest": When("write", r"creating/images/path/c/", "full"),
     "claiming a shard": When("write", r"claims/1-1\..*new$", "full"),
     "a shard": When("write", r"s\.zarr/labels/c/1/1/.*partial$", "full"),
     "a record": When("write", r"s\.zarr/records/c/1/1/.*partial$", "full"),

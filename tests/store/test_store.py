@@ -4,10 +4,12 @@ place, never passes for a label."""
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -547,6 +549,31 @@ def test_a_second_creation_leaves_the_first_store(path):
     assert create(path, "float32", views=7) is False
     assert tree(path) == before
     assert [p.name for p in path.parent.iterdir()] == ["s.zarr"]
+
+
+def test_a_creation_that_fails_leaves_nothing_whichever_file_it_was(tmp_path, monkeypatch):
+    """Only the thread that removes the files writes them."""
+    writers, left_to_write = set(), 0
+    real = Path.write_bytes
+
+    def write(self: Path, content: bytes) -> int:
+        nonlocal left_to_write
+        writers.add(threading.get_ident())
+        left_to_write -= 1
+        if not left_to_write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    for number in itertools.count(1):
+        left_to_write = number
+        try:
+            assert create(tmp_path / "s.zarr")
+            break
+        except OSError:
+            assert not list(tmp_path.iterdir())
+    files = [name for name in tree(tmp_path / "s.zarr") if "/c/" in name or "zarr.json" in name]
+    assert writers == {threading.get_ident()} and number > len(files) > 15
 
 
 def test_what_a_killed_creation_left_is_removed_and_that_of_others_kept(tmp_path):

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,15 @@ def test_help_that_can_t_be_printed_is_said_in_one_line(tmp_path):
     status, _, err = shell("CLI --help >/dev/full", cwd=tmp_path)
     assert status == 1 and re.fullmatch("error: .*No space left on device; mend that .*\n", err)
     assert shell("CLI --help | head -c 1 >/dev/null", cwd=tmp_path)[2] == ""
+
+
+def test_each_line_of_a_log_is_one_write_since_processes_may_share_the_log():
+    """Each packet of a socket is one write. Cluster jobs run Python unbuffered."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        says = "from pipeline.runtime.progress import say; say('one'); say('two')"
+        subprocess.run([sys.executable, "-u", "-c", says], cwd=ROOT, stderr=theirs, check=True)
+        assert [ours.recv(100), ours.recv(100)] == [b"one\n", b"two\n"]
 
 
 def test_a_log_on_a_full_disk_stops_no_work(tmp_path, recipe, photos):
