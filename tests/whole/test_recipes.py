@@ -4,6 +4,9 @@ that exist, and runs one step of both stages."""
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,16 @@ def test_students_of_one_size_share_one_store():
     assert len({(r.teachers, r.crops, r.store) for r in shared}) == 1
 
 
+@pytest.fixture
+def memory_given_back() -> Iterator[None]:
+    """Give the memory of the largest models back to the system: ten gigabytes, which
+    another process of the tests may need."""
+    yield
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.mark.usefixtures("memory_given_back")
 @each_recipe
 def test_one_step_of_both_stages_runs(path, few, stores, tmp_path, without_weights, monkeypatch):
     document = config_file.load(path).model_dump(mode="json")
