@@ -79,23 +79,16 @@ def _fill(scratch: Path, images: Images, views: int, attributes: dict[str, Any])
     after an error in one of them, and write into a folder that is being removed.
     """
     content: dict[str, Any] = {}
-    kept = shard_arrays(attributes)[1:]
-    _make(MemoryStore(content), images, views, attributes, kept)
+    _make(MemoryStore(content), images, views, attributes)
     for name, value in content.items():
         file = scratch / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(value.as_buffer_like())
-    write_seal(scratch, read_metadata(scratch, kept))
+    write_seal(scratch, read_metadata(scratch, shard_arrays(attributes)[1:]))
 
 
-def _make(
-    store: MemoryStore,
-    images: Images,
-    views: int,
-    attributes: dict[str, Any],
-    kept: tuple[str, ...],
-) -> None:
-    """Make the arrays of an empty store. kept: ``shard_arrays`` without labels."""
+def _make(store: MemoryStore, images: Images, views: int, attributes: dict[str, Any]) -> None:
+    """Make the arrays of an empty store, and fill its manifest."""
     n, classes = len(images), len(attributes["class_names"])
     chunk_rows, shard_rows = (
         attributes["provenance"]["layout"][key] for key in ("chunk_rows", "shard_rows")
@@ -104,6 +97,7 @@ def _make(
     chain = [ZstdCodec(level=3), Crc32cCodec()]
     packing = [ZstdCodec(level=attributes["codec"].get("compression", 3)), Crc32cCodec()]
     always: Any = {"write_empty_chunks": True}
+    kept = shard_arrays(attributes)[1:]
     mixed = "mix_box" in kept
     group = zarr.create_group(
         store,
